@@ -1,0 +1,166 @@
+"""The vocabulary of the tables: rows that say which tensor plays which role in which layout.
+
+Axes in layouts are single letters, the same everywhere:
+
+====  =====================================  ====  ==============================
+d     d_model, the width of the stream       n     d_mlp, neurons of one MLP
+h     query heads                            t     tokens of the vocabulary
+g     key/value heads                        p     learned positions
+k     d_head, width inside a head            l     layer (in names, not layouts)
+====  =====================================  ====  ==============================
+
+A layout is an einops pattern from the stored axes to ours, e.g. ``"(h k) d -> h k d"``. A row that
+serves several roles splits a fused tensor: its right side begins with an axis as long as ``roles``.
+Canonical shapes are (heads, k, d) for readers q, k, v; (heads, d, k) for o; (n, d) for gate and up;
+(d, n) for down; (t, d) for embed and unembed; (p, d) for pos; (d,) for gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ALWAYS = "always"
+"""A row whose tensor every model of the family has."""
+UNTIED = "untied"
+"""A row whose tensor exists unless input and output embedding are one."""
+OPTIONAL = "optional"
+"""A row whose tensor may be there or not, without any word in the configuration."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        roles: the role it plays; several for a fused tensor.
+        name: its name without the dialect's prefix, ``{l}`` standing for the layer.
+        layout: einops pattern from stored axes to canonical axes.
+        when: ``ALWAYS``, ``UNTIED``, ``OPTIONAL`` or the name of a flag of the configuration.
+    """
+
+    roles: tuple[str, ...]
+    name: str
+    layout: str
+    when: str = ALWAYS
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such tensor in every layer."""
+        return "{l}" in self.name
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one file format names and lays out a family's tensors and configuration.
+
+    Attributes:
+        rows: every tensor the family may have.
+        prefixes: prefixes that the names may carry, tried in order.
+        read_config: from the configuration to a ``ModelSpec``.
+        neutral: configuration keys that do not change the function, or are read elsewhere;
+            a trailing ``*`` admits all keys that begin so.
+        required_values: keys that must have one of the given values where present.
+        ignored: regular expressions of tensors that carry no weights (masks, cached frequencies).
+    """
+
+    rows: tuple[Row, ...]
+    read_config: Callable[[Mapping[str, Any]], ModelSpec]
+    neutral: frozenset[str]
+    prefixes: tuple[str, ...] = ("",)
+    required_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of architectures.
+
+    Attributes:
+        name: its name in results.
+        model_types: the ``model_type`` (or ``general.architecture``) values that it serves.
+        dialects: by name of the source's dialect.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    dialects: Mapping[str, Dialect]
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+    """Rotary position embedding.
+
+    Attributes:
+        dim: how many of a head's dimensions turn (the first ones); the rest stay.
+        base: theta of the frequencies ``base^(-2i/dim)``.
+        scaling: ``{}`` or the parameters of a known scaling: ``{"rope_type": "linear", "factor": ..}``
+            or ``{"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings"}``.
+
+    The halves (i, i + dim/2) turn together, as in transformers; a format that stores the pairs
+    interleaved is undone by its layout.
+    """
+
+    dim: int
+    base: float
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes and choices of one model, free of any format's vocabulary.
+
+    Attributes:
+        norm: ``"rms"`` or ``"layer"``.
+        parallel: whether attention and MLP of a block read the same state of the stream.
+        activation: name of the MLP's nonlinearity, as transformers spells it.
+        gated: whether the MLP multiplies an activated gate with an up projection.
+        flags: names of optional parts that the configuration turns on.
+        attention_scale: factor on q.k before the softmax.
+    """
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    vocab: int | None
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    activation: str
+    gated: bool
+    parallel: bool = False
+    tied: bool = False
+    n_positions: int | None = None
+    rotary: RotarySpec | None = None
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def attention_scale(self) -> float:
+        """``1/sqrt(d_head)``."""
+        return self.d_head**-0.5
+
+    @property
+    def group(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Length of every axis letter; None where only the tensor itself tells."""
+        return {
+            "d": self.d_model,
+            "h": self.n_heads,
+            "g": self.n_kv_heads,
+            "k": self.d_head,
+            "n": self.d_mlp,
+            "t": self.vocab,
+            "p": self.n_positions,
+            "three": 3,
+            "two": 2,
+            "r": self.d_head // 2,
+        }

@@ -1,0 +1,98 @@
+"""The port through which every weight enters: names to tensors, lazily."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        shape: its shape as stored, rows first (GGUF's reversed order is undone).
+        dtype: the storage type by its own name (``"F32"``, ``"BF16"``, ``"Q4_K"``).
+        nbytes: how many bytes it takes at rest.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class Source(ABC):
+    """Names to tensors of one checkpoint; knows files and formats, not models.
+
+    A source opens cheaply, reads nothing until asked, and never changes. ``config`` is the
+    configuration in the vocabulary of the format: the fields of ``config.json``, or the metadata
+    of a GGUF file under its own dotted keys.
+    """
+
+    @property
+    @abstractmethod
+    def reference(self) -> str:
+        """The name under which a user can open this checkpoint again."""
+
+    @property
+    @abstractmethod
+    def dialect(self) -> str:
+        """Whose tensor names these are: ``"hf"``, ``"gguf"`` or ``"transformer_lens"``."""
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The configuration, as plain JSON values."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, without reading any."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hex sha256 that changes when a tensor, its name or the configuration changes."""
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read one tensor, or some of its first axis, in storage dtype (dequantised: float32).
+
+        Args:
+            name: one of ``tensors``.
+            rows: a contiguous slice of the first axis, step 1; None reads all.
+
+        Returns:
+            A tensor on the CPU that does not alias the file.
+
+        Raises:
+            MissingTensorError: there is no such name (near names are listed).
+            UsageError: the slice is empty, stepped, or leaves the tensor.
+            NonFiniteError: a value is NaN or infinite and that was not allowed.
+            MalformedCheckpointError: the file changed or shrank after it was opened.
+        """
+
+    @abstractmethod
+    def token_texts(self) -> tuple[str, ...] | None:
+        """The text of every token id, or None when the checkpoint carries no tokenizer."""
+
+
+STORAGE_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
