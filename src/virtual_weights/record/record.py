@@ -1,0 +1,208 @@
+"""A Record: the answer to a question, as labelled columns over labelled axes."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+
+Value = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a Record.
+
+    Attributes:
+        name: what runs along it, e.g. ``"reader"``.
+        labels: one label per entry, unique.
+        channels: for entries that are one channel under several names (query heads sharing one
+            key/value head), the name of the channel; empty where every entry is its own.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+
+    def index(self, label: str) -> int:
+        """Place of ``label``; a UsageError that names the axis if it is not there."""
+        try:
+            return self.labels.index(label)
+        except ValueError:
+            raise UsageError(
+                f"no {self.name} {label!r} in this record",
+                expected=f"one of {len(self.labels)} labels, {', '.join(self.labels[:4])}, ...",
+                do=f"list them with record.axis({self.name!r}).labels",
+            ) from None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity over all axes of a Record.
+
+    Attributes:
+        name: short name, used as the column's key everywhere.
+        values: a tensor, or a tuple of strings where there is one axis; floating NaN = absent.
+        unit: unit in words, e.g. ``"1 (ratio)"``.
+        meaning: one sentence or formula.
+    """
+
+    name: str
+    values: Tensor | tuple[Value, ...]
+    unit: str = ""
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The typed result of a question; nothing in it changes after construction.
+
+    Attributes:
+        question: name of the question, e.g. ``"composition"``.
+        axes: the axes that every column runs over, outermost first.
+        columns: the quantities.
+        parameters: the question's own parameters, plain JSON values.
+        stamp: conventions in force: norm folding, rotary offset, gauge, dtype.
+        provenance: checkpoint reference and fingerprint, package version.
+
+    A record over two axes is a matrix per column (readers by writers); over one axis it is a table.
+    A pair that cannot reach is NaN in the matrix and no row in the table.
+    """
+
+    question: str
+    axes: tuple[Axis, ...]
+    columns: tuple[Column, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    stamp: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(len(axis.labels) for axis in self.axes)
+        for column in self.columns:
+            found = tuple(column.values.shape) if isinstance(column.values, Tensor) else (len(column.values),)
+            assert found == shape, f"column {column.name!r} has shape {found}, axes have {shape}"
+
+    def axis(self, name: str) -> Axis:
+        """The axis called ``name``."""
+        return _named(self.axes, name, "axis")
+
+    def column(self, name: str) -> Column:
+        """The column called ``name``."""
+        return _named(self.columns, name, "column")
+
+    def __getitem__(self, name: str) -> Tensor | tuple[Value, ...]:
+        """The values of the column called ``name``."""
+        return self.column(name).values
+
+    def rows(self) -> Iterator[dict[str, Value]]:
+        """Every entry as a dictionary: axis labels, channels where shared, then column values.
+
+        Entries whose first floating column is NaN are absent and are skipped.
+        """
+        shape = tuple(len(axis.labels) for axis in self.axes)
+        lists = [(c.name, _flat(c.values)) for c in self.columns]
+        for flat in range(math.prod(shape)):
+            values = {name: column[flat] for name, column in lists}
+            first = next(iter(values.values()), None)
+            if isinstance(first, float) and math.isnan(first):
+                continue
+            yield {**self._labels(flat, shape), **{k: _absent(v) for k, v in values.items()}}
+
+    def _labels(self, flat: int, shape: tuple[int, ...]) -> dict[str, Value]:
+        place: dict[str, Value] = {}
+        for axis, size in zip(reversed(self.axes), reversed(shape), strict=True):
+            flat, i = divmod(flat, size)
+            if axis.channels:
+                place[f"{axis.name}_channel"] = axis.channels[i]
+            place[axis.name] = axis.labels[i]
+        return dict(reversed(place.items()))
+
+    def top(self, n: int = 10, by: str | None = None, *, largest: bool = True) -> Record:
+        """The ``n`` entries with the largest (or smallest) value of ``by``, as a table.
+
+        Args:
+            n: how many at most; absent (NaN) entries never count.
+            by: a floating column; the first column when None.
+            largest: False for the smallest.
+
+        Returns:
+            A Record over one axis ``"rank"`` whose columns are the axis labels and all columns.
+        """
+        column = self.column(by) if by else self.columns[0]
+        if not isinstance(column.values, Tensor):
+            raise UsageError(
+                f"column {column.name!r} holds text and has no order of size",
+                expected=f"one of {[c.name for c in self.columns if isinstance(c.values, Tensor)]}",
+                do="name a numeric column with by=",
+            )
+        flat = column.values.flatten().double()
+        order = torch.argsort(flat, descending=largest, stable=True)
+        order = order[~torch.isnan(flat[order])][: max(n, 0)]
+        shape = tuple(len(axis.labels) for axis in self.axes)
+        places = [self._labels(int(i), shape) for i in order]
+        names = list(places[0]) if places else [axis.name for axis in self.axes]
+        labels = tuple(Column(name, tuple(place[name] for place in places)) for name in names)
+        picked = tuple(Column(c.name, _pick(c.values, order), c.unit, c.meaning) for c in self.columns)
+        ranks = Axis("rank", tuple(str(i + 1) for i in range(len(order))))
+        return Record(self.question, (ranks,), labels + picked, self.parameters, self.stamp, self.provenance)
+
+    def to_json(self) -> str:
+        """The record as one JSON object: question, parameters, stamp, provenance and rows."""
+        return json.dumps(
+            {
+                "question": self.question,
+                "parameters": dict(self.parameters),
+                "stamp": dict(self.stamp),
+                "provenance": dict(self.provenance),
+                "rows": list(self.rows()),
+            },
+            allow_nan=False,
+        )
+
+    def _repr_html_(self) -> str:
+        """A table of the first twenty entries by the first column, for notebooks."""
+        numeric = any(isinstance(c.values, Tensor) for c in self.columns)
+        shown = list((self.top(20) if numeric and len(self.axes) > 1 else self).rows())[:20]
+        if not shown:
+            return f"<p>{html.escape(self.question)}: no entries</p>"
+        head = "".join(f"<th>{html.escape(str(name))}</th>" for name in shown[0])
+        body = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row.values()) + "</tr>" for row in shown)
+        caption = html.escape(f"{self.question} · " + ", ".join(f"{k}={v}" for k, v in self.parameters.items()))
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _named(items: tuple[Any, ...], name: str, kind: str) -> Any:
+    for item in items:
+        if item.name == name:
+            return item
+    raise UsageError(
+        f"this record has no {kind} {name!r}",
+        expected=f"one of {', '.join(item.name for item in items)}",
+        do=f"choose one of these {kind} names",
+    )
+
+
+def _flat(values: Tensor | tuple[Value, ...]) -> list[Value]:
+    return values.flatten().tolist() if isinstance(values, Tensor) else list(values)
+
+
+def _pick(values: Tensor | tuple[Value, ...], order: Tensor) -> Tensor | tuple[Value, ...]:
+    if isinstance(values, Tensor):
+        return values.flatten()[order]
+    return tuple(values[int(i)] for i in order)
+
+
+def _absent(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
