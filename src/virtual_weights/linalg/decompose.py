@@ -1,0 +1,141 @@
+"""Singular values, eigenvalues, norms and traces of a map through its factors, in float64.
+
+One algorithm: cut the chain at its narrowest dimension r (``halves``), QR of the two outer factors, and a small r x r core
+that carries all singular values. Nothing of shape (out, in) is formed for a chain of low rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg.linear_map import LinearMap, halves
+from virtual_weights.linalg.numerics import accumulate
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SVD:
+    """``map = U @ diag(S) @ V.T``: U (out, r) what is read, S (r,) the gains, descending, V (in, r) what is written."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def svd(map: LinearMap, rank: int | None = None) -> SVD:
+    """Reduced singular value decomposition, ``map = U diag(S) V^T``, through the factors.
+
+    Args:
+        map: any map, shape (out, in); its narrowest inner dimension is r.
+        rank: keep at most this many of the largest singular values; None keeps all r, zeros included.
+
+    Returns:
+        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64. The sign of each pair is fixed: the
+        entry of largest magnitude in a column of U is positive.
+
+    Raises:
+        UsageError: a negative rank.
+
+    S is invariant under orthogonal maps on either side and under any re-basing between factors.
+
+    Example:
+        >>> from virtual_weights.linalg import Dense
+        >>> svd(Dense(torch.tensor([[0.0, 2.0]]))).S
+        tensor([2.], dtype=torch.float64)
+    """
+    if rank is not None and rank < 0:
+        raise UsageError(
+            f"rank={rank}", expected="a rank >= 0, or None for all", do="pass the number of values to keep"
+        )
+    left, right = halves(map, accumulate)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
+    sign = _signs(u)
+    return SVD(U=u * sign, S=s, V=v * sign)
+
+
+def singular_values(map: LinearMap) -> Tensor:
+    """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0."""
+    return torch.linalg.svdvals(_core(map))
+
+
+def spectral_norm(map: LinearMap) -> float:
+    """``||map||_2``, the largest gain; 0 for an empty map."""
+    s = singular_values(map)
+    return float(s[0]) if s.numel() else 0.0
+
+
+def frobenius_norm(map: LinearMap) -> float:
+    """``||map||_F = sqrt(sum of squared entries)``, through the r x r core."""
+    return float(torch.linalg.vector_norm(_core(map)))
+
+
+def eigenvalues(map: LinearMap) -> Tensor:
+    """The r eigenvalues that a square map of inner dimension r can have beside zero.
+
+    ``eig(A B) = eig(B A)`` up to zeros, so an (n, n) map cut at its narrowest dimension r has the r eigenvalues of an
+    r x r matrix and n - r further zeros, which are not returned.
+
+    Args:
+        map: a square map, shape (n, n).
+
+    Returns:
+        (r,) complex128, by descending magnitude (then real, then imaginary part).
+
+    Raises:
+        UsageError: the map is not square.
+
+    Invariant under a change of basis of the map and under re-basing between factors.
+    Reference: Horn and Johnson, *Matrix Analysis*, theorem 1.3.22.
+
+    Example:
+        >>> from virtual_weights.linalg import Dense
+        >>> eigenvalues(Dense(torch.tensor([[1.0], [0.0]])) @ Dense(torch.tensor([[3.0, 5.0]])))
+        tensor([3.+0.j], dtype=torch.complex128)
+    """
+    _require_square(map, "eigenvalues")
+    left, right = halves(map, accumulate)
+    values = torch.linalg.eigvals(right @ left).to(torch.complex128)
+    order = sorted(range(len(values)), key=lambda i: _descending(complex(values[i].item())))
+    return values[order]
+
+
+def trace(map: LinearMap) -> float:
+    """``tr(map)`` of a square map, through its factors: ``tr(A B) = sum(A * B^T)``."""
+    _require_square(map, "trace")
+    left, right = halves(map, accumulate)
+    return float((left * right.T).sum())
+
+
+def _core(map: LinearMap) -> Tensor:
+    """(r, r) matrix with the singular values of the map."""
+    left, right = halves(map, accumulate)
+    return torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+
+
+def _signs(u: Tensor) -> Tensor:
+    if u.numel() == 0:
+        return u.new_ones(u.shape[1])
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+
+
+def _descending(value: complex) -> tuple[float, float, float]:
+    # conjugates have equal magnitude only up to rounding: 12 digits keep their order the same on every machine
+    return -float(f"{abs(value):.12g}"), -float(f"{value.real:.12g}"), -value.imag
+
+
+def _require_square(map: LinearMap, name: str) -> None:
+    if map.shape[0] != map.shape[1]:
+        raise UsageError(
+            f"{name} of a map of shape {map.shape}",
+            expected="a square map (n, n)",
+            do="compose it with a map back, or use singular_values",
+        )

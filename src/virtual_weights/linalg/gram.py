@@ -1,0 +1,120 @@
+"""The all-pairs kernel: ``||R_i O_j||_F^2`` for many readers and writers, without forming any product of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import ResourceError, UsageError
+from virtual_weights.linalg.direct_form import DirectForm
+from virtual_weights.linalg.gram_form import GramForm
+from virtual_weights.linalg.map_stack import MapStack, self_moments
+from virtual_weights.linalg.pairing import Pairing, Progress, pairing
+
+__all__ = ["Form", "MapStack", "Pairs", "all_pairs", "self_moments"]
+
+Form = Literal["gram", "direct"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The result of :func:`all_pairs`.
+
+    Args:
+        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2`` >= 0; NaN where the writer's position is after the reader's.
+        form: which of the two ways was taken.
+        flops: multiplications and additions of the way taken.
+    """
+
+    squared: Tensor
+    form: Form
+    flops: float
+
+
+def all_pairs(
+    readers: MapStack,
+    writers: MapStack,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    memory: int = 512 * 2**20,
+    form: Form | None = None,
+    progress: Progress | None = None,
+) -> Pairs:
+    """``||R_i O_j||_F^2`` of every reader with every writer that reaches it.
+
+    ::
+
+        ||R O||_F^2 = tr(R^T R O O^T) = <G_r, G_w>          G_r = R^T R,  G_w = O O^T,  both (d, d)
+
+    Gram form: tiles of the upper triangle of all G at once, one matrix product per tile, ``n_r n_w d^2`` flops; direct form:
+    ``2 (n_r k)(n_w k) d``. The first is cheaper about when ``d < 2 k^2``; both count forming their factors, and pairs that
+    cannot reach are skipped group by group.
+
+    Args:
+        readers: ``R_i = L_i outer_i``, each (., d), at the state it reads.
+        writers: ``O_j^T = L_j outer_j``, at the state in which the write first appears.
+        dtype: float64 or float32 for products; sums over tiles are in float64 either way.
+        device: where to compute; None is where ``readers.outer`` is. The stacks are moved tile by tile.
+        memory: bytes of workspace, the result included, the stacks not.
+        form: "gram" or "direct" to insist; None takes the cheaper that fits.
+        progress: called with (flops done, flops in all).
+
+    Returns:
+        Pairs, on the device of ``readers.outer``. Absolute error of ``squared`` is a small multiple of
+        ``eps(dtype) ||G_r||_F ||G_w||_F`` in the Gram form, of ``eps(dtype)^2 ||R||^2 ||O||^2`` for nearly orthogonal pairs in
+        the direct form. Invariant under rotation of the stream and under re-basing inside each map.
+
+    Raises:
+        UsageError: widths that differ, or a dtype that is neither float64 nor float32.
+        ResourceError: even the smallest tile does not fit ``memory``; says what would.
+
+    Reference: Elhage et al. 2021 (composition scores); the Gram identity is the Frobenius inner product's.
+
+    Example:
+        >>> one = MapStack(torch.eye(2).reshape(2, 1, 2), torch.arange(2), None, torch.zeros(2, dtype=torch.int64))
+        >>> all_pairs(one, one).squared
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    if readers.width != writers.width or dtype not in (torch.float64, torch.float32):
+        raise UsageError(
+            f"readers of width {readers.width}, writers of width {writers.width}, dtype {dtype}",
+            expected="equal widths, and float64 or float32",
+            do="give both stacks on the same stream; storage of any dtype is converted tile by tile",
+        )
+    home = readers.outer.device
+    chosen = torch.device(device) if device is not None else home
+    pairs = pairing(readers, writers)
+    result = torch.full((readers.count, writers.count), float("nan"), dtype=torch.float64, device=home)
+    if not pairs.groups:
+        return Pairs(result, form or "gram", 0.0)
+    plan = _plan(pairs, dtype, memory, form)
+    squared = plan.compute(chosen, progress).to(home)
+    reads, writes = readers.position.cpu(), writers.position.cpu()
+    squared.clamp_(min=0.0)  # a sum of squares: below zero is rounding of <G_r, G_w>
+    hidden = writes[pairs.writers.order][None, :] > reads[pairs.readers.order][:, None]
+    squared.masked_fill_(hidden.to(home), float("nan"))
+    result[pairs.readers.order.to(home)[:, None], pairs.writers.order.to(home)[None, :]] = squared
+    return Pairs(result, plan.name, plan.flops)
+
+
+def _plan(pairs: Pairing, dtype: torch.dtype, memory: int, form: Form | None) -> GramForm | DirectForm:
+    plans: list[GramForm | DirectForm] = []
+    if form != "direct":
+        plans.append(GramForm.within(pairs, dtype, memory))
+    if form != "gram":
+        plans.append(DirectForm.within(pairs, dtype, memory))
+    fitting = [plan for plan in plans if plan.needed <= memory]
+    if not fitting:
+        least = min(plan.needed for plan in plans)
+        raise ResourceError(
+            f"all pairs of {pairs.readers.count} readers and {pairs.writers.count} writers in {memory} bytes of workspace",
+            expected=f"at least {least} bytes, for the smallest tiles",
+            do="raise the memory budget, use float32, or give fewer readers at a time",
+        )
+    return min(fitting, key=lambda plan: plan.flops)

@@ -1,0 +1,174 @@
+"""All pairs as inner products of Gram matrices, ``||R_i O_j||_F^2 = <G_i, G_j>``, streamed over the d x d axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.linalg.map_stack import self_moments
+from virtual_weights.linalg.numerics import accumulate
+from virtual_weights.linalg.pairing import Pairing, Progress, Side
+
+_ROWS = 64  # rows of a Gram tile: thin enough that the doubly computed diagonal is ~ 64/d of the work
+_CONVERTED_BYTES = 32 * 2**20  # factors gathered or converted at once
+
+
+@final
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the d x d axis; off the diagonal a tile stands for its mirror image too (weight 2)."""
+
+    rows: slice
+    columns: slice
+    weight: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GramForm:
+    """One plan of the Gram form: tiles of ``rows`` x ``columns``, or of the smallest kind if nothing else fits.
+
+    ::
+
+        flops = sum over tiles of 2 pairs |I| |J|  +  sum over sides of n (2 k^2 d [metric] + sum over tiles of 2 k |I| |J|)
+
+    which is about ``pairs d^2 + n k d^2``.
+    """
+
+    pairing: Pairing
+    dtype: torch.dtype
+    rows: int
+    columns: int
+
+    name = "gram"
+
+    @staticmethod
+    def within(pairing: Pairing, dtype: torch.dtype, memory: int) -> GramForm:
+        """The plan with the widest tiles that stay within ``memory`` bytes."""
+        d = pairing.readers.stack.width
+        rows = min(_ROWS, d)
+        while rows > 1 and GramForm(pairing, dtype, rows, rows).needed > memory:
+            rows = (rows + 1) // 2
+        low, high = rows, d
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = GramForm(pairing, dtype, rows, middle).needed <= memory
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return GramForm(pairing, dtype, rows, low)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of workspace: Gram tiles, half-products, converted factors, and the result three times over."""
+        tiles = sum(side.count * self.rows * self.columns for side in self.pairing.sides)
+        halves = sum(side.count * side.stack.inner * self.rows for side in self.pairing.sides)
+        converted = max(self._step(side) * self._converted(side) for side in self.pairing.sides)
+        result = self.pairing.readers.count * self.pairing.writers.count
+        return (tiles + halves + converted + result) * self.dtype.itemsize + 3 * 8 * result
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of this plan."""
+        d = self.pairing.readers.stack.width
+        area = sum(_area(tile) for _, tiles in self._tiles() for tile in tiles)
+        forming = sum(
+            side.count * (2.0 * side.stack.inner * area + _metric_flops(side, d)) for side in self.pairing.sides
+        )
+        return 2.0 * self.pairing.pairs * area + forming
+
+    def compute(self, device: torch.device, progress: Progress | None) -> Tensor:
+        """(readers, writers) float64 in the pairing's order; entries outside all groups are 0."""
+        readers, writers = self.pairing.sides
+        d = readers.stack.width
+        squared = torch.zeros((readers.count, writers.count), dtype=accumulate, device=device)
+        shifts = self._shifts(device)
+        grams = [self._buffer(side.count * self.rows * self.columns, device) for side in self.pairing.sides]
+        halves = [self._buffer(side.count * side.stack.inner * self.rows, device) for side in self.pairing.sides]
+        done, total = 0.0, self.flops
+        for rows, tiles in self._tiles():
+            lefts = [
+                self._left(side, rows, half, device) for side, half in zip(self.pairing.sides, halves, strict=True)
+            ]
+            done += sum(side.count * _metric_flops(side, _length(rows)) for side in self.pairing.sides)
+            for tile in tiles:
+                flat: list[Tensor] = []
+                for side, left, buffer, shift in zip(self.pairing.sides, lefts, grams, shifts, strict=True):
+                    gram = self._gram(side, left, tile, buffer, device)
+                    if tile.rows == tile.columns and shift is not None:
+                        gram.diagonal(dim1=1, dim2=2).sub_(shift[:, None])
+                    flat.append(gram.flatten(1))
+                    done += side.count * 2.0 * side.stack.inner * _area(tile)
+                for group in self.pairing.groups:
+                    product = flat[0][group.first : group.last] @ flat[1][: group.writers].T
+                    squared[group.first : group.last, : group.writers].add_(product, alpha=tile.weight)
+                    done += 2.0 * group.pairs * _area(tile)
+                if progress is not None:
+                    progress(done, total)
+        if shifts[0] is not None and shifts[1] is not None:
+            squared.addr_(shifts[0].to(accumulate), shifts[1].to(accumulate), alpha=d)
+        return squared
+
+    def _shifts(self, device: torch.device) -> list[Tensor | None]:
+        """``tr G / d`` of each map where sums are shorter than float64, else None.
+
+        ``<G_r, G_w> = d s_r s_w + <G_r - s_r I, G_w - s_w I>`` exactly for s = tr G / d: the large part is then taken in
+        float64, and what is summed in float32 is only the fluctuation around it.
+        """
+        if self.dtype == accumulate:
+            return [None, None]
+        return [(self_moments(side.stack)[0][side.order] / side.stack.width).to(device) for side in self.pairing.sides]
+
+    def _left(self, side: Side, rows: slice, buffer: Tensor, device: torch.device) -> Tensor:
+        """``metric @ outer[:, :, rows]`` of every map: (n, k, rows), in the buffer."""
+        left = buffer[: side.count * side.stack.inner * _length(rows)].view(side.count, side.stack.inner, -1)
+        for maps in self._chunks(side):
+            outer = side.outer(maps, rows, self.dtype, device)
+            metric = side.metric(maps, self.dtype, device)
+            if metric is None:
+                left[maps] = outer
+            else:
+                torch.bmm(metric, outer, out=left[maps])
+        return left
+
+    def _gram(self, side: Side, left: Tensor, tile: Tile, buffer: Tensor, device: torch.device) -> Tensor:
+        """``left^T outer[:, :, columns]`` of every map: (n, rows, columns), in the buffer."""
+        gram = buffer[: side.count * _area(tile)].view(side.count, _length(tile.rows), _length(tile.columns))
+        for maps in self._chunks(side):
+            torch.bmm(left[maps].mT, side.outer(maps, tile.columns, self.dtype, device), out=gram[maps])
+        return gram
+
+    def _tiles(self) -> Iterator[tuple[slice, list[Tile]]]:
+        d = self.pairing.readers.stack.width
+        for start in range(0, d, self.rows):
+            stop = min(start + self.rows, d)
+            rows = slice(start, stop)
+            beside = [slice(at, min(at + self.columns, d)) for at in range(stop, d, self.columns)]
+            yield rows, [Tile(rows, rows, 1.0), *(Tile(rows, columns, 2.0) for columns in beside)]
+
+    def _buffer(self, count: int, device: torch.device) -> Tensor:
+        return torch.empty(count, dtype=self.dtype, device=device)
+
+    def _chunks(self, side: Side) -> Iterator[slice]:
+        step = self._step(side)
+        return (slice(start, min(start + step, side.count)) for start in range(0, side.count, step))
+
+    def _step(self, side: Side) -> int:
+        return max(1, min(side.count, _CONVERTED_BYTES // (self.dtype.itemsize * self._converted(side))))
+
+    def _converted(self, side: Side) -> int:
+        return side.stack.inner * (self.columns + side.stack.inner)
+
+
+def _length(cut: slice) -> int:
+    return cut.stop - cut.start
+
+
+def _area(tile: Tile) -> int:
+    return _length(tile.rows) * _length(tile.columns)
+
+
+def _metric_flops(side: Side, columns: int) -> float:
+    return 0.0 if side.stack.metric is None else 2.0 * side.stack.inner**2 * columns

@@ -1,0 +1,169 @@
+"""The matched null: what ``||A U B||`` is when only the orientation U between two maps is random (Haar on O(d)).
+
+A score cannot be read without it. Both moments are closed form; draws are seeded and need only singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg.decompose import singular_values
+from virtual_weights.linalg.linear_map import LinearMap
+from virtual_weights.linalg.numerics import accumulate
+
+_DRAW_BYTES = 64 * 2**20  # draws are made in batches of this size: enough for batched LAPACK, small beside a model
+
+
+def haar_moments(
+    trace_a: Tensor | float, square_a: Tensor | float, trace_b: Tensor | float, square_b: Tensor | float, d: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``X = ||A U B||_F^2 = tr(G_A U G_B U^T)`` over Haar-random orthogonal U.
+
+    ::
+
+        E X   = tr G_A tr G_B / d
+        Var X = 2 (tr G_A^2 - (tr G_A)^2/d) (tr G_B^2 - (tr G_B)^2/d) / ((d - 1) (d + 2))
+
+    with ``G_A = A^T A`` and ``G_B = B B^T``, both (d, d): the traceless symmetric matrices are one irreducible
+    representation of O(d), of dimension (d - 1)(d + 2)/2.
+
+    Args:
+        trace_a: ``tr G_A``; tensors broadcast over pairs.
+        square_a: ``tr G_A^2``.
+        trace_b: ``tr G_B``.
+        square_b: ``tr G_B^2``.
+        d: dimension of the space that U turns, >= 1.
+
+    Returns:
+        (mean, variance) as float64 tensors, >= 0; the variance is 0 for d = 1, where U is a sign.
+
+    Reference: Collins and Sniady 2006 (integration over O(d)); for projectors: James 1954.
+
+    Example:
+        >>> haar_moments(2.0, 2.0, 2.0, 2.0, 8)[0]
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if d < 1:
+        raise UsageError(f"d={d}", expected="a dimension >= 1", do="pass the width of the stream")
+    t_a, s_a, t_b, s_b = (torch.as_tensor(x, dtype=accumulate) for x in (trace_a, square_a, trace_b, square_b))
+    mean = t_a * t_b / d
+    if d == 1:
+        return mean, torch.zeros_like(mean + s_a + s_b)
+    # >= 0 by Cauchy-Schwarz; rounding may put a multiple of the identity slightly below
+    spread_a, spread_b = (s_a - t_a**2 / d).clamp(min=0.0), (s_b - t_b**2 / d).clamp(min=0.0)
+    return mean, 2.0 * spread_a * spread_b / ((d - 1) * (d + 2))
+
+
+def overlap_moments(r1: Tensor | int, r2: Tensor | int, d: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the overlap ``||Q1^T Q2||_F^2 / min(r1, r2)`` of independent random subspaces.
+
+    Args:
+        r1: dimensions of the first subspaces, >= 1; broadcasts.
+        r2: dimensions of the second, >= 1.
+        d: dimension of the space.
+
+    Returns:
+        (mean, variance), float64; the mean is ``max(r1, r2) / d``.
+    """
+    first, second = torch.as_tensor(r1, dtype=accumulate), torch.as_tensor(r2, dtype=accumulate)
+    mean, variance = haar_moments(first, first, second, second, d)
+    least = torch.minimum(first, second)
+    return mean / least, variance / least**2
+
+
+def haar_orthogonal(d: int, generator: torch.Generator) -> Tensor:
+    """A (d, d) orthogonal matrix from the Haar measure on O(d), float64 (QR of a Gaussian; Mezzadri 2007)."""
+    return _haar_frames(1, d, d, generator)[0]
+
+
+def draw_null(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Tensor:
+    """Seeded draws of ``||A U B||_F^2``, U Haar on O(d), through the singular values alone.
+
+    Args:
+        A: map reading R^d, shape (., d).
+        B: map writing R^d, shape (d, .).
+        draws: how many.
+        seed: of the generator; the same seed gives the same draws.
+
+    Returns:
+        (draws,) float64 >= 0.
+
+    Raises:
+        UsageError: A and B do not meet in one R^d.
+    """
+    return torch.cat([m.square().sum(dim=(1, 2)) for m in _null_cores(A, B, draws, seed)])
+
+
+def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quantile: float = 0.99) -> float:
+    """The edge of the matched null: this quantile of the largest singular value of ``A U B``, from seeded draws.
+
+    Args:
+        A: map reading R^d.
+        B: map writing R^d.
+        draws: how many, >= 1; the quantile is interpolated between them.
+        seed: of the generator.
+        quantile: in [0, 1].
+
+    Returns:
+        The edge, in units of gain; singular values of ``A B`` above it are aligned beyond chance.
+    """
+    top = torch.cat([torch.linalg.matrix_norm(m, ord=2) for m in _null_cores(A, B, draws, seed)])
+    return float(torch.quantile(top, quantile))
+
+
+def benjamini_hochberg(p_values: Tensor) -> Tensor:
+    """False discovery rates ``q_(i) = min over j >= i of p_(j) m / j``.
+
+    Args:
+        p_values: p in [0, 1], any shape; NaN marks a pair that was not tested.
+
+    Returns:
+        q of the same shape, float64, ``p <= q <= 1``; NaN where p is NaN, which counts in no way.
+
+    Reference: Benjamini and Hochberg 1995.
+
+    Example:
+        >>> benjamini_hochberg(torch.tensor([0.01, 0.5], dtype=torch.float64))
+        tensor([0.0200, 0.5000], dtype=torch.float64)
+    """
+    p = p_values.to(accumulate)
+    tested = ~p.isnan()
+    ordered, order = p[tested].sort()
+    m = len(ordered)
+    ratio = ordered * m / torch.arange(1, m + 1, dtype=accumulate, device=p.device)
+    q = torch.full_like(p, float("nan"))
+    found = torch.empty_like(ordered)
+    found[order] = ratio.flip(0).cummin(0).values.flip(0).clamp(max=1.0)
+    q[tested] = found
+    return q
+
+
+def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[Tensor]:
+    """Batches of (draws, ra, rb) matrices with the singular values of A U B: ``diag(Sa) H diag(Sb)``, H a corner of U."""
+    if A.shape[1] != B.shape[0] or draws < 1:
+        raise UsageError(
+            f"{draws} draws for maps of shapes {A.shape} and {B.shape}",
+            expected="at least one draw, and inner dimensions that agree",
+            do="pass the reader first and the writer second",
+        )
+    d = A.shape[1]
+    s_a, s_b = (s[s > 0] for s in (singular_values(A).cpu(), singular_values(B).cpu()))
+    # U^T is as Haar as U: only the thinner side needs a frame
+    wide, thin = (s_a, s_b) if len(s_a) >= len(s_b) else (s_b, s_a)
+    generator = torch.Generator().manual_seed(seed)
+    batch = max(1, _DRAW_BYTES // max(1, 8 * d * len(thin)))
+    for start in range(0, draws, batch):
+        frames = _haar_frames(min(batch, draws - start), d, len(thin), generator)
+        yield wide[:, None] * frames[:, : len(wide)] * thin
+
+
+def _haar_frames(count: int, d: int, r: int, generator: torch.Generator) -> Tensor:
+    """(count, d, r) orthonormal frames, Haar: the sign fix makes QR unique, without it the law depends on LAPACK's signs."""
+    gaussian = torch.randn(count, d, r, dtype=accumulate, generator=generator, device=generator.device)
+    q, upper = torch.linalg.qr(gaussian)
+    diagonal = upper.diagonal(dim1=1, dim2=2)
+    return q * torch.where(diagonal < 0, -1.0, 1.0).to(accumulate)[:, None, :]

@@ -1,0 +1,32 @@
+"""The only epsilon of the package, and the dtype in which sums and decompositions are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+accumulate = torch.float64
+"""Decompositions and long sums are taken in float64: storage is bfloat16 or float32, cores are at most a few hundred wide,
+so the cost is small and the result does not depend on the storage dtype's rounding."""
+
+
+def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:
+    """Relative cut below which a singular value is rounding: ``eps(dtype) * max(shape)``.
+
+    Args:
+        dtype: the dtype in which the decomposition was **computed** (not stored: stored entries are taken as exact,
+            and eps(bfloat16) * 4096 would cut everything).
+        shape: shape of the map.
+
+    Returns:
+        The cut relative to the largest singular value, dimensionless, > 0.
+
+    Reference: Golub and Van Loan, *Matrix Computations*, section 5.4; the rule of LAPACK-based rank functions.
+
+    Example:
+        >>> tolerance(torch.float64, (4, 8)) == 8 * 2.0**-52
+        True
+    """
+    # backward error of an SVD is a modest multiple of eps times S_1, growing no faster than the larger side
+    return torch.finfo(dtype).eps * max(1, *shape)
