@@ -24,6 +24,7 @@ from virtual_weights.linalg.null import (
     spectrum_null_edge,
 )
 from virtual_weights.linalg.numerics import accumulate, tolerance
+from virtual_weights.linalg.pairing import Progress
 from virtual_weights.linalg.spectrum import Spectrum
 from virtual_weights.linalg.subspace import (
     Subspace,
@@ -46,6 +47,7 @@ __all__ = [
     "MapStack",
     "Pairs",
     "Product",
+    "Progress",
     "Spectrum",
     "Subspace",
     "Sum",

@@ -1,0 +1,45 @@
+"""Options that several commands share, with one wording each."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ProgressMode(StrEnum):
+    """How progress is told, always on stderr."""
+
+    auto = "auto"
+    json = "json"
+    none = "none"
+
+
+class PortName(StrEnum):
+    """A reading port of an attention head."""
+
+    Q = "Q"
+    K = "K"
+    V = "V"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="built-in name, folder, .safetensors, .gguf or hf://org/name@revision")
+]
+NoFold = Annotated[bool, typer.Option("--no-fold", help="leave norm gains and centring out of the readers")]
+Partial = Annotated[bool, typer.Option("--partial", help="accept a checkpoint in which tensors are missing")]
+Offline = Annotated[bool, typer.Option("--offline", help="never fetch anything")]
+AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="do not refuse NaN and infinity")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
+ProgressOption = Annotated[ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr")]
+RotaryOffset = Annotated[
+    int | None,
+    typer.Option("--rotary-offset", metavar="D", min=0, help="query position minus key position; none is offset 0"),
+]
+Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="how many edges to show")]
+Device = Annotated[str, typer.Option("--device", help="torch device of the kernel, e.g. cpu or cuda")]
+ComputeDtype = Annotated[str, typer.Option("--dtype", help="float64 or float32; sums accumulate in float64 either way")]
+MemoryMb = Annotated[int, typer.Option("--memory-mb", metavar="MIB", min=16, help="workspace of the all-pairs kernel")]
+SaveFile = Annotated[Path | None, typer.Option("--save", metavar="FILE.safetensors", help="write the full matrices")]

@@ -1,0 +1,96 @@
+"""What ``stream["..."]`` gives: a head, an MLP or a neuron, as linear maps on the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Dense, LinearMap
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One attention head.
+
+    Attributes:
+        label: its name.
+        q, k, v: effective read maps, shape (d_head, d_model), the norm folded as the stream says.
+        o: its write map, shape (d_model, d_head).
+        q_constant, k_constant, v_constant: what the reads receive whatever the stream holds,
+            shape (d_head,), None where nothing.
+        channel: name of the key/value head it shares, None where it shares none.
+        rotate: from an offset to the rotary matrix (d_head, d_head), orthogonal; None without rotary embedding.
+    """
+
+    label: str
+    q: LinearMap
+    k: LinearMap
+    v: LinearMap
+    o: LinearMap
+    q_constant: Tensor | None
+    k_constant: Tensor | None
+    v_constant: Tensor | None
+    channel: str | None
+    rotate: Callable[[int], Tensor | None] | None
+
+    @property
+    def ov(self) -> LinearMap:
+        """OV circuit ``W_O W_V``, shape (d_model, d_model), rank <= d_head."""
+        return self.o @ self.v
+
+    @property
+    def qk(self) -> LinearMap:
+        """QK circuit ``W_Q^T W_K`` at rotary offset 0, shape (d_model, d_model): score = x_q^T QK x_k / (s_q s_k)."""
+        return self.q.T @ self.k
+
+    def qk_at(self, offset: int) -> LinearMap:
+        """QK circuit ``W_Q^T Rot(offset)^T W_K`` for a key ``offset`` tokens before the query.
+
+        Without rotary embedding the offset changes nothing.
+        """
+        turn = self.rotate(offset) if self.rotate and offset else None
+        return self.qk if turn is None else self.q.T @ Dense(turn.to(self.q.dtype)).T @ self.k
+
+    def circuit(self, port: str, offset: int = 0) -> LinearMap:
+        """The circuit through which a port reads: Q ``QK^T``, K ``QK``, V ``OV``; each maps the stream to the stream."""
+        if port == "Q":
+            return self.qk_at(offset).T
+        if port == "K":
+            return self.qk_at(offset)
+        if port == "V":
+            return self.ov
+        raise UsageError(
+            f"{self.label} has no reading port {port!r}", expected="Q, K or V", do="write for example " + self.label + ".K"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """One MLP: readers ``up`` (and ``gate``), writer ``out``; every neuron is a row and a column.
+
+    Attributes:
+        label: its name.
+        up: effective read map, shape (d_mlp, d_model); the only one where the MLP is not gated.
+        gate: effective map of the gate, shape (d_mlp, d_model), None where not gated.
+        out: write map, shape (d_model, d_mlp).
+        up_constant, gate_constant: shape (d_mlp,), None where nothing.
+    """
+
+    label: str
+    up: LinearMap
+    gate: LinearMap | None
+    out: LinearMap
+    up_constant: Tensor | None
+    gate_constant: Tensor | None
+
+    def reader(self, port: str) -> LinearMap:
+        """The read map of a port: ``in`` or ``up``, and ``gate`` where the MLP is gated."""
+        if port == "up" or (port == "in" and self.gate is None):
+            return self.up
+        if port == "gate" and self.gate is not None:
+            return self.gate
+        expected = "gate or up" if self.gate is not None else "in"
+        raise UsageError(f"{self.label} has no reading port {port!r}", expected=expected, do="name one of these")
