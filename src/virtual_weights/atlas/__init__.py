@@ -1,1 +1,7 @@
-"""Records at rest."""
+"""Records at rest: a folder of content-addressed results that opens anywhere and resumes."""
+
+from virtual_weights.atlas.atlas import FORMAT, Atlas
+from virtual_weights.atlas.edges import edges
+from virtual_weights.atlas.keys import task_key
+
+__all__ = ["FORMAT", "Atlas", "edges", "task_key"]

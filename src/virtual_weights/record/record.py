@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 
 Value = float | int | str | bool | None
+Named = TypeVar("Named", "Axis", "Column")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Column:
 
     Attributes:
         name: short name, used as the column's key everywhere.
-        values: a tensor, or a tuple of strings where there is one axis; floating NaN = absent.
+        values: a real tensor, or a tuple of plain values where there is one axis; floating NaN = absent.
         unit: unit in words, e.g. ``"1 (ratio)"``.
         meaning: one sentence or formula.
     """
@@ -89,6 +91,12 @@ class Record:
         for column in self.columns:
             found = tuple(column.values.shape) if isinstance(column.values, Tensor) else (len(column.values),)
             assert found == shape, f"column {column.name!r} has shape {found}, axes have {shape}"
+            complex_ = isinstance(column.values, Tensor) and column.values.is_complex()
+            assert not complex_, f"column {column.name!r} is complex: give its parts or its modulus and angle"
+        for axis in self.axes:
+            assert len(axis.channels) in (0, len(axis.labels)), f"axis {axis.name!r} has channels for some labels only"
+        names = [item.name for item in self.axes] + [item.name for item in self.columns]
+        assert len(set(names)) == len(names), f"names of axes and columns repeat: {names}"
 
     def axis(self, name: str) -> Axis:
         """The axis called ``name``."""
@@ -102,19 +110,28 @@ class Record:
         """The values of the column called ``name``."""
         return self.column(name).values
 
-    def rows(self) -> Iterator[dict[str, Value]]:
-        """Every entry as a dictionary: axis labels, channels where shared, then column values.
+    @property
+    def size(self) -> int:
+        """How many entries there are, absent ones too."""
+        return math.prod(len(axis.labels) for axis in self.axes)
 
-        Entries whose first floating column is NaN are absent and are skipped.
+    def present(self) -> Tensor:
+        """Which entries are there: True but where the first floating tensor is NaN; flat, in row order."""
+        for column in self.columns:
+            if isinstance(column.values, Tensor) and column.values.is_floating_point():
+                return ~torch.isnan(column.values.detach().flatten().cpu())
+        return torch.ones(self.size, dtype=torch.bool)
+
+    def rows(self) -> Iterator[dict[str, Value]]:
+        """Every entry that is present as a dictionary: axis labels, channels where shared, column values.
+
+        A value that is not finite is None.
         """
         shape = tuple(len(axis.labels) for axis in self.axes)
         lists = [(c.name, _flat(c.values)) for c in self.columns]
-        for flat in range(math.prod(shape)):
-            values = {name: column[flat] for name, column in lists}
-            first = next(iter(values.values()), None)
-            if isinstance(first, float) and math.isnan(first):
-                continue
-            yield {**self._labels(flat, shape), **{k: _absent(v) for k, v in values.items()}}
+        for flat, there in enumerate(self.present().tolist()):
+            if there:
+                yield {**self._labels(flat, shape), **{name: _absent(column[flat]) for name, column in lists}}
 
     def _labels(self, flat: int, shape: tuple[int, ...]) -> dict[str, Value]:
         place: dict[str, Value] = {}
@@ -123,36 +140,41 @@ class Record:
             if axis.channels:
                 place[f"{axis.name}_channel"] = axis.channels[i]
             place[axis.name] = axis.labels[i]
-        return dict(reversed(place.items()))
+        return dict(reversed(place.items()))  # outermost axis first, its channel after it
 
     def top(self, n: int = 10, by: str | None = None, *, largest: bool = True) -> Record:
         """The ``n`` entries with the largest (or smallest) value of ``by``, as a table.
 
         Args:
             n: how many at most; absent (NaN) entries never count.
-            by: a floating column; the first column when None.
+            by: a numeric column; the first column when None.
             largest: False for the smallest.
 
         Returns:
-            A Record over one axis ``"rank"`` whose columns are the axis labels and all columns.
+            A Record over one axis ``"place"`` whose columns are the axis labels and all columns; equal
+            values keep their order in the record. Its parameters tell of the cut (``top``, ``by``, ``largest``).
+
+        Raises:
+            UsageError: there is no such column, or it holds text.
         """
-        column = self.column(by) if by else self.columns[0]
+        column = self.columns[0] if by is None else self.column(by)
         if not isinstance(column.values, Tensor):
             raise UsageError(
                 f"column {column.name!r} holds text and has no order of size",
                 expected=f"one of {[c.name for c in self.columns if isinstance(c.values, Tensor)]}",
                 do="name a numeric column with by=",
             )
-        flat = column.values.flatten().double()
+        flat = column.values.detach().flatten().cpu().double()
         order = torch.argsort(flat, descending=largest, stable=True)
         order = order[~torch.isnan(flat[order])][: max(n, 0)]
         shape = tuple(len(axis.labels) for axis in self.axes)
         places = [self._labels(int(i), shape) for i in order]
-        names = list(places[0]) if places else [axis.name for axis in self.axes]
+        names = list(self._labels(0, shape)) if self.size else [axis.name for axis in self.axes]
         labels = tuple(Column(name, tuple(place[name] for place in places)) for name in names)
         picked = tuple(Column(c.name, _pick(c.values, order), c.unit, c.meaning) for c in self.columns)
-        ranks = Axis("rank", tuple(str(i + 1) for i in range(len(order))))
-        return Record(self.question, (ranks,), labels + picked, self.parameters, self.stamp, self.provenance)
+        place = Axis("place", tuple(str(i + 1) for i in range(len(order))))
+        cut = {**self.parameters, "top": n, "by": column.name, "largest": largest}
+        return Record(self.question, (place,), labels + picked, cut, self.stamp, self.provenance)
 
     def to_json(self) -> str:
         """The record as one JSON object: question, parameters, stamp, provenance and rows."""
@@ -167,8 +189,18 @@ class Record:
             allow_nan=False,
         )
 
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the record as a Parquet table: one row per entry that is present, labels as columns.
+
+        Args:
+            path: the file to write; an existing one is replaced.
+        """
+        from virtual_weights.record.parquet import write_parquet
+
+        write_parquet(self, path)
+
     def _repr_html_(self) -> str:
-        """A table of the first twenty entries by the first column, for notebooks."""
+        """A table for notebooks: the first twenty entries, of a matrix the twenty with the largest first column."""
         numeric = any(isinstance(c.values, Tensor) for c in self.columns)
         shown = list((self.top(20) if numeric and len(self.axes) > 1 else self).rows())[:20]
         if not shown:
@@ -179,7 +211,7 @@ class Record:
         return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _named(items: tuple[Any, ...], name: str, kind: str) -> Any:
+def _named(items: tuple[Named, ...], name: str, kind: str) -> Named:
     for item in items:
         if item.name == name:
             return item
@@ -191,12 +223,12 @@ def _named(items: tuple[Any, ...], name: str, kind: str) -> Any:
 
 
 def _flat(values: Tensor | tuple[Value, ...]) -> list[Value]:
-    return values.flatten().tolist() if isinstance(values, Tensor) else list(values)
+    return values.detach().flatten().tolist() if isinstance(values, Tensor) else list(values)
 
 
 def _pick(values: Tensor | tuple[Value, ...], order: Tensor) -> Tensor | tuple[Value, ...]:
     if isinstance(values, Tensor):
-        return values.flatten()[order]
+        return values.detach().flatten()[order.to(values.device)]
     return tuple(values[int(i)] for i in order)
 
 

@@ -1,0 +1,120 @@
+"""Edges: who writes to whom, asked of the stored pairs without loading a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from virtual_weights.atlas.atlas import Atlas
+from virtual_weights.atlas.stored import Header
+from virtual_weights.errors import RecordError, UsageError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+_NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT")
+_ROW = "file_row_number"
+
+
+def edges(
+    atlas: Atlas,
+    reader: str | None = None,
+    writer: str | None = None,
+    *,
+    question: str = "composition",
+    by: str = "score",
+    top: int = 20,
+) -> list[dict[str, Any]]:
+    """The strongest stored edges of a reader, a writer, or all.
+
+    Args:
+        atlas: the atlas.
+        reader: a label, with its port or without (``"L18H6.K"``, ``"L18H6"``); None for all.
+        writer: a label; None for all.
+        question: name of a question whose records are over (reader, writer).
+        by: the numeric column to order by, largest first.
+        top: how many at most.
+
+    Returns:
+        One dictionary per edge: ``key`` of its record, question, port, reader and writer (with
+        ``reader_channel``, ``writer_channel`` where several names are one channel) and the question's
+        numeric columns. Equal values of one record stay in its order; a pair that cannot reach is not there.
+
+    Raises:
+        UsageError: no such label or column, nothing stored for the question, or ``top`` below 1.
+        RecordError: a table of pairs cannot be read.
+    """
+    if top < 1:
+        raise UsageError(f"top={top}", expected="1 or more", do="pass how many edges to list")
+    pairs = {key: header for key in atlas.keys(question) if (header := atlas.header(key)).is_pairs}
+    if not pairs:
+        stored = atlas.keys()
+        raise UsageError(
+            f"this atlas has no edges of {question!r}",
+            expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
+            do="compute it first, for example with vweights map",
+        )
+    asked = {
+        side: _end(pairs.values(), side, label) for side, label in (("reader", reader), ("writer", writer)) if label
+    }
+    tables = [str(atlas.edge_table(key)) for key in pairs]
+    import duckdb  # here, since importing the package is cheap by promise
+
+    try:
+        with duckdb.connect() as database:
+            return _strongest(database, tables, asked, by, top)
+    except duckdb.Error as error:
+        raise RecordError(
+            f"a table of pairs in {atlas.path} cannot be read: {error}",
+            expected="Parquet files as this package writes them",
+            do="remove the record's folder and run the question again",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _End:
+    """A label to look for: as it stands, or with its last part as the port."""
+
+    label: str
+    stem: str
+    port: str
+
+
+def _end(headers: Iterable[Header], side: str, label: str) -> _End:
+    end = _End(label, *label.rpartition(".")[::2])
+    known = {name for header in headers for axis in header.axes if axis.name == side for name in axis.labels}
+    if end.label not in known and end.stem not in known:
+        raise UsageError(
+            f"no {side} {label!r} in this atlas",
+            expected=f"one of {len(known)} labels, such as {', '.join(sorted(known)[:4])}, with a port or without",
+            do="correct the label",
+        )
+    return end
+
+
+def _strongest(
+    database: DuckDBPyConnection, tables: list[str], asked: Mapping[str, _End], by: str, top: int
+) -> list[dict[str, Any]]:
+    """The query as expressions: what the user says is a value in it, never text of it."""
+    from duckdb import ColumnExpression as Col
+    from duckdb import ConstantExpression as Const
+
+    pairs = database.read_parquet(tables, union_by_name=True, file_row_number=True)
+    numeric = [n for n, t in zip(pairs.columns, pairs.types, strict=True) if str(t) in _NUMBERS and n != _ROW]
+    if by not in numeric:
+        raise UsageError(f"edges have no number {by!r}", expected=f"one of {numeric}", do="name one of these with by=")
+    found = pairs.filter(Col(by).isnotnull())
+    for side, end in asked.items():
+        with_port = (Col(side) == Const(end.stem)) & (Col("port") == Const(end.port))
+        found = found.filter((Col(side) == Const(end.label)) | with_port)
+    ranked = found.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
+    return [_plain(dict(zip(ranked.columns, row, strict=True))) for row in ranked.fetchall()]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON can say it, without the columns that say nothing about it."""
+    silent = {name for name, value in row.items() if name == _ROW or (name.endswith("_channel") and value is None)}
+    finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+    return {name: value for name, value in finite.items() if name not in silent}

@@ -1,0 +1,188 @@
+"""One stored Record: a folder of ``record.json``, the dense columns or the table, and the edges.
+
+::
+
+    record.json          question, parameters, stamp, provenance, axes, columns without their values
+    arrays.safetensors   the columns of a record that is not over exactly one axis
+    table.parquet        the labels and columns of a record over one axis
+    edges.parquet        of a record over (reader, writer): one row per pair that can reach
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from virtual_weights.errors import RecordError
+from virtual_weights.record import Axis, Column, Record, Value
+from virtual_weights.record.parquet import kind_of, restore, write_parquet
+
+HEADER, ARRAYS, TABLE, EDGES = "record.json", "arrays.safetensors", "table.parquet", "edges.parquet"
+PAIR = ("reader", "writer")
+
+Values = Tensor | tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A column without its values.
+
+    Attributes:
+        name: its name.
+        kind: how its values are kept, as of `record.parquet.kind_of`.
+        unit: its unit.
+        meaning: its meaning.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """A stored Record without its values.
+
+    Attributes:
+        question: name of the question.
+        axes: the axes.
+        columns: the columns without their values.
+        parameters: the question's parameters.
+        stamp: the conventions in force.
+        provenance: the checkpoint.
+        written: when it was stored, ISO 8601 in UTC: the order of the text is the order in time.
+    """
+
+    question: str
+    axes: tuple[Axis, ...]
+    columns: tuple[Described, ...]
+    parameters: Mapping[str, Any]
+    stamp: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    written: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of every axis."""
+        return tuple(len(axis.labels) for axis in self.axes)
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the record is over (reader, writer), and its pairs are kept as edges."""
+        return tuple(axis.name for axis in self.axes) == PAIR
+
+
+def write_record(record: Record, folder: Path, key: str) -> None:
+    """Write a Record's files into an empty folder.
+
+    Args:
+        record: the record.
+        folder: an existing empty folder.
+        key: the record's address, repeated in its edges.
+    """
+    (folder / HEADER).write_text(json.dumps(_header(record), allow_nan=False, indent=1), encoding="utf-8")
+    if len(record.axes) == 1:
+        write_parquet(record, folder / TABLE, absent=True)
+    else:
+        save_file({column.name: _dense(column.values) for column in record.columns}, folder / ARRAYS)
+    if tuple(axis.name for axis in record.axes) == PAIR:
+        port = record.parameters.get("port")
+        origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
+        write_parquet(record, folder / EDGES, constants=origin)
+
+
+def read_header(folder: Path) -> Header:
+    """What is known of a stored Record without its values.
+
+    Raises:
+        RecordError: the header is missing or malformed.
+    """
+    try:
+        fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken(folder, f"{HEADER} cannot be read ({error})") from error
+    try:
+        axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["channels"])) for axis in fields["axes"])
+        columns = tuple(
+            Described(each["name"], each["kind"], each["unit"], each["meaning"]) for each in fields["columns"]
+        )
+        named = {name: fields[name] for name in ("question", "parameters", "stamp", "provenance", "written")}
+    except (KeyError, TypeError) as error:
+        raise _broken(folder, f"{HEADER} lacks a field ({error!r})") from error
+    return Header(axes=axes, columns=columns, **named)
+
+
+def read_record(folder: Path) -> Record:
+    """A stored Record; dense columns are mapped from the file and read as they are touched.
+
+    Raises:
+        RecordError: a file is missing, malformed, or contradicts another.
+    """
+    header = read_header(folder)
+    values = _table(folder, header) if len(header.axes) == 1 else _arrays(folder, header)
+    for column, value in zip(header.columns, values, strict=True):
+        found = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
+        if found != header.shape:
+            raise _broken(folder, f"column {column.name!r} has shape {found}, its axes have {header.shape}")
+    columns = (Column(c.name, value, c.unit, c.meaning) for c, value in zip(header.columns, values, strict=True))
+    return Record(header.question, header.axes, tuple(columns), header.parameters, header.stamp, header.provenance)
+
+
+def _header(record: Record) -> dict[str, Any]:
+    return {
+        "question": record.question,
+        "parameters": dict(record.parameters),
+        "stamp": dict(record.stamp),
+        "provenance": dict(record.provenance),
+        "written": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "axes": [
+            {"name": axis.name, "labels": list(axis.labels), "channels": list(axis.channels)} for axis in record.axes
+        ],
+        "columns": [
+            {"name": column.name, "kind": kind_of(column), "unit": column.unit, "meaning": column.meaning}
+            for column in record.columns
+        ],
+    }
+
+
+def _arrays(folder: Path, header: Header) -> list[Values]:
+    try:
+        found = load_file(folder / ARRAYS)
+        return [found[column.name] for column in header.columns]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _broken(folder, f"{ARRAYS} cannot be read ({error!r})") from error
+
+
+def _table(folder: Path, header: Header) -> list[Values]:
+    import duckdb  # here, since importing the package is cheap by promise
+
+    try:
+        with duckdb.connect() as database:
+            found = list(database.read_parquet(str(folder / TABLE)).fetchnumpy().values())
+        last = found[len(found) - len(header.columns) :]  # labels come first; by place, as names lose their case
+        return [restore(values, column.kind) for values, column in zip(last, header.columns, strict=True)]
+    except (duckdb.Error, ValueError, AttributeError) as error:
+        raise _broken(folder, f"{TABLE} cannot be read ({error!r})") from error
+
+
+def _dense(values: Values) -> Tensor:
+    assert isinstance(values, Tensor), "text columns are for records over one axis"
+    return values.detach().cpu().clone(memory_format=torch.contiguous_format)  # no two columns may share memory
+
+
+def _broken(folder: Path, what: str) -> RecordError:
+    return RecordError(
+        f"stored record {folder.name[:12]}: {what}",
+        expected=f"a folder as this package writes it: {HEADER} with {ARRAYS} or {TABLE}",
+        do=f"remove the folder {folder} and run the question again: only what is missing is computed",
+    )

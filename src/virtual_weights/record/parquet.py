@@ -1,0 +1,109 @@
+"""Records as long tables: one row per entry, for Parquet and whatever asks it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from virtual_weights.record.record import Column, Record, Value
+
+AsNumpy = NDArray[Any] | np.ma.MaskedArray[Any, Any]
+_WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def write_parquet(
+    record: Record, path: str | Path, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
+) -> None:
+    """Write a Record as one Parquet table, a row per entry.
+
+    Args:
+        record: the record.
+        path: the file to write; an existing one is replaced.
+        constants: text columns with one value throughout, put first.
+        absent: whether absent entries are rows too; they hold NULL.
+    """
+    import duckdb  # here, since importing the package is cheap by promise
+
+    with duckdb.connect(config={"pandas_analyze_sample": 0}) as database:  # type "object" is text, never guessed
+        database.register("entries", long_form(record, constants=constants, absent=absent))
+        database.view("entries").write_parquet(str(path), compression="zstd")
+
+
+def long_form(
+    record: Record, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
+) -> dict[str, AsNumpy]:
+    """The entries of a Record as numpy columns of one length: labels, channels, values.
+
+    Args:
+        record: the record.
+        constants: text columns with one value throughout, put first.
+        absent: whether absent entries are kept.
+
+    Returns:
+        Name to column, in the order constants, axes (``<axis>_channel`` after the axis that has
+        channels), columns. Missing values are masked, or NaN in floating columns.
+    """
+    places = np.arange(record.size) if absent else record.present().nonzero().flatten().numpy()
+    table: dict[str, AsNumpy] = {name: _text([value], len(places)) for name, value in (constants or {}).items()}
+    shape = tuple(len(axis.labels) for axis in record.axes)
+    indices = np.unravel_index(places, shape) if shape else ()
+    for axis, index in zip(record.axes, indices, strict=True):
+        table[axis.name] = _text(axis.labels)[index]
+        if axis.channels:
+            table[f"{axis.name}_channel"] = _text(axis.channels)[index]
+    for column in record.columns:
+        table[column.name] = _column(column)[places]
+    return table
+
+
+def restore(values: AsNumpy, kind: str) -> Tensor | tuple[Value, ...]:
+    """The values of a column as they were before ``long_form``, given its ``kind``."""
+    if kind.startswith("torch."):
+        dtype: torch.dtype = getattr(torch, kind.removeprefix("torch."))
+        return torch.from_numpy(np.array(np.ma.filled(values, np.nan) if dtype.is_floating_point else values)).to(dtype)
+    plain: list[Value] = values.tolist()
+    if kind == "json":
+        return tuple(None if value is None else json.loads(str(value)) for value in plain)
+    return tuple(plain)
+
+
+def kind_of(column: Column) -> str:
+    """How a column is kept: ``"torch.<dtype>"``, ``"str"``, ``"bool"``, ``"int"``, ``"float"`` or ``"json"``.
+
+    A tuple of one type besides None keeps that type; whatever is mixed is JSON text, value by value.
+    """
+    if isinstance(column.values, Tensor):
+        return str(column.values.dtype)
+    types = {type(value) for value in column.values if value is not None}
+    if types == {int} and any(abs(value) >= 2**63 for value in column.values if isinstance(value, int)):
+        return "json"
+    if types == {float} and any(isinstance(value, float) and math.isnan(value) for value in column.values):
+        return "json"  # in Parquet NaN and None would become the same NULL
+    return types.pop().__name__ if len(types) == 1 else "json"
+
+
+def _column(column: Column) -> AsNumpy:
+    values = column.values
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().flatten()
+        return (values.float() if values.dtype in _WIDENED else values).numpy()
+    kind = kind_of(column)
+    if kind == "str":
+        return _text(values)
+    if kind == "json":
+        return _text([None if value is None else json.dumps(value) for value in values])
+    filled = [0 if value is None else value for value in values]
+    mask = [value is None for value in values]
+    return np.ma.masked_array(np.array(filled, dtype={"bool": "bool", "int": "int64", "float": "float64"}[kind]), mask)
+
+
+def _text(values: Any, times: int = 1) -> AsNumpy:
+    return np.array([*values] * times, dtype=object)
