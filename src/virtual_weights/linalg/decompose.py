@@ -1,7 +1,7 @@
 """Singular values, eigenvalues, norms and traces of a map through its factors, in float64.
 
-One algorithm: cut the chain at its narrowest dimension r (``halves``), QR of the two outer factors, and a small r x r core
-that carries all singular values. Nothing of shape (out, in) is formed for a chain of low rank.
+One algorithm: cut the chain at its narrowest dimension r (``halves``), QR of the two outer factors, and a small r x r
+core that carries all singular values. Nothing of shape (out, in) is formed for a chain of low rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg.lapack import eigen, gains, lengths, orthonormal, singular, triangular
 from virtual_weights.linalg.linear_map import LinearMap, halves
 from virtual_weights.linalg.numerics import accumulate
 
@@ -49,13 +50,11 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
         tensor([2.], dtype=torch.float64)
     """
     if rank is not None and rank < 0:
-        raise UsageError(
-            f"rank={rank}", expected="a rank >= 0, or None for all", do="pass the number of values to keep"
-        )
+        raise UsageError(f"rank={rank}", expected="a rank >= 0, or None for all", do="pass how many to keep")
     left, right = halves(map, accumulate)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    q_left, r_left = orthonormal(left)
+    q_right, r_right = orthonormal(right.T)
+    u, s, vh = singular(r_left @ r_right.T)
     u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
     sign = _signs(u)
     return SVD(U=u * sign, S=s, V=v * sign)
@@ -63,7 +62,7 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
 
 def singular_values(map: LinearMap) -> Tensor:
     """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0."""
-    return torch.linalg.svdvals(_core(map))
+    return gains(_core(map))
 
 
 def spectral_norm(map: LinearMap) -> float:
@@ -74,7 +73,7 @@ def spectral_norm(map: LinearMap) -> float:
 
 def frobenius_norm(map: LinearMap) -> float:
     """``||map||_F = sqrt(sum of squared entries)``, through the r x r core."""
-    return float(torch.linalg.vector_norm(_core(map)))
+    return float(lengths(_core(map).flatten()))
 
 
 def eigenvalues(map: LinearMap) -> Tensor:
@@ -102,7 +101,7 @@ def eigenvalues(map: LinearMap) -> Tensor:
     """
     _require_square(map, "eigenvalues")
     left, right = halves(map, accumulate)
-    values = torch.linalg.eigvals(right @ left).to(torch.complex128)
+    values = eigen(right @ left).to(torch.complex128)
     order = sorted(range(len(values)), key=lambda i: _descending(complex(values[i].item())))
     return values[order]
 
@@ -117,7 +116,7 @@ def trace(map: LinearMap) -> float:
 def _core(map: LinearMap) -> Tensor:
     """(r, r) matrix with the singular values of the map."""
     left, right = halves(map, accumulate)
-    return torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+    return triangular(left) @ triangular(right.T).T
 
 
 def _signs(u: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.linalg.lapack import square_roots
 from virtual_weights.linalg.numerics import accumulate
 from virtual_weights.linalg.pairing import Pairing, Progress, Side
 
@@ -21,14 +22,15 @@ class DirectForm:
 
     ::
 
-        flops = sum over reader tiles of 2 (readers k_r) (writers k_w) d  +  2 k^2 d per map and tile where there is a metric
+        flops = sum over reader tiles of 2 (readers k_r) (writers k_w) d
+                + 2 k^2 d per map and tile where there is a metric
     """
 
     pairing: Pairing
     dtype: torch.dtype
     rows: int
 
-    name = "direct"
+    name: ClassVar[Literal["direct"]] = "direct"
 
     @staticmethod
     def within(pairing: Pairing, dtype: torch.dtype, memory: int) -> DirectForm:
@@ -97,17 +99,11 @@ def _factor(side: Side, maps: slice, roots: Tensor | None, dtype: torch.dtype, d
 
 
 def _roots(side: Side, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """L with ``L^T L = metric``: Cholesky where it exists, else the symmetric eigenvalues with those below 0 dropped."""
+    """L with ``L^T L = metric`` for every map, or None where the metric is the identity."""
     metric = side.metric(slice(0, side.count), accumulate, device)
     if metric is None:
         return None
-    lower, failed = torch.linalg.cholesky_ex(metric)
-    roots = lower.mT
-    singular = failed > 0
-    if bool(singular.any()):
-        values, vectors = torch.linalg.eigh(metric[singular])
-        roots[singular] = values.clamp(min=0.0).sqrt()[:, :, None] * vectors.mT
-    return roots.to(dtype)
+    return square_roots(metric).to(dtype)
 
 
 def _root_flops(side: Side, d: int) -> float:

@@ -35,7 +35,7 @@ class Pairs:
     flops: float
 
 
-def all_pairs(
+def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
     readers: MapStack,
     writers: MapStack,
     *,
@@ -51,9 +51,9 @@ def all_pairs(
 
         ||R O||_F^2 = tr(R^T R O O^T) = <G_r, G_w>          G_r = R^T R,  G_w = O O^T,  both (d, d)
 
-    Gram form: tiles of the upper triangle of all G at once, one matrix product per tile, ``n_r n_w d^2`` flops; direct form:
-    ``2 (n_r k)(n_w k) d``. The first is cheaper about when ``d < 2 k^2``; both count forming their factors, and pairs that
-    cannot reach are skipped group by group.
+    Gram form: tiles of the upper triangle of all G at once, one matrix product per tile, ``n_r n_w d^2`` flops; direct
+    form: ``2 (n_r k)(n_w k) d``. The first is cheaper about when ``d < 2 k^2``; both count forming their factors, and
+    pairs that cannot reach are skipped group by group.
 
     Args:
         readers: ``R_i = L_i outer_i``, each (., d), at the state it reads.
@@ -66,8 +66,8 @@ def all_pairs(
 
     Returns:
         Pairs, on the device of ``readers.outer``. Absolute error of ``squared`` is a small multiple of
-        ``eps(dtype) ||G_r||_F ||G_w||_F`` in the Gram form, of ``eps(dtype)^2 ||R||^2 ||O||^2`` for nearly orthogonal pairs in
-        the direct form. Invariant under rotation of the stream and under re-basing inside each map.
+        ``eps(dtype) ||G_r||_F ||G_w||_F`` in the Gram form; the direct form resolves nearly orthogonal pairs down to
+        ``eps(dtype)^2 ||R||_F^2 ||O||_F^2``. Invariant under rotation of the stream and re-basing inside each map.
 
     Raises:
         UsageError: widths that differ, or a dtype that is neither float64 nor float32.
@@ -113,7 +113,7 @@ def _plan(pairs: Pairing, dtype: torch.dtype, memory: int, form: Form | None) ->
     if not fitting:
         least = min(plan.needed for plan in plans)
         raise ResourceError(
-            f"all pairs of {pairs.readers.count} readers and {pairs.writers.count} writers in {memory} bytes of workspace",
+            f"{pairs.readers.count} readers by {pairs.writers.count} writers in {memory} bytes of workspace",
             expected=f"at least {least} bytes, for the smallest tiles",
             do="raise the memory budget, use float32, or give fewer readers at a time",
         )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.linalg.map_stack import self_moments
 from virtual_weights.linalg.numerics import accumulate
 from virtual_weights.linalg.pairing import Pairing, Progress, Side
 
@@ -34,7 +33,8 @@ class GramForm:
 
     ::
 
-        flops = sum over tiles of 2 pairs |I| |J|  +  sum over sides of n (2 k^2 d [metric] + sum over tiles of 2 k |I| |J|)
+        flops = sum over tiles of 2 pairs |I| |J|
+                + sum over sides of n (2 k^2 d where there is a metric + sum over tiles of 2 k |I| |J|)
 
     which is about ``pairs d^2 + n k d^2``.
     """
@@ -43,31 +43,38 @@ class GramForm:
     dtype: torch.dtype
     rows: int
     columns: int
+    spare: int
 
-    name = "gram"
+    name: ClassVar[Literal["gram"]] = "gram"
 
     @staticmethod
     def within(pairing: Pairing, dtype: torch.dtype, memory: int) -> GramForm:
-        """The plan with the widest tiles that stay within ``memory`` bytes."""
+        """The plan with the widest tiles that stay within ``memory`` bytes; the smallest plan where none does."""
+        generous = GramForm._widest(pairing, dtype, memory, min(_CONVERTED_BYTES, memory // 8))
+        # where converted factors cannot have an eighth of the budget, they come one map at a time
+        return generous if generous.needed <= memory else GramForm._widest(pairing, dtype, memory, 0)
+
+    @staticmethod
+    def _widest(pairing: Pairing, dtype: torch.dtype, memory: int, spare: int) -> GramForm:
         d = pairing.readers.stack.width
         rows = min(_ROWS, d)
-        while rows > 1 and GramForm(pairing, dtype, rows, rows).needed > memory:
+        while rows > 1 and GramForm(pairing, dtype, rows, rows, spare).needed > memory:
             rows = (rows + 1) // 2
         low, high = rows, d
         while low < high:
             middle = (low + high + 1) // 2
-            fits = GramForm(pairing, dtype, rows, middle).needed <= memory
+            fits = GramForm(pairing, dtype, rows, middle, spare).needed <= memory
             low, high = (middle, high) if fits else (low, middle - 1)
-        return GramForm(pairing, dtype, rows, low)
+        return GramForm(pairing, dtype, rows, low, spare)
 
     @property
     def needed(self) -> int:
         """Bytes of workspace: Gram tiles, half-products, converted factors, and the result three times over."""
         tiles = sum(side.count * self.rows * self.columns for side in self.pairing.sides)
         halves = sum(side.count * side.stack.inner * self.rows for side in self.pairing.sides)
-        converted = max(self._step(side) * self._converted(side) for side in self.pairing.sides)
+        converted = max(max(self.spare, self._converted(side, self.columns)) for side in self.pairing.sides)
         result = self.pairing.readers.count * self.pairing.writers.count
-        return (tiles + halves + converted + result) * self.dtype.itemsize + 3 * 8 * result
+        return (tiles + halves + result) * self.dtype.itemsize + converted + 3 * 8 * result
 
     @property
     def flops(self) -> float:
@@ -81,21 +88,21 @@ class GramForm:
 
     def compute(self, device: torch.device, progress: Progress | None) -> Tensor:
         """(readers, writers) float64 in the pairing's order; entries outside all groups are 0."""
-        readers, writers = self.pairing.sides
+        readers, writers = sides = self.pairing.sides
         d = readers.stack.width
         squared = torch.zeros((readers.count, writers.count), dtype=accumulate, device=device)
         shifts = self._shifts(device)
-        grams = [self._buffer(side.count * self.rows * self.columns, device) for side in self.pairing.sides]
-        halves = [self._buffer(side.count * side.stack.inner * self.rows, device) for side in self.pairing.sides]
+        grams = [self._buffer(side.count * self.rows * self.columns, device) for side in sides]
+        halves = [self._buffer(side.count * side.stack.inner * self.rows, device) for side in sides]
         done, total = 0.0, self.flops
         for rows, tiles in self._tiles():
             lefts = [
                 self._left(side, rows, half, device) for side, half in zip(self.pairing.sides, halves, strict=True)
             ]
-            done += sum(side.count * _metric_flops(side, _length(rows)) for side in self.pairing.sides)
+            done += sum(side.count * _metric_flops(side, _length(rows)) for side in sides)
             for tile in tiles:
                 flat: list[Tensor] = []
-                for side, left, buffer, shift in zip(self.pairing.sides, lefts, grams, shifts, strict=True):
+                for side, left, buffer, shift in zip(sides, lefts, grams, shifts, strict=True):
                     gram = self._gram(side, left, tile, buffer, device)
                     if tile.rows == tile.columns and shift is not None:
                         gram.diagonal(dim1=1, dim2=2).sub_(shift[:, None])
@@ -108,23 +115,33 @@ class GramForm:
                 if progress is not None:
                     progress(done, total)
         if shifts[0] is not None and shifts[1] is not None:
-            squared.addr_(shifts[0].to(accumulate), shifts[1].to(accumulate), alpha=d)
+            squared.addr_(shifts[0], shifts[1], alpha=d)
         return squared
 
     def _shifts(self, device: torch.device) -> list[Tensor | None]:
         """``tr G / d`` of each map where sums are shorter than float64, else None.
 
-        ``<G_r, G_w> = d s_r s_w + <G_r - s_r I, G_w - s_w I>`` exactly for s = tr G / d: the large part is then taken in
-        float64, and what is summed in float32 is only the fluctuation around it.
+        ``<G_r, G_w> = d s_r s_w + <G_r - s_r I, G_w - s_w I>`` exactly for s = tr G / d: the large part is then taken
+        in float64, and what is summed in float32 is only the fluctuation around it.
         """
         if self.dtype == accumulate:
             return [None, None]
-        return [(self_moments(side.stack)[0][side.order] / side.stack.width).to(device) for side in self.pairing.sides]
+        return [self._traces(side, device) / side.stack.width for side in self.pairing.sides]
+
+    def _traces(self, side: Side, device: torch.device) -> Tensor:
+        """``tr G = sum(outer * (metric @ outer))`` of every map, float64."""
+        traces = torch.zeros(side.count, dtype=accumulate, device=device)
+        for rows, _ in self._tiles():
+            for maps in self._chunks(side, rows):
+                outer = side.outer(maps, rows, accumulate, device)
+                metric = side.metric(maps, accumulate, device)
+                traces[maps] += ((outer if metric is None else metric @ outer) * outer).sum(dim=(1, 2))
+        return traces
 
     def _left(self, side: Side, rows: slice, buffer: Tensor, device: torch.device) -> Tensor:
         """``metric @ outer[:, :, rows]`` of every map: (n, k, rows), in the buffer."""
         left = buffer[: side.count * side.stack.inner * _length(rows)].view(side.count, side.stack.inner, -1)
-        for maps in self._chunks(side):
+        for maps in self._chunks(side, rows):
             outer = side.outer(maps, rows, self.dtype, device)
             metric = side.metric(maps, self.dtype, device)
             if metric is None:
@@ -136,7 +153,7 @@ class GramForm:
     def _gram(self, side: Side, left: Tensor, tile: Tile, buffer: Tensor, device: torch.device) -> Tensor:
         """``left^T outer[:, :, columns]`` of every map: (n, rows, columns), in the buffer."""
         gram = buffer[: side.count * _area(tile)].view(side.count, _length(tile.rows), _length(tile.columns))
-        for maps in self._chunks(side):
+        for maps in self._chunks(side, tile.columns):
             torch.bmm(left[maps].mT, side.outer(maps, tile.columns, self.dtype, device), out=gram[maps])
         return gram
 
@@ -151,15 +168,13 @@ class GramForm:
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         return torch.empty(count, dtype=self.dtype, device=device)
 
-    def _chunks(self, side: Side) -> Iterator[slice]:
-        step = self._step(side)
+    def _chunks(self, side: Side, columns: slice) -> Iterator[slice]:
+        step = max(1, self.spare // self._converted(side, _length(columns)))
         return (slice(start, min(start + step, side.count)) for start in range(0, side.count, step))
 
-    def _step(self, side: Side) -> int:
-        return max(1, min(side.count, _CONVERTED_BYTES // (self.dtype.itemsize * self._converted(side))))
-
-    def _converted(self, side: Side) -> int:
-        return side.stack.inner * (self.columns + side.stack.inner)
+    def _converted(self, side: Side, columns: int) -> int:
+        # gathered, converted, multiplied: at most three float64 copies of a map's columns, two of its metric
+        return 8 * max(1, side.stack.inner) * (3 * columns + 2 * side.stack.inner)
 
 
 def _length(cut: slice) -> int:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from typing import final, overload
 
 import torch
@@ -236,7 +237,7 @@ class Product(LinearMap):
 
     def __init__(self, factors: Sequence[LinearMap]) -> None:
         _require_some(factors, "Product")
-        for left, right in zip(factors, factors[1:], strict=False):
+        for left, right in pairwise(factors):
             if left.shape[1] != right.shape[0]:
                 raise UsageError(
                     f"maps of shapes {left.shape} and {right.shape} were multiplied",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import singular_values
+from virtual_weights.linalg.lapack import gains, orthonormal
 from virtual_weights.linalg.linear_map import LinearMap
 from virtual_weights.linalg.numerics import accumulate
 
@@ -111,7 +112,8 @@ def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quanti
     Returns:
         The edge, in units of gain; singular values of ``A B`` above it are aligned beyond chance.
     """
-    top = torch.cat([torch.linalg.matrix_norm(m, ord=2) for m in _null_cores(A, B, draws, seed)])
+    # a slice, not a maximum: the zero map has no singular value, and its edge is the empty sum
+    top = torch.cat([gains(m)[:, :1].sum(dim=1) for m in _null_cores(A, B, draws, seed)])
     return float(torch.quantile(top, quantile))
 
 
@@ -143,7 +145,7 @@ def benjamini_hochberg(p_values: Tensor) -> Tensor:
 
 
 def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[Tensor]:
-    """Batches of (draws, ra, rb) matrices with the singular values of A U B: ``diag(Sa) H diag(Sb)``, H a corner of U."""
+    """Batches of matrices with the singular values of A U B: ``diag(Sa) H diag(Sb)``, H a corner of U."""
     if A.shape[1] != B.shape[0] or draws < 1:
         raise UsageError(
             f"{draws} draws for maps of shapes {A.shape} and {B.shape}",
@@ -162,8 +164,8 @@ def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[T
 
 
 def _haar_frames(count: int, d: int, r: int, generator: torch.Generator) -> Tensor:
-    """(count, d, r) orthonormal frames, Haar: the sign fix makes QR unique, without it the law depends on LAPACK's signs."""
+    """(count, d, r) Haar frames; without the sign fix their law would depend on LAPACK's signs."""
     gaussian = torch.randn(count, d, r, dtype=accumulate, generator=generator, device=generator.device)
-    q, upper = torch.linalg.qr(gaussian)
+    q, upper = orthonormal(gaussian)
     diagonal = upper.diagonal(dim1=1, dim2=2)
     return q * torch.where(diagonal < 0, -1.0, 1.0).to(accumulate)[:, None, :]

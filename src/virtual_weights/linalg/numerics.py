@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 accumulate = torch.float64
-"""Decompositions and long sums are taken in float64: storage is bfloat16 or float32, cores are at most a few hundred wide,
-so the cost is small and the result does not depend on the storage dtype's rounding."""
+"""Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
+what a figure says never depends on the rounding of the storage dtype."""
 
 
 def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:
@@ -29,4 +29,4 @@ def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:
         True
     """
     # backward error of an SVD is a modest multiple of eps times S_1, growing no faster than the larger side
-    return torch.finfo(dtype).eps * max(1, *shape)
+    return torch.finfo(dtype).eps * max((1, *shape))

@@ -1,4 +1,4 @@
-"""Which pairs of an all-pairs product are computed: maps in order of position, and groups of readers that share a reach."""
+"""Which pairs of an all-pairs product are computed: maps in order of position, readers in groups of shared reach."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def _side(stack: MapStack, order: Tensor) -> Side:
 
 def _groups(reach: Tensor) -> tuple[Group, ...]:
     least = max(_FEWEST_READERS, len(reach) // _MOST_GROUPS)
-    ends = (reach[1:] != reach[:-1]).nonzero()[:, 0].add(1).tolist() + [len(reach)]
+    ends = [int(end) for end in (reach[1:] != reach[:-1]).nonzero()[:, 0] + 1]
     groups: list[Group] = []
     first = 0
-    for end in ends:
+    for end in [*ends, len(reach)]:
         if end - first >= least or (end == len(reach) and end > first):
             groups.append(Group(first, end, int(reach[end - 1])))
             first = end

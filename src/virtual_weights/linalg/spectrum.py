@@ -53,7 +53,7 @@ class Spectrum:
     @property
     def entropy_rank(self) -> float:
         """``exp(H(p))``, H in nats (Roy and Vetterli 2007, on squared singular values)."""
-        return float(torch.special.entr(self._share).sum().exp()) if self._nonzero else 0.0
+        return float((-torch.xlogy(self._share, self._share)).sum().exp()) if self._nonzero else 0.0
 
     @property
     def participation_ratio(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import svd
+from virtual_weights.linalg.lapack import gains, lengths, orthonormal, singular
 from virtual_weights.linalg.linear_map import LinearMap
 from virtual_weights.linalg.numerics import accumulate, tolerance
 from virtual_weights.linalg.spectrum import Spectrum
@@ -61,8 +62,8 @@ class Subspace:
     def contains(self, v: Tensor, tol: float = 1e-9) -> bool:
         """Whether every column of v lies in the subspace: ``||v - Q Q^T v|| <= tol ||v||``."""
         v = v.to(accumulate)
-        outside = torch.linalg.vector_norm(v - self.project(v), dim=0)
-        return bool((outside <= tol * torch.linalg.vector_norm(v, dim=0)).all())
+        outside = lengths(v - self.project(v))
+        return bool((outside <= tol * lengths(v)).all())
 
 
 def column_space(map: LinearMap, energy: float | None = None, tolerance: float | None = None) -> Subspace:
@@ -123,8 +124,8 @@ def principal_angles(a: Subspace, b: Subspace) -> Tensor:
     _require_same_space([a, b])
     if a.rank < b.rank:
         a, b = b, a
-    cosines = torch.linalg.svdvals(a.basis.T @ b.basis).clamp(max=1.0)
-    sines = torch.linalg.svdvals(b.basis - a.project(b.basis)).clamp(max=1.0).flip(0)
+    cosines = gains(a.basis.T @ b.basis).clamp(max=1.0)
+    sines = gains(b.basis - a.project(b.basis)).clamp(max=1.0).flip(0)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
 
 
@@ -142,7 +143,7 @@ def overlap(a: Subspace, b: Subspace) -> float:
 
 def complement(a: Subspace) -> Subspace:
     """The orthogonal complement, of dimension d - r."""
-    return Subspace(torch.linalg.qr(a.basis, mode="complete").Q[:, a.rank :])
+    return Subspace(orthonormal(a.basis, complete=True)[0][:, a.rank :])
 
 
 def sum_of(subspaces: Sequence[Subspace], tol: float | None = None) -> Subspace:
@@ -158,7 +159,7 @@ def sum_of(subspaces: Sequence[Subspace], tol: float | None = None) -> Subspace:
     """
     _require_same_space(subspaces)
     stacked = torch.cat([each.basis for each in subspaces], dim=1)
-    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
+    u, s, _ = singular(stacked)
     return Subspace(u[:, s > (_rounding(max(stacked.shape)) if tol is None else tol)])
 
 
@@ -175,10 +176,10 @@ def intersection(subspaces: Sequence[Subspace], tol: float | None = None) -> Sub
     _require_same_space(subspaces)
     first = subspaces[0].basis
     outside = torch.cat([first - other.project(first) for other in subspaces[1:]] or [first * 0.0], dim=0)
-    _, s, vh = torch.linalg.svd(outside, full_matrices=True)
+    _, s, vh = singular(outside, full=True)
     sines = torch.cat([s, s.new_zeros(first.shape[1] - len(s))])
     shared = sines <= (_rounding(max(outside.shape)) if tol is None else tol)
-    return Subspace(torch.linalg.qr(first @ vh.T[:, shared]).Q)
+    return Subspace(orthonormal(first @ vh.T[:, shared])[0])
 
 
 def _rounding(size: int) -> float:
