@@ -57,11 +57,17 @@ class Source(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hex sha256 that changes when a tensor, its name or the configuration changes."""
+        """A hex sha256 of the dialect, the configuration and every tensor's name, type, shape and content.
+
+        Content is sampled, since hashing 16 GB at each start would cost more than most questions: all
+        bytes of a tensor up to 192 KiB, else its first, middle and last 64 KiB as stored. A change that
+        leaves all samples alone is therefore not seen. File names, times and the division into shards
+        do not count, so that the same weights have the same fingerprint wherever they lie.
+        """
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or some of its first axis, in storage dtype (dequantised: float32).
+        """Read one tensor, or some of its first axis, in storage dtype (block-quantised types: float32).
 
         Args:
             name: one of ``tensors``.
@@ -72,7 +78,7 @@ class Source(ABC):
 
         Raises:
             MissingTensorError: there is no such name (near names are listed).
-            UsageError: the slice is empty, stepped, or leaves the tensor.
+            UsageError: the slice is empty, stepped, counts from the end, or leaves the tensor.
             NonFiniteError: a value is NaN or infinite and that was not allowed.
             MalformedCheckpointError: the file changed or shrank after it was opened.
         """
@@ -89,10 +95,16 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Every storage type that torch holds as it is, by its name in the safetensors format."""

@@ -70,9 +70,9 @@ def _check_reach(stream: Stream, writer: Label, reader: Label) -> None:
     places = {c.label: c for c in stream.components}
     source = places.get(_whole(writer))
     target = places.get(_whole(reader))
-    if source is None or target is None:
-        return
-    if source.writes is None or target.reads is None or source.writes > target.reads:
+    if source is None or target is None or source.writes is None or target.reads is None:
+        return  # not a writer, or not a reader: said by writing_map and reading_map
+    if source.writes > target.reads:
         raise UsageError(
             f"{writer} cannot reach {reader}: it writes state {source.writes}, the reader reads state {target.reads}",
             expected="a writer that comes before the reader in depth",

