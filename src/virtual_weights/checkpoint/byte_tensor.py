@@ -34,6 +34,6 @@ def read_tensor(file: PinnedFile, offset: int, shape: tuple[int, ...], dtype: to
     """
     tensor = allocate(shape, torch.uint8 if dtype is torch.bool else dtype)
     if tensor.numel():
-        file.read_into(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), offset)
+        file.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, offset)
     # any byte but 0 means true; a torch.bool made of other bytes than 0 and 1 misbehaves
     return tensor != 0 if dtype is torch.bool else tensor

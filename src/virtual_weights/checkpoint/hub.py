@@ -7,7 +7,7 @@ safetensors files that it names are fetched, never a pickle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def _fetcher(model: HubModel, offline: bool) -> Callable[[str], Path | None]:
 
 
 @contextmanager
-def _quiet_bars(quiet: bool) -> Iterator[None]:
+def _quiet_bars(quiet: bool) -> Generator[None]:
     """Keep the hub's own bars off while progress is told elsewhere."""
     from huggingface_hub import utils
 

@@ -6,7 +6,7 @@ Both are recognised by the names of their classes, so that neither library is im
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,28 +65,38 @@ def _unwrapped(bridge: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         raise _changed_by_transformer_lens(bridge, "holds no transformers model")
     if inside.get("_weights_processed"):
         raise _changed_by_transformer_lens(bridge, "has folded or centred its weights in place")
-    tensors = dict(_tensors_below(model, ""))
-    bias = tensors.get("lm_head.bias")
-    # the bridge gives every unembedding a bias of zeros; a parameter would be the model's own
-    if bias is not None and not isinstance(bias, nn.Parameter) and not bias.any():
+    stored = model.state_dict()
+    tensors = {name: stored[key] for key, name in own_names(stored).items()}
+    bias, parameters = tensors.get("lm_head.bias"), own_names(dict(model.named_parameters(remove_duplicate=False)))
+    # the bridge gives every unembedding a buffer of zeros as bias; a parameter would be the model's own
+    if bias is not None and "lm_head.bias" not in parameters.values() and not bias.any():
         del tensors["lm_head.bias"]
     return model, tensors
 
 
-def _tensors_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """What ``state_dict`` would give, seen through the bridge's wrappers; their other children are aliases."""
-    wrapped = module._modules.get(_WRAPPED)
-    if wrapped is not None:
-        yield from _tensors_below(wrapped, prefix)
-        return
-    transient = module._non_persistent_buffers_set
-    buffers = {name: buffer for name, buffer in module._buffers.items() if name not in transient}
-    for name, tensor in {**module._parameters, **buffers}.items():
-        if tensor is not None:
-            yield prefix + name, tensor
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _tensors_below(child, f"{prefix}{name}.")
+def own_names(keys: Iterable[str]) -> dict[str, str]:
+    """The wrapped model's own names, seen through the bridge's wrappers.
+
+    A wrapper keeps the module that it wraps beside aliases of that module's parts; only what is
+    reached through the wrapped module has a name of its own.
+
+    Args:
+        keys: names as ``state_dict`` gives them.
+
+    Returns:
+        Each key that is no alias, with the name it has without wrappers.
+
+    Example:
+        >>> own_names(["h.0._original_component.ln._original_component.w", "h.0.ln1._original_component.w"])
+        {'h.0._original_component.ln._original_component.w': 'h.0.ln.w'}
+    """
+    paths = {key: key.split(".") for key in keys}
+    wrappers = {tuple(path[:i]) for path in paths.values() for i, part in enumerate(path) if part == _WRAPPED}
+    return {
+        key: ".".join(part for part in path if part != _WRAPPED)
+        for key, path in paths.items()
+        if all(path[i] == _WRAPPED for i in range(len(path)) if tuple(path[:i]) in wrappers)
+    }
 
 
 def _changed_by_transformer_lens(module: nn.Module, how: str) -> CheckpointError:

@@ -94,7 +94,7 @@ class MappingSource(Source):
         return part[begin - first * held.itemsize : end - first * held.itemsize]
 
 
-def _checked(name: str, tensor: Any) -> Tensor:
+def _checked(name: object, tensor: Any) -> Tensor:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise UsageError(
             f"the entry {name!r} is a {type(tensor).__name__}",

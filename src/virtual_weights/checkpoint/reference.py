@@ -79,7 +79,7 @@ def open_source(
         return open_module(reference, config, allow_non_finite=allow_non_finite)
     if isinstance(reference, Mapping):
         return _open_state_dict(reference, config, allow_non_finite)
-    if not isinstance(reference, (str, Path)):
+    if not isinstance(reference, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
             f"a {type(reference).__name__} is no checkpoint",
             expected=f"a built-in name, {_READ}, hf://org/name, a state dict or a module",
