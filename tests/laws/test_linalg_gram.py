@@ -26,7 +26,7 @@ def stack(seed: int, n: int, shape: tuple[int, int, int], *, metric: bool = True
     m, k, _ = shape
     generator = torch.Generator().manual_seed(seed)
     roots = torch.randn(n, k, k, generator=generator, dtype=F64)
-    roots[:: max(1, n // 2), 0] = 0.0  # rank k - 1: Cholesky alone would fail
+    roots[:: max(1, n // 2), :, 0] = 0.0  # a zero pivot: Cholesky alone would fail
     return MapStack(
         outer=torch.randn(m, k, shape[2], generator=generator, dtype=F64),
         index=torch.randint(m, (n,), generator=generator),
@@ -220,6 +220,27 @@ def test_nearly_orthogonal_pairs_are_as_accurate_as_stated(theta: float) -> None
         assert float((gram - expected).abs().max()) < 10 * eps * k  # ||G||_F^2 = k
         # (R O)_ij has an error of eps, so its square one of 2 theta eps + eps^2
         assert float((direct - expected)[0].abs()) < 10 * k * k * (theta * eps + eps**2)
+
+
+def test_orthogonal_pairs_are_zero_and_never_below() -> None:
+    q = haar_orthogonal(96, torch.Generator().manual_seed(14))
+    blocks = MapStack(q.reshape(12, 8, 96), torch.arange(12), None, torch.zeros(12, dtype=torch.int64))
+    for form in FORMS:
+        squared = all_pairs(blocks, blocks, form=form).squared
+        assert bool((squared >= 0).all())
+        assert float((squared - 8 * torch.eye(12, dtype=F64)).abs().max()) < 10 * 2.3e-16 * 8
+
+
+def test_float32_keeps_the_trace_part_in_float64() -> None:
+    """Maps close to a multiple of the identity: all that float32 may round is the small part beside it."""
+    generator = torch.Generator().manual_seed(15)
+    d = 64
+    outer = torch.stack([haar_orthogonal(d, generator) for _ in range(6)]).to(torch.float32)
+    outer += 1e-3 * torch.randn(outer.shape, generator=generator)
+    near = MapStack(outer, torch.arange(6), None, torch.zeros(6, dtype=torch.int64))
+    expected = naive(near, near)
+    found = all_pairs(near, near, form="gram", dtype=torch.float32).squared
+    assert float(((found - expected) / expected).abs().max()) < 2e-9  # eps(float32) is 1.2e-7
 
 
 def test_scores_do_not_move_under_rotation_and_rebasing(generic) -> None:
