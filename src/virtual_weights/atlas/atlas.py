@@ -60,8 +60,9 @@ class Atlas:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file", expected="a new or empty folder, or an atlas", do="name another path")
         path.mkdir(parents=True, exist_ok=True)
+        vacant = is_vacant(path)  # first: an atlas that another writer makes meanwhile begins with its manifest
         if not (path / MANIFEST).exists():
-            if not is_vacant(path):
+            if not vacant:
                 raise UsageError(
                     f"{path} is not empty and is no atlas",
                     expected="a new or empty folder, or an atlas",

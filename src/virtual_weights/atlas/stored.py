@@ -109,7 +109,7 @@ def read_header(folder: Path) -> Header:
     """
     try:
         fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(folder, f"{HEADER} cannot be read ({error})") from error
     try:
         axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["channels"])) for axis in fields["axes"])

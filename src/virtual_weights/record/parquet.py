@@ -65,9 +65,15 @@ def long_form(
 
 
 def restore(values: AsNumpy, kind: str) -> Tensor | tuple[Value, ...]:
-    """The values of a column as they were before ``long_form``, given its ``kind``."""
+    """The values of a column as they were before ``long_form``, given its ``kind``.
+
+    Raises:
+        ValueError: the kind is none of ``kind_of``.
+    """
     if kind.startswith("torch."):
-        dtype: torch.dtype = getattr(torch, kind.removeprefix("torch."))
+        dtype = getattr(torch, kind.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no kind of column: {kind!r}")
         return torch.from_numpy(np.array(np.ma.filled(values, np.nan) if dtype.is_floating_point else values)).to(dtype)
     plain: list[Value] = values.tolist()
     if kind == "json":

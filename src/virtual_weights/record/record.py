@@ -147,34 +147,44 @@ class Record:
 
         Args:
             n: how many at most; absent (NaN) entries never count.
-            by: a numeric column; the first column when None.
+            by: a numeric column; the first one when None.
             largest: False for the smallest.
 
         Returns:
             A Record over one axis ``"place"`` whose columns are the axis labels and all columns; equal
-            values keep their order in the record. Its parameters tell of the cut (``top``, ``by``, ``largest``).
+            values keep their order in the record. The places of an earlier ``top`` give way. The cut
+            is told in its parameters (``top``, ``by``, ``largest``).
 
         Raises:
             UsageError: there is no such column, or it holds text.
         """
-        column = self.columns[0] if by is None else self.column(by)
-        if not isinstance(column.values, Tensor):
-            raise UsageError(
-                f"column {column.name!r} holds text and has no order of size",
-                expected=f"one of {[c.name for c in self.columns if isinstance(c.values, Tensor)]}",
-                do="name a numeric column with by=",
-            )
-        flat = column.values.detach().flatten().cpu().double()
+        name, values = self._numbers(by)
+        flat = values.detach().flatten().cpu().double()
         order = torch.argsort(flat, descending=largest, stable=True)
         order = order[~torch.isnan(flat[order])][: max(n, 0)]
         shape = tuple(len(axis.labels) for axis in self.axes)
         places = [self._labels(int(i), shape) for i in order]
-        names = list(self._labels(0, shape)) if self.size else [axis.name for axis in self.axes]
-        labels = tuple(Column(name, tuple(place[name] for place in places)) for name in names)
+        named = self._labels(0, shape) if self.size else [axis.name for axis in self.axes]
+        labels = tuple(Column(k, tuple(place[k] for place in places)) for k in named if k != "place")
         picked = tuple(Column(c.name, _pick(c.values, order), c.unit, c.meaning) for c in self.columns)
         place = Axis("place", tuple(str(i + 1) for i in range(len(order))))
-        cut = {**self.parameters, "top": n, "by": column.name, "largest": largest}
+        cut = {**self.parameters, "top": n, "by": name, "largest": largest}
         return Record(self.question, (place,), labels + picked, cut, self.stamp, self.provenance)
+
+    def _numbers(self, name: str | None) -> tuple[str, Tensor]:
+        numeric = [(c.name, c.values) for c in self.columns if isinstance(c.values, Tensor)]
+        if name is None and numeric:
+            return numeric[0]
+        values = None if name is None else self.column(name).values
+        if name is None or not isinstance(values, Tensor):
+            raise UsageError(
+                "this record has no numbers"
+                if name is None
+                else f"column {name!r} holds text and has no order of size",
+                expected=f"one of {[each for each, _ in numeric]}",
+                do="name a numeric column with by=",
+            )
+        return name, values
 
     def to_json(self) -> str:
         """The record as one JSON object: question, parameters, stamp, provenance and rows."""
