@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from virtual_weights.cli.channel import channel
@@ -18,6 +17,7 @@ from virtual_weights.cli.model import model_commands
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
+COMMAND_LINE_ERRORS = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own click and does not export it
 
 app = typer.Typer(
     name="vweights",
@@ -49,11 +49,10 @@ def run(arguments: Sequence[str]) -> int:
     except VirtualWeightsError as error:
         _complain(str(error))
         return error.exit_code
-    except click.ClickException as error:
+    except COMMAND_LINE_ERRORS as error:
         error.show(file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted")
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()

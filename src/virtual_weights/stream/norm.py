@@ -12,30 +12,34 @@ import torch
 from torch import Tensor
 
 
-def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"]) -> Tensor:
+def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"], least: torch.dtype = torch.float32) -> Tensor:
     """Effective read maps ``R diag(gamma)`` (then ``P`` for LayerNorm), same shape (..., k, d).
 
     Args:
         maps: the readers' own maps, shape (..., k, d).
         gain: gamma, shape (d,).
         norm: which norm stands before the reader.
+        least: the product is formed and kept in this dtype, or the operands' if that is wider.
     """
-    dtype = torch.promote_types(torch.promote_types(maps.dtype, gain.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(maps.dtype, gain.dtype), least)
     scaled = maps.to(dtype) * gain.to(dtype)
     return scaled - scaled.mean(-1, keepdim=True) if norm == "layer" else scaled
 
 
-def constant(maps: Tensor, shift: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def constant(
+    maps: Tensor, shift: Tensor | None, bias: Tensor | None, least: torch.dtype = torch.float32
+) -> Tensor | None:
     """What the reader receives whatever the stream holds: ``R beta + c``, shape (..., k); None where nothing.
 
     Args:
         maps: the readers' own maps, shape (..., k, d).
         shift: beta of the norm, shape (d,), or None.
         bias: c of the reader, shape (..., k), or None.
+        least: as in ``fold``.
     """
     if shift is None:
         return bias
-    dtype = torch.promote_types(maps.dtype, torch.float32)
+    dtype = torch.promote_types(maps.dtype, least)
     moved = maps.to(dtype) @ shift.to(dtype)
     return moved if bias is None else moved + bias
 

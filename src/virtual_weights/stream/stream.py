@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import einops
+import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Model, ModelSpec
@@ -52,11 +53,17 @@ class Stream:
         source: where the weights come from.
         model: which tensor plays which role.
         folded: whether readers contain the norm's gain (and LayerNorm's centring), the default.
+        dtype: least precision in which gains are folded; weights wider than it keep theirs.
     """
 
     source: Source
     model: Model
     folded: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def to(self, dtype: torch.dtype) -> Stream:
+        """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""
+        return replace(self, dtype=dtype)
 
     @property
     def spec(self) -> ModelSpec:
@@ -142,7 +149,8 @@ class Stream:
         if not self.folded:
             return Read(own, bias)
         shift = self.weight(f"{norm}_bias", layer)
-        return Read(fold(own, self._needed(norm, layer), self.spec.norm), constant(own, shift, bias))
+        gain = self._needed(norm, layer)
+        return Read(fold(own, gain, self.spec.norm, self.dtype), constant(own, shift, bias, self.dtype))
 
     def write(self, kind: WriterKind, layer: int | None = None) -> Tensor:
         """The write maps of one kind of component, shape (m, d, k), in storage dtype.

@@ -1,0 +1,162 @@
+"""The command line: one JSON object on stdout, everything else on stderr, exit codes as promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import tiny
+
+import virtual_weights as vw
+from virtual_weights.cli import run
+from virtual_weights.errors import ResourceError
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny("llama-grouped-untied").save_pretrained(path)
+    return path
+
+
+def answer(arguments: list[Any], capsys: Capture) -> dict[str, Any]:
+    code = run([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("port", ["Q", "K", "V"])
+def test_composition_json_is_the_record(folder: Path, port: str, capsys: Capture) -> None:
+    found = answer(["composition", folder, "--port", port, "--top", 5, "--json"], capsys)
+    expected = list(vw.Composition(port)(vw.open(folder)).top(5).rows())
+    assert (found["model"], found["port"], found["rotary_offset"]) == (str(folder), port, None)
+    assert found["norm"] == "gain folded"
+    for edge, row in zip(found["edges"], expected, strict=True):
+        assert {k: edge[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")} == {
+            k: row[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")
+        }
+
+
+def test_heads_that_share_keys_are_shown_as_one_channel(folder: Path, capsys: Capture) -> None:
+    found = answer(["composition", folder, "--port", "K", "--top", 30, "--json"], capsys)
+    edge = found["edges"][0]
+    layer, head = edge["reader"][1:].split("H")
+    members = {f"L{layer}H{h}" for h in range(6) if h // 3 == int(head) // 3}
+    assert edge["channel"] == f"L{layer}.kv{int(head) // 3}"
+    assert set(edge["shared_with"]) | {edge["reader"]} == members
+    assert len(found["channels"]) < 30
+    assert sum(len(c["readers"]) for c in found["channels"]) == 30
+    assert "channel" not in answer(["composition", folder, "--port", "Q", "--json"], capsys)["edges"][0]
+
+
+def test_save_writes_the_matrix_with_its_labels(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "k.safetensors"
+    found = answer(
+        ["composition", folder, "--port", "K", "--no-fold", "--rotary-offset", 2, "--save", path, "--json"], capsys
+    )
+    assert (found["norm"], found["rotary_offset"]) == ("left out", 2)
+    with safe_open(path, "pt") as file:
+        score, metadata = file.get_tensor("score"), file.metadata()
+    readers, writers = json.loads(metadata["readers"]), json.loads(metadata["writers"])
+    assert score.shape == (18, 18)
+    edge = found["edges"][0]
+    assert score[readers.index(edge["reader"]), writers.index(edge["writer"])].item() == edge["score"]
+    assert torch.isnan(score[0]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
+
+
+def test_channel_json(folder: Path, capsys: Capture) -> None:
+    found = answer(["channel", folder, "L0H1", "L1H3.K", "--json"], capsys)
+    stream = vw.open(folder)
+    dense = stream["L1H3"].qk.dense().double() @ stream["L0H1"].ov.dense().double()
+    gains = torch.linalg.svdvals(dense)
+    torch.testing.assert_close(torch.tensor(found["singular_values"], dtype=torch.float64), gains[:4])
+    assert found["numerical_rank"] == 4
+    assert found["strength"] == pytest.approx(float(dense.norm()))
+    assert 1 <= found["stable_rank"] <= found["numerical_rank"]
+
+
+def test_map_writes_atlas_and_report_and_resumes(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "atlas"
+    first = answer(["map", folder, "-o", out, "--json"], capsys)
+    assert Path(first["report"]).read_text().startswith("<!doctype html>")
+    assert set(first["composition"]) == {"Q", "K", "V"}
+    ledger = (out / "ledger.sqlite").stat().st_mtime_ns
+    again = answer(["map", folder, "-o", out, "--json"], capsys)
+    assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger
+    assert again["composition"] == first["composition"]
+
+
+def test_tables_for_people(folder: Path, capsys: Capture) -> None:
+    assert run(["composition", str(folder), "--port", "V", "--top", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "V-composition" in out
+    assert "shared channel" in out
+
+
+def test_progress_as_json_lines_stays_on_stderr(folder: Path, capsys: Capture) -> None:
+    assert run(["composition", str(folder), "--json", "--progress", "json"]) == 0
+    out, err = capsys.readouterr()
+    json.loads(out)
+    steps = [json.loads(line) for line in err.splitlines()]
+    assert steps[-1]["step"] == "K-composition"
+    assert steps[-1]["done"] == pytest.approx(steps[-1]["total"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, ""),
+        (["composition"], 2, "Missing"),
+        (["composition", "MODEL", "--port", "O"], 2, "port"),
+        (["composition", "MODEL", "--nonsense"], 2, "nonsense"),
+        (["nonsense"], 2, "nonsense"),
+        (["composition", "MODEL", "--top", "0"], 2, "top"),
+        (["composition", "MODEL", "--save", "x.txt"], 2, "suffix"),
+        (["composition", "MODEL", "--save", "nowhere/x.safetensors"], 2, "no folder"),
+        (["composition", "MODEL", "--dtype", "float16"], 2, "float16"),
+        (["channel", "MODEL", "L0H1", "L1H3"], 2, "reading port"),
+        (["channel", "MODEL", "L2H1", "L1H3.K"], 2, "cannot reach"),
+        (["channel", "MODEL", "L0H1", "bogus"], 2, "names no component"),
+        (["composition", "no-such-model"], 3, "no checkpoint"),
+        (["model", "fetch", "no-such-model"], 2, "no-such-model"),
+    ],
+)
+def test_errors_have_their_exit_code_and_no_traceback(
+    arguments: list[str], code: int, said: str, folder: Path, capsys: Capture
+) -> None:
+    assert run([str(folder) if a == "MODEL" else a for a in arguments]) == code
+    out, err = capsys.readouterr()
+    assert said in err
+    assert "Traceback" not in err
+    assert out == "" or not arguments
+
+
+def test_interruption_is_130(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("virtual_weights.cli.composition.open_model", stop)
+    assert run(["composition", str(folder)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_too_small_a_budget_is_5(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    with pytest.raises(ResourceError, match="at least"):
+        vw.Composition("K", memory_mb=0)(vw.open(folder))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("virtual_weights.cli.composition.open_model", full)
+    assert run(["composition", str(folder)]) == 5
+    assert "out of resources" in capsys.readouterr().err
