@@ -102,6 +102,7 @@ def test_a_label_is_a_value_and_never_code(atlas: Atlas):
     ("asked", "message"),
     [
         ({"reader": "L9H9"}, "no reader 'L9H9'"),
+        ({"reader": ""}, "no reader ''"),
         ({"writer": "L1H0"}, "no writer 'L1H0'"),
         ({"by": "score) --"}, "no number"),
         ({"by": "reader"}, "no number"),
