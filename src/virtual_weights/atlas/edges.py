@@ -56,9 +56,8 @@ def edges(
             expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
             do="compute it first, for example with vweights map",
         )
-    asked = {
-        side: _end(pairs.values(), side, label) for side, label in (("reader", reader), ("writer", writer)) if label
-    }
+    named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
+    asked = {side: _end(pairs.values(), side, label) for side, label in named.items()}
     tables = [str(atlas.edge_table(key)) for key in pairs]
     import duckdb  # here, since importing the package is cheap by promise
 
