@@ -147,7 +147,7 @@ def test_dimensions_of_complement_sum_and_intersection(spaces: tuple[Subspace, S
     a, b, _ = spaces
     both, shared, rest = sum_of([a, b]), intersection([a, b]), complement(a)
     assert both.rank + shared.rank == a.rank + b.rank
-    assert both.rank == min(a.dim, a.rank + b.rank)  # generic position
+    assert max(a.rank, b.rank) <= both.rank <= min(a.dim, a.rank + b.rank)
     assert rest.rank == a.dim - a.rank
     assert torch.allclose(rest.basis.T @ a.basis, torch.zeros(rest.rank, a.rank, dtype=F64), atol=1e-12)
     assert both.contains(a.basis)
@@ -156,6 +156,24 @@ def test_dimensions_of_complement_sum_and_intersection(spaces: tuple[Subspace, S
     assert b.contains(shared.basis)
     x = torch.arange(float(a.dim), dtype=F64).cos()
     torch.testing.assert_close(a.project(x) + rest.project(x), x)
+
+
+@laws
+@given(seeds, seeds, st.integers(1, 8))
+def test_one_space_in_two_bases_is_one_space(seed: int, turn: int, r: int) -> None:
+    """Bases of equal spaces differ by many eps: a cut at eps itself would double the sum and empty the intersection."""
+    a = space(seed, 8, r)
+    b = Subspace(a.basis @ haar_orthogonal(r, torch.Generator().manual_seed(turn)))
+    assert sum_of([a, b]).rank == intersection([a, b]).rank == r
+    assert a.contains(b.basis)
+
+
+@pytest.mark.parametrize(("theta", "ranks"), [(1e-5, (2, 0)), (1e-10, (1, 1))])
+def test_an_angle_is_one_direction_or_two(theta: float, ranks: tuple[int, int]) -> None:
+    line = torch.tensor([[1.0], [0.0]], dtype=F64)
+    turned = torch.tensor([[math.cos(theta)], [math.sin(theta)]], dtype=F64)
+    a, b = Subspace(line), Subspace(turned)
+    assert (sum_of([a, b]).rank, intersection([a, b]).rank) == ranks
 
 
 def test_intersection_and_sum_with_a_planted_overlap() -> None:

@@ -1,4 +1,4 @@
-"""The only epsilon of the package, and the dtype in which sums and decompositions are taken."""
+"""The only epsilons of the package, and the dtype in which sums and decompositions are taken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 accumulate = torch.float64
 """Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
 what a figure says never depends on the rounding of the storage dtype."""
+
+same_direction = torch.finfo(accumulate).eps ** 0.5
+"""Angle in radians below which two directions count as one: there ``cos`` differs from 1 by less than eps. Bases from
+separate decompositions of one space differ by many eps, so a cut at eps itself would tell equals apart."""
 
 
 def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:

@@ -13,7 +13,8 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import svd
 from virtual_weights.linalg.lapack import gains, lengths, orthonormal, singular
 from virtual_weights.linalg.linear_map import LinearMap
-from virtual_weights.linalg.numerics import accumulate, tolerance
+from virtual_weights.linalg.numerics import accumulate, same_direction
+from virtual_weights.linalg.numerics import tolerance as _rank_cut
 from virtual_weights.linalg.spectrum import Spectrum
 
 
@@ -59,7 +60,7 @@ class Subspace:
         """Orthogonal projection ``Q Q^T x`` of the columns of x, (d,) or (d, n), float64."""
         return self.basis @ (self.basis.T @ x.to(accumulate))
 
-    def contains(self, v: Tensor, tol: float = 1e-9) -> bool:
+    def contains(self, v: Tensor, tol: float = same_direction) -> bool:
         """Whether every column of v lies in the subspace: ``||v - Q Q^T v|| <= tol ||v||``."""
         v = v.to(accumulate)
         outside = lengths(v - self.project(v))
@@ -93,7 +94,7 @@ def column_space(map: LinearMap, energy: float | None = None, tolerance: float |
     spectrum = Spectrum(parts.S)
     if energy is not None:
         return Subspace(parts.U[:, : spectrum.energy_rank(energy)])
-    cut = _rounding(max(map.shape)) if tolerance is None else tolerance
+    cut = _rank_cut(accumulate, map.shape) if tolerance is None else tolerance
     return Subspace(parts.U[:, : spectrum.numerical_rank(cut)])
 
 
@@ -146,13 +147,13 @@ def complement(a: Subspace) -> Subspace:
     return Subspace(orthonormal(a.basis, complete=True)[0][:, a.rank :])
 
 
-def sum_of(subspaces: Sequence[Subspace], tol: float | None = None) -> Subspace:
+def sum_of(subspaces: Sequence[Subspace], tol: float = same_direction) -> Subspace:
     """The span of several subspaces of one R^d.
 
     Args:
         subspaces: at least one.
-        tol: directions of the stacked bases with a singular value <= tol are taken as already spanned; two lines at a
-            small angle theta have ``theta / sqrt(2)``. None: rounding in float64.
+        tol: angle in radians within which two directions count as one: stacked bases of two lines at a small angle
+            theta have the singular value ``theta / sqrt(2)``, which is cut.
 
     Returns:
         Subspace whose dimension is at most the sum of dimensions and at most d.
@@ -160,15 +161,16 @@ def sum_of(subspaces: Sequence[Subspace], tol: float | None = None) -> Subspace:
     _require_same_space(subspaces)
     stacked = torch.cat([each.basis for each in subspaces], dim=1)
     u, s, _ = singular(stacked)
-    return Subspace(u[:, s > (_rounding(max(stacked.shape)) if tol is None else tol)])
+    return Subspace(u[:, s > tol / 2**0.5])
 
 
-def intersection(subspaces: Sequence[Subspace], tol: float | None = None) -> Subspace:
+def intersection(subspaces: Sequence[Subspace], tol: float = same_direction) -> Subspace:
     """The directions that all subspaces share, ``x`` with ``sum_i ||x - P_i x||^2 = 0``.
 
     Args:
         subspaces: at least one, of one R^d.
-        tol: how far from every subspace (root of the summed squared sines) a shared direction may be. None: rounding.
+        tol: angle in radians (root of the summed squared sines) within which a direction counts as shared, so that
+            ``dim(A + B) + dim(A & B) = dim A + dim B``.
 
     Returns:
         Subspace of the first of them, possibly {0}.
@@ -178,12 +180,8 @@ def intersection(subspaces: Sequence[Subspace], tol: float | None = None) -> Sub
     outside = torch.cat([first - other.project(first) for other in subspaces[1:]] or [first * 0.0], dim=0)
     _, s, vh = singular(outside, full=True)
     sines = torch.cat([s, s.new_zeros(first.shape[1] - len(s))])
-    shared = sines <= (_rounding(max(outside.shape)) if tol is None else tol)
+    shared = sines <= tol
     return Subspace(orthonormal(first @ vh.T[:, shared])[0])
-
-
-def _rounding(size: int) -> float:
-    return tolerance(accumulate, (size,))
 
 
 def _require_same_space(subspaces: Sequence[Subspace]) -> None:
