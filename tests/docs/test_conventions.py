@@ -1,0 +1,80 @@
+"""The Python blocks of the pages are run as they stand; the exit codes of the page are those of the command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("conventions.md", "composition.md", "add-an-architecture.md")
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(page: Path, text: str | None = None) -> int:
+    """Run a page's blocks in order in one namespace, lines numbered as in the page; how many there were."""
+    text = page.read_text(encoding="utf-8") if text is None else text
+    names: dict[str, Any] = {"__name__": page.stem}
+    blocks = list(_BLOCK.finditer(text))
+    for block in blocks:
+        above = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * above + block[1], str(page), "exec"), names)
+    return len(blocks)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_shows_is_so(name: str) -> None:
+    assert run_blocks(ROOT / "docs" / name) >= 2
+
+
+@pytest.mark.real
+def test_what_the_readme_shows_is_so() -> None:
+    assert run_blocks(ROOT / "README.md") >= 1
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('places["L1H4"] == (2, 3)', 'places["L1H4"] == (2, 2)'),
+        ('places["L1H3"] == places["L1.mlp"] == (1, 2)', 'places["L1H3"] == places["L1.mlp"] == (2, 3)'),
+        ("turn[0, 2], -torch", "turn[0, 2], torch"),
+        ("stream.rotation(3).T @ head.k", "stream.rotation(3) @ head.k"),
+        ('bare["L1H4.K"].dense() * gain', 'bare["L1H4.K"].dense()'),
+        ("score[6:12, :6].isfinite()", "score[:6, 6:12].isfinite()"),
+        ("found.U @ found.S.diag() @ found.V.T", "found.V @ found.S.diag() @ found.U.T"),
+    ],
+)
+def test_a_wrong_convention_would_be_noticed(right: str, wrong: str) -> None:
+    page = ROOT / "docs" / "conventions.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    with pytest.raises(AssertionError) as failure:
+        run_blocks(page, text.replace(right, wrong))
+    line = [entry.lineno for entry in failure.traceback if Path(str(entry.path)) == page][-1]
+    assert right in text.splitlines()[line], "another statement failed first"
+
+
+def test_the_command_ends_with_the_exit_codes_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from virtual_weights.cli import run
+
+    page = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert told == {0, 1, 2, 3, 4, 5, 130}
+    pickled = tmp_path / "model.bin"
+    pickled.write_bytes(b"\x80\x04.")
+    cases: list[tuple[list[str], int]] = [
+        (["--version"], 0),
+        (["composition"], 2),
+        (["composition", "nowhere", "--port", "Z"], 2),
+        (["composition", "nowhere", "--no-such-option"], 2),
+        (["composition", "nowhere", "--save", "matrix.csv"], 2),
+        (["model", "fetch", "nothing-by-this-name", "--offline"], 2),
+        (["channel", str(tmp_path / "nowhere"), "L0H0", "L1H0.K"], 3),
+        (["composition", str(pickled)], 4),
+    ]
+    for arguments, code in cases:
+        assert run(arguments) == code, arguments
+        out, err = capfd.readouterr()
+        assert (not out and bool(err)) or code == 0, arguments
