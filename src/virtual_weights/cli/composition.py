@@ -73,7 +73,8 @@ def show_edges(title: str, record: Record, edges: list[dict[str, object]]) -> No
     table(title, ["writer", "reader", "shared channel", *names], rows)
     grouped = channels_of(edges)
     if len(grouped) < len(edges):
-        line(f"{len(edges)} edges are {len(grouped)} channels, because query heads share key and value heads:")
+        channels = "one channel" if len(grouped) == 1 else f"{len(grouped)} channels"
+        line(f"{len(edges)} edges are {channels}, because query heads share key and value heads:")
         table("", ["writer", "channel", "readers", "score"], [[g["writer"], g["channel"], " ".join(g["readers"]), g["score"]] for g in grouped])
 
 
