@@ -424,6 +424,13 @@ bad_value("value-nan-bfloat16", [0, 0x7FC0], "BF16", "<u2")
 bad_value("value-nan-float8", [0, 0x7F], "F8_E4M3", "u1")
 
 
+@case
+def header_larger_than_allowed(folder: Path) -> Case:
+    reference = single(folder, safetensors_bytes({}, length=200_000_000))
+    os.truncate(folder / "model.safetensors", 1 << 30)  # a hole: it takes no room
+    return Case(reference, MalformedCheckpointError, "claims 200,000,000")
+
+
 # -- GGUF
 
 
@@ -507,6 +514,13 @@ bad_gguf(
     # what gguf's own reader (0.19) loops on: an array of 2**62 numbers, 49 bytes in all
     "49-bytes",
     b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<I", 9) + array(4, 2**62),
+    "items",
+)
+
+
+bad_gguf(
+    "arrays-too-large-together",
+    gguf_bytes(pairs=tuple(pair(f"a{i}", 9, array(0, 1_000_000, bytes(1_000_000))) for i in range(5))),
     "items",
 )
 
