@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from tiny_models import Flow
+from torch import Tensor
 
 from virtual_weights.stream import Stream, scale
 
@@ -23,9 +23,13 @@ def contributions(stream: Stream, seen: Flow, tokens: Tensor) -> list[tuple[int,
         elif label.kind == "pos":
             found.append((0, stream.write("pos")[0].to(dtype)[:, : len(tokens)].T))
         elif label.kind == "head":
-            found.append((component.writes, inner[label.layer][:, label.index] @ stream[f"{label}.O"].dense().to(dtype).T))
+            found.append(
+                (component.writes, inner[label.layer][:, label.index] @ stream[f"{label}.O"].dense().to(dtype).T)
+            )
         elif label.kind == "mlp":
-            found.append((component.writes, seen.mlp_inner[label.layer] @ stream.write("mlp", label.layer)[0].to(dtype).T))
+            found.append(
+                (component.writes, seen.mlp_inner[label.layer] @ stream.write("mlp", label.layer)[0].to(dtype).T)
+            )
         else:
             found.append((component.writes, stream[str(label)].dense().to(dtype)[:, 0].expand(len(tokens), -1)))
     return found

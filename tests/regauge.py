@@ -39,7 +39,9 @@ def _rebase_llama(module: nn.Module, heads: int, shared: int, generator: torch.G
         old.copy_(new)
 
 
-def _rebase(q: Tensor, k: Tensor, v: Tensor, o: Tensor, heads: int, shared: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _rebase(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, heads: int, shared: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
     width = len(k) // shared
     a, b = (_invertible(shared, width, generator).to(q.dtype) for _ in range(2))
     per_head = heads // shared

@@ -12,7 +12,14 @@ import transformers
 from torch import Tensor, nn
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-LLAMA = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, vocab_size=37, max_position_embeddings=64)
+LLAMA = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    vocab_size=37,
+    max_position_embeddings=64,
+)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-full": ("llama", {**LLAMA, "num_key_value_heads": 6}),
     "llama-grouped-untied": ("llama", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": False}),
@@ -39,10 +46,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**LLAMA, "num_key_value_heads": 2, "head_dim": 4}),
     "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", dict(n_embd=24, n_layer=3, n_head=4, n_positions=32, vocab_size=37)),
-    "gpt2-untied-narrow": ("gpt2", dict(n_embd=24, n_layer=2, n_head=4, n_positions=32, vocab_size=37, n_inner=20, tie_word_embeddings=False)),
+    "gpt2-untied-narrow": (
+        "gpt2",
+        dict(n_embd=24, n_layer=2, n_head=4, n_positions=32, vocab_size=37, n_inner=20, tie_word_embeddings=False),
+    ),
     "neox-parallel-partial-rotary": (
         "gpt_neox",
-        dict(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, vocab_size=37, max_position_embeddings=64),
+        dict(
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=37,
+            max_position_embeddings=64,
+        ),
     ),
     "neox-sequential-no-attention-bias": (
         "gpt_neox",
@@ -148,7 +165,7 @@ def _split(seen: Flow, model: nn.Module, kind: str) -> None:
 
 @contextmanager
 def norms_in_full_precision() -> Iterator[None]:
-    """transformers' RMSNorm casts to float32 inside, which would hide anything below 1e-7: run it in its input's dtype."""
+    """Run RMSNorm in its input's dtype: transformers casts to float32 inside, which hides all below 1e-7."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm

@@ -12,8 +12,9 @@ from virtual_weights.linalg import LinearMap, Spectrum, Subspace, eigenvalues, p
 from virtual_weights.record import Record
 from virtual_weights.stream import Head, Mlp, Stream, virtual_weight
 from virtual_weights.stream import open_stream as open
+from virtual_weights.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Channel",

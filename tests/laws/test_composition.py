@@ -55,7 +55,9 @@ def test_pairs_that_cannot_reach_are_absent(name: str) -> None:
         assert torch.equal(torch.isnan(vw.Composition(port)(stream)["score"]), unreachable)
 
 
-@pytest.mark.parametrize("name", ["llama-grouped-untied", "llama-multi-query-tied", "gpt2", "neox-parallel-partial-rotary"])
+@pytest.mark.parametrize(
+    "name", ["llama-grouped-untied", "llama-multi-query-tied", "gpt2", "neox-parallel-partial-rotary"]
+)
 def test_unchanged_when_heads_are_rebased(name: str) -> None:
     model = tiny(name, dtype=torch.float64)
     before, after = vw.open(model), vw.open(rebased(model, seed=3))

@@ -30,7 +30,9 @@ def test_short_spelling(short: str, long: str) -> None:
     assert str(parse(short)) == long
 
 
-@pytest.mark.parametrize("text", ["", "L5", "H3", "L5H3.X", "l5h3", "L5H3.K ", "L5.mlp.Q", "embed.K", "L-1H0", "L5H3\n", "5.3.k"])
+@pytest.mark.parametrize(
+    "text", ["", "L5", "H3", "L5H3.X", "l5h3", "L5H3.K ", "L5.mlp.Q", "embed.K", "L-1H0", "L5H3\n", "5.3.k"]
+)
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="names no component"):
         parse(text)

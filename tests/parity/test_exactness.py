@@ -49,7 +49,7 @@ def test_rotary_offset_gives_the_attention_logits_of_transformers(name: str) -> 
             torch.testing.assert_close(ours, logits.diagonal(-offset), rtol=1e-5, atol=1e-5)
 
 
-def _apply(model, q, k, cos, sin):  # noqa: ANN001, ANN202
+def _apply(model, q, k, cos, sin):
     import importlib
 
     kind = model.config.model_type

@@ -107,8 +107,13 @@ def test_a_writer_that_comes_too_late_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("writer", "reader", "said"),
-    [("unembed", "L1H0.K", "does not write"), ("L0H0.K", "L1H0.K", "does not write"), ("L0H0", "L1H0", "reading port"),
-     ("L0H0", "embed", "does not read|cannot reach"), ("L0H0", "L1H0.O", "reading port")],
+    [
+        ("unembed", "L1H0.K", "does not write"),
+        ("L0H0.K", "L1H0.K", "does not write"),
+        ("L0H0", "L1H0", "reading port"),
+        ("L0H0", "embed", "does not read|cannot reach"),
+        ("L0H0", "L1H0.O", "reading port"),
+    ],
 )
 def test_virtual_weights_between_wrong_ends(writer: str, reader: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -67,8 +67,8 @@ class Channel:
         gains = svd(virtual).S
         edge = spectrum_null_edge(read, write, self.draws, self.seed, self.quantile)
         s_read, s_write = gains_of(read), gains_of(write)
-        moments = [torch.stack([(s**2).sum(), (s**4).sum()]) for s in (s_read, s_write)]
-        mean, variance = haar_moments(*moments[0], *moments[1], stream.d_model)
+        squares = [s.square().sum() for s in (s_read, s_write, s_read.square(), s_write.square())]
+        mean, variance = haar_moments(squares[0], squares[2], squares[1], squares[3], stream.d_model)
         energy = gains.square()
         return Record(
             self.question,

@@ -120,6 +120,11 @@ def _columns(squared: Tensor, readers: MapStack, writers: MapStack, d: int) -> t
     return (
         Column("score", score, "1, in [0, 1]", "||R O||_F / (||R||_F ||O||_F) over circuits"),
         Column("strength", strength, "weights", "||R O||_F over circuits"),
-        Column("null_ratio", score * d**0.5, "1 (ratio)", "score over its root mean square at random orientation, 1/sqrt(d)"),
+        Column(
+            "null_ratio",
+            score * d**0.5,
+            "1 (ratio)",
+            "score over its root mean square at random orientation, 1/sqrt(d)",
+        ),
         Column("z", z, "standard deviations", "||R O||_F^2 against its Haar mean and deviation"),
     )

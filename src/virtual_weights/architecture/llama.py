@@ -71,8 +71,14 @@ def _hf_config(config: Mapping[str, Any]) -> ModelSpec:
 
 def _gguf_rows(permuted: bool, qkv_bias: str) -> tuple[Row, ...]:
     """Rows of the GGUF dialect; Llama's converter stores each head's q and k rows as (r, two) pairs."""
-    q, k = ("(h r two) d -> h (two r) d", "(g r two) d -> g (two r) d") if permuted else ("(h k) d -> h k d", "(g k) d -> g k d")
-    q_bias, k_bias = ("(h r two) -> h (two r)", "(g r two) -> g (two r)") if permuted else ("(h k) -> h k", "(g k) -> g k")
+    q, k = (
+        ("(h r two) d -> h (two r) d", "(g r two) d -> g (two r) d")
+        if permuted
+        else ("(h k) d -> h k d", "(g k) d -> g k d")
+    )
+    q_bias, k_bias = (
+        ("(h r two) -> h (two r)", "(g r two) -> g (two r)") if permuted else ("(h k) -> h k", "(g k) -> g k")
+    )
     block = "blk.{l}."
     return (
         Row(("embed",), "token_embd.weight", "t d -> t d"),
@@ -105,7 +111,9 @@ def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
     n_kv_heads = integer(own, "attention.head_count_kv", n_heads)
     divided(n_heads, n_kv_heads, "attention.head_count by attention.head_count_kv")
     key_length = own.get("attention.key_length")
-    d_head = integer(own, "attention.key_length") if key_length else divided(d_model, n_heads, "embedding_length by heads")
+    d_head = (
+        integer(own, "attention.key_length") if key_length else divided(d_model, n_heads, "embedding_length by heads")
+    )
     if own.get("rope.scaling.type", "none") not in ("none", "linear"):
         raise ArchitectureError(
             f"the file asks for rotary scaling {own['rope.scaling.type']!r}",
@@ -136,10 +144,10 @@ def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _gguf_neutral(family: str) -> frozenset[str]:
-    own = """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
-    attention.key_length attention.value_length attention.layer_norm_rms_epsilon attention.sliding_window vocab_size
-    rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
-    rope.scaling.finetuned"""
+    own = """block_count context_length embedding_length feed_forward_length attention.head_count
+    attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
+    attention.sliding_window vocab_size rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
+    rope.scaling.original_context_length rope.scaling.finetuned"""
     return frozenset(f"{family}.{key}" for key in own.split()) | {"general.*", "tokenizer.*", "quantize.*", "split.*"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -17,7 +18,8 @@ from virtual_weights.cli.model import model_commands
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
-COMMAND_LINE_ERRORS = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own click and does not export it
+# ClickException: typer carries its own click and does not export it
+COMMAND_LINE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="vweights",

@@ -33,8 +33,7 @@ def channel(
             model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
         )
         record = Channel(writer, reader, rotary_offset, seed=seed)(stream)
-    figures = summary(record)
-    gains = record["gain"]
+    figures, gains = summary(record), [row["gain"] for row in record.rows()]
     if as_json:
         put_json(
             {
@@ -44,12 +43,12 @@ def channel(
                 "rotary_offset": rotary_offset,
                 "norm": record.stamp["norm"],
                 **figures,
-                "singular_values": [float(gain) for gain in gains],
+                "singular_values": gains,
                 "provenance": record.provenance,
             }
         )
         return
     table(f"{writer} -> {reader} · {model}", ["quantity", "value"], list(figures.items()))
-    rows = [[int(row["direction"]), row["gain"], row["energy"]] for row in record.rows()][:top]
+    rows = [[row["direction"], row["gain"], row["energy"]] for row in record.rows()][:top]
     table(f"the {len(rows)} largest of {len(gains)} gains", ["direction", "gain", "energy"], rows)
     line(f"norm {record.stamp['norm']}; the null's edge is the 99% quantile of the largest gain at random orientation")

@@ -75,7 +75,11 @@ def show_edges(title: str, record: Record, edges: list[dict[str, object]]) -> No
     if len(grouped) < len(edges):
         channels = "one channel" if len(grouped) == 1 else f"{len(grouped)} channels"
         line(f"{len(edges)} edges are {channels}, because query heads share key and value heads:")
-        table("", ["writer", "channel", "readers", "score"], [[g["writer"], g["channel"], " ".join(g["readers"]), g["score"]] for g in grouped])
+        table(
+            "",
+            ["writer", "channel", "readers", "score"],
+            [[g["writer"], g["channel"], " ".join(g["readers"]), g["score"]] for g in grouped],
+        )
 
 
 def save_matrices(record: Record, path: Path) -> None:

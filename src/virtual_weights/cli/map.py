@@ -22,7 +22,9 @@ from virtual_weights.report import write_report
 from virtual_weights.stream import Stream
 
 Question = Composition | Overlap
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="the atlas folder; MODEL.atlas if none")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="the atlas folder; MODEL.atlas if none")
+]
 
 
 def map_model(
@@ -67,15 +69,11 @@ def map_model(
     line(f"report: {report}")
 
 
-def _answers(
-    atlas: Atlas, stream: Stream, wanted: list[Question], step: Callable[[str], Tick]
-) -> Iterator[Record]:
+def _answers(atlas: Atlas, stream: Stream, wanted: list[Question], step: Callable[[str], Tick]) -> Iterator[Record]:
     """Answer every question, taking from the atlas what an earlier run has finished."""
     for question in wanted:
         name = f"{question.question} {question.port}"
-        key = task_key(
-            stream.source.fingerprint, question.question, question.parameters, {"norm": stream.norm_stamp}
-        )
+        key = task_key(stream.source.fingerprint, question.question, question.parameters, {"norm": stream.norm_stamp})
         if atlas.finished(key):
             yield atlas.get(key)
             continue

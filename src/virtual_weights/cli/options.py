@@ -33,7 +33,9 @@ Partial = Annotated[bool, typer.Option("--partial", help="accept a checkpoint in
 Offline = Annotated[bool, typer.Option("--offline", help="never fetch anything")]
 AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="do not refuse NaN and infinity")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
-ProgressOption = Annotated[ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr")]
+ProgressOption = Annotated[
+    ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr")
+]
 RotaryOffset = Annotated[
     int | None,
     typer.Option("--rotary-offset", metavar="D", min=0, help="query position minus key position; none is offset 0"),

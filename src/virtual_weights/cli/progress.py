@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,16 +12,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from virtual_weights.cli.options import ProgressMode
 
-Tick = Callable[[int, int], None]
+Tick = Callable[[float, float], None]
 
 
 @contextmanager
-def steps(mode: ProgressMode) -> Iterator[Callable[[str], Tick]]:
+def steps(mode: ProgressMode) -> Generator[Callable[[str], Tick]]:
     """Give a function that begins a step by name and returns how to tell (done, total) of it."""
     if mode is ProgressMode.json:
         yield _json_step
     elif mode is ProgressMode.auto and sys.stderr.isatty():
-        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
             def begin(name: str) -> Tick:
@@ -34,7 +40,7 @@ def steps(mode: ProgressMode) -> Iterator[Callable[[str], Tick]]:
 
 
 def _json_step(name: str) -> Tick:
-    def tell(done: int, total: int) -> None:
+    def tell(done: float, total: float) -> None:
         print(json.dumps({"step": name, "done": done, "total": total}), file=sys.stderr, flush=True)
 
     return tell

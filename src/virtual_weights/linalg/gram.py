@@ -47,13 +47,10 @@ def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
 ) -> Pairs:
     """``||R_i O_j||_F^2`` of every reader with every writer that reaches it.
 
-    ::
-
-        ||R O||_F^2 = tr(R^T R O O^T) = <G_r, G_w>          G_r = R^T R,  G_w = O O^T,  both (d, d)
-
-    Gram form: tiles of the upper triangle of all G at once, one matrix product per tile, ``n_r n_w d^2`` flops; direct
-    form: ``2 (n_r k)(n_w k) d``. The first is cheaper about when ``d < 2 k^2``; both count forming their factors, and
-    pairs that cannot reach are skipped group by group.
+    ``||R O||_F^2 = tr(R^T R O O^T) = <G_r, G_w>`` with ``G_r = R^T R``, ``G_w = O O^T``, both (d, d). Gram form: tiles
+    of the upper triangle of all G, one matrix product per tile, ``n_r n_w d^2`` flops; direct form:
+    ``2 (n_r k)(n_w k) d``. The first is cheaper about when ``d < 2 k^2``; both count forming their factors, and pairs
+    that cannot reach are skipped group by group.
 
     Args:
         readers: ``R_i = L_i outer_i``, each (., d), at the state it reads.
@@ -77,9 +74,8 @@ def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
 
     Example:
         >>> one = MapStack(torch.eye(2).reshape(2, 1, 2), torch.arange(2), None, torch.zeros(2, dtype=torch.int64))
-        >>> all_pairs(one, one).squared
-        tensor([[1., 0.],
-                [0., 1.]], dtype=torch.float64)
+        >>> all_pairs(one, one).squared.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     if readers.width != writers.width or dtype not in (torch.float64, torch.float32):
         raise UsageError(
@@ -94,12 +90,10 @@ def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
     if not pairs.groups:
         return Pairs(result, form or "gram", 0.0)
     plan = _plan(pairs, dtype, memory, form)
-    squared = plan.compute(chosen, progress).to(home)
-    reads, writes = readers.position.cpu(), writers.position.cpu()
-    squared.clamp_(min=0.0)  # a sum of squares: below zero is rounding of <G_r, G_w>
-    hidden = writes[pairs.writers.order][None, :] > reads[pairs.readers.order][:, None]
-    squared.masked_fill_(hidden.to(home), float("nan"))
-    result[pairs.readers.order.to(home)[:, None], pairs.writers.order.to(home)[None, :]] = squared
+    squared = plan.compute(chosen, progress).to(home).clamp_(min=0.0)  # a sum of squares: below zero is rounding
+    row, column = pairs.readers.order, pairs.writers.order
+    hidden = writers.position.cpu()[column][None, :] > readers.position.cpu()[row][:, None]
+    result[row.to(home)[:, None], column.to(home)[None, :]] = squared.masked_fill_(hidden.to(home), float("nan"))
     return Pairs(result, plan.name, plan.flops)
 
 

@@ -20,12 +20,12 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
-<main id="page"><noscript>This report draws itself with the script inside this file; please allow scripts for it.</noscript></main>
+<main id="page"><noscript>This report draws itself with the script inside this file; please allow it.</noscript></main>
 <script id="data" type="application/json">{data}</script>
 <script>{script}</script>
 </body>
@@ -61,8 +61,7 @@ def page(data: Mapping[str, Any]) -> str:
         title=html.escape(f"virtual weights of {data['model']['model']}"),
         style=style,
         script=script,
-        style_hash=_digest(style),
-        script_hash=_digest(script),
+        policy=f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'",
         data=_embedded(data),
     )
 

@@ -48,9 +48,7 @@ def mlp_reads(model: Model, layer: int) -> int:
 
 def components(model: Model) -> tuple[Component, ...]:
     """Every component that the checkpoint holds, in order of depth; neurons are not listed one by one."""
-    found: list[Component] = [
-        Component(Label(kind), None, 0) for kind in ("embed", "pos") if model.has(kind)
-    ]
+    found: list[Component] = [Component(Label(kind), None, 0) for kind in ("embed", "pos") if model.has(kind)]
     for layer in range(model.spec.n_layers):
         found += _attention(model, layer)
         found += _mlp(model, layer)

@@ -136,7 +136,7 @@ class Stream:
             MissingTensorError: a partial checkpoint lacks this reader.
             UsageError: the model has no such port.
         """
-        if (port == "gate") and not self.spec.gated or (port == "in" and self.spec.gated):
+        if ((port == "gate") and not self.spec.gated) or (port == "in" and self.spec.gated):
             raise UsageError(
                 f"this model's MLP has no port {port!r}",
                 expected="gate and up" if self.spec.gated else "in",
@@ -163,7 +163,7 @@ class Stream:
         return own if own.ndim == 3 else own[None]
 
     def rotation(self, offset: int) -> Tensor | None:
-        """The rotary matrix of a query ``offset`` tokens after its key, (d_head, d_head) float64; None without rotary."""
+        """``R_offset`` of a query ``offset`` tokens after its key, (d_head, d_head) float64; None without rotary."""
         if self.spec.rotary is None:
             return None
         return rotation(self.spec.rotary, offset, self.spec.d_head, self.weight("rope_factors"))
@@ -187,7 +187,9 @@ class Stream:
         if label.kind == "unembed":
             return Dense(self.read("unembed").maps[0])
         if label.kind in ("attn_bias", "mlp_bias"):
-            return Dense(self._needed({"attn_bias": "o_bias", "mlp_bias": "down_bias"}[label.kind], label.layer)[:, None])
+            return Dense(
+                self._needed({"attn_bias": "o_bias", "mlp_bias": "down_bias"}[label.kind], label.layer)[:, None]
+            )
         return Dense(self.write(label.kind)[0])
 
     def _head(self, label: Label) -> Head:
@@ -195,14 +197,18 @@ class Stream:
         assert layer is not None and index is not None
         shared = index // self.spec.group
         q, k, v = (self.read(port, layer) for port in ("Q", "K", "V"))
-        at = {"q": (q, index), "k": (k, shared), "v": (v, shared)}
-        maps = {name: Dense(read.maps[i]) for name, (read, i) in at.items()}
-        constants = {f"{n}_constant": None if r.constants is None else r.constants[i] for n, (r, i) in at.items()}
-        out = self.write("head", layer)[index]
-        name = str(Label("head", layer, index))
-        channel = next(c.channel for c in self.heads if str(c.label) == name)
-        rotate = None if self.spec.rotary is None else self.rotation
-        return Head(name, **maps, o=Dense(out.to(maps["v"].dtype)), **constants, channel=channel, rotate=rotate)
+        return Head(
+            str(Label("head", layer, index)),
+            q=Dense(q.maps[index]),
+            k=Dense(k.maps[shared]),
+            v=Dense(v.maps[shared]),
+            o=Dense(self.write("head", layer)[index].to(v.maps.dtype)),
+            q_constant=None if q.constants is None else q.constants[index],
+            k_constant=None if k.constants is None else k.constants[shared],
+            v_constant=None if v.constants is None else v.constants[shared],
+            channel=self.heads_of(layer)[index].channel,
+            rotate=None if self.spec.rotary is None else self.rotation,
+        )
 
     def _mlp(self, label: Label) -> Mlp | LinearMap:
         layer = label.layer
@@ -228,7 +234,7 @@ class Stream:
         if beyond_layer or (label.index is not None and label.index >= counts[label.kind]):
             raise UsageError(
                 f"this model has no {label}",
-                expected=f"layers 0 to {spec.n_layers - 1}, heads 0 to {spec.n_heads - 1}, neurons 0 to {spec.d_mlp - 1}",
+                expected=f"layers to {spec.n_layers - 1}, heads to {spec.n_heads - 1}, neurons to {spec.d_mlp - 1}",
                 do="correct the name",
             )
 

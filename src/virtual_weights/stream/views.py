@@ -55,7 +55,7 @@ class Head:
         return self.qk if turn is None else self.q.T @ Dense(turn.to(self.q.dtype)).T @ self.k
 
     def circuit(self, port: str, offset: int = 0) -> LinearMap:
-        """The circuit through which a port reads: Q ``QK^T``, K ``QK``, V ``OV``; each maps the stream to the stream."""
+        """The circuit through which a port reads, stream to stream: Q ``QK^T``, K ``QK``, V ``OV``."""
         if port == "Q":
             return self.qk_at(offset).T
         if port == "K":
@@ -63,7 +63,9 @@ class Head:
         if port == "V":
             return self.ov
         raise UsageError(
-            f"{self.label} has no reading port {port!r}", expected="Q, K or V", do="write for example " + self.label + ".K"
+            f"{self.label} has no reading port {port!r}",
+            expected="Q, K or V",
+            do="write for example " + self.label + ".K",
         )
 
 

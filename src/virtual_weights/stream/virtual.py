@@ -38,7 +38,9 @@ def writing_map(stream: Stream, writer: str) -> LinearMap:
     """What a component adds to the stream: OV of a head, else its write map (d, k)."""
     label = parse(writer)
     if label.kind == "unembed" or label.port not in (None, "O", "out"):
-        raise UsageError(f"{writer} does not write", expected="a writer such as L16H0, L3.mlp or embed", do="name a writer")
+        raise UsageError(
+            f"{writer} does not write", expected="a writer such as L16H0, L3.mlp or embed", do="name a writer"
+        )
     part = stream[str(Label(label.kind, label.layer, label.index))]
     if isinstance(part, Head):
         return part.ov
