@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contract.hostile import CASES
 from safetensors import safe_open
 from tiny_models import tiny
 
@@ -160,3 +162,21 @@ def test_too_small_a_budget_is_5(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("virtual_weights.cli.composition.open_model", full)
     assert run(["composition", str(folder)]) == 5
     assert "out of resources" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile_checkpoints_end_with_their_code_and_no_traceback(
+    name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name](tmp_path)
+    if not isinstance(case.reference, (str, Path)):
+        pytest.skip("cannot be named on a command line")
+    monkeypatch.chdir(tmp_path)
+    began = time.monotonic()
+    code = run(["composition", str(case.reference), "--offline", "--json"])
+    out, err = capsys.readouterr()
+    assert code == case.error.exit_code, err
+    assert out == ""
+    assert "to do:" in err
+    assert "Traceback" not in err
+    assert time.monotonic() - began < 10
