@@ -3,8 +3,8 @@
     python benchmarks/composition.py --peer-python PATH --markdown results.md
 
 Every figure is measured in this run. ``process`` is wall time of the whole process, imports and loading included;
-``compute`` is timed inside: the peer's ``all_composition_scores`` on a loaded model, our ``Composition`` on an opened
-one (which reads the weights, since they are lazy); ``kernel`` is our all-pairs product alone, best of three.
+``compute`` is timed inside: the peer's ``all_composition_scores`` on a loaded model, our ``Composition`` on weights
+that are in memory too; ``kernel`` is our all-pairs product alone, best of three.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def smollm2(folder: Path) -> None:
     from virtual_weights.checkpoint import locate
 
     path = locate("smollm2-135m")
-    AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).float().save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    del read.config.quantization_config  # dequantised by now, but transformers would refuse to save it
+    plain = AutoModelForCausalLM.from_config(read.config)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)  # the peer insists on one
 
 
@@ -159,14 +163,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of our command line; the median counts")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a process is ended")
     parser.add_argument("--markdown", type=Path, help="write the results as a table here")
+    parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help="only write the model there")
     options = parser.parse_args()
+    if options.make:
+        MODELS[options.make[0]](Path(options.make[1]))
+        return
     rates = {name: matrix_rate(getattr(torch, name)) for name in ("float32", "float64")}
     options.rate = rates["float64"]
     print(json.dumps({"matrix_rate": rates}), flush=True)
     rows = []
     for name in MODELS if options.model == "all" else [options.model]:
         with tempfile.TemporaryDirectory() as folder:
-            MODELS[name](Path(folder))
+            # in a process of its own: a child's peak memory counts its parent's at the moment of the fork
+            subprocess.run([sys.executable, __file__, "--make", name, folder], check=True)
             rows += [compare(name, Path(folder), port, options) for port in options.ports.split(",")]
     if options.markdown:
         options.markdown.write_text(markdown(rows, rates))

@@ -16,9 +16,11 @@ from virtual_weights.linalg import all_pairs  # noqa: E402
 
 def main(folder: str, port: str, save: str) -> None:
     imported = time.perf_counter()
-    stream = vw.open(folder, fold=False)
+    source = vw.open(folder).source
+    weights = {name: source.read(name) for name in source.tensors}  # as the peer, which holds the whole model
+    stream = vw.open(weights, config=source.config, fold=False)
     loaded = time.perf_counter()
-    record = vw.Composition(port)(stream)  # reads the weights too: they are lazy
+    record = vw.Composition(port)(stream)
     done = time.perf_counter()
     torch.save(record["score"], save)
     readers, writers = reading_circuits(stream, port), writing_circuits(stream)

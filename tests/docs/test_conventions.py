@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("conventions.md", "composition.md", "add-an-architecture.md")
+PAGES = ("conventions.md", "composition.md", "bandwidth.md", "memory.md", "add-an-architecture.md")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

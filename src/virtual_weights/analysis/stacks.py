@@ -84,7 +84,8 @@ def _spaces(stream: Stream, thin: Callable[[int], Tensor], side: Literal["reads"
         maps = thin(layer)
         q, r = torch.linalg.qr(maps.double().transpose(1, 2))
         u, s, _ = torch.linalg.svd(r)
-        kept = s > tolerance(maps.dtype, maps.shape[1:]) * s[:, :1]
+        worked = torch.promote_types(maps.dtype, torch.float32)  # bfloat16 is storage: its eps would cut everything
+        kept = s > tolerance(worked, maps.shape[1:]) * s[:, :1]
         bases.append((q @ u * kept[:, None, :]).transpose(1, 2))
         ranks.append(kept.sum(-1))
         positions += [_position(stream, layer, side)] * len(maps)

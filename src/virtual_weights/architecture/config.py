@@ -10,9 +10,9 @@ from virtual_weights.errors import ArchitectureError
 
 NEUTRAL_HF = frozenset(
     """
-    architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path _attn_implementation
-    _attn_implementation_autoset attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
-    decoder_start_token_id cls_token_id mask_token_id unk_token_id initializer_range max_position_embeddings
+    architectures model_type transformers_version torch_dtype dtype use_cache _* attn_implementation
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id initializer_range max_position_embeddings
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout pretraining_tp
     output_hidden_states output_attentions return_dict chunk_size_feed_forward is_encoder_decoder is_decoder id2label
     label2id problem_type task_specific_params tokenizer_class finetuning_task torchscript use_bfloat16 pruned_heads
@@ -28,7 +28,8 @@ NEUTRAL_HF = frozenset(
 )
 """Keys of ``config.json`` that do not change the linear maps, or that the tables read by name.
 
-A sliding window limits which tokens attention reaches, not what is read or written, so it is neutral here.
+Keys that begin with an underscore are transformers' own notes. A sliding window limits which tokens attention
+reaches, not what is read or written, so it is neutral here.
 """
 
 

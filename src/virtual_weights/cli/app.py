@@ -11,10 +11,13 @@ from typing import Any
 
 import typer
 
+from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.map import map_model
+from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
+from virtual_weights.cli.subspaces import subspaces
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
@@ -32,6 +35,9 @@ app = typer.Typer(
 app.command("map")(map_model)
 app.command("composition")(composition)
 app.command("channel")(channel)
+app.command("subspaces")(subspaces)
+app.command("bandwidth")(bandwidth)
+app.command("memory")(memory)
 app.add_typer(model_commands, name="model")
 
 
