@@ -67,6 +67,9 @@ def parse(line: str) -> None:
         command.make_context(line, arguments)
 
 
+VERBS = ("map", "composition", "channel", "subspaces", "bandwidth", "memory", "model")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_relative_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
@@ -81,7 +84,7 @@ def test_command_lines_are_what_the_command_takes(name: str) -> None:
 
 def test_command_lines_are_found() -> None:
     shown = command_lines((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {shlex.split(line)[1] for line in shown} == {"map", "composition", "channel", "model"}
+    assert {shlex.split(line)[1] for line in shown} == {*VERBS}
 
 
 @pytest.mark.parametrize(
