@@ -61,7 +61,10 @@ def _invertible(count: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def rotated(model: nn.Module, seed: int) -> nn.Module:
-    """A Llama-like model with gains folded into its readers and its stream turned by a random orthogonal matrix."""
+    """A Llama-like model with gains folded into its readers and its stream turned by a random orthogonal matrix.
+
+    The final gain of tied embeddings cannot be folded and stays: such a model's unembedding does not turn with it.
+    """
     changed = copy.deepcopy(model)
     d = changed.config.hidden_size
     turn = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
@@ -75,8 +78,10 @@ def rotated(model: nn.Module, seed: int) -> nn.Module:
                 parameter.copy_(turn @ parameter)
             elif "embed_tokens" in name:
                 parameter.copy_(parameter @ turn.T)
+            elif name == "lm_head.weight":
+                parameter.copy_(parameter * changed.model.norm.weight @ turn.T)
         for name, parameter in changed.named_parameters():
-            if "layernorm" in name:
+            if "layernorm" in name or (name == "model.norm.weight" and not changed.config.tie_word_embeddings):
                 parameter.fill_(1)
     return changed
 

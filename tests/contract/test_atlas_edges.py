@@ -137,3 +137,19 @@ def test_two_hundred_thousand_edges_answer_in_a_fraction_of_a_second(tmp_path: P
     assert time.perf_counter() - began < 1.0
     expected = scores[names.index("L20H3")].sort(descending=True).values[:20]
     assert [row["score"] for row in rows] == expected.tolist()
+
+
+def test_a_table_of_edges_is_asked_like_a_matrix(tmp_path: Path):
+    atlas = Atlas.create(tmp_path / "table", {"fingerprint": "f00d"})
+    ends = (Column("reader", ("L1N0", "L1N1", "L2N0")), Column("writer", ("L0N0", "L0N1", "L0N1")))
+    score = Column("score", torch.tensor([0.1, -0.5, 0.4]))
+    atlas.put(Record("neuron_edges", (Axis("edge", ("1", "2", "3")),), (*ends, score), {"port": "up"}))
+    assert brief(edges(atlas, question="neuron_edges")) == [
+        ("up", "L2N0", "L0N1", pytest.approx(0.4)),
+        ("up", "L1N0", "L0N0", pytest.approx(0.1)),
+        ("up", "L1N1", "L0N1", pytest.approx(-0.5)),
+    ]
+    assert len(edges(atlas, "L2N0.up", question="neuron_edges")) == 1
+    assert edges(atlas, "L2N0.gate", question="neuron_edges") == []
+    with pytest.raises(UsageError, match="no writer 'L9N9'"):
+        edges(atlas, writer="L9N9", question="neuron_edges")

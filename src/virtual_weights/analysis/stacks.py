@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, tolerance
+from virtual_weights.linalg import MapStack
 from virtual_weights.stream import Stream
 
 HeadPort = Literal["Q", "K", "V"]
@@ -68,30 +68,14 @@ def writing_circuits(stream: Stream) -> MapStack:
     return _stack(stream, thin, metric, 1, "writes")
 
 
-def read_spaces(stream: Stream, port: HeadPort) -> tuple[MapStack, Tensor]:
-    """Orthonormal bases of the row spaces of a port, one per distinct map, and their ranks."""
-    return _spaces(stream, lambda layer: stream.read(port, layer).maps, "reads")
-
-
-def write_spaces(stream: Stream) -> tuple[MapStack, Tensor]:
-    """Orthonormal bases of the column spaces of the heads' output maps, and their ranks."""
-    return _spaces(stream, lambda layer: stream.write("head", layer).transpose(1, 2), "writes")
-
-
-def _spaces(stream: Stream, thin: Callable[[int], Tensor], side: Literal["reads", "writes"]) -> tuple[MapStack, Tensor]:
-    bases, ranks, positions = [], [], []
-    for layer in stream.attention_layers:
-        maps = thin(layer)
-        q, r = torch.linalg.qr(maps.double().transpose(1, 2))
-        u, s, _ = torch.linalg.svd(r)
-        worked = torch.promote_types(maps.dtype, torch.float32)  # bfloat16 is storage: its eps would cut everything
-        kept = s > tolerance(worked, maps.shape[1:]) * s[:, :1]
-        bases.append((q @ u * kept[:, None, :]).transpose(1, 2))
-        ranks.append(kept.sum(-1))
-        positions += [_position(stream, layer, side)] * len(maps)
-    outer = torch.cat(bases)
-    stack = MapStack(outer, torch.arange(len(outer)), None, torch.tensor(positions))
-    return stack, torch.cat(ranks)
+def need_heads(stream: Stream) -> None:
+    """Refuse a checkpoint without any attention head."""
+    if not stream.heads:
+        raise UsageError(
+            "this checkpoint holds no attention head",
+            expected="at least one layer with an output projection",
+            do="open a checkpoint with its attention tensors",
+        )
 
 
 def _stack(
@@ -101,6 +85,7 @@ def _stack(
     shared: int,
     side: Literal["reads", "writes"],
 ) -> MapStack:
+    need_heads(stream)
     layers, heads = stream.attention_layers, stream.spec.n_heads
     outer: Tensor | None = None
     metrics = []
@@ -110,12 +95,7 @@ def _stack(
             outer = torch.empty((len(layers) * len(own), *own.shape[1:]), dtype=own.dtype)
         outer[i * len(own) : (i + 1) * len(own)] = own
         metrics.append(metric(layer))
-    if outer is None:
-        raise UsageError(
-            "this checkpoint holds no attention head",
-            expected="at least one layer with an output projection",
-            do="open a checkpoint with its attention tensors",
-        )
+    assert outer is not None
     index = torch.arange(len(layers) * heads) // shared
     position = torch.tensor([_position(stream, layer, side) for layer in layers]).repeat_interleave(heads)
     return MapStack(outer, index, torch.cat(metrics), position)

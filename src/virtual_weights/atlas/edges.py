@@ -24,7 +24,7 @@ def edges(
     writer: str | None = None,
     *,
     question: str = "composition",
-    by: str = "score",
+    by: str | None = None,
     top: int = 20,
 ) -> list[dict[str, Any]]:
     """The strongest stored edges of a reader, a writer, or all.
@@ -33,8 +33,8 @@ def edges(
         atlas: the atlas.
         reader: a label, with its port or without (``"L18H6.K"``, ``"L18H6"``); None for all.
         writer: a label; None for all.
-        question: name of a question whose records are over (reader, writer).
-        by: the numeric column to order by, largest first.
+        question: name of a question whose records are over (reader, writer), or tables with these two columns.
+        by: the numeric column to order by, largest first; None takes the first of the question's columns.
         top: how many at most.
 
     Returns:
@@ -57,13 +57,18 @@ def edges(
             do="compute it first, for example with vweights map",
         )
     named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
-    asked = {side: _end(pairs.values(), side, label) for side, label in named.items()}
+    asked = {side: _End(label, *label.rpartition(".")[::2]) for side, label in named.items()}
+    first = next(iter(pairs.values())).columns
+    by = by or next(column.name for column in first if column.kind.startswith("torch"))
     tables = [str(atlas.edge_table(key)) for key in pairs]
     import duckdb  # here, since importing the package is cheap by promise
 
     try:
         with duckdb.connect() as database:
-            return _strongest(database, tables, asked, by, top)
+            found = _strongest(database, tables, asked, by, top)
+            for side, end in ({} if found else asked).items():
+                _check_known(database, tables, pairs.values(), side, end)
+            return found
     except duckdb.Error as error:
         raise RecordError(
             f"a table of pairs in {atlas.path} cannot be read: {error}",
@@ -81,16 +86,24 @@ class _End:
     port: str
 
 
-def _end(headers: Iterable[Header], side: str, label: str) -> _End:
-    end = _End(label, *label.rpartition(".")[::2])
+def _check_known(
+    database: DuckDBPyConnection, tables: list[str], headers: Iterable[Header], side: str, end: _End
+) -> None:
+    """Nothing was found: refuse a label that stands nowhere, rather than pass a slip of the pen for silence."""
+    from duckdb import ColumnExpression as Col
+    from duckdb import ConstantExpression as Const
+
     known = {name for header in headers for axis in header.axes if axis.name == side for name in axis.labels}
-    if end.label not in known and end.stem not in known:
-        raise UsageError(
-            f"no {side} {label!r} in this atlas",
-            expected=f"one of {len(known)} labels, such as {', '.join(sorted(known)[:4])}, with a port or without",
-            do="correct the label",
-        )
-    return end
+    if end.label in known or end.stem in known:
+        return
+    pairs = database.read_parquet(tables, union_by_name=True)
+    if pairs.filter((Col(side) == Const(end.label)) | (Col(side) == Const(end.stem))).limit(1).fetchall():
+        return
+    raise UsageError(
+        f"no {side} {end.label!r} in this atlas",
+        expected=f"a label that it has, such as {', '.join(sorted(known)[:4])}, with a port or without",
+        do="correct the label",
+    )
 
 
 def _strongest(

@@ -5,13 +5,13 @@
     record.json          question, parameters, stamp, provenance, axes, columns without their values
     arrays.safetensors   the columns of a record that is not over exactly one axis
     table.parquet        the labels and columns of a record over one axis
-    edges.parquet        of a record over (reader, writer): one row per pair that can reach
+    edges.parquet        of pairs (a record over reader and writer, or a table with these columns): a row per pair
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,8 +78,8 @@ class Header:
 
     @property
     def is_pairs(self) -> bool:
-        """Whether the record is over (reader, writer), and its pairs are kept as edges."""
-        return tuple(axis.name for axis in self.axes) == PAIR
+        """Whether the record is about pairs, which are kept as edges: over (reader, writer), or a table of both."""
+        return _about_pairs(self.axes, [column.name for column in self.columns])
 
 
 def write_record(record: Record, folder: Path, key: str) -> None:
@@ -95,7 +95,7 @@ def write_record(record: Record, folder: Path, key: str) -> None:
         write_parquet(record, folder / TABLE, absent=True)
     else:
         save_file({column.name: _dense(column.values) for column in record.columns}, folder / ARRAYS)
-    if tuple(axis.name for axis in record.axes) == PAIR:
+    if _about_pairs(record.axes, [column.name for column in record.columns]):
         port = record.parameters.get("port")
         origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
         write_parquet(record, folder / EDGES, constants=origin)
@@ -136,6 +136,10 @@ def read_record(folder: Path) -> Record:
             raise _broken(folder, f"column {column.name!r} has shape {found}, its axes have {header.shape}")
     columns = (Column(c.name, value, c.unit, c.meaning) for c, value in zip(header.columns, values, strict=True))
     return Record(header.question, header.axes, tuple(columns), header.parameters, header.stamp, header.provenance)
+
+
+def _about_pairs(axes: Sequence[Axis], columns: Sequence[str]) -> bool:
+    return tuple(axis.name for axis in axes) == PAIR or set(PAIR) <= set(columns)
 
 
 def _header(record: Record) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import typer
 from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
+from virtual_weights.cli.edges import edges
 from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("map")(map_model)
 app.command("composition")(composition)
+app.command("edges")(edges)
 app.command("channel")(channel)
 app.command("subspaces")(subspaces)
 app.command("bandwidth")(bandwidth)

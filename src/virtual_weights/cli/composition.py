@@ -1,4 +1,4 @@
-"""``vweights composition``: every pair of heads through one port."""
+"""``vweights composition``: every pair of a writer and a reader of one port."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from virtual_weights.record import Record
 def composition(
     model: o.ModelArgument,
     port: Annotated[o.PortName, typer.Option(help="the reader's port")] = o.PortName.K,
+    writers: o.WriterOption = o.WriterSet.heads,
     rotary_offset: o.RotaryOffset = None,
     no_fold: o.NoFold = False,
     top: o.Top = 20,
@@ -35,14 +36,14 @@ def composition(
     as_json: o.AsJson = False,
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
-    """Composition scores of every head with every later head, strongest first."""
+    """Composition scores of every writer with every later reader of a port, strongest first."""
     if save is not None and save.suffix != ".safetensors":
         raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="name the file so")
     with steps(progress) as step:
         stream = open_model(
             model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
         )
-        question = Composition(port.value, rotary_offset, dtype, device, memory_mb)
+        question = Composition(port.value, rotary_offset, dtype, device, memory_mb, writers.value)
         record = question(stream, step(f"{port.value}-composition"))
     if save is not None:
         save_matrices(record, save)
@@ -52,6 +53,7 @@ def composition(
             {
                 "model": model,
                 "port": port.value,
+                "writers": writers.value,
                 "norm": record.stamp["norm"],
                 "rotary_offset": rotary_offset,
                 "edges": edges,

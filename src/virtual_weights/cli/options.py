@@ -18,11 +18,22 @@ class ProgressMode(StrEnum):
 
 
 class PortName(StrEnum):
-    """A reading port of an attention head."""
+    """Through what a part reads: ports of attention heads, of MLPs, and the unembedding."""
 
     Q = "Q"
     K = "K"
     V = "V"
+    gate = "gate"
+    up = "up"
+    inward = "in"
+    unembed = "unembed"
+
+
+class WriterSet(StrEnum):
+    """Who counts as a writer."""
+
+    heads = "heads"
+    all = "all"
 
 
 ModelArgument = Annotated[
@@ -39,6 +50,9 @@ ProgressOption = Annotated[
 RotaryOffset = Annotated[
     int | None,
     typer.Option("--rotary-offset", metavar="D", min=0, help="query position minus key position; none is offset 0"),
+]
+WriterOption = Annotated[
+    WriterSet, typer.Option("--writers", help="heads alone, or all: embeddings, MLPs and biases too")
 ]
 Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="how many edges to show")]
 Device = Annotated[str, typer.Option("--device", help="torch device of the kernel, e.g. cpu or cuda")]
