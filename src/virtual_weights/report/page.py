@@ -15,6 +15,7 @@ from typing import Any
 from virtual_weights.record import Record
 from virtual_weights.report.payload import payload
 
+_SCRIPTS = ("draw", "spine", "statements", "pairs", "ledger", "memory", "report")  # one script in this order
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -38,7 +39,7 @@ def write_report(path: Path, records: Iterable[Record], manifest: Mapping[str, A
 
     Args:
         path: the file, replaced whole.
-        records: answers of ``Composition`` and ``Overlap``.
+        records: any Records; see ``payload`` for what becomes of them.
         manifest: the model's name, sizes, components and provenance.
     """
     text = page(payload(records, manifest))
@@ -56,7 +57,8 @@ def write_report(path: Path, records: Iterable[Record], manifest: Mapping[str, A
 def page(data: Mapping[str, Any]) -> str:
     """The HTML text; a content security policy allows this style and this script, and no request at all."""
     static = files("virtual_weights.report") / "static"
-    style, script = ((static / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style = (static / "report.css").read_text(encoding="utf-8")
+    script = "\n".join((static / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     return _PAGE.format(
         title=html.escape(f"virtual weights of {data['model']['model']}"),
         style=style,

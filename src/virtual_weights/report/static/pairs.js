@@ -1,0 +1,118 @@
+// Anchors of a perceptually even ramp from near-black blue to pale yellow (reversed on light paper).
+const RAMP = [[13, 16, 45], [49, 35, 98], [98, 44, 118], [150, 55, 112], [201, 76, 89], [238, 118, 68], [250, 174, 84], [247, 236, 176]];
+function colour(t) {
+  const at = Math.min(Math.max(t, 0), 1) * (RAMP.length - 1), i = Math.min(Math.floor(at), RAMP.length - 2), f = at - i;
+  return RAMP[i].map((c, k) => Math.round(c + (RAMP[i + 1][k] - c) * f));
+}
+function decode(map) {
+  const bytes = Uint8Array.from(atob(map.steps), (c) => c.charCodeAt(0));
+  const steps = new Uint16Array(bytes.buffer), values = new Float32Array(steps.length);
+  for (let i = 0; i < steps.length; i++) values[i] = steps[i] === 0 ? NaN : ((steps[i] - 1) / 65534) * map.largest;
+  return values;
+}
+
+function heatmaps() {
+  if (!data.maps.length) return null;
+  const TITLE = { composition: "composition score", overlap: "subspace overlap" };
+  const UNIT = { composition: "1 / √d is chance", overlap: "mean cos² of principal angles" };
+  let current = data.maps.find((m) => m.port === "K") ?? data.maps[0], values, top;
+  const canvas = make("canvas", { tabindex: 0, role: "img" });
+  const readout = make("div", { class: "readout", "aria-live": "polite" });
+  const scale = make("div", { class: "scale" }), ramp = make("div", { class: "ramp" });
+  ramp.style.background = `linear-gradient(to right, ${RAMP.map((c) => `rgb(${c})`).join(",")})`;
+  const BOTTOM = 80, mixed = data.maps.some((m) => m.from === "others"), kind = (map) => (map.question === "overlap" ? "overlap of subspaces" : map.from === "others" ? "from all other writers" : mixed ? "composition from heads" : "composition");
+  function size(map) { // twice what is shown, so that letters stay sharp
+    const rows = map.readers.length, columns = map.writers.length, wide = Math.max(1, Math.round(1440 / Math.max(rows, columns)));
+    const square = map.port in { Q: 1, K: 1, V: 1 } && map.from !== "others";
+    const [w, h] = square ? [wide, wide] : [Math.max(1, Math.round(1440 / columns)), Math.max(1, Math.min(48, Math.round(1440 / rows)))];
+    return { rows, columns, w, h, left: layerOf(map.readers[0]) < 0 ? 24 : 88 };
+  }
+
+  function draw() {
+    values = decode(current);
+    press();
+    const sorted = Array.from(values).filter((v) => !Number.isNaN(v)).sort((a, b) => a - b);
+    top = sorted[Math.floor(sorted.length * 0.999)] || current.largest || 1;
+    const { rows, columns, w: wide, h: high, left } = size(current), w = columns * wide, h = rows * high;
+    canvas.width = w + left; canvas.height = h + BOTTOM;
+    const paint = canvas.getContext("2d"), style = getComputedStyle(document.documentElement);
+    const hole = style.getPropertyValue("--hole").trim(), soft = style.getPropertyValue("--soft").trim();
+    paint.clearRect(0, 0, canvas.width, canvas.height);
+    paint.fillStyle = hole; paint.fillRect(left, 0, w, h);
+    for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
+      const value = values[r * columns + c];
+      if (Number.isNaN(value)) continue;
+      paint.fillStyle = `rgb(${colour(value / top)})`;
+      paint.fillRect(left + c * wide, (rows - 1 - r) * high, wide, high);
+    }
+    paint.fillStyle = soft; paint.font = `${(12 * canvas.width) / Math.min(720, innerWidth - 58)}px system-ui, sans-serif`;
+    axis(current.readers, (i) => [left - 16, (rows - 0.5 - i) * high, "right", "middle"]);
+    axis(current.writers, (i) => [left + (i + 0.5) * wide, h + 16, "center", "top"]);
+    function axis(names, place) {
+      const layers = Math.max(...names.map(layerOf)) + 1, every = Math.max(1, Math.ceil(layers / 10));
+      let last = -1;
+      names.forEach((name, i) => {
+        const layer = layerOf(name);
+        if (layer < 0 || layer === last || layer % every) return;
+        last = layer;
+        const [x, y, align, baseline] = place(i);
+        paint.textAlign = align; paint.textBaseline = baseline; paint.fillText(String(layer), x, y);
+      });
+    }
+    canvas.setAttribute("aria-label", `${TITLE[current.question]} through ${EXPLAIN[current.port]}, readers upwards, writers to the right, by layer`);
+    scale.replaceChildren(make("span", {}, "0"), make("span", {}, UNIT[current.question]), make("span", {}, number(top)));
+    readout.replaceChildren("Point at the map: readers run upwards, writers to the right, numbers are layers. Empty cells cannot reach.");
+  }
+  function read(event) {
+    const box = canvas.getBoundingClientRect(), { rows, columns, w, h, left } = size(current), zoom = canvas.width / box.width;
+    const c = Math.floor(((event.clientX - box.left) * zoom - left) / w), r = rows - 1 - Math.floor(((event.clientY - box.top) * zoom) / h);
+    if (r < 0 || c < 0 || r >= rows || c >= columns) return;
+    const value = values[r * columns + c], reader = current.readers[r], writer = current.writers[c];
+    const channel = current.channels[r];
+    const where = current.by_layer ? `strongest pair of ${writer} → ${reader}` : `${writer} → ${reader}`;
+    readout.replaceChildren(make("b", {}, where), make("br"),
+      Number.isNaN(value) ? "cannot reach: the writer comes too late" : `${TITLE[current.question]} ${number(value)}`,
+      ...(Number.isNaN(value) || current.question !== "composition" ? [] : [make("br"), `${number(value * Math.sqrt(data.model.sizes.d_model))} times chance`]),
+      ...(channel ? [make("br"), `${channel}, shared by its query heads`] : []));
+  }
+  for (const name of ["pointermove", "pointerdown"]) canvas.addEventListener(name, read);
+  document.addEventListener("theme", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  // Two choices, port and kind; a port that lacks the kind shows what it has.
+  const kinds = [...new Set(data.maps.map(kind))], bars = [PORTS, kinds].map((names, i) => names.map((name) => make("button", { type: "button", class: i ? null : name, onclick: () => {
+    const fits = data.maps.filter((m) => (i ? kind(m) === name : m.port === name)), wanted = i ? (m) => m.port === current.port : (m) => kind(m) === kind(current);
+    current = fits.find(wanted) ?? fits[0];
+    draw();
+  } }, i ? name : `${name} · ${EXPLAIN[name]}`)));
+  function press() {
+    bars[0].forEach((button, i) => button.setAttribute("aria-pressed", String(PORTS[i] === current.port)));
+    bars[1].forEach((button, i) => button.setAttribute("aria-pressed", String(kinds[i] === kind(current))));
+  }
+  draw();
+  const aggregated = data.maps.some((m) => m.by_layer) ? " This model has too many heads for a cell each: a cell is the strongest pair of two layers." : "";
+  return section("pairs", "Every pair",
+    make("p", {}, `Everything that writes against everything later that reads, one map for each port.${aggregated}`),
+    make("div", { class: "bar" }, ...bars[0]), kinds.length > 1 ? make("div", { class: "bar" }, ...bars[1]) : null,
+    make("div", { class: "maps" }, canvas, make("div", {}, ramp, scale, readout)));
+}
+
+function edges() {
+  if (!data.edges.length) return null;
+  const state = { text: "", merged: true };
+  const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true }, { key: "reader", title: "reader", text: true, cell: readersOf },
+    { key: "channel", title: "shared channel", text: true, style: "shared", cell: (e) => (e.channel ? `${e.channel} (${e.shared.join(" ")})` : "") },
+    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"]].map(([key, title]) => ({ key, title }))].filter((c) => c.key !== "channel" || data.edges.some((e) => e.channel));
+  function fitting() {
+    const wanted = state.text.trim().toLowerCase().split(/\s+/).filter(Boolean), sorted = [...data.edges].sort((a, b) => b.score - a.score);
+    const fits = (name, w) => name === w || name.startsWith(`${w}h`) || name.startsWith(`${w}.`) || name === w.replace(".", "h");
+    return (state.merged ? distinct(sorted) : sorted).filter((e) => wanted.every((w) => [e.port, e.writer, ...(e.readers ?? [e.reader]), e.channel ?? ""].some((name) => fits(name.toLowerCase(), w))));
+  }
+  const list = sortable(columns, fitting(), { sort: "score" }), show = () => list.show(fitting());
+  const search = make("input", { type: "search", placeholder: "filter: K L16H0, or L18", "aria-label": "filter edges", oninput: (event) => { state.text = event.target.value; show(); } });
+  const merge = make("input", { type: "checkbox", checked: true, onchange: (event) => { state.merged = event.target.checked; show(); } });
+  const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
+  const apart = data.edges.some((e) => !isHead(e.writer)) ? ", from heads and from all other writers apart" : "";
+  return section("edges", "The strongest edges",
+    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas beside this file holds all of them. Heads that share a key or value head are one channel under several names.`),
+    make("div", { class: "bar" }, search, data.edges.some((e) => e.channel) ? make("label", {}, merge, "one row per channel") : null), list.element);
+}
