@@ -202,14 +202,23 @@ def verdicts() -> Record:
         "corrected": tuple(f"truth {name}" for name in names),
         "verdict": VERDICTS,
         "condition": (None, "RMSNorm", None, None),
+        "why": ("1e-9 apart", None, "0.7 < 1", None),
         "witnesses": (None, None, "L1H2", None),
         "evidence": ('{"difference": 1.5e-9, "where": "state 3"}', '{"gap": NaN}', "see the text", None),
     }
-    return Record("statements", (Axis("statement", names),), tuple(Column(k, v) for k, v in texts.items()))
+    return Record(
+        "statements",
+        (Axis("statement", names),),
+        tuple(Column(k, v) for k, v in texts.items()),
+        {},
+        {"run": "a prompt of 5 tokens"},
+    )
 
 
 def test_evidence_is_read_where_it_is_json(verdicts: Record, manifest: dict[str, Any]) -> None:
-    (rows,) = payload([verdicts], manifest)["statements"]
+    (found,) = payload([verdicts], manifest)["statements"]
+    rows = found["rows"]
+    assert found["run"] == "a prompt of 5 tokens"
     assert [row["id"] for row in rows] == ["S0", "S1", "S2", "S3"]
     assert [row["evidence"] for row in rows] == [
         {"difference": 1.5e-9, "where": "state 3"},
@@ -219,7 +228,7 @@ def test_evidence_is_read_where_it_is_json(verdicts: Record, manifest: dict[str,
     ]
     assert rows[2] | {"evidence": None} == {
         "id": "S2", "title": "S2", "seed": "claim S2", "corrected": "truth S2", "verdict": "fails",
-        "condition": None, "witnesses": "L1H2", "evidence": None,
+        "condition": None, "why": "0.7 < 1", "witnesses": "L1H2", "evidence": None,
     }  # fmt: skip
 
 
@@ -273,6 +282,7 @@ def test_the_page_has_a_section_for_every_answer(
     assert "46,079 neurons" in shown["text"]["neurons"]
     assert "L1H0.K" in shown["text"]["channel"]
     assert "coherence" in shown["text"]["others"]
+    assert all(text in shown["text"]["statements"] for text in ("a prompt of 5 tokens", "0.7 < 1", "1.5 × 10⁻⁹"))
     assert shown["bad"] == [], "no mark is drawn at a place that is no number"
 
 

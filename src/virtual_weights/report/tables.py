@@ -11,7 +11,7 @@ import numpy as np
 
 from virtual_weights.record import Column, Record
 
-_TEXTS = ("title", "seed", "corrected", "verdict", "condition", "witnesses")
+_TEXTS = ("title", "seed", "corrected", "verdict", "condition", "why", "witnesses")
 
 
 def table(record: Record) -> dict[str, Any]:
@@ -43,14 +43,15 @@ def strongest(record: Record, by: Sequence[str], most: int) -> dict[str, Any]:
     }
 
 
-def statements(record: Record) -> list[dict[str, Any]]:
-    """The rows of a record over ``statement``: id, texts, and the evidence as an object where it is one."""
+def statements(record: Record) -> dict[str, Any]:
+    """A record over ``statement``: ``run``, what was run for it, and ``rows`` of id, texts and evidence."""
     found = {column.name: list(column.values) for column in record.columns}
     evidence = [_evidence(text) for text in found.get("evidence", [None] * record.size)]
-    return [
+    rows = [
         {"id": label, **{name: found[name][i] for name in _TEXTS if name in found}, "evidence": evidence[i]}
         for i, label in enumerate(record.axes[0].labels)
     ]
+    return {"run": record.stamp.get("run"), "rows": rows}
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ function header() {
   const fact = (name, value) => (value === null || value === undefined ? null : make("li", {}, make("b", {}, String(value)), ` ${name}`));
   return make("div", {},
     make("header", {}, make("h1", {}, `Virtual weights of ${model}`), theme),
-    make("p", { class: "lede" }, "Which parts can talk to which over the residual stream, read from the weights", data.statements.length ? "." : " alone. Nothing was run."),
+    make("p", { class: "lede" }, "Which parts can talk to which over the residual stream, read from the weights", data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. Nothing was run."),
     make("ul", { class: "facts" }, fact("family", family), fact("layers", sizes.n_layers), fact("heads a layer", sizes.n_heads),
       fact("key/value heads", sizes.n_kv_heads), fact("d_model", sizes.d_model), fact("d_head", sizes.d_head), make("li", {}, "norm: ", make("b", {}, norm))));
 }

@@ -23,11 +23,12 @@ function statement(row) {
       row.seed ? line("claim", make(struck ? "del" : "span", {}, row.seed)) : null,
       row.corrected && row.corrected !== row.seed ? line(struck ? "instead" : "exactly", row.corrected) : null,
       verdict.condition ? line("condition", verdict.condition) : null,
+      row.why ? line("here", row.why) : null,
       row.witnesses ? line("witnesses", row.witnesses) : null,
       evidence ? make("details", {}, make("summary", {}, "evidence"), make("div", { class: "scroll" }, evidence)) : null));
 }
 
-function statements(rows) {
+function statements({ rows, run }) {
   const cards = rows.map(statement), counts = VERDICTS.map(([, style, sign, word]) => ({ style, sign, word, n: cards.filter((c) => c.dataset.verdict === style).length })).filter((v) => v.n);
   let only = null;
   const buttons = counts.map((v) => make("button", { type: "button", class: "filter", "aria-pressed": "false", onclick: () => {
@@ -36,6 +37,6 @@ function statements(rows) {
     for (const card of cards) card.hidden = only !== null && card.dataset.verdict !== only;
   } }, make("b", {}, String(v.n)), chip(v)));
   return section("statements", `${rows.length} statements about the stream, tested`,
-    make("p", {}, "Each is a claim as it was first put, what is true of it, and a verdict computed from this model's own numbers. A claim that is struck out does not stand as it was put."),
+    make("p", {}, "Each is a claim as it was first put, what is true of it, and a verdict computed from this model's own numbers. A claim that is struck out does not stand as it was put.", run ? ` Read from ${run}.` : ""),
     make("div", { class: "bar" }, ...buttons), ...cards);
 }
