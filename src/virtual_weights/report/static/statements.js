@@ -8,7 +8,7 @@ function verdictOf(row) {
 const chip = ({ style, sign, word }) => make("span", { class: `chip ${style}` }, make("span", { "aria-hidden": "true" }, sign), ` ${word}`);
 
 function evidenceOf(evidence) {
-  if (evidence === null || evidence === undefined || evidence === "") return null;
+  if (evidence === null || evidence === undefined || evidence === "" || (typeof evidence === "object" && !Object.keys(evidence).length)) return null;
   if (typeof evidence !== "object") return make("p", {}, String(evidence));
   const text = (value) => (value !== null && typeof value === "object" ? JSON.stringify(value) : number(value, 4));
   return make("table", { class: "evidence" }, make("tbody", {}, ...Object.entries(evidence).map(([name, value]) => make("tr", {}, make("th", { scope: "row", class: "text" }, name.replaceAll("_", " ")), make("td", { class: isNumber(value) ? null : "text" }, text(value))))));
@@ -37,6 +37,6 @@ function statements({ rows, run }) {
     for (const card of cards) card.hidden = only !== null && card.dataset.verdict !== only;
   } }, make("b", {}, String(v.n)), chip(v)));
   return section("statements", `${rows.length} statements about the stream, tested`,
-    make("p", {}, "Each is a claim as it was first put, what is true of it, and a verdict computed from this model's own numbers. A claim that is struck out does not stand as it was put.", run ? ` Read from ${run}.` : ""),
+    make("p", {}, "Each is a claim as it was first put, what is true of it, and a verdict computed from this model's own numbers. A claim that is struck out does not stand as it was put.", run ? ` Read from ${run === "weights alone" ? "the weights alone" : run}.` : ""),
     make("div", { class: "bar" }, ...buttons), ...cards);
 }
