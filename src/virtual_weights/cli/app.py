@@ -19,7 +19,6 @@ from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
-from virtual_weights.cli.statements import statements
 from virtual_weights.cli.subspaces import subspaces
 from virtual_weights.errors import VirtualWeightsError
 
@@ -42,7 +41,6 @@ app.command("channel")(channel)
 app.command("subspaces")(subspaces)
 app.command("bandwidth")(bandwidth)
 app.command("memory")(memory)
-app.command("statements")(statements)
 app.command("neurons")(neurons)
 app.add_typer(model_commands, name="model")
 
