@@ -1,0 +1,171 @@
+"""What one prompt fixes in a model so that every block of it is linear, and how that is kept in a file."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream.stream import Stream
+
+FORMAT = "virtual-weights operating point 1"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class OperatingPoint:
+    """One prompt's norm scalars, attention patterns and gates: with these fixed every block is linear and exact.
+
+    Attributes:
+        fingerprint: of the checkpoint that ran (``stream.source.fingerprint``).
+        tokens: (T,) token ids.
+        scalars: the norm scalar s > 0 of every norm site, (T,) each. Sites: ``"L3.attn"`` and ``"L3.mlp"`` (both in a
+            parallel block too, where both norms see the same state) and ``"final"``.
+        patterns: layer to (n_heads, T, T) attention probabilities, ``[head, query token, key token]``.
+        gates: layer to (T, d_mlp), the factor by which a neuron's pre-activation, constants included, becomes its
+            activation. Gated MLP: ``act(gate)``, on the up pre-activation. Ungated: ``act(pre) / pre``, and where
+            ``pre`` is 0 exactly the limit ``act'(0)`` (``gate_factor`` computes it).
+
+    Raises:
+        RecordError: shapes disagree about T, or a value is not finite, or a scalar is not positive.
+    """
+
+    fingerprint: str
+    tokens: Tensor
+    scalars: Mapping[str, Tensor]
+    patterns: Mapping[int, Tensor]
+    gates: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens) if self.tokens.ndim == 1 else -1
+        wrong = [] if n > 0 and not self.tokens.is_floating_point() else ["tokens"]
+        wrong += [site for site, s in self.scalars.items() if s.shape != (n,) or not bool((s > 0).all())]
+        wrong += [f"pattern {i}" for i, p in self.patterns.items() if p.ndim != 3 or p.shape[1:] != (n, n)]
+        wrong += [f"gates {i}" for i, g in self.gates.items() if g.ndim != 2 or len(g) != n]
+        floats = [*self.scalars.values(), *self.patterns.values(), *self.gates.values()]
+        if wrong or not all(bool(x.isfinite().all()) for x in floats):
+            raise RecordError(
+                f"this operating point is malformed: {', '.join(wrong[:4]) or 'a value that is not finite'}",
+                expected="T token ids, scalars (T,) > 0, patterns (heads, T, T), gates (T, d_mlp), all finite",
+                do="make it anew from a run of the model",
+            )
+
+    def check(self, stream: Stream) -> None:
+        """Make sure that this point belongs to a model and is complete for it.
+
+        Raises:
+            UsageError: it was made with another checkpoint, or the stream leaves norm gains out.
+            RecordError: a site, pattern or gate is missing or has another width.
+        """
+        if self.fingerprint != stream.source.fingerprint or not stream.folded:
+            raise UsageError(
+                "this operating point belongs to another checkpoint"
+                if stream.folded
+                else "an operating point is exact only where readers contain the norm's gain",
+                expected=f"fingerprint {self.fingerprint[:12]}..., norm gains folded",
+                do="open the checkpoint that ran, without fold=False, or run this one",
+            )
+        spec, layers = stream.spec, range(stream.spec.n_layers)
+        missing = {"final", *(f"L{i}.{part}" for i in layers for part in ("attn", "mlp"))} - self.scalars.keys()
+        missing |= {f"pattern {i}" for i in layers if i not in self.patterns or len(self.patterns[i]) != spec.n_heads}
+        missing |= {f"gates {i}" for i in layers if i not in self.gates or self.gates[i].shape[1] != spec.d_mlp}
+        if missing:
+            raise RecordError(
+                f"this operating point lacks {', '.join(sorted(missing)[:4])}, or has it in another width",
+                expected=f"{spec.n_layers} layers of {spec.n_heads} heads and {spec.d_mlp} neurons",
+                do="make it anew from a run of the model",
+            )
+
+    def only(self, token: int) -> OperatingPoint:
+        """This point with one token left, attending to itself by its own share of attention (not renormalised)."""
+        n = len(self.tokens)
+        if not -n <= token < n:
+            raise UsageError(f"no token {token}", expected=f"a place in a prompt of {n}", do="count from 0 or from -1")
+        at = slice(token % n, token % n + 1)
+        return replace(
+            self,
+            tokens=self.tokens[at],
+            scalars={site: s[at] for site, s in self.scalars.items()},
+            patterns={layer: p[:, at, at] for layer, p in self.patterns.items()},
+            gates={layer: g[at] for layer, g in self.gates.items()},
+        )
+
+    @property
+    def identity(self) -> str:
+        """A hex sha256 of everything in it, for stamps."""
+        return sha256(save(self._tensors(), {"fingerprint": self.fingerprint})).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, aside first; its metadata hold the format and the model's fingerprint."""
+        target = Path(path)
+        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            aside.write_bytes(save(self._tensors(), {"format": FORMAT, "fingerprint": self.fingerprint}))
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, stream: Stream | None = None) -> OperatingPoint:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            stream: the model that it must belong to, see ``check``.
+
+        Raises:
+            RecordError: the file is not there, or is no complete operating point.
+            UsageError: it belongs to another checkpoint.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"format {metadata.get('format')!r}")
+            parts: dict[str, dict[str, Tensor]] = {"scalars": {}, "patterns": {}, "gates": {}}
+            for name, tensor in tensors.items():
+                if name != "tokens":
+                    kind, _, key = name.partition("/")
+                    parts[kind][key] = tensor
+            patterns, gates = ({int(k): x for k, x in parts[kind].items()} for kind in ("patterns", "gates"))
+            point = cls(metadata["fingerprint"], tensors["tokens"], parts["scalars"], patterns, gates)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RecordError(
+                f"{path} is no operating point: {error}",
+                expected=f"a safetensors file of format {FORMAT!r}",
+                do="name the file that OperatingPoint.save wrote",
+            ) from error
+        if stream is not None:
+            point.check(stream)
+        return point
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"tokens": self.tokens}
+        for kind, held in (("scalars", self.scalars), ("patterns", self.patterns), ("gates", self.gates)):
+            named |= {f"{kind}/{key}": tensor for key, tensor in sorted(held.items())}
+        # clones: parts of one tensor share storage, which safetensors refuses
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+
+
+def gate_factor(activation: torch.nn.Module, pre: Tensor) -> Tensor:
+    """``act(pre) / pre`` of an ungated MLP, and the slope ``act'(0)`` where ``pre`` is 0 exactly (act(0) = 0).
+
+    Args:
+        activation: the nonlinearity.
+        pre: pre-activations, constants included, any shape.
+    """
+    origin = torch.zeros((), dtype=pre.dtype, device=pre.device, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(activation(origin), origin)
+    safe = torch.where(pre == 0, 1.0, pre)
+    return torch.where(pre == 0, slope, activation(safe) / safe).detach()
