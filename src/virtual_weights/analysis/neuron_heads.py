@@ -230,7 +230,7 @@ def _products(unit: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, _TILE_BYTES // (4 * len(flat)))
     for start in range(0, len(rows), step):
         cut = slice(start, start + step)
-        yield cut, torch.linalg.vector_norm((flat @ rows[cut].T).unflatten(0, unit.shape[:2]), dim=1)
+        yield cut, (flat @ rows[cut].T).unflatten(0, unit.shape[:2]).square_().sum(dim=1).sqrt_()
 
 
 def _columns(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterator[Column]:
