@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import virtual_weights as vw
 from virtual_weights.analysis.neuron_edges import BINS, NeuronEdges, NeuronNeuron
 from virtual_weights.analysis.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.neuron_rows import NeuronSide, neuron_side
 from virtual_weights.atlas import Atlas, edges
 from virtual_weights.linalg import haar_moments
 from virtual_weights.record import Record
@@ -56,6 +57,27 @@ def agree(record: Record, strength: Tensor, own: tuple[Tensor, Tensor], square: 
     close(record["z"], (strength**2 - mean) / variance.sqrt())
 
 
+@pytest.fixture(params=["whole", "ragged"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as they come, or a few neurons at a time and layers one by one, as in a large model."""
+    if request.param == "ragged":
+        monkeypatch.setattr("virtual_weights.analysis.neuron_heads._TILE_BYTES", 4 * 7 * 24)
+        monkeypatch.setattr("virtual_weights.analysis.neuron_edges._TILE_BYTES", 4 * 7 * 40)
+        groups = NeuronSide.groups
+        monkeypatch.setattr(NeuronSide, "groups", lambda self, memory: groups(self, 1))
+
+
+def test_layers_held_at_once_fit_into_memory() -> None:
+    side = neuron_side(vw.open(tiny("llama-full")), "up")
+    one = 4 * 24 * 40
+    assert [[[p.layer for p in group] for group in side.groups(n)] for n in (1, 2 * one, 3 * one)] == [
+        [[0], [1], [2]],
+        [[0, 1], [2]],
+        [[0, 1, 2]],
+    ]
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_into_neurons_equal_their_dense_twins(name: str, fold: bool) -> None:
@@ -75,6 +97,7 @@ def test_heads_into_neurons_equal_their_dense_twins(name: str, fold: bool) -> No
         assert all(column.values.dtype == torch.float32 for column in record.columns)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", MODELS)
 def test_neurons_into_heads_equal_their_dense_twins(name: str) -> None:
     stream = vw.open(tiny(name))
@@ -120,17 +143,15 @@ def by(record: Record, side: str, labels: list[str]) -> dict[int, list[float]]:
     return found
 
 
-@pytest.mark.parametrize(("top", "memory"), [(3, 512), (10, 1), (1000, 512)])
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("top", [3, 1000])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_strongest_edges_are_those_of_brute_force(
-    name: str, top: int, memory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("virtual_weights.analysis.neuron_edges._TILE_BYTES", 4 * 7 * 40)  # ragged tiles of 2 to 7 rows
+def test_the_strongest_edges_are_those_of_brute_force(name: str, top: int) -> None:
     stream = vw.open(tiny(name))
     labels = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(stream.spec.d_mlp)]
     for port in neuron_ports(stream):
         cosine, product, _ = dense_cosines(stream, port)
-        found = NeuronNeuron(port, top, memory_mb=memory).all(stream)
+        found = NeuronNeuron(port, top).all(stream)
         for record, side, dense in ((found.readers, "reader", cosine), (found.writers, "writer", cosine.T)):
             expected, got = brute(dense, top), by(record, side, labels)
             assert list(got) == list(expected), "in order, and only those that have a partner"
@@ -143,6 +164,7 @@ def test_the_strongest_edges_are_those_of_brute_force(
             assert torch.equal(record["magnitude"], record["score"].abs())
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_histogram_counts_every_reaching_pair_once(name: str) -> None:
     stream = vw.open(tiny(name))
@@ -208,6 +230,17 @@ def test_neurons_without_direction_have_no_edge() -> None:
     assert heads["score"][85].isnan().all()
     assert heads["score"][:, 1].isnan().all()
     assert NeuronHead("V")(stream)["score"][:, 3].isnan().all()
+
+
+def test_a_cosine_of_zero_is_an_edge_all_the_same() -> None:
+    model = tiny("llama-full")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:, 0] = 0
+            layer.mlp.down_proj.weight[1:] = 0
+    found = NeuronNeuron("up", 50).all(vw.open(model))
+    assert found.readers["score"].tolist() == [0.0] * (40 * 40 + 40 * 50)
+    assert found.writers["rank"].tolist() == [*range(1, 51)] * 40 + [*range(1, 41)] * 40
 
 
 @pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2"])

@@ -119,7 +119,7 @@ def _table(stream: Stream, asked: _Asked, port: Any, ends: tuple[str, str], tick
     told: dict[str, Any] = {"from": ends[0], "to": ends[1], "port": port}
     if ends == ("neuron", "neuron"):
         each = NeuronNeuron(port, asked.top, reader, writer, asked.device, asked.memory_mb).all(stream, tick)
-        strongest = (each.readers if writer is None else each.writers).top(asked.top, "magnitude")
+        strongest = each.readers.top(asked.top, "magnitude")
         names = ("pairs", "mean_square", "null_mean_square")
         told |= {name: each.histogram.stamp[name] for name in names}
     else:
