@@ -62,7 +62,7 @@ def test_blocks_are_those_of_the_definition(name: str) -> None:
         blocks, twins = list(frozen_blocks(stream, where)), _twins(stream, where)
         assert len(blocks) == len(twins) == stream.states - 1
         for block, twin in zip(blocks, twins, strict=True):
-            torch.testing.assert_close(block.dense(), twin)
+            torch.testing.assert_close(block.dense(), twin, rtol=0, atol=1e-12)
             n = len(twin) // d
             torch.testing.assert_close(block.at(n - 1), twin[-d:, -d:])
             torch.testing.assert_close(block.between(-1, 0), twin[-d:, :d])
@@ -138,11 +138,13 @@ def test_scales_are_kept_apart() -> None:
 
 
 def test_fewer_depths_are_the_same_figures() -> None:
-    stream = vw.open(tiny("llama-full"))
+    stream = vw.open(tiny("llama-grouped-untied"))
     every, some = LinearComposition()(stream), LinearComposition(every=4)(stream)
     assert some.axis("block").labels == ("L0.attn", "L1.mlp", "L2.mlp")
     for name in ("rank", "stable_rank", "log10_smallest", "bound"):
         torch.testing.assert_close(some[name], every[name][:, [0, 3, 5]])
+    assert every["bound"][0].tolist() == [8, 24] * 3  # two heads of keys and values, 40 neurons of 24 dimensions
+    assert every["bound"][1:].tolist() == [[24] * 6, [8] + [24] * 5, [8] * 6]
     assert every.stamp["point"] == "convention"
     assert every.parameters == {"point": None, "token": -1, "every": 1, "seed": 0, "scalar": 1.0, "gate": 1.0}
 

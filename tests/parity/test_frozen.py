@@ -77,7 +77,7 @@ def test_a_file_that_is_no_point_is_refused(case: str, tmp_path: Path) -> None:
     if case == "garbage":
         path.write_bytes(b"\xff" * 64)
     elif case == "foreign":
-        save_file({"tokens": TOKENS}, path)
+        save_file({"tokens": TOKENS}, path, {**good, "format": "another 1"})
     elif case == "no tokens":
         save_file({"scalars/final": torch.ones(7)}, path, good)
     elif case == "unknown part":

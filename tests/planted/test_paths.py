@@ -86,6 +86,31 @@ def test_a_block_that_clears_takes_its_directions_from_the_composition() -> None
     assert bool(certain[2:].isnan().all())
 
 
+def test_a_product_that_cancels_is_no_map() -> None:
+    """T2 reads what T1 does not write: their product is rounding alone, and has rank 0 at that depth and after."""
+    model, a, b = silent(), frame(0), frame(1)
+    plant_head(model, 0, 2, a[:, :3], b[:, :3].T)
+    plant_mlp(model, 0, frame(2)[:, :5], a[:, 3:8].T)
+    plant_head(model, 1, 1, 1e3 * frame(3)[:, :4], frame(2)[:, :4].T)
+    found = LinearComposition()(vw.open(model))
+    assert found["rank"][3].tolist() == [3, 0, 0, 0, 0, 0]
+    assert found["stable_rank"][3, 1:].tolist() == [0] * 5
+    assert bool(found["log10_largest"][3, 1:].isnan().all())
+    assert found["rank"][2].tolist() == [3, 8, 12, 12, 12, 12]  # the update keeps all of them: 3 + 5 + 4
+
+
+def test_what_is_left_of_a_cancellation_is_counted_without_its_rounding() -> None:
+    """What was 1e8 times as large leaves rounding of size 1e-8 behind, which no singular value of 1 can tell from."""
+    model, a, b = silent(), frame(0), frame(1)
+    plant_head(model, 0, 2, a[:, :3] * torch.tensor([1e8, 1e8, 1.0]), b[:, :3].T)
+    plant_mlp(model, 0, frame(2)[:, :5], a[:, 2:7].T)  # reads the weakest of what was written, and what was not
+    assert LinearComposition()(vw.open(model))["rank"][3, :2].tolist() == [3, 1]
+    model, plane = silent(), frame(4)[:, :2]
+    plant_head(model, 0, 0, 1e8 * plane[:, :1], frame(5)[:, :1].T)
+    plant_mlp(model, 0, -plane, plane.T)  # clears the plane, with what was written into it
+    assert LinearComposition()(vw.open(model))["rank"][2, :2].tolist() == [1, 2]
+
+
 def test_orthogonal_blocks_at_known_gains() -> None:
     """T = 3 A A^T on a plane and then again: gains 4 and 16 there, 1 elsewhere; the path 9 and nothing elsewhere."""
     model, plane = silent(), frame(5)[:, :2]

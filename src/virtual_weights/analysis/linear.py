@@ -166,12 +166,15 @@ class _Scaled:
     @classmethod
     def of(cls, matrix: Tensor, log: float, noise: float) -> _Scaled:
         size = float(matrix.norm())
-        return cls(matrix / size, log + math.log(size), noise / size) if size > 0 else cls(matrix, 0.0, 0.0)
+        if size <= noise:  # nothing but rounding, which later blocks must not take for a map
+            return cls(torch.zeros_like(matrix), 0.0, 0.0)
+        return cls(matrix / size, log + math.log(size), noise / size)
 
     def row(self) -> dict[str, float]:
         values = gains(self.matrix)
         cut = max(self.noise, tolerance(accumulate, self.matrix.shape) * float(values[0]))
-        spectrum, rank = Spectrum(values), int((values > cut).sum())
+        rank = int((values > cut).sum())
+        spectrum = Spectrum(values[:rank])
         found = {"rank": rank, "stable_rank": spectrum.stable_rank, "entropy_rank": spectrum.entropy_rank}
         if rank:
             found["log10_largest"] = math.log10(values[0]) + self.log / math.log(10)
@@ -201,16 +204,14 @@ class _Running:
         """One block later: ``(I + T)(I + U) - I = (I + T) U + T``."""
         eps = 4 * torch.finfo(accumulate).eps  # |fl(AB) - AB| is about eps |A| |B|: the terms' errors do not add up
         step = t + torch.eye(len(t), dtype=t.dtype)
-        size, path, log = float(t.norm()), self.path, self.update.log
-        # the larger of the two scales is taken out, so that neither term overflows
-        top = max(log, 0.0) if float(self.update.matrix.norm()) > 0 else 0.0
-        old, new = self.update.matrix * math.exp(log - top), t * math.exp(-top)
+        size, path, log, old = float(t.norm()), self.path, self.update.log, self.update.matrix
+        new = t * math.exp(-log)
         noise = eps * (float(step.norm()) * float(old.norm()) + float(new.norm()))
         condition = _condition(step)
         total = min(len(t), self.bounds["update"] + width)
         return _Running(
             t,
-            _Scaled.of(step @ old + new, top, noise),
+            _Scaled.of(step @ old + new, log, noise),
             _Scaled.of(t @ path.matrix, path.log, eps * size * float(path.matrix.norm())),
             condition,
             self.invertible and condition < 1 / tolerance(accumulate, t.shape),
@@ -219,10 +220,9 @@ class _Running:
 
     def row(self) -> list[dict[str, float]]:
         """What each map of ``MAPS`` is here."""
-        top = max(self.update.log, 0.0)
-        scale = math.exp(self.update.log - top)
-        eye = torch.eye(len(self.block), dtype=accumulate) * math.exp(-top)
-        whole = _Scaled.of(self.update.matrix * scale + eye, top, self.update.noise * scale)
+        log = self.update.log
+        eye = torch.eye(len(self.block), dtype=accumulate) * math.exp(-log)
+        whole = _Scaled.of(self.update.matrix + eye, log, self.update.noise)
         found = [each.row() for each in (_Scaled.of(self.block, 0.0, 0.0), whole, self.update, self.path)]
         for name, row in zip(MAPS, found, strict=True):
             row["bound"] = self.bounds[name]
