@@ -15,10 +15,12 @@ from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
+from virtual_weights.cli.linear import linear
 from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
+from virtual_weights.cli.paths import paths
 from virtual_weights.cli.subspaces import subspaces
 from virtual_weights.errors import VirtualWeightsError
 
@@ -42,6 +44,8 @@ app.command("subspaces")(subspaces)
 app.command("bandwidth")(bandwidth)
 app.command("memory")(memory)
 app.command("neurons")(neurons)
+app.command("linear")(linear)
+app.command("paths")(paths)
 app.add_typer(model_commands, name="model")
 
 
