@@ -193,3 +193,17 @@ def test_parquet_keeps_text_that_comes_late(tmp_path):
     record.to_parquet(tmp_path / "t.parquet")
     with duckdb.connect() as database:
         assert database.read_parquet(str(tmp_path / "t.parquet")).fetchall()[-1] == (str(n - 1), "x")
+
+
+def test_select_keeps_values_with_their_labels_and_channels():
+    axes = (Axis("reader", ("a", "b", "c"), ("x", "y", "y")), Axis("writer", ("p", "q")))
+    record = Record("pairs", axes, (Column("score", torch.arange(6.0).view(3, 2)),), {"port": "K"})
+    chosen = record.select("reader", ("c", "a"))
+    assert (chosen.axis("reader").labels, chosen.axis("reader").channels) == (("c", "a"), ("y", "x"))
+    assert chosen["score"].tolist() == [[4, 5], [0, 1]]
+    assert chosen.select("writer", ["q"])["score"].tolist() == [[5], [1]]
+    assert chosen.parameters == {"port": "K"}
+    table = Record("list", (Axis("row", ("1", "2")),), (Column("name", ("one", "two")),))
+    assert table.select("row", ["2"])["name"] == ("two",)
+    with pytest.raises(UsageError, match="no reader 'z'"):
+        record.select("reader", ["z"])

@@ -6,48 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planting import D, frame, plant_head, plant_neuron, quiet
 from tiny_models import tiny
-from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.analysis.clearing import Clearing
 from virtual_weights.analysis.erasers import HeadErasers
 from virtual_weights.analysis.erasure import Erasure
 from virtual_weights.analysis.neurons import Neurons, census
-
-D, HEADS, WIDTH = 24, 6, 4
-
-
-def frame(seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
-
-
-def quiet(name: str = "llama-full") -> nn.Module:
-    """A model in which no head writes anything and every gain of a norm stays random."""
-    model = tiny(name, dtype=torch.float64)
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if key.endswith("o_proj.weight"):
-                weight.zero_()
-    return model
-
-
-def plant_head(model: nn.Module, layer: int, head: int, ov: Tensor) -> None:
-    """Give a head this OV circuit, of rank <= 4, with the norm folded."""
-    u, s, vh = torch.linalg.svd(ov)
-    attention, gain = model.model.layers[layer].self_attn, model.model.layers[layer].input_layernorm.weight
-    rows = slice(head * WIDTH, (head + 1) * WIDTH)
-    with torch.no_grad():
-        attention.o_proj.weight[:, rows] = u[:, :WIDTH] * s[:WIDTH]
-        attention.v_proj.weight[rows] = vh[:WIDTH] / gain
-
-
-def plant_neuron(model: nn.Module, layer: int, neuron: int, read: Tensor, write: Tensor) -> None:
-    """Give a neuron this effective up row and this output."""
-    mlp, gain = model.model.layers[layer].mlp, model.model.layers[layer].post_attention_layernorm.weight
-    with torch.no_grad():
-        mlp.up_proj.weight[neuron] = read / gain
-        mlp.down_proj.weight[:, neuron] = write
 
 
 @given(st.integers(0, 39), st.floats(0.1, 3), st.integers(0, 10**6))

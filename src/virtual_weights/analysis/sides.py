@@ -181,6 +181,20 @@ def meet(
             progress=progress if alone else None,
         )
         squared[:r, :w], form, flops = pairs.squared.cpu(), pairs.form, pairs.flops
+    _meet_wide(readers, writers, squared, moments, (device, memory, progress))
+    return Met(squared.clamp_(min=0.0), moments[0], moments[1], form, flops)
+
+
+def _meet_wide(
+    readers: Side,
+    writers: Side,
+    squared: Tensor,
+    moments: list[Tensor],
+    how: tuple[str, int, Progress | None],
+) -> None:
+    """Fill in every pair with a wide map in it, and the wide maps' moments."""
+    device, memory, progress = how
+    r, w = readers.thin_count, writers.thin_count
     total = len(readers.wide) + len(writers.wide)
     at_once = max(1, memory // 2 // (8 * readers.width**2))
     for start in range(0, max(1, len(readers.wide)), at_once):
@@ -201,7 +215,6 @@ def meet(
                 if writers.position[j] <= readers.position[i]:
                     squared[i, j] = (square * other).sum().cpu()
             _tell(progress, len(readers.wide) + j - w + 1, total)
-    return Met(squared.clamp_(min=0.0), moments[0], moments[1], form, flops)
 
 
 def through(stack: MapStack, square: Tensor, wanted: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.paths import paths
+from virtual_weights.cli.statements import statements
 from virtual_weights.cli.subspaces import subspaces
+from virtual_weights.cli.superposition import superposition
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
@@ -42,7 +44,9 @@ app.command("edges")(edges)
 app.command("channel")(channel)
 app.command("subspaces")(subspaces)
 app.command("bandwidth")(bandwidth)
+app.command("superposition")(superposition)
 app.command("memory")(memory)
+app.command("statements")(statements)
 app.command("neurons")(neurons)
 app.command("linear")(linear)
 app.command("paths")(paths)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis import Composition, Overlap
-from virtual_weights.atlas import Atlas, task_key
+from virtual_weights.analysis.neurons import census
+from virtual_weights.atlas import Atlas
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import show_edges
+from virtual_weights.cli.job import Job, Part, among_heads
 from virtual_weights.cli.manifest import manifest_of
 from virtual_weights.cli.opening import open_model
-from virtual_weights.cli.progress import Tick, steps
+from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import channels_of, edges_of, line, put_json
+from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.report import write_report
 from virtual_weights.stream import Stream
 
-Question = Composition | Overlap
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="DIR", help="the atlas folder; MODEL.atlas if none")
+]
+Only = Annotated[
+    str | None,
+    typer.Option("--only", metavar="PARTS", help=f"some parts, separated by commas: {', '.join(Part)}"),
 ]
 
 
 def map_model(
     model: o.ModelArgument,
     output: Output = None,
+    only: Only = None,
     no_fold: o.NoFold = False,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 10,
@@ -42,57 +48,64 @@ def map_model(
     as_json: o.AsJson = False,
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
-    """Compute who composes with whom, write the atlas and its report, print the strongest edges."""
+    """Compute who talks to whom and how crowded the stream is, write the atlas and its report; resumes."""
     began = time.monotonic()
+    parts = _parts(only)
     folder = output or Path(f"{Path(model.removeprefix('hf://')).name}.atlas")
     with steps(progress) as step:
         stream = open_model(
             model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
         )
         manifest = manifest_of(stream, model)
-        atlas = Atlas.create(folder, manifest)
-        wanted: list[Question] = [
-            *(Composition(port, rotary_offset, dtype, device, memory_mb) for port in ("Q", "K", "V")),
-            *(Overlap(port, device, memory_mb) for port in ("Q", "K", "V")),
-        ]
-        records = list(_answers(atlas, stream, wanted, step))
+        job = Job(Atlas.create(folder, manifest), stream, step, rotary_offset, dtype, device, memory_mb)
+        records = list(job.answers(parts))
         report = folder / "report.html"
         write_report(report, records, manifest)
-    answered = [(record, edges_of(record, top)) for record in records if record.question == "composition"]
+    found = _summary(stream, records, top)
+    seconds = time.monotonic() - began
     if as_json:
-        put_json(_summary(model, folder, report, answered, time.monotonic() - began))
+        put_json(
+            {
+                "model": model,
+                "atlas": str(folder),
+                "report": str(report),
+                "seconds": seconds,
+                "norm": stream.norm_stamp,
+                **found,
+            }
+        )
         return
-    for record, edges in answered:
-        show_edges(f"{record.parameters['port']}-composition · {model} · norm {record.stamp['norm']}", record, edges)
-    line(f"done in {time.monotonic() - began:.1f} s")
+    for port, record in among_heads(stream, records).items():
+        show_edges(f"{port}-composition · {model} · norm {stream.norm_stamp}", record, edges_of(record, top))
+    if "statements" in found:
+        line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in found["statements"].items()))
+    line(f"done in {seconds:.1f} s")
     line(f"atlas:  {folder}")
     line(f"report: {report}")
 
 
-def _answers(atlas: Atlas, stream: Stream, wanted: list[Question], step: Callable[[str], Tick]) -> Iterator[Record]:
-    """Answer every question, taking from the atlas what an earlier run has finished."""
-    for question in wanted:
-        name = f"{question.question} {question.port}"
-        key = task_key(stream.source.fingerprint, question.question, question.parameters, {"norm": stream.norm_stamp})
-        if atlas.finished(key):
-            yield atlas.get(key)
-            continue
-        began = time.monotonic()
-        record = question(stream, step(name))
-        atlas.put(record, key=key, seconds=time.monotonic() - began)
-        yield record
+def _parts(only: str | None) -> tuple[Part, ...]:
+    """The parts asked for, in the order of the report."""
+    wanted = [name.strip() for name in (only or "").split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in tuple(Part)]
+    if unknown:
+        raise UsageError(f"no part {unknown[0]!r}", expected=", ".join(Part), do="name some of these in --only")
+    return tuple(part for part in Part if not wanted or part in wanted)
 
 
-def _summary(
-    model: str, folder: Path, report: Path, answered: list[tuple[Record, list[dict[str, Any]]]], seconds: float
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "atlas": str(folder),
-        "report": str(report),
-        "seconds": seconds,
-        "norm": answered[0][0].stamp["norm"],
-        "composition": {
-            record.parameters["port"]: {"edges": edges, "channels": channels_of(edges)} for record, edges in answered
-        },
-    }
+def _summary(stream: Stream, records: list[Record], top: int) -> dict[str, Any]:
+    """What the map found, in a few numbers and edges, as plain JSON values."""
+    found: dict[str, Any] = {"composition": {}}
+    for port, record in among_heads(stream, records).items():
+        edges = edges_of(record, top)
+        found["composition"][port] = {"edges": edges, "channels": channels_of(edges)}
+    for record in records:
+        if record.question == "neurons":
+            counts = census(record)
+            found["neurons"] = {name: counts[name] for name in ("count", "weakening", "strengthening", "between")}
+        elif record.question == "bandwidth":
+            last = list(record.rows())[-1]
+            found["bandwidth"] = {name: last[name] for name in ("state", "oversubscription", "unread_dim")}
+        elif record.question == "statements":
+            found["statements"] = dict(Counter(map(str, record["verdict"])))
+    return found

@@ -59,3 +59,7 @@ Device = Annotated[str, typer.Option("--device", help="torch device of the kerne
 ComputeDtype = Annotated[str, typer.Option("--dtype", help="float64 or float32; sums accumulate in float64 either way")]
 MemoryMb = Annotated[int, typer.Option("--memory-mb", metavar="MIB", min=16, help="workspace of the all-pairs kernel")]
 SaveFile = Annotated[Path | None, typer.Option("--save", metavar="FILE.safetensors", help="write the full matrices")]
+OperatingPointFile = Annotated[
+    Path | None,
+    typer.Option("--operating-point", metavar="FILE", help="norm scalars, attention and gates of a run on a prompt"),
+]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,6 +171,26 @@ class Record:
         cut = {**self.parameters, "top": n, "by": name, "largest": largest}
         return Record(self.question, (place,), labels + picked, cut, self.stamp, self.provenance)
 
+    def select(self, axis: str, labels: Iterable[str]) -> Record:
+        """The same record with some entries of one axis, in the order asked for.
+
+        Args:
+            axis: name of the axis.
+            labels: labels to keep.
+
+        Raises:
+            UsageError: there is no such axis or label.
+        """
+        own = self.axis(axis)
+        place = {label: i for i, label in enumerate(own.labels)}
+        wanted = tuple(labels)
+        at = torch.tensor([place[label] if label in place else own.index(label) for label in wanted], dtype=torch.int64)
+        kept = Axis(own.name, wanted, tuple(own.channels[int(i)] for i in at) if own.channels else ())
+        along = self.axes.index(own)
+        columns = tuple(replace(column, values=_along(column.values, along, at)) for column in self.columns)
+        axes = tuple(kept if each is own else each for each in self.axes)
+        return replace(self, axes=axes, columns=columns)
+
     def _numbers(self, name: str | None) -> tuple[str, Tensor]:
         numeric = [(c.name, c.values) for c in self.columns if isinstance(c.values, Tensor)]
         if name is None and numeric:
@@ -240,6 +260,12 @@ def _pick(values: Tensor | tuple[Value, ...], order: Tensor) -> Tensor | tuple[V
     if isinstance(values, Tensor):
         return values.detach().flatten()[order.to(values.device)]
     return tuple(values[int(i)] for i in order)
+
+
+def _along(values: Tensor | tuple[Value, ...], axis: int, at: Tensor) -> Tensor | tuple[Value, ...]:
+    if isinstance(values, Tensor):
+        return values.index_select(axis, at.to(values.device))
+    return tuple(values[int(i)] for i in at)
 
 
 def _absent(value: Value) -> Value:

@@ -4,8 +4,21 @@ from virtual_weights.stream.build import open_stream
 from virtual_weights.stream.component import Component
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale
+from virtual_weights.stream.operating_point import OperatingPoint
 from virtual_weights.stream.stream import Read, Stream
 from virtual_weights.stream.views import Head, Mlp
 from virtual_weights.stream.virtual import virtual_weight
 
-__all__ = ["Component", "Head", "Label", "Mlp", "Read", "Stream", "open_stream", "parse", "scale", "virtual_weight"]
+__all__ = [
+    "Component",
+    "Head",
+    "Label",
+    "Mlp",
+    "OperatingPoint",
+    "Read",
+    "Stream",
+    "open_stream",
+    "parse",
+    "scale",
+    "virtual_weight",
+]

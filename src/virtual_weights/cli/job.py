@@ -1,0 +1,177 @@
+"""What ``vweights map`` asks of a model, each question once, and never again what the atlas holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+from virtual_weights.analysis import Channel, Composition, Overlap
+from virtual_weights.analysis.bandwidth import Bandwidth
+from virtual_weights.analysis.coherence import Coherence
+from virtual_weights.analysis.crosstalk import Interference
+from virtual_weights.analysis.erasers import HeadErasers
+from virtual_weights.analysis.erasure import Erasure
+from virtual_weights.analysis.neuron_edges import NeuronNeuron
+from virtual_weights.analysis.neurons import Neurons
+from virtual_weights.analysis.recovery import Recovery
+from virtual_weights.analysis.sides import HEAD_PORTS
+from virtual_weights.analysis.subspaces import Subspaces
+from virtual_weights.atlas import Atlas, task_key
+from virtual_weights.cli.progress import Tick
+from virtual_weights.record import Record
+from virtual_weights.statements import Statements
+from virtual_weights.stream import Stream
+
+_SPECTRA = 6  # strongest channels into keys whose spectra the report shows
+_NEURON_TABLES = ("neuron_edges", "neuron_edges_of_writers", "neuron_cosines")
+
+
+class Part(StrEnum):
+    """What a map consists of, in the order of the report."""
+
+    composition = "composition"
+    overlap = "overlap"
+    subspaces = "subspaces"
+    bandwidth = "bandwidth"
+    memory = "memory"
+    neurons = "neurons"
+    superposition = "superposition"
+    basis = "basis"
+    statements = "statements"
+
+
+class Question(Protocol):
+    """What can be asked of a stream."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def parameters(self) -> dict[str, object]: ...
+    def __call__(self, stream: Stream) -> Record: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the map.
+
+    Attributes:
+        atlas: where records are kept.
+        stream: the model.
+        step: begins a step of the progress by name.
+        rotary_offset, dtype, device, memory_mb: as in ``Composition``.
+        known: records of this run, by key.
+    """
+
+    atlas: Atlas
+    stream: Stream
+    step: Callable[[str], Tick]
+    rotary_offset: int | None = None
+    dtype: str = "float64"
+    device: str = "cpu"
+    memory_mb: int = 256
+    known: dict[str, Record] = field(default_factory=dict[str, Record])
+
+    def answers(self, parts: Iterable[Part]) -> Iterator[Record]:
+        """The records of some parts; what the checkpoint has nothing for is passed over."""
+        heads, mlps = bool(self.stream.heads), any(c.kind == "mlp" for c in self.stream.components)
+        for part in parts:
+            if part is Part.neurons and mlps:
+                yield from self._neurons()
+            elif part is Part.statements and self.stream.folded:
+                yield self._told(Statements())
+            else:
+                yield from (self.answer(each) for each in self._questions(part, heads, mlps))
+
+    def answer(self, question: Question) -> Record:
+        """One record: of this run, of the atlas, or computed now."""
+        if isinstance(question, Composition):  # asked by a check: in the manner of this run
+            question = replace(question, compute_dtype=self.dtype, device=self.device, memory_mb=self.memory_mb)
+        key = self._key(question.question, question.parameters)
+        return self._kept(key, lambda: self._ask(question))
+
+    def _questions(self, part: Part, heads: bool, mlps: bool) -> Iterator[Question]:
+        where = self.device, self.memory_mb
+        if part is Part.composition:
+            yield from map(self._composition, self._ports(heads, mlps))
+            yield from self._spectra() if heads else ()
+        elif part is Part.overlap and heads:
+            yield from (Overlap(port, *where) for port in HEAD_PORTS)
+        elif part is Part.subspaces and heads:
+            yield from (Subspaces("O", role, device=self.device) for role in ("K", "V"))
+        elif part is Part.bandwidth:
+            yield Bandwidth()
+        elif part is Part.superposition and mlps:
+            yield from (Coherence(device=self.device), Interference(), Recovery())
+        elif part is Part.memory:
+            yield from (Neurons(),) if mlps else ()
+            yield from (HeadErasers(), Erasure(device=self.device)) if heads else ()
+
+    def _ports(self, heads: bool, mlps: bool) -> Iterator[Any]:
+        yield from HEAD_PORTS if heads else ()
+        yield from (("gate", "up") if self.stream.spec.gated else ("in",)) if mlps else ()
+        yield from ("unembed",) if self.stream.model.has("unembed") else ()
+
+    def _composition(self, port: Any) -> Composition:
+        return Composition(port, self.rotary_offset, self.dtype, self.device, self.memory_mb, "all")
+
+    def _spectra(self) -> Iterator[Question]:
+        """Channels of the strongest edges into keys, one per pair of a writer and a shared key head."""
+        keys = among_heads(self.stream, [self.answer(self._composition("K"))])["K"]
+        seen = set[tuple[str, str]]()
+        for row in keys.top(_SPECTRA * 8).rows():
+            pair = str(row["writer"]), str(row.get("reader_channel") or row["reader"])
+            if pair not in seen and len(seen) < _SPECTRA:
+                seen.add(pair)
+                yield Channel(pair[0], f"{row['reader']}.K", self.rotary_offset)
+
+    def _neurons(self) -> Iterator[Record]:
+        """Edges between neurons: three tables of one pass."""
+        for port in ("gate", "up") if self.stream.spec.gated else ("in",):
+            question = NeuronNeuron(port, device=self.device)
+            keys = [self._key(name, question.parameters) for name in _NEURON_TABLES]
+            if not all(self.atlas.finished(key) for key in keys):
+                began = time.monotonic()
+                found = question.all(self.stream, self.step(f"neurons {port}"))
+                for key, record in zip(keys, (found.readers, found.writers, found.histogram), strict=True):
+                    self.atlas.put(record, key=key, seconds=time.monotonic() - began)
+            yield self.atlas.get(keys[-1])
+
+    def _told(self, statements: Statements) -> Record:
+        key = self._key(statements.question, statements.parameters)
+        return self._kept(key, lambda: statements(self.stream, self.step("statements"), asker=self.answer))
+
+    def _ask(self, question: Question) -> Record:
+        tick = self.step(" ".join([question.question, *map(str, _named(question))]))
+        found = question(self.stream)
+        tick(1, 1)
+        return found
+
+    def _key(self, question: str, parameters: dict[str, object]) -> str:
+        return task_key(self.stream.source.fingerprint, question, parameters, {"norm": self.stream.norm_stamp})
+
+    def _kept(self, key: str, compute: Callable[[], Record]) -> Record:
+        if key not in self.known:
+            if not self.atlas.finished(key):
+                began = time.monotonic()
+                record = compute()
+                self.atlas.put(record, key=key, seconds=time.monotonic() - began)
+                self.known[key] = record
+            else:
+                self.known[key] = self.atlas.get(key)
+        return self.known[key]
+
+
+def among_heads(stream: Stream, records: Iterable[Record]) -> dict[str, Record]:
+    """Compositions of heads with heads, by port."""
+    names = [str(c.label) for c in stream.heads]
+    found = (r for r in records if r.question == "composition" and r.parameters["port"] in HEAD_PORTS)
+    return {str(record.parameters["port"]): record.select("writer", names) for record in found}
+
+
+def _named(question: Question) -> list[object]:
+    """The parameters by which a step is told from another of its kind."""
+    names = ("port", "role_a", "role_b", "writer", "reader", "kind")
+    return [question.parameters[name] for name in names if question.parameters.get(name) is not None]

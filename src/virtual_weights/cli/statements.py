@@ -1,0 +1,88 @@
+"""``vweights statements``: 25 published statements about the residual stream, and which of them hold on a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from virtual_weights.cli import options as o
+from virtual_weights.cli.opening import open_model
+from virtual_weights.cli.progress import steps
+from virtual_weights.cli.show import line, put_json
+from virtual_weights.record import Record
+from virtual_weights.statements import Statements
+from virtual_weights.stream import OperatingPoint
+
+
+def statements(
+    model: o.ModelArgument,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="IDS", help="some of them, separated by commas, e.g. L5,T3")
+    ] = None,
+    operating_point: o.OperatingPointFile = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="pairs of heads that a check looks at where it cannot look at all")
+    ] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="seed of these choices and of the nulls")] = 0,
+    partial: o.Partial = False,
+    offline: o.Offline = False,
+    allow_non_finite: o.AllowNonFinite = False,
+    as_json: o.AsJson = False,
+    progress: o.ProgressOption = o.ProgressMode.auto,
+) -> None:
+    """Check lemmas L1-L12, theorems T1-T7 and corollaries C1-C6 on a model: verdicts, each with its evidence."""
+    wanted = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())) if only else ()
+    question = Statements(wanted, samples, seed)
+    with steps(progress) as step:
+        stream = open_model(model, step("open"), partial=partial, offline=offline, non_finite=allow_non_finite)
+        point = None if operating_point is None else OperatingPoint.load(operating_point, stream)
+        record = question(stream, step("statements"), point=point)
+    rows = rows_of(record)
+    if as_json:
+        put_json(
+            {
+                "model": model,
+                "norm": record.stamp["norm"],
+                "run": record.stamp["run"],
+                "statements": rows,
+                "parameters": record.parameters,
+                "provenance": record.provenance,
+            }
+        )
+        return
+    for row in rows:
+        _show(row)
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in dict.fromkeys(verdicts(rows))}
+    line(f"{len(rows)} statements on {model}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+
+
+def rows_of(record: Record) -> list[dict[str, Any]]:
+    """The statements of a record as plain rows: id first, evidence as an object, witnesses as a list."""
+    rows = list[dict[str, Any]]()
+    for row in record.rows():
+        told: dict[str, Any] = {
+            "id": row["statement"],
+            **{name: value for name, value in row.items() if name != "statement"},
+        }
+        told["evidence"] = json.loads(str(row["evidence"]))
+        told["witnesses"] = [each for each in str(row["witnesses"]).split("; ") if each]
+        rows.append(told)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """The verdicts of rows, in their order."""
+    return [str(row["verdict"]) for row in rows]
+
+
+def _show(row: dict[str, Any]) -> None:
+    condition = f": {row['condition']}" if row["condition"] else ""
+    line(f"{row['id']}  {row['title']}")
+    line(f"    claim    {row['seed']}")
+    line(f"    verdict  {row['verdict'].upper()}{condition}")
+    line(f"    because  {row['why']}")
+    for witness in row["witnesses"]:
+        line(f"    witness  {witness}")
+    line("")
