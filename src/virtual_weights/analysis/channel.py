@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
+from torch import Tensor
 
-from virtual_weights.linalg import Spectrum, frobenius_norm, haar_moments, spectrum_null_edge, svd
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import LinearMap, Spectrum, frobenius_norm, haar_moments, spectrum_null_edge, svd
 from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream, parse
+from virtual_weights.stream import Head, Stream, parse
 from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_map
 
 
@@ -94,18 +95,49 @@ class Channel:
 def summary(record: Record) -> dict[str, float | int | list[int]]:
     """The figures of a channel: score, strength, ranks and how many gains stand above the null's edge."""
     gains = record["gain"]
-    assert isinstance(gains, torch.Tensor)
-    spectrum, stamp = Spectrum(gains), record.stamp
+    assert isinstance(gains, Tensor)
+    stamp = record.stamp
     strength = float(gains.square().sum().sqrt())
     return {
         "shape": stamp["shape"],
         "strength": strength,
         "score": strength / (stamp["norm_reader"] * stamp["norm_writer"]),
         "z": stamp["z"],
+        **_ranks(gains),
+        "null_edge": stamp["null_edge"],
+        "above_null_edge": Spectrum(gains).count_above(stamp["null_edge"]),
+    }
+
+
+def circuit(stream: Stream, name: str, offset: int = 0) -> LinearMap:
+    """One head's circuit by name, ``"L16H0.ov"`` or ``"L17H3.qk"``: stream to stream, (d, d).
+
+    Raises:
+        UsageError: the name is of another form, or the model has no such head.
+    """
+    stem, _, kind = name.rpartition(".")
+    head = stream[stem] if kind in ("ov", "qk") else None
+    if not isinstance(head, Head):
+        raise UsageError(
+            f"{name!r} alone is no circuit",
+            expected="a head's circuit, L16H0.ov or L17H3.qk",
+            do="name a circuit, or a writer and a reader",
+        )
+    return head.ov if kind == "ov" else head.qk_at(offset)
+
+
+def circuit_summary(stream: Stream, name: str, offset: int = 0) -> tuple[dict[str, float | int | list[int]], Tensor]:
+    """Shape, strength (Frobenius norm) and ranks of one circuit, and its gains (r,), descending."""
+    own = circuit(stream, name, offset)
+    gains = gains_of(own)
+    return {"shape": list(own.shape), "strength": float(gains.square().sum().sqrt()), **_ranks(gains)}, gains
+
+
+def _ranks(gains: Tensor) -> dict[str, float | int]:
+    spectrum = Spectrum(gains)
+    return {
         "numerical_rank": spectrum.numerical_rank(),
         "stable_rank": spectrum.stable_rank,
         "entropy_rank": spectrum.entropy_rank,
         "participation_ratio": spectrum.participation_ratio,
-        "null_edge": stamp["null_edge"],
-        "above_null_edge": spectrum.count_above(stamp["null_edge"]),
     }
