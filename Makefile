@@ -44,7 +44,7 @@ $(VENV)/venv.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml
-	$(call twice,$(PIP) --no-build-isolation -e .)
+	$(call twice,$(PIP) --no-build-isolation -e '.[recovery]')
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/venv.stamp pyproject.toml

@@ -18,7 +18,7 @@ from virtual_weights.checkpoint.gguf_header import GgufHeader, GgufTensor, read_
 from virtual_weights.checkpoint.gguf_metadata import LargeArray, large_numbers, large_strings
 from virtual_weights.checkpoint.pinned_file import PinnedFile, pin
 from virtual_weights.checkpoint.request import find_tensor, row_span
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, Source, TensorInfo
+from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Source, TensorInfo
 from virtual_weights.checkpoint.token_text import texts_of_gguf
 
 _VALUES_AT_ONCE = 1 << 22
@@ -73,6 +73,10 @@ class GgufSource(Source):
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.dialect, self._config, self._tensors, self._read_bytes)
+
+    @property
+    def at_rest(self) -> AtRest:
+        return AtRest((tuple(self._tensors),), {})
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from virtual_weights.checkpoint.fingerprint import fingerprint
 from virtual_weights.checkpoint.finite import check_finite
 from virtual_weights.checkpoint.request import find_tensor, row_span
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, Source, TensorInfo
+from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Source, TensorInfo
 from virtual_weights.errors import UsageError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
@@ -75,6 +75,10 @@ class MappingSource(Source):
     @property
     def fingerprint(self) -> str:
         return fingerprint(self._dialect, self._config, self._tensors, self._read_bytes)
+
+    @property
+    def at_rest(self) -> AtRest:
+        return AtRest((tuple(self._tensors),), {})
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

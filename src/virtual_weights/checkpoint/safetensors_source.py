@@ -16,9 +16,22 @@ from virtual_weights.checkpoint.folder import pin_inside, read_config, read_inde
 from virtual_weights.checkpoint.pinned_file import PinnedFile, pin
 from virtual_weights.checkpoint.request import find_tensor, row_span
 from virtual_weights.checkpoint.safetensors_header import StoredTensor, read_safetensors_header
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, Source, TensorInfo
+from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Source, TensorInfo
 from virtual_weights.checkpoint.token_text import texts_of_tokenizer_json
 from virtual_weights.errors import MalformedCheckpointError, MissingTensorError, UnsafeCheckpointError
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that belong to a model without holding weights."""
 
 Placed = Mapping[str, tuple[PinnedFile, StoredTensor]]
 
@@ -63,6 +76,16 @@ class SafetensorsSource(Source):
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.dialect, self._config, self._tensors, self._read_bytes)
+
+    @property
+    def at_rest(self) -> AtRest:
+        files: dict[PinnedFile, list[str]] = {}
+        for name, (file, _) in self._placed.items():
+            files.setdefault(file, []).append(name)
+        companions = {
+            name: pin_inside(self._folder, name).path for name in COMPANIONS if (self._folder / name).exists()
+        }
+        return AtRest(tuple(map(tuple, files.values())), companions)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

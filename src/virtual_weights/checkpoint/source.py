@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """How a checkpoint lies on the disk, for whoever writes another one like it.
+
+    Attributes:
+        files: names of tensors, file by file; one group where nothing is divided.
+        companions: further files of the checkpoint (tokenizer, generation settings) by their bare names.
+    """
+
+    files: tuple[tuple[str, ...], ...]
+    companions: Mapping[str, Path]
 
 
 class Source(ABC):
@@ -64,6 +78,11 @@ class Source(ABC):
         leaves all samples alone is therefore not seen. File names, times and the division into shards
         do not count, so that the same weights have the same fingerprint wherever they lie.
         """
+
+    @property
+    @abstractmethod
+    def at_rest(self) -> AtRest:
+        """Division into files, and what lies beside them."""
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:

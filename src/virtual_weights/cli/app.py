@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from virtual_weights.cli.bandwidth import bandwidth
+from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
@@ -21,6 +22,7 @@ from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.paths import paths
+from virtual_weights.cli.rotate import rotate
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.subspaces import subspaces
 from virtual_weights.cli.superposition import superposition
@@ -46,6 +48,8 @@ app.command("subspaces")(subspaces)
 app.command("bandwidth")(bandwidth)
 app.command("superposition")(superposition)
 app.command("memory")(memory)
+app.command("basis")(basis)
+app.command("rotate")(rotate)
 app.command("statements")(statements)
 app.command("neurons")(neurons)
 app.command("linear")(linear)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from virtual_weights.analysis import Channel, Composition, Overlap
 from virtual_weights.analysis.bandwidth import Bandwidth
+from virtual_weights.analysis.basis import Basis
 from virtual_weights.analysis.coherence import Coherence
 from virtual_weights.analysis.crosstalk import Interference
 from virtual_weights.analysis.erasers import HeadErasers
@@ -103,6 +104,8 @@ class Job:
             yield from (Subspaces("O", role, device=self.device) for role in ("K", "V"))
         elif part is Part.bandwidth:
             yield Bandwidth()
+        elif part is Part.basis:
+            yield Basis()
         elif part is Part.superposition and mlps:
             yield from (Coherence(device=self.device), Interference(), Recovery())
         elif part is Part.memory:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 
@@ -27,6 +28,22 @@ class PortName(StrEnum):
     up = "up"
     inward = "in"
     unembed = "unembed"
+
+
+class StoredDtype(StrEnum):
+    """What tensors are written as."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The same as a torch dtype."""
+        return {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}.get(
+            self.value, torch.bfloat16
+        )
 
 
 class WriterSet(StrEnum):

@@ -1,0 +1,194 @@
+"""The same model on a turned stream: every reader and writer rotated, norm gains folded, ready to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, final
+
+import einops
+import torch
+from torch import Tensor
+
+from virtual_weights.architecture import FAMILIES, Dialect, Row, config_for, stored_shape
+from virtual_weights.checkpoint.writing import Planned
+from virtual_weights.errors import ArchitectureError
+from virtual_weights.linalg import accumulate, haar_orthogonal
+from virtual_weights.stream.stream import Stream
+
+_READS = {
+    "q": "attn_norm",
+    "k": "attn_norm",
+    "v": "attn_norm",
+    "gate": "mlp_norm",
+    "up": "mlp_norm",
+    "unembed": "final_norm",
+}
+_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "o": 1, "down": 0, "o_bias": 0, "down_bias": 0}
+"""Writers, and which of their canonical axes is the stream."""
+_GAINS = ("attn_norm", "mlp_norm", "final_norm")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """A stream seen from a turned basis, as tensors to be written.
+
+    ``x -> Q x`` for an orthogonal Q: writers ``O -> Q O`` (embeddings, positions and biases too), readers
+    ``R -> R diag(gamma) Q^T`` with gain ``gamma -> 1``. A LayerNorm's shift becomes ``beta -> Q (beta / gamma)``, and
+    Q must leave ``(1, ..., 1)`` where it is, since LayerNorm subtracts the mean in whatever basis it stands; so its
+    stream turns in d - 1 dimensions. Folding the final gain unties an unembedding that was the embedding.
+
+    Attributes:
+        stream: the model.
+        turn: Q, (d, d) float64; any other invertible matrix gives another model, as a test may want to show.
+        fold: False leaves the gains in the norm, which also gives another model.
+    """
+
+    stream: Stream
+    turn: Tensor
+    fold: bool = True
+
+    @property
+    def files(self) -> list[dict[str, Planned]]:
+        """Tensors to write under transformers' names, divided as the source divides them.
+
+        Raises:
+            ArchitectureError: a part of this model has no place in what transformers can load; it is named.
+        """
+        planned, roles = dict[str, Planned](), dict[str, tuple[tuple[str, ...], int | None]]()
+        for row in self._table.rows:
+            for layer in range(self.stream.spec.n_layers) if row.per_layer else (None,):
+                if self._has(row, layer):
+                    name = self._name(row, layer)
+                    planned[name] = Planned(self._shape(row, layer), partial(self._tensor, row, layer))
+                    roles[name] = row.roles, layer
+        self._refuse_the_rest({(role, layer) for own, layer in roles.values() for role in own})
+        return self._divided(planned, roles)
+
+    @property
+    def changed(self) -> list[str]:
+        """What is otherwise in this checkpoint than in its source, besides the basis."""
+        told = ["norm gains are folded into the readers and are 1"] if self.fold else []
+        if self.stream.spec.norm == "layer":
+            told.append("norm shifts are divided by the gains; the direction (1, ..., 1) stays, the rest is turned")
+        if self.unties:
+            told.append("the unembedding, tied to the embedding before, is a tensor of its own")
+        return told
+
+    @property
+    def unties(self) -> bool:
+        """Whether the unembedding was the embedding, and can be no longer."""
+        places = self.stream.model.placements
+        return places.get(("unembed", None)) == places.get(("embed", None))
+
+    @property
+    def _table(self) -> Dialect:
+        return next(f for f in FAMILIES if f.name == self.stream.model.family).dialects["hf"]
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return torch.linalg.inv(self.turn)
+
+    def _has(self, row: Row, layer: int | None) -> bool:
+        return all(self.stream.model.has(role, layer) for role in row.roles)
+
+    def _name(self, row: Row, layer: int | None) -> str:
+        """The source's own name where it is transformers' too, else what the table of that dialect says."""
+        if self.stream.source.dialect == "hf" and not (row.roles == ("unembed",) and self.unties):
+            return self.stream.model.placements[row.roles[0], layer].tensor
+        spelling = row.name.split("|")[-1]
+        prefix = self._table.prefixes[0]
+        return spelling[1:] if spelling.startswith("/") else (prefix + spelling).format(l=layer)
+
+    def _shape(self, row: Row, layer: int | None) -> tuple[int, ...]:
+        shape = stored_shape(row.layout, self.stream.spec.axes)
+        if None in shape:  # only the tensor itself tells how many tokens or positions there are
+            shape = tuple(self._tensor(row, layer).shape)
+        return tuple(int(n or 0) for n in shape)
+
+    def _tensor(self, row: Row, layer: int | None) -> Tensor:
+        parts = [self._role(role, layer) for role in row.roles]
+        whole = parts[0] if len(parts) == 1 else torch.stack(parts)
+        stored, own = (side.strip() for side in row.layout.split("->"))
+        sizes = {n: size for n, size in self.stream.spec.axes.items() if size and n in own.split()}
+        return einops.rearrange(whole, f"{own} -> {stored}", **sizes)
+
+    def _role(self, role: str, layer: int | None) -> Tensor:
+        weight = self.stream.weight(role, layer)
+        assert weight is not None
+        weight = weight.to(accumulate)
+        if role in _READS:
+            gain = self._gain(_READS[role], None if role == "unembed" else layer) if self.fold else 1.0
+            return (weight * gain) @ self._inverse
+        if role in _WRITES:
+            axis = _WRITES[role]
+            return (weight.movedim(axis, -1) @ self.turn.T).movedim(-1, axis)
+        if role in _GAINS:
+            return torch.ones_like(weight) if self.fold else weight
+        if role.removesuffix("_bias") in _GAINS:
+            gain = self._gain(role.removesuffix("_bias"), layer) if self.fold else 1.0
+            return self.turn @ (weight / gain)
+        return weight
+
+    def _gain(self, norm: str, layer: int | None) -> Tensor:
+        gain = self.stream.weight(norm, layer)
+        assert gain is not None
+        if self.stream.spec.norm == "layer" and bool((gain == 0).any()):
+            raise ArchitectureError(
+                f"the gain {self.stream.model.placements[norm, layer].tensor} is 0 at {int((gain == 0).sum())} places",
+                expected="gains other than 0: its shift cannot be carried through a reader otherwise",
+                do="this model cannot be turned exactly in its own architecture",
+            )
+        return gain.to(accumulate)
+
+    def _refuse_the_rest(self, written: set[tuple[str, int | None]]) -> None:
+        rest = [place.tensor for key, place in self.stream.model.placements.items() if key not in written]
+        if rest:
+            raise ArchitectureError(
+                f"{len(rest)} tensors have no place in a checkpoint of transformers: {', '.join(sorted(rest)[:6])}",
+                expected="tensors that the transformers table of this family has",
+                do="turn the safetensors form of this model",
+            )
+
+    def _divided(
+        self, planned: dict[str, Planned], roles: Mapping[str, tuple[tuple[str, ...], int | None]]
+    ) -> list[dict[str, Planned]]:
+        places = self.stream.model.placements
+        home = {name: i for i, names in enumerate(self.stream.source.at_rest.files) for name in names}
+        files: dict[int, dict[str, Planned]] = {}
+        for name, tensor in planned.items():
+            own, layer = roles[name]
+            files.setdefault(home[places[own[0], layer].tensor], {})[name] = tensor
+        return [files[i] for i in sorted(files)]
+
+
+def random_turn(stream: Stream, seed: int) -> Tensor:
+    """A Haar-random Q for this model, (d, d) float64; with LayerNorm one that leaves (1, ..., 1) where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    d = stream.d_model
+    if stream.spec.norm == "rms":
+        return haar_orthogonal(d, generator)
+    inner = haar_orthogonal(d - 1, generator)
+    # a reflection that takes the first axis to (1, ..., 1)/sqrt(d): Q turns what is orthogonal to it
+    axis = torch.full((d,), d**-0.5, dtype=accumulate)
+    axis[0] -= 1.0
+    mirror = torch.eye(d, dtype=accumulate) - 2 * torch.outer(axis, axis) / axis.square().sum()
+    return mirror @ torch.block_diag(torch.ones(1, 1, dtype=accumulate), inner) @ mirror
+
+
+def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
+    """The ``config.json`` of the turned checkpoint: the source's own, or one made from a GGUF file's sizes.
+
+    Raises:
+        ArchitectureError: a GGUF file of a family whose configuration is not known.
+    """
+    source, spec = turned.stream.source, turned.stream.spec
+    config = dict(source.config) if source.dialect == "hf" else config_for(spec)
+    if config.get("vocab_size") is None:
+        config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", None].tensor].shape[0]
+    if turned.unties:
+        config["tie_word_embeddings"] = False
+    config.pop("torch_dtype", None)
+    return {**config, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,98 @@
+"""Kurtosis against its dense twin, a planted privileged basis and its loss under rotation, massive coordinates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from planting import D, blank
+from regauge import rebased
+from tiny_models import tiny
+from torch import Tensor
+
+import virtual_weights as vw
+from virtual_weights.analysis.basis import Basis, summary
+from virtual_weights.cli import run
+
+
+def kurtosis(rows: Tensor) -> Tensor:
+    rows = rows.double()
+    rows = rows[rows.abs().sum(1) > 0]
+    return rows.shape[1] * rows.pow(4).sum(1) / rows.square().sum(1).square()
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2", "neox-sequential-no-attention-bias"])
+def test_kurtosis_equals_its_dense_twin(name: str) -> None:
+    stream = vw.open(tiny(name, dtype=torch.float64))
+    written, read = [], []
+    for component in stream.components:
+        label, kind = component.label, component.kind
+        part = stream[str(label)]
+        if kind == "head":
+            written.append(torch.linalg.svd(part.ov.dense())[0][:, : stream.spec.d_head].T)
+            read.append(torch.linalg.svd(part.qk.T.dense())[2][: stream.spec.d_head])
+            if label.index % stream.spec.group == 0:
+                own = [stream[f"L{label.layer}H{label.index + i}"] for i in range(stream.spec.group)]
+                for circuit in ("K", "V"):
+                    stacked = torch.cat([head.circuit(circuit).dense() for head in own])
+                    read.append(torch.linalg.svd(stacked)[2][: stream.spec.d_head])
+        elif kind == "mlp":
+            written.append(part.out.dense().T)
+            read += [part.up.dense()] + ([part.gate.dense()] if part.gate is not None else [])
+        elif kind == "unembed":
+            read.append(part.dense())
+        else:
+            written.append(part.dense().T)
+    found = summary(Basis()(stream))
+    assert found["write_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(written)).mean()), rel=1e-6)
+    # heads' queries: QK has q's directions on its left
+    assert found["read_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(read)).mean()), rel=1e-6)
+
+
+def test_heads_inner_bases_do_not_matter() -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+    one, two = (Basis()(vw.open(m)) for m in (model, rebased(model, 2)))
+    for column in one.columns:
+        torch.testing.assert_close(two[column.name], column.values, rtol=1e-6, atol=1e-8)
+
+
+def test_a_planted_basis_is_seen_and_lost_under_rotation() -> None:
+    """Everything is written along single coordinates, one of them four times as often as it should be."""
+    model = blank()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            axes = torch.arange(40) % D
+            axes[:10] = 5
+            layer.mlp.down_proj.weight[axes, torch.arange(40)] = torch.randn(40, dtype=torch.float64)
+            layer.mlp.up_proj.weight.copy_(torch.randn(40, D, dtype=torch.float64))
+    record = Basis(massive=4.0)(vw.open(model))
+    found = summary(record)
+    assert found["write_kurtosis"] == pytest.approx(D)
+    assert found["write_kurtosis_turned"] == pytest.approx(found["gaussian"], rel=0.4)
+    assert found["read_kurtosis"] == pytest.approx(3, abs=1)
+    assert [each["coordinate"] for each in found["massive"]] == [5]
+    assert found["massive"][0]["energy"] == pytest.approx(D * 11 / 40)
+    assert float(record["write_energy"].mean()) == pytest.approx(1)
+
+
+def test_a_random_model_has_no_basis() -> None:
+    model = tiny("neox-parallel-partial-rotary")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                weight.fill_(1)  # a gain of its own for every coordinate is a basis
+    found = summary(Basis()(vw.open(model)))
+    for side in ("write", "read"):
+        assert found[f"{side}_kurtosis"] == pytest.approx(found[f"{side}_kurtosis_turned"], rel=0.1)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("llama-full").save_pretrained(tmp_path / "m")
+    assert run(["basis", str(tmp_path / "m"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["write_kurtosis"] == pytest.approx(summary(Basis()(vw.open(tmp_path / "m")))["write_kurtosis"])
+    assert run(["basis", str(tmp_path / "m")]) == 0
+    assert "mean kurtosis" in capsys.readouterr().out
+    assert run(["basis", str(tmp_path / "m"), "--massive", "0.5"]) == 2
