@@ -308,6 +308,7 @@ def test_the_command_says_what_the_records_say(folder: Path) -> None:
     found, stream = json.loads(told(folder, *asked, "--json")), vw.open(folder)
     record = ChannelTokens("L0H1", "L1H3.K", 2, 2)(stream)
     assert [row["cosine"] for row in found["tokens"]] == record["cosine"].tolist()
+    assert [row["directions"] for row in found["tokens"]] == ["1"] * 16 + ["2"] * 16, "4 ends, 2 sides, 2 tokens"
     components = ComponentComposition("L0H1", "L1H3.K")(stream).top(4, "z")
     assert [row["component"] for row in found["components"]] == list(components["component"])
     profile = OffsetProfile("L0H1", "L1H3.K", (0, 2, 4))(stream)
