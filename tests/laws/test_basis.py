@@ -9,6 +9,7 @@ import pytest
 import torch
 from planting import D, blank
 from regauge import rebased
+from safetensors.torch import save_file
 from tiny_models import tiny
 from torch import Tensor
 
@@ -45,8 +46,9 @@ def test_kurtosis_equals_its_dense_twin(name: str) -> None:
             read.append(part.dense())
         else:
             written.append(part.dense().T)
-    found = summary(Basis()(stream))
-    assert found["write_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(written)).mean()), rel=1e-6)
+    found, together = summary(Basis()(stream)), torch.cat(written)
+    together = together - together.mean(1, keepdim=True) if stream.spec.norm == "layer" else together
+    assert found["write_kurtosis"] == pytest.approx(float(kurtosis(together).mean()), rel=1e-6)
     # heads' queries: QK has q's directions on its left
     assert found["read_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(read)).mean()), rel=1e-6)
 
@@ -96,3 +98,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(["basis", str(tmp_path / "m")]) == 0
     assert "mean kurtosis" in capsys.readouterr().out
     assert run(["basis", str(tmp_path / "m"), "--massive", "0.5"]) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2-untied-narrow", "neox-parallel-partial-rotary"])
+def test_what_layer_norm_takes_away_does_not_count(name: str) -> None:
+    model = tiny(name, dtype=torch.float64)
+    before = Basis()(vw.open(model))
+    assert before.stamp["gaussian"] == 3 * (model.config.hidden_size - 1) / (model.config.hidden_size + 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(5.0)
+    after = Basis()(vw.open(model))
+    for column in before.columns:
+        torch.testing.assert_close(after[column.name], column.values)
+
+
+@pytest.mark.parametrize(("side", "parts"), [("write", ("embed", "layernorm")), ("read", ("lm_head", "norm"))])
+def test_a_side_that_is_not_there_is_absent(
+    side: str, parts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("llama-grouped-untied")
+    model.config.save_pretrained(tmp_path)
+    held = {name: x.clone() for name, x in model.state_dict().items() if any(part in name for part in parts)}
+    save_file(held, tmp_path / "model.safetensors")
+    assert run(["basis", str(tmp_path), "--partial", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    there = {name for name in told if "_kurtosis" in name and told[name] is not None}
+    assert there == {f"{side}_kurtosis", f"{side}_kurtosis_turned"}
+    assert run(["basis", str(tmp_path), "--partial"]) == 0

@@ -13,8 +13,10 @@ from tiny_models import SHAPES, norms_in_full_precision, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
+from virtual_weights.checkpoint import MappingSource
 from virtual_weights.checkpoint.writing import write_checkpoint
 from virtual_weights.cli import run
+from virtual_weights.errors import ArchitectureError
 from virtual_weights.stream.turned import Turned, config_of, random_turn
 
 TOKENS = torch.tensor([[3, 14, 1, 5, 9, 2, 6, 5, 35, 8]])
@@ -25,9 +27,11 @@ def logits(model: nn.Module) -> Tensor:
         return model(TOKENS).logits
 
 
-def rotated(model: nn.Module, folder: Path, dtype: torch.dtype, *, fold: bool = True, skew: float = 0.0) -> nn.Module:
+def rotated(
+    model: nn.Module | vw.Stream, folder: Path, dtype: torch.dtype, *, fold: bool = True, skew: float = 0.0
+) -> nn.Module:
     """Turn a model, write it, and let transformers load it; ``skew`` makes the turn no rotation."""
-    stream = vw.open(model)
+    stream = model if isinstance(model, vw.Stream) else vw.open(model)
     turn = random_turn(stream, 7)
     stretch = torch.logspace(-skew, skew, len(turn), dtype=torch.float64)
     turned = Turned(stream, turn * stretch, fold)
@@ -100,12 +104,111 @@ def test_the_command_keeps_shards_tokenizer_and_configuration(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
 
 
-def test_what_cannot_be_held_is_refused_by_name(tmp_path: Path) -> None:
-    model = tiny("gpt2", dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gain", [0.0, 1e-7])
+@pytest.mark.parametrize("name", ["gpt2", "neox-sequential-no-attention-bias"])
+def test_a_shift_is_carried_where_the_gain_is_nothing(
+    name: str, gain: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A division by the gain would refuse the one and lose the digits of the other."""
+    model = tiny(name, dtype=dtype)
     with torch.no_grad():
-        model.transformer.h[1].ln_2.weight[3] = 0
-    stream = vw.open(model)
-    turned = Turned(stream, random_turn(stream, 0))
-    with pytest.raises(vw.VirtualWeightsError, match=r"h\.1\.ln_2\.weight is 0 at 1 places"):
-        write_checkpoint(tmp_path / "out", turned.files, torch.float64, config_of(turned, torch.float64), {})
+        for key, parameter in model.named_parameters():
+            if key.endswith(("ln_1.weight", "ln_f.weight", "input_layernorm.weight", "final_layer_norm.weight")):
+                parameter[3] = gain
+    own, turned = logits(model), logits(rotated(model, tmp_path / "out", dtype))
+    assert float((own - turned).norm() / own.norm()) < (1e-10 if dtype is torch.float64 else 1e-5)
+
+
+def gguf(name: str, without: tuple[str, ...] = (), **keys: object) -> tuple[nn.Module, MappingSource]:
+    """A tiny Llama, and the same under GGUF's names, with its queries' and keys' rows in GGUF's order."""
+    model = tiny(name, dtype=torch.float64)
+    config, tensors = model.config, dict[str, Tensor]()
+    for key, weight in model.state_dict().items():
+        for own, other in _GGUF.items():
+            key = key.replace(own, other)
+        if any(part in key for part in ("attn_q.", "attn_k.")):
+            pairs = weight.unflatten(0, (-1, 2, config.head_dim // 2))
+            weight = pairs.transpose(1, 2).reshape(weight.shape).clone()
+        if not key.endswith(without):
+            tensors[key] = weight
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "context_length": 4096,
+        **keys,
+    }
+    metadata = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in sizes.items()}}
+    return model, MappingSource(tensors, metadata, "gguf")
+
+
+_GGUF = {
+    "model.layers.": "blk.",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-untied", "llama-biases-wide-heads"])
+def test_a_gguf_model_keeps_its_biases_and_its_context(name: str, tmp_path: Path) -> None:
+    model, source = gguf(name)
+    loaded = rotated(vw.open(source), tmp_path / "out", torch.float64)
+    assert loaded.config.max_position_embeddings == 4096
+    own, turned = logits(model), logits(loaded)
+    assert float((own - turned).norm() / own.norm()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("without", "keys", "said"),
+    [
+        (("attn_output.bias",), {}, r"9 of the 12 biases that attention_bias turns on: blk\.0\.attn_q\.bias"),
+        (("1.ffn_down.bias",), {}, "8 of the 9 biases that mlp_bias turns on"),
+        ((), {"rope.dimension_count": 2}, "turns 2 of 8 dimensions"),
+    ],
+)
+def test_what_transformers_cannot_be_told_is_refused_by_name(
+    without: tuple[str, ...], keys: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    _, source = gguf("llama-biases-wide-heads", without, **keys)
+    with pytest.raises(ArchitectureError, match=said):
+        rotated(vw.open(source), tmp_path / "out", torch.float64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rotary_factors_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
+    _, source = gguf("llama-grouped-untied")
+    held = {name: source.read(name) for name in source.tensors} | {"rope_freqs.weight": torch.ones(2)}
+    with pytest.raises(ArchitectureError, match=r"rope_freqs\.weight"):
+        rotated(vw.open(MappingSource(held, source.config, "gguf")), tmp_path / "out", torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "written"),
+    [
+        (torch.float64, (), "float64"),
+        (torch.bfloat16, (), "float32"),
+        (torch.float64, ("--dtype", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_precision_is_kept_unless_another_is_asked_for(
+    own: torch.dtype, asked: tuple[str, ...], written: str, tmp_path: Path
+) -> None:
+    tiny("llama-full", dtype=own).save_pretrained(tmp_path / "source")
+    assert run(["rotate", str(tmp_path / "source"), str(tmp_path / "out"), *asked, "--json"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
+    assert {str(x.dtype) for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {f"torch.{written}"}

@@ -25,8 +25,9 @@ _CHUNK = 8192  # directions at once: a vocabulary never is as a whole
 class Basis:
     """Kurtosis and energy of what is written and read, coordinate by coordinate of the stream.
 
-    For a direction v in R^d the **kurtosis** over coordinates is ``d sum v_i^4 / (sum v_i^2)^2``: 3 d/(d + 2) on
-    average for a direction without preferred basis, d for one along an axis, 1 where all coordinates are equal in size.
+    For a direction v in R^d the **kurtosis** over coordinates is ``d sum v_i^4 / (sum v_i^2)^2``: 3 n/(n + 2) on
+    average for a direction without preferred basis in n dimensions (n = d, or d - 1 where LayerNorm's centring is
+    folded; what is written is then centred too), d for one along an axis, 1 where all coordinates are equal in size.
     What coordinate i contributes to it is ``d^2 v_i^4 / |v|^4``, and to the energy ``d v_i^2 / |v|^2``; both are
     averaged over all directions, each counting alike: columns of MLPs and embeddings, rows of MLPs and the unembedding
     (norm folded), and singular directions of heads' circuits, free of their inner bases. The mean over coordinates is
@@ -72,33 +73,36 @@ class Basis:
         """
         turn = random_turn(stream, self.seed)
         sides = {"write": _Sum(stream.d_model, turn), "read": _Sum(stream.d_model, turn)}
+        centred = stream.folded and stream.spec.norm == "layer"  # no reader sees the mean of what is written
         parts = list(dict.fromkeys((c.kind, c.label.layer) for c in stream.components))
         for done, (kind, layer) in enumerate(parts, 1):
             for side, rows in _directions(stream, kind, layer):
-                sides[side].add(rows)
+                sides[side].add(rows, centred=centred and side == "write")
             if progress is not None:
                 progress(done, len(parts))
         columns = [column for side, total in sides.items() for column in total.columns(side)]
-        energy = torch.maximum(*(sides[side].energy for side in ("write", "read")))
+        energy = torch.fmax(*(sides[side].energy for side in ("write", "read")))
         flag = Column(
             "massive", (energy > self.massive).double(), "0 or 1", f"energy above {self.massive} times the mean"
         )
+        free = stream.d_model - centred
         return Record(
             self.question,
             (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),
             (*columns, flag),
             parameters=self.parameters,
-            stamp={"norm": stream.norm_stamp, "gaussian": 3 * stream.d_model / (stream.d_model + 2)},
+            stamp={"norm": stream.norm_stamp, "gaussian": 3 * free / (free + 2)},
             provenance=stream.provenance,
         )
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """Mean kurtosis of writes and reads, before and after the rotation, and the massive coordinates."""
+    """Mean kurtosis of writes and reads (None where there are none), before and after the rotation, and the massive."""
     names = ("write_kurtosis", "write_kurtosis_turned", "read_kurtosis", "read_kurtosis_turned")
-    found: dict[str, Any] = {name: float(_numbers(record, name).mean()) for name in names}
+    means = {name: float(_numbers(record, name).mean()) for name in names}
+    found: dict[str, Any] = {name: mean if mean == mean else None for name, mean in means.items()}
     found["gaussian"] = record.stamp["gaussian"]
-    energy = torch.maximum(_numbers(record, "write_energy"), _numbers(record, "read_energy"))
+    energy = torch.fmax(_numbers(record, "write_energy"), _numbers(record, "read_energy"))
     order = torch.argsort(energy, descending=True)
     massive = [int(i) for i in order if bool(_numbers(record, "massive")[i])]
     found["massive"] = [{"coordinate": i, "energy": float(energy[i])} for i in massive]
@@ -112,9 +116,10 @@ class _Sum:
         self._d, self._turn, self._count = d, turn, 0
         self._squares, self._fourth, self._turned = (torch.zeros(d, dtype=accumulate) for _ in range(3))
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, *, centred: bool = False) -> None:
         for chunk in rows.split(_CHUNK):
             chunk = chunk.to(accumulate)
+            chunk = chunk - chunk.mean(1, keepdim=True) if centred else chunk
             size = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
             unit = (chunk / size)[size[:, 0] > 0]
             self._count += len(unit)
@@ -125,10 +130,10 @@ class _Sum:
 
     @property
     def energy(self) -> Tensor:
-        return self._d * self._squares / self._count
+        return self._d * self._squares / (self._count or torch.nan)
 
     def columns(self, side: str) -> Iterator[Column]:
-        scale = self._d**2 / self._count
+        scale = self._d**2 / (self._count or torch.nan)
         what = "written" if side == "write" else "read"
         yield Column(f"{side}_energy", self.energy, "1 (ratio)", f"share of what is {what} here, over 1/d")
         yield Column(f"{side}_kurtosis", scale * self._fourth, "1", f"contribution to the kurtosis of what is {what}")

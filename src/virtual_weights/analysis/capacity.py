@@ -16,9 +16,9 @@ class Capacity:
 
     Attributes:
         published: ``d / eps^2``, which has been stated as an upper bound of the number of directions. It is none.
-        log10_random_code: of ``(1 - eps^2)^(-d/4)``: so many directions with all ``|cos| < eps`` exist, since among
-            fewer random ones the expected number of closer pairs, at most ``N^2/2 * 2 (1 - eps^2)^(d/2)``, is below 1.
-            For small eps it is ``exp(eps^2 d / 4)``.
+        log10_random_code: of ``(1 - eps^2)^(-(d - 1)/4)``: so many directions with all ``|cos| < eps`` exist, since of
+            N random ones the expected number of closer pairs is at most ``N^2/2 (1 - eps^2)^((d - 1)/2)``, here 1/2.
+            For small eps it is about ``exp(eps^2 d / 4)``; there are more, but this many surely.
         active_signals: ``1 + eps^2 d``: so many random-sign signals, active at once along random directions, leave a
             matched filter an error of variance ``(n - 1)/d <= eps^2`` each. This, not the number of directions, is
             linear in d.
@@ -42,7 +42,7 @@ def capacity(d: int, eps: float) -> Capacity:
     Raises:
         UsageError: d or eps outside these.
 
-    Reference: Ball 1997, "An elementary introduction to modern convex geometry" (caps); Welch 1974.
+    Reference: Welch 1974; the bound on ``P(|cos| >= eps)`` is proved in docs/statements/T5.md.
 
     Example:
         >>> capacity(100, 0.5).published
@@ -53,7 +53,7 @@ def capacity(d: int, eps: float) -> Capacity:
     square = eps**2
     return Capacity(
         published=d / square,
-        log10_random_code=-d / 4 * math.log10(1 - square),
+        log10_random_code=-(d - 1) / 4 * math.log10(1 - square),
         active_signals=1 + square * d,
         welch=d * (1 - square) / (1 - d * square) if d * square < 1 else None,
     )

@@ -13,6 +13,7 @@ from virtual_weights.analysis.frames import Frames, frames, heads_in
 from virtual_weights.analysis.traffic import HeadRole, rank_cut
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, overlap_moments
+from virtual_weights.linalg.lapack import gains
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream
 
@@ -224,4 +225,4 @@ def _wanted(role_a: HeadRole, role_b: HeadRole, position_a: Tensor, position_b: 
 
 def _largest(matrices: Tensor) -> Tensor:
     """Largest singular value of each of a batch."""
-    return torch.linalg.svdvals(matrices)[:, 0] if len(matrices) else matrices.new_empty(0)
+    return gains(matrices)[:, 0] if len(matrices) else matrices.new_empty(0)

@@ -76,7 +76,7 @@ class GgufSource(Source):
 
     @property
     def at_rest(self) -> AtRest:
-        return AtRest((tuple(self._tensors),), {})
+        return AtRest((tuple(self._tensors),), {}, self._file.path)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

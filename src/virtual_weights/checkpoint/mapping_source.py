@@ -78,7 +78,7 @@ class MappingSource(Source):
 
     @property
     def at_rest(self) -> AtRest:
-        return AtRest((tuple(self._tensors),), {})
+        return AtRest((tuple(self._tensors),), {}, None)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

@@ -85,7 +85,7 @@ class SafetensorsSource(Source):
         companions = {
             name: pin_inside(self._folder, name).path for name in COMPANIONS if (self._folder / name).exists()
         }
-        return AtRest(tuple(map(tuple, files.values())), companions)
+        return AtRest(tuple(map(tuple, files.values())), companions, self._folder)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         info = find_tensor(self._tensors, name)

@@ -34,10 +34,12 @@ class AtRest:
     Attributes:
         files: names of tensors, file by file; one group where nothing is divided.
         companions: further files of the checkpoint (tokenizer, generation settings) by their bare names.
+        path: the folder of a checkpoint in safetensors, or the GGUF file; None for one in memory.
     """
 
     files: tuple[tuple[str, ...], ...]
     companions: Mapping[str, Path]
+    path: Path | None
 
 
 class Source(ABC):

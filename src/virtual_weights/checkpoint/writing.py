@@ -63,9 +63,12 @@ def write_checkpoint(
         _fill(aside, files, dtype, config, progress)
         for name, path in companions.items():
             shutil.copyfile(path, aside / name)
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
+        _flush(folder.absolute().parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -90,11 +93,17 @@ def _fill(
                 places[tensor], done = name, done + 1
                 if progress is not None:
                     progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _header(tensors: Mapping[str, Planned], dtype: torch.dtype) -> bytes:

@@ -20,8 +20,9 @@ def rotate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new checkpoint; new, or empty")],
     seed: Annotated[int, typer.Option("--seed", help="seed of the rotation")] = 0,
     dtype: Annotated[
-        o.StoredDtype, typer.Option("--dtype", help="of the new tensors; products are computed in float64")
-    ] = o.StoredDtype.float32,
+        o.StoredDtype | None,
+        typer.Option("--dtype", help="of the new tensors; the source's, but float32 at least, where none is given"),
+    ] = None,
     offline: o.Offline = False,
     allow_non_finite: o.AllowNonFinite = False,
     as_json: o.AsJson = False,
@@ -30,6 +31,8 @@ def rotate(
     """Write a rotated copy of a model: the same function in another basis, for transformers to load."""
     with steps(progress) as step:
         stream = open_model(model, step("open"), offline=offline, non_finite=allow_non_finite)
+        wide = any(info.dtype == "F64" for info in stream.source.tensors.values())
+        dtype = dtype or (o.StoredDtype.float64 if wide else o.StoredDtype.float32)
         turned = Turned(stream, random_turn(stream, seed))
         files, config = turned.files, config_of(turned, dtype.torch)
         companions = stream.source.at_rest.companions

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
 # torch.linalg is a C module without signatures: one cast here instead of unknown types everywhere
+_SMALL = 256  # sides of matrices too small to share between threads
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 _qr = cast(Callable[..., Pair], torch.linalg.qr)
@@ -34,7 +36,8 @@ def singular(a: Tensor, *, full: bool = False) -> Triple:
 
 def gains(a: Tensor) -> Tensor:
     """Singular values of the last two axes, descending."""
-    return cast(Tensor, torch.linalg.svdvals(a))
+    with _one_thread(a):
+        return cast(Tensor, torch.linalg.svdvals(a))
 
 
 def eigen(a: Tensor) -> Tensor:
@@ -45,6 +48,23 @@ def eigen(a: Tensor) -> Tensor:
 def lengths(a: Tensor) -> Tensor:
     """Euclidean norm of each column, without overflow."""
     return cast(Tensor, torch.linalg.vector_norm(a, dim=0))
+
+
+@contextmanager
+def _one_thread(a: Tensor) -> Generator[None]:
+    """For a batch of small matrices: threads that share a small matrix wait for each other more than they work.
+
+    Where other processes use the cores too, that waiting made such batches five times slower.
+    """
+    threads = torch.get_num_threads()
+    if a.ndim < 3 or min(a.shape[-2:]) > _SMALL or a.device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def square_roots(metric: Tensor) -> Tensor:

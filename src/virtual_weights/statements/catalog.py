@@ -200,7 +200,8 @@ STATEMENTS = (
         "C6",
         "Number against fidelity",
         "More superposed signals mean less fidelity of each.",
-        "True; the curve depends on the directions and on the method of recovery.",
+        "For linear read-out once n exceeds d, and for any method with noise or crowded directions. Up to d "
+        "independent signals are read exactly by who knows which are active; all else depends on the method.",
         superposed.trade_off,
     ),
 )

@@ -15,6 +15,7 @@ from virtual_weights.architecture import FAMILIES, Dialect, Row, config_for, sto
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.linalg import accumulate, haar_orthogonal
+from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
 
 _READS = {
@@ -36,9 +37,11 @@ class Turned:
     """A stream seen from a turned basis, as tensors to be written.
 
     ``x -> Q x`` for an orthogonal Q: writers ``O -> Q O`` (embeddings, positions and biases too), readers
-    ``R -> R diag(gamma) Q^T`` with gain ``gamma -> 1``. A LayerNorm's shift becomes ``beta -> Q (beta / gamma)``, and
-    Q must leave ``(1, ..., 1)`` where it is, since LayerNorm subtracts the mean in whatever basis it stands; so its
-    stream turns in d - 1 dimensions. Folding the final gain unties an unembedding that was the embedding.
+    ``R -> R diag(gamma) Q^T`` with gain ``gamma -> 1``. LayerNorm subtracts the mean in whatever basis it stands, so Q
+    must leave ``(1, ..., 1)`` where it is: its stream turns in d - 1 dimensions. That direction, which no centred state
+    has, then carries the shift into the readers without a division by the gain:
+    ``R -> R diag(gamma) P Q^T + (R beta) 1^T / d`` and ``beta -> 1``. Folding the final gain unties an unembedding that
+    was the embedding.
 
     Attributes:
         stream: the model.
@@ -72,7 +75,7 @@ class Turned:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
         told = ["norm gains are folded into the readers and are 1"] if self.fold else []
         if self.stream.spec.norm == "layer":
-            told.append("norm shifts are divided by the gains; the direction (1, ..., 1) stays, the rest is turned")
+            told.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:
             told.append("the unembedding, tied to the embedding before, is a tensor of its own")
         return told
@@ -120,28 +123,23 @@ class Turned:
         assert weight is not None
         weight = weight.to(accumulate)
         if role in _READS:
-            gain = self._gain(_READS[role], None if role == "unembed" else layer) if self.fold else 1.0
-            return (weight * gain) @ self._inverse
+            return self._read(weight, _READS[role], layer) if self.fold else weight @ self._inverse
         if role in _WRITES:
             axis = _WRITES[role]
             return (weight.movedim(axis, -1) @ self.turn.T).movedim(-1, axis)
         if role in _GAINS:
             return torch.ones_like(weight) if self.fold else weight
         if role.removesuffix("_bias") in _GAINS:
-            gain = self._gain(role.removesuffix("_bias"), layer) if self.fold else 1.0
-            return self.turn @ (weight / gain)
+            return torch.ones_like(weight) if self.fold else self.turn @ weight
         return weight
 
-    def _gain(self, norm: str, layer: int | None) -> Tensor:
-        gain = self.stream.weight(norm, layer)
+    def _read(self, weight: Tensor, norm: str, layer: int | None) -> Tensor:
+        gain, shift = self.stream.weight(norm, layer), self.stream.weight(f"{norm}_bias", layer)
         assert gain is not None
-        if self.stream.spec.norm == "layer" and bool((gain == 0).any()):
-            raise ArchitectureError(
-                f"the gain {self.stream.model.placements[norm, layer].tensor} is 0 at {int((gain == 0).sum())} places",
-                expected="gains other than 0: its shift cannot be carried through a reader otherwise",
-                do="this model cannot be turned exactly in its own architecture",
-            )
-        return gain.to(accumulate)
+        turned = fold(weight, gain, self.stream.spec.norm, accumulate) @ self._inverse
+        if shift is None:
+            return turned
+        return turned + (weight @ shift.to(accumulate))[..., None] / self.stream.d_model
 
     def _refuse_the_rest(self, written: set[tuple[str, int | None]]) -> None:
         rest = [place.tensor for key, place in self.stream.model.placements.items() if key not in written]
@@ -185,7 +183,10 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
         ArchitectureError: a GGUF file of a family whose configuration is not known.
     """
     source, spec = turned.stream.source, turned.stream.spec
-    config = dict(source.config) if source.dialect == "hf" else config_for(spec)
+    config = dict(source.config) if source.dialect == "hf" else config_for(turned.stream.model)
+    context = source.config.get(f"{spec.model_type}.context_length")
+    if source.dialect == "gguf" and spec.n_positions is None and context is not None:
+        config["max_position_embeddings"] = context
     if config.get("vocab_size") is None:
         config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", None].tensor].shape[0]
     if turned.unties:

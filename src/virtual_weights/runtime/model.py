@@ -1,0 +1,50 @@
+"""The transformers model of a stream, ready to run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from virtual_weights.errors import UsageError
+from virtual_weights.stream import Stream
+
+
+def load(
+    stream: Stream, model: nn.Module | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """The model that a stream was opened from, loaded by transformers, with eager attention, in eval mode.
+
+    Args:
+        stream: the model's stream.
+        model: a loaded model to take instead; it is used as it is, neither moved nor converted.
+        dtype: of the weights.
+        device: any torch device.
+
+    Raises:
+        UsageError: transformers is not installed, or the stream was opened from memory and no ``model`` is given.
+    """
+    if model is not None:
+        return model.eval()
+    path = stream.source.at_rest.path
+    if path is None or find_spec("transformers") is None:
+        in_memory = path is None
+        raise UsageError(
+            "this stream was opened from memory" if in_memory else "running a model needs transformers",
+            expected="its module" if in_memory else "the extra 'runtime' of this package",
+            do="pass model=" if in_memory else "pip install 'virtual-weights[runtime]'",
+        )
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # progress is told in one way, on stderr
+    auto: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
+    if path.is_file():
+        folder, options["gguf_file"] = path.parent, path.name
+    else:
+        folder = path
+    loaded: nn.Module = auto.from_pretrained(folder, **options)
+    return loaded.to(device).eval()
