@@ -29,7 +29,8 @@ class Interference:
     - ``total``: ``sum_(i < j) <u_i, u_j>^2``, over ``n (n - 1)/2`` pairs: grows as n^2;
     - ``error``: mean over i of ``(u_i . x - s_i)^2 = sum_(j != i) <u_i, u_j>^2`` in expectation: grows as n.
 
-    For random directions ``total = n (n - 1)/(2 d)`` and ``error = (n - 1)/d``. ``exponents`` fits both powers.
+    For random directions ``total = n (n - 1)/(2 d)`` and ``error = (n - 1)/d``. ``exponents`` fits both powers, and
+    the same to these: n - 1 is no power of n, and counts from 8 to 1024 give 2.023 and 1.023 in place of 2 and 1.
 
     Invariant under scaling of a direction and, with RMSNorm folded, under rotation of the stream.
 
@@ -69,7 +70,9 @@ class Interference:
 
         Returns:
             A Record over ``n`` with ``total`` and ``error``, means over trials, and ``random_total`` and
-            ``random_error``, the same expected of random directions. ``stamp["exponents"]`` has the fitted powers.
+            ``random_error``, the same expected of random directions. ``stamp["exponents"]`` has for both the power
+            ``exponent``, its 95 % interval ``low``, ``high`` and what ``random`` directions give; None where nothing
+            interferes.
 
         Raises:
             UsageError: the model has fewer than 32 directions of this kind.
@@ -120,10 +123,11 @@ def _grown(unit: Tensor, signs: Tensor, counts: list[int]) -> Tensor:
 
 def _exponents(found: Tensor, counts: list[int], generator: torch.Generator) -> dict[str, Any]:
     """Least-squares slopes of both quantities in log-log, with 95 % intervals by bootstrap over trials."""
-    n = torch.tensor(counts, dtype=accumulate).log()
-    n = n - n.mean()
+    n = torch.tensor(counts, dtype=accumulate)
+    chance = ((n * (n - 1)).log(), (n - 1).log())
+    n = n.log() - n.log().mean()
     exponents: dict[str, Any] = {}
-    for name, each in zip(("total", "error"), found.unbind(1), strict=True):
+    for name, each, random in zip(("total", "error"), found.unbind(1), chance, strict=True):
         at = torch.randint(len(each), (_BOOTSTRAP, len(each)), generator=generator)
         means = torch.cat([each.mean(0, keepdim=True), each[at].mean(1)])
         if bool((means < 1e-12).any()):
@@ -131,5 +135,6 @@ def _exponents(found: Tensor, counts: list[int], generator: torch.Generator) -> 
             continue
         slopes = (means.log() @ n) / n.square().sum()
         low, high = slopes[1:].quantile(torch.tensor([0.025, 0.975], dtype=accumulate)).tolist()
-        exponents[name] = {"exponent": float(slopes[0]), "low": low, "high": high}
+        expected = float(random @ n / n.square().sum())
+        exponents[name] = {"exponent": float(slopes[0]), "low": low, "high": high, "random": expected}
     return exponents

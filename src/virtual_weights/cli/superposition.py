@@ -9,7 +9,7 @@ import typer
 
 from virtual_weights.analysis.capacity import capacity
 from virtual_weights.analysis.coherence import Coherence, gap
-from virtual_weights.analysis.crosstalk import Interference
+from virtual_weights.analysis.crosstalk import FEWEST, Interference
 from virtual_weights.analysis.dictionary import KINDS
 from virtual_weights.analysis.recovery import METHODS, Recovery
 from virtual_weights.cli import options as o
@@ -41,22 +41,23 @@ def superposition(
     """Coherence of the model's directions beside chance and Welch, capacity counts, interference and recovery."""
     chosen: Any = kind
     coherence = Coherence(chosen, sample, seed, device)
+    if eps is not None:
+        capacity(1, eps)  # refuses a wrong one before the work
     with steps(progress) as step:
         stream = open_model(
             model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
         )
         crowd = gap(coherence(stream, step("coherence")))
-        growth = Interference(chosen, seed=seed)(stream, step("interference"))
         recovery = Recovery(chosen, seed=seed)(stream, step("recovery"))
-    # the counts are for cosines below 1; two parallel directions have exactly 1
-    counts = asdict(capacity(stream.d_model, eps if eps is not None else min(crowd["largest"], 1 - 1e-7)))
+        enough = recovery.stamp["directions"] >= 4 * FEWEST
+        growth = Interference(chosen, seed=seed)(stream, step("interference")) if enough else None
     found: dict[str, Any] = {
         "model": model,
         "norm": stream.norm_stamp,
         "kind": kind,
         "coherence": crowd,
-        "capacity": {"eps": eps if eps is not None else crowd["largest"], **counts},
-        "interference": {"exponents": growth.stamp["exponents"], "by_n": list(growth.rows())},
+        "capacity": _counts(stream.d_model, crowd["largest"] if eps is None else eps),
+        "interference": growth and {"exponents": growth.stamp["exponents"], "by_n": list(growth.rows())},
         "recovery": {"directions": recovery.stamp["directions"], "by_n": list(recovery.rows())},
         "parameters": {"sample": sample, "seed": seed},
         "provenance": stream.provenance,
@@ -64,8 +65,13 @@ def superposition(
     put_json(found) if as_json else _show(found)
 
 
+def _counts(d: int, eps: float) -> dict[str, Any] | None:
+    # parallel directions have a cosine of exactly 1, which no count is for; orthogonal ones of 0 have none
+    return {"eps": eps, **asdict(capacity(d, min(eps, 1 - 1e-7)))} if eps > 0 else None
+
+
 def _show(found: dict[str, Any]) -> None:
-    crowd, counts = found["coherence"], found["capacity"]
+    crowd = found["coherence"]
     title = f"{crowd['directions']} directions ({found['kind']}) in {crowd['dimension']} dimensions · {found['model']}"
     rows = [
         ["largest |cos|", crowd["largest"], crowd["random_largest"], crowd["welch"]],
@@ -73,6 +79,25 @@ def _show(found: dict[str, Any]) -> None:
     ]
     table(title, ["", "model", "as many random ones", "least possible (Welch)"], rows)
     line(f"closest: {' and '.join(crowd['largest_pair'])}")
+    if found["capacity"] is not None:
+        _show_counts(found["capacity"])
+    for name, fitted in (found["interference"] or {"exponents": {}})["exponents"].items():
+        told = "n^{exponent:.3f} ({low:.3f} to {high:.3f}; random directions {random:.3f})"
+        line(f"interference, {name}: {'none' if fitted is None else told.format(**fitted)}")
+    if found["interference"] is None:
+        line(f"interference: fewer than {4 * FEWEST} directions give no power")
+    curves = found["recovery"]["by_n"]
+    names = [name for name in METHODS if name in curves[0]]
+    table(
+        f"share of n signals recovered, among {found['recovery']['directions']} directions",
+        ["n", *(name.replace("_", " ") for name in names)],
+        [[row["n"], *(row[name] for name in names)] for row in curves],
+    )
+    if "sparse" not in names:
+        line("sparse recovery needs scikit-learn: pip install 'virtual-weights[recovery]'")
+
+
+def _show_counts(counts: dict[str, Any]) -> None:
     table(
         f"what fits at cosines up to {counts['eps']:.3g}",
         ["count", "value"],
@@ -83,15 +108,3 @@ def _show(found: dict[str, Any]) -> None:
             ["signals active at once, read linearly", counts["active_signals"]],
         ],
     )
-    for name, fitted in found["interference"]["exponents"].items():
-        told = "none" if fitted is None else "n^{exponent:.3f} ({low:.3f} to {high:.3f})".format(**fitted)
-        line(f"interference, {name}: {told}")
-    curves = found["recovery"]["by_n"]
-    names = [name for name in METHODS if name in curves[0]]
-    table(
-        f"share of n signals recovered, among {found['recovery']['directions']} directions",
-        ["n", *(name.replace("_", " ") for name in names)],
-        [[row["n"], *(row[name] for name in names)] for row in curves],
-    )
-    if "sparse" not in names:
-        line("sparse recovery needs scikit-learn: pip install 'virtual-weights[recovery]'")
