@@ -10,7 +10,8 @@ from virtual_weights.analysis import Channel, Composition, Overlap
 from virtual_weights.errors import VirtualWeightsError
 from virtual_weights.linalg import LinearMap, Spectrum, Subspace, eigenvalues, principal_angles, svd
 from virtual_weights.record import Record
-from virtual_weights.stream import Head, Mlp, Stream, virtual_weight
+from virtual_weights.statements import Statements
+from virtual_weights.stream import Head, Mlp, OperatingPoint, Stream, virtual_weight
 from virtual_weights.stream import open_stream as open
 from virtual_weights.version import VERSION
 
@@ -22,9 +23,11 @@ __all__ = [
     "Head",
     "LinearMap",
     "Mlp",
+    "OperatingPoint",
     "Overlap",
     "Record",
     "Spectrum",
+    "Statements",
     "Stream",
     "Subspace",
     "VirtualWeightsError",

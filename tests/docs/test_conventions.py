@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pages import run_blocks
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("conventions.md", "composition.md", "bandwidth.md", "memory.md", "add-an-architecture.md")
-_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def run_blocks(page: Path, text: str | None = None) -> int:
-    """Run a page's blocks in order in one namespace, lines numbered as in the page; how many there were."""
-    text = page.read_text(encoding="utf-8") if text is None else text
-    names: dict[str, Any] = {"__name__": page.stem}
-    blocks = list(_BLOCK.finditer(text))
-    for block in blocks:
-        above = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * above + block[1], str(page), "exec"), names)
-    return len(blocks)
+PAGES = (
+    "conventions.md",
+    "composition.md",
+    "channels.md",
+    "neurons.md",
+    "bandwidth.md",
+    "superposition.md",
+    "memory.md",
+    "basis.md",
+    "linear.md",
+    "add-an-architecture.md",
+)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -67,7 +67,23 @@ def parse(line: str) -> None:
         command.make_context(line, arguments)
 
 
-VERBS = ("map", "composition", "channel", "subspaces", "bandwidth", "memory", "model")
+VERBS = (
+    "map",
+    "edges",
+    "composition",
+    "channel",
+    "neurons",
+    "subspaces",
+    "bandwidth",
+    "superposition",
+    "memory",
+    "basis",
+    "rotate",
+    "linear",
+    "paths",
+    "statements",
+    "model",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +110,7 @@ def test_command_lines_are_found() -> None:
         "vweights composition smollm2-135m --ports K",
         "vweights composition smollm2-135m --port O",
         "vweights composition smollm2-135m --top many",
-        "vweights channel smollm2-135m L16H0",
+        "vweights channel smollm2-135m",
         "vweights model find smollm2-135m",
     ],
 )

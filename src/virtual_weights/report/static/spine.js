@@ -32,7 +32,7 @@ function spine() {
   const PLACES = [[/^(embed|pos)$/, () => 16], [/^unembed$/, () => W - 16], [/attn\.bias$/, (l) => inLayer(l, 0.73)], [/mlp\.bias$/, (l) => inLayer(l, 0.97)], [/\.mlp/, (l) => inLayer(l, 0.85)]];
   const inLayer = (label, share) => side + (layerOf(label) + share) * step;
   const x = (label) => (PLACES.find(([pattern]) => pattern.test(label))?.[1] ?? ((l) => inLayer(l, 0.08 + (0.62 * (headOf(l) + 0.5)) / perLayer)))(label);
-  const state = { ports: new Set(COMPOSED), writers: "all", count: 24, focus: null };
+  const state = { ports: new Set(COMPOSED.length > 1 ? COMPOSED.filter((port) => port !== "unembed") : COMPOSED), writers: "all", count: 24, focus: null };
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": "Residual stream with the strongest virtual connections" });
   const count = make("output", {}, String(state.count));
 
@@ -87,7 +87,7 @@ function spine() {
     svg.replaceChildren(...nodes);
     count.textContent = String(edges.length);
   }
-  const ports = COMPOSED.map((port) => make("button", { class: port, type: "button", "aria-pressed": "true", onclick: (event) => {
+  const ports = COMPOSED.map((port) => make("button", { class: port, type: "button", "aria-pressed": String(state.ports.has(port)), onclick: (event) => {
     if (state.ports.has(port)) state.ports.delete(port); else state.ports.add(port);
     event.currentTarget.setAttribute("aria-pressed", String(state.ports.has(port)));
     draw();
