@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
@@ -102,14 +100,14 @@ class OperatingPoint:
     @property
     def identity(self) -> str:
         """A hex sha256 of everything in it, for stamps."""
-        return sha256(save(self._tensors(), {"fingerprint": self.fingerprint})).hexdigest()
+        return sha256(self._bytes({"fingerprint": self.fingerprint})).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, aside first; its metadata hold the format and the model's fingerprint."""
         target = Path(path)
         aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
-            aside.write_bytes(save(self._tensors(), {"format": FORMAT, "fingerprint": self.fingerprint}))
+            aside.write_bytes(self._bytes({"format": FORMAT, "fingerprint": self.fingerprint}))
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
@@ -126,6 +124,8 @@ class OperatingPoint:
             RecordError: the file is not there, or is no complete operating point.
             UsageError: it belongs to another checkpoint.
         """
+        from safetensors import SafetensorError, safe_open  # here, since importing the package is cheap by promise
+
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -148,6 +148,11 @@ class OperatingPoint:
         if stream is not None:
             point.check(stream)
         return point
+
+    def _bytes(self, metadata: dict[str, str]) -> bytes:
+        from safetensors.torch import save
+
+        return save(self._tensors(), metadata)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"tokens": self.tokens}
