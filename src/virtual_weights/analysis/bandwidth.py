@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.tally import Tally, tally
 from virtual_weights.analysis.traffic import last_written, rank_cut, reads_from, unembedding, writes_into
 from virtual_weights.errors import UsageError
@@ -45,7 +47,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Bandwidth:
+class Bandwidth(Question):
     """What has been written at or before each state of the stream and is read at or after it.
 
     State p: a writer counts iff ``writes <= p``, a reader iff ``reads >= p``. Heads enter by their circuits (OV for
@@ -70,6 +72,7 @@ class Bandwidth:
         >>> Bandwidth()(stream)["oversubscription"][-1]  # doctest: +SKIP
     """
 
+    question: ClassVar[str] = "bandwidth"
     cut: float | None = None
     memory_mb: int = 512
 
@@ -80,16 +83,6 @@ class Bandwidth:
                 expected="a share in [1e-7, 1): a Gram matrix in float64 holds no smaller singular value",
                 do="leave it out for the default",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "bandwidth"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Go through the stream once downwards and once upwards.

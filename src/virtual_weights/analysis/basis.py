@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frames import frames
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.traffic import HeadRole, rank_cut
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, accumulate
@@ -22,7 +23,7 @@ _CHUNK = 8192  # directions at once: a vocabulary never is as a whole
 
 @final
 @dataclass(frozen=True)
-class Basis:
+class Basis(Question):
     """Kurtosis and energy of what is written and read, coordinate by coordinate of the stream.
 
     For a direction v in R^d the **kurtosis** over coordinates is ``d sum v_i^4 / (sum v_i^2)^2``: 3 n/(n + 2) on
@@ -43,22 +44,13 @@ class Basis:
     Reference: Elhage, Lasenby and Olah 2023, "Privileged Bases in the Transformer Residual Stream".
     """
 
+    question: ClassVar[str] = "basis"
     massive: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.massive > 1.0:
             raise UsageError(f"massive={self.massive}", expected="a multiple above 1", do="pass for example massive=3")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "basis"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Go through all writers and readers.

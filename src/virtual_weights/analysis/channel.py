@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import LinearMap, Spectrum, frobenius_norm, haar_moments, spectrum_null_edge, svd
+from virtual_weights.linalg import LinearMap, Progress, Spectrum, frobenius_norm, haar_moments, spectrum_null_edge, svd
 from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Head, Stream, parse
@@ -15,7 +17,7 @@ from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Question):
     """Spectrum of the virtual weight from a writer to a reader's port.
 
     ``V = U S T^T`` from QR of the outer factors and SVD of the small core, in float64. Heads enter by
@@ -34,6 +36,7 @@ class Channel:
         seed: seed of the draws.
     """
 
+    question: ClassVar[str] = "channel"
     writer: str
     reader: str
     rotary_offset: int | None = None
@@ -41,17 +44,7 @@ class Channel:
     quantile: float = 0.99
     seed: int = 0
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "channel"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute the spectrum.
 
         Returns:
@@ -62,6 +55,7 @@ class Channel:
         Raises:
             UsageError: a name is wrong, or the writer comes after the reader.
         """
+        del progress  # it is one step
         offset = self.rotary_offset or 0
         virtual = virtual_weight(stream, self.writer, self.reader, offset)
         read, write = reading_map(stream, parse(self.reader), offset), writing_map(stream, self.writer)

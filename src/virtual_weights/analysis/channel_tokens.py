@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.channel import circuit
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.traffic import unembedding
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Dense, Spectrum, accumulate, column_space, svd
+from virtual_weights.linalg import Dense, Progress, Spectrum, accumulate, column_space, svd
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream, parse
 from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_map
@@ -26,7 +27,7 @@ Side = Literal["unembed", "embed"]
 
 @final
 @dataclass(frozen=True)
-class ChannelTokens:
+class ChannelTokens(Question):
     """The singular directions of a virtual weight, or of one circuit, in tokens.
 
     A virtual weight ``V = R~ O = sum_i s_i u_i v_i^T`` has up to four directions of the stream for each gain ("ends"):
@@ -59,6 +60,7 @@ class ChannelTokens:
         rotary_offset: query position minus key position; None is offset 0.
     """
 
+    question: ClassVar[str] = "channel_tokens"
     name: str
     reader: str | None = None
     count: int = 5
@@ -74,17 +76,7 @@ class ChannelTokens:
                 do="pass for example count=5, blocks=8, tolerance=0.01",
             )
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "channel_tokens"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Find the tokens.
 
         Returns:
@@ -96,6 +88,7 @@ class ChannelTokens:
         Raises:
             UsageError: a name is wrong, the writer comes after the reader, or the checkpoint holds no tokens.
         """
+        del progress  # it is one step
         sides = _sides(stream)
         gains, ends = directions_of(stream, self.name, self.reader, self.rotary_offset or 0)
         blocks = blocks_of(gains, self.tolerance)[: self.blocks]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import LinearMap, accumulate
+from virtual_weights.linalg import LinearMap, Progress, accumulate
 from virtual_weights.linalg.linear_map import halves
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Head, Mlp, Stream, parse
@@ -17,7 +18,7 @@ from virtual_weights.stream import Head, Mlp, Stream, parse
 
 @final
 @dataclass(frozen=True)
-class Clearing:
+class Clearing(Question):
     """The clearing spectrum of a head, an MLP or a neuron: eigenvalues of its update, nearest to -1 first.
 
     Taken as linear, a component makes ``x -> x + T x``:
@@ -38,6 +39,7 @@ class Clearing:
         slope: the MLP's slope; heads have none and do not use it.
     """
 
+    question: ClassVar[str] = "clearing"
     component: str
     scalar: float = 1.0
     slope: float = 1.0
@@ -46,17 +48,7 @@ class Clearing:
         if not self.scalar > 0.0:
             raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "clearing"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute the spectrum.
 
         Returns:
@@ -66,6 +58,7 @@ class Clearing:
         Raises:
             UsageError: no such component, or one that does not both read and write.
         """
+        del progress  # it is one step
         found, _ = self.modes(stream)
         return Record(
             self.question,

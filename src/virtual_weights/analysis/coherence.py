@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.dictionary import Kind, check_kind, dictionary
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress
 from virtual_weights.record import Axis, Column, Record
@@ -24,7 +25,7 @@ _TILE = 2048
 
 @final
 @dataclass(frozen=True)
-class Coherence:
+class Coherence(Question):
     """``|cos|`` between all directions of one kind: its largest, its mean square, its histogram.
 
     Beside it: as many seeded Gaussian directions, whose mean square is 1/d, and the **Welch bound**
@@ -44,6 +45,7 @@ class Coherence:
     Reference: Welch 1974; Benedetto and Fickus 2003 (frame potential).
     """
 
+    question: ClassVar[str] = "coherence"
     kind: Kind = "out"
     sample: int | None = 20_000
     seed: int = 0
@@ -53,16 +55,6 @@ class Coherence:
         check_kind(self.kind)
         if self.sample is not None and self.sample < 2:
             raise UsageError(f"a sample of {self.sample}", expected="two directions or more", do="leave it out for all")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "coherence"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compare every direction with every other.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.stacks import HeadPort, reading_circuits
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Spectrum, accumulate, haar_moments, self_moments, svd
+from virtual_weights.linalg import Progress, Spectrum, accumulate, haar_moments, self_moments, svd
 from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Head, Stream, parse
@@ -22,7 +23,7 @@ _PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")
 
 @final
 @dataclass(frozen=True)
-class ComponentComposition:
+class ComponentComposition(Question):
     """Composition of every singular component of a head's OV with a reader, or with all later heads.
 
     ``OV = sum_i s_i u_i v_i^T``; component i writes along ``u_i`` alone, and a reader's circuit C sees of it::
@@ -48,6 +49,7 @@ class ComponentComposition:
     Transformer Language Models".
     """
 
+    question: ClassVar[str] = "component_composition"
     writer: str
     reader: str | None = None
     ports: tuple[HeadPort, ...] = _PORTS
@@ -57,17 +59,7 @@ class ComponentComposition:
         if not self.ports or not set(self.ports) <= set(_PORTS):
             raise UsageError(f"ports {self.ports}", expected="some of Q, K and V", do="pass for example ports=('K',)")
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "component_composition"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute all components.
 
         Returns:
@@ -78,6 +70,7 @@ class ComponentComposition:
         Raises:
             UsageError: a name is wrong, the writer is no head, it comes after the reader, or nothing reads after it.
         """
+        del progress  # it is one step
         head = stream[self.writer]
         if not isinstance(head, Head):
             raise UsageError(f"{self.writer} is no head", expected="a head such as L16H0", do="name a head")

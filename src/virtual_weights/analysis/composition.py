@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.sides import (
     HEAD_PORTS,
     Met,
@@ -31,7 +33,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(Question):
     """Composition of every writer with every later reader of one port.
 
     For writer a and reader b, with ``QK = W_Q^T Rot(D)^T W_K`` and ``OV = W_O W_V``::
@@ -64,6 +66,7 @@ class Composition:
     Reference: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
 
+    question: ClassVar[str] = "composition"
     port: Port = "K"
     rotary_offset: int | None = None
     compute_dtype: str = "float64"
@@ -79,11 +82,6 @@ class Composition:
             raise UsageError(
                 f"no compute dtype {self.compute_dtype!r}", expected="float64 or float32", do="choose one of these"
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "composition"
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute all pairs.
@@ -141,11 +139,6 @@ class Composition:
         stack = writing_circuits(stream) if alone or stream.heads else None
         heads = heads_side(stream, stack, _names(stream))
         return heads if alone else with_parts(stream, heads)
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
 
 def _names(stream: Stream) -> tuple[str, ...]:

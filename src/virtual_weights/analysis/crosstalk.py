@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.dictionary import Kind, check_kind, dictionary
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.record import Axis, Column, Record
@@ -21,7 +22,7 @@ _BOOTSTRAP = 400
 
 @final
 @dataclass(frozen=True)
-class Interference:
+class Interference(Question):
     """n directions of the model, each carrying a random sign at once: what a matched filter gets wrong.
 
     With unit directions ``u_i`` and signs ``s_i``, ``x = sum_i s_i u_i`` and the estimate ``u_i . x``:
@@ -41,6 +42,7 @@ class Interference:
         seed: of these.
     """
 
+    question: ClassVar[str] = "interference"
     kind: Kind = "out"
     most: int = 1024
     trials: int = 16
@@ -54,16 +56,6 @@ class Interference:
                 expected=f"at least {4 * FEWEST} signals and 2 trials",
                 do="pass for example most=1024, trials=16",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "interference"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Superpose more and more signals.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.linalg.lapack import eigen
@@ -32,7 +33,7 @@ _COLUMNS = {
 
 @final
 @dataclass(frozen=True)
-class HeadErasers:
+class HeadErasers(Question):
     """Eigenvalues of every head's OV circuit, in the stream and between tokens.
 
     ``OV = W_O W_V`` has the eigenvalues of the (k, k) matrix ``W_V W_O`` and d - k zeros. A direction with eigenvalue
@@ -56,6 +57,7 @@ class HeadErasers:
     Reference: Elhage et al. 2021 (copying from the eigenvalues of ``W_U OV W_E``).
     """
 
+    question: ClassVar[str] = "head_erasers"
     scalar: float = 1.0
     draws: int = 100
     seed: int = 0
@@ -67,16 +69,6 @@ class HeadErasers:
                 expected="a norm scalar > 0 and at least 2 draws",
                 do="pass for example scalar=1.0, draws=100",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "head_erasers"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Look at every head.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.stacks import writing_circuits
 from virtual_weights.analysis.updates import Updates, updates
 from virtual_weights.errors import UsageError
@@ -21,7 +22,7 @@ _CHUNK_BYTES = 64 * 2**20  # rows of a wide writer converted to float64 at once
 
 @final
 @dataclass(frozen=True)
-class Erasure:
+class Erasure(Question):
     """How much of what writer i wrote eraser j removes, for every pair that can reach.
 
     ::
@@ -52,6 +53,7 @@ class Erasure:
         memory_mb: workspace in MiB.
     """
 
+    question: ClassVar[str] = "erasure"
     scalar: float = 1.0
     slope: float = 1.0
     device: str = "cpu"
@@ -60,16 +62,6 @@ class Erasure:
     def __post_init__(self) -> None:
         if not self.scalar > 0.0:
             raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "erasure"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute all pairs.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frozen import Convention, FrozenBlock, Point, describe, frozen_blocks
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.linalg import Progress, Spectrum, accumulate, tolerance
 from virtual_weights.linalg.lapack import gains
@@ -37,7 +38,7 @@ _COLUMNS = {
 
 @final
 @dataclass(frozen=True)
-class LinearComposition:
+class LinearComposition(Question):
     """What linear blocks do in sequence: ``I + T_i`` each, at one token or over all of a prompt.
 
     Four maps per depth, n = d (or T d): the ``block`` ``T_i``; the residual ``composition`` ``prod(I + T_i)``,
@@ -59,6 +60,7 @@ class LinearComposition:
         seed: of the vector on which pairs are compared.
     """
 
+    question: ClassVar[str] = "linear"
     point: OperatingPoint | None = None
     token: int | None = -1
     every: int = 1
@@ -70,11 +72,6 @@ class LinearComposition:
         Convention(self.scalar, self.gate)
         if self.every < 1:
             raise UsageError(f"every {self.every} blocks", expected="a number >= 1", do="pass for example every=4")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "linear"
 
     @property
     def parameters(self) -> dict[str, object]:

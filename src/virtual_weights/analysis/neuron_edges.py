@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.neuron_rows import NeuronPort, NeuronSide, Rows, check_neuron_port, neuron_side
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress
 from virtual_weights.linalg.random_direction import cosine_tail
@@ -41,7 +42,7 @@ class NeuronEdges:
 
 @final
 @dataclass(frozen=True)
-class NeuronNeuron:
+class NeuronNeuron(Question):
     """Virtual weights between single neurons: ``<w_in, w_out>`` of every neuron with every later one.
 
     What neuron a writes, ``w_out`` times its activation, adds ``<w_in, w_out>`` times that to what neuron b reads
@@ -70,6 +71,7 @@ class NeuronNeuron:
         >>> NeuronNeuron("up")(stream).top(10, by="magnitude")  # doctest: +SKIP
     """
 
+    question: ClassVar[str] = "neuron_edges"
     port: NeuronPort = "up"
     top: int = 10
     reader: str | None = None
@@ -83,11 +85,6 @@ class NeuronNeuron:
             raise UsageError(
                 f"top={self.top}, memory_mb={self.memory_mb}", expected="at least 1 each", do="pass for example top=10"
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "neuron_edges"
 
     @property
     def parameters(self) -> dict[str, object]:

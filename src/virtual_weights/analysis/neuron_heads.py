@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.neuron_rows import NeuronPort, NeuronSide, check_neuron_port, neuron_side
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.stacks import HeadPort, reading_circuits, writing_circuits
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate, haar_moments, self_moments
@@ -22,7 +23,7 @@ _TILE_BYTES = 32 * 2**20  # of products of heads' rows with neurons, at once
 
 @final
 @dataclass(frozen=True)
-class HeadNeuron:
+class HeadNeuron(Question):
     """How strongly what a head writes, by its OV circuit, enters what a single later neuron reads.
 
     ``||w^T OV||`` where w is the neuron's row of the port with the norm folded and ``OV = W_O W_V``.
@@ -44,6 +45,7 @@ class HeadNeuron:
     Reference: Elhage et al. 2021, for composition; here the reading circuit is a single row.
     """
 
+    question: ClassVar[str] = "head_neuron"
     port: NeuronPort = "up"
     reader: str | None = None
     writer: str | None = None
@@ -52,11 +54,6 @@ class HeadNeuron:
 
     def __post_init__(self) -> None:
         check_neuron_port(self.port)
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "head_neuron"
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -92,7 +89,7 @@ class HeadNeuron:
 
 @final
 @dataclass(frozen=True)
-class NeuronHead:
+class NeuronHead(Question):
     """How strongly what a single neuron writes enters what a later head reads, by its circuit.
 
     ``||C w_out||`` with ``C = QK^T`` for port Q, ``QK`` for K (``QK = W_Q^T W_K``, rotary offset 0) and ``OV`` for V.
@@ -107,6 +104,7 @@ class NeuronHead:
         memory_mb: of neurons' directions held at once.
     """
 
+    question: ClassVar[str] = "neuron_head"
     port: HeadPort = "K"
     reader: str | None = None
     writer: str | None = None
@@ -116,11 +114,6 @@ class NeuronHead:
     def __post_init__(self) -> None:
         if self.port not in ("Q", "K", "V"):
             raise UsageError(f"no head reads through port {self.port!r}", expected="Q, K or V", do="choose one")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "neuron_head"
 
     @property
     def parameters(self) -> dict[str, object]:

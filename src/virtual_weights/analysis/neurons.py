@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.linalg.random_direction import cosine_tail
@@ -26,7 +27,7 @@ _COLUMNS = {
 
 @final
 @dataclass(frozen=True)
-class Neurons:
+class Neurons(Question):
     """Cosines between what each neuron reads and what it writes, its clearing gain and its class.
 
     A neuron adds ``w_out a`` to the stream, ``a = f(<w_in, x>/s)`` or, gated, ``a = f(<w_gate, x>/s) <w_up, x>/s``.
@@ -50,6 +51,7 @@ class Neurons:
     Reference: Gerstner and Schuetze 2025 (input-output functionality of gated neurons).
     """
 
+    question: ClassVar[str] = "neurons"
     threshold: float = 0.5
     shuffles: int = 8
     seed: int = 0
@@ -61,16 +63,6 @@ class Neurons:
                 expected="a cosine in (0, 1) and at least 0 shuffles",
                 do="pass for example threshold=0.5",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "neurons"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Look at every neuron.

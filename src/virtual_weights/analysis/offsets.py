@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Dense, LinearMap, accumulate, frobenius_norm, singular_values
+from virtual_weights.linalg import Dense, LinearMap, Progress, accumulate, frobenius_norm, singular_values
 from virtual_weights.linalg.lapack import triangular
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Head, Stream, parse
@@ -19,7 +20,7 @@ from virtual_weights.stream.virtual import virtual_weight, writing_map
 
 @final
 @dataclass(frozen=True)
-class OffsetProfile:
+class OffsetProfile(Question):
     """Composition of a writer with a head's queries or keys at every rotary offset of a range.
 
     With ``QK(D) = W_Q^T Rot(D)^T W_K`` for a key D tokens before its query::
@@ -39,6 +40,7 @@ class OffsetProfile:
         offsets: query position minus key position, each >= 0; a ``range`` is welcome.
     """
 
+    question: ClassVar[str] = "offset_profile"
     writer: str
     reader: str
     offsets: Iterable[int] = range(16)
@@ -46,17 +48,7 @@ class OffsetProfile:
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", checked(self.offsets))
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "offset_profile"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute the profile.
 
         Returns:
@@ -67,6 +59,7 @@ class OffsetProfile:
         Raises:
             UsageError: a name is wrong, the writer comes after the reader, or the reader is no Q or K of a head.
         """
+        del progress  # it is one step
         label = parse(self.reader)
         if label.kind != "head" or label.port not in ("Q", "K"):
             raise UsageError(
@@ -110,7 +103,7 @@ class OffsetProfile:
 
 @final
 @dataclass(frozen=True)
-class MeanCircuit:
+class MeanCircuit(Question):
     """Spectrum of a head's QK circuit averaged over rotary offsets, ``mean_D W_Q^T Rot(D)^T W_K``.
 
     What survives is what the head compares whatever the distance: planes that turn fast over the range average out.
@@ -120,23 +113,14 @@ class MeanCircuit:
         offsets: query position minus key position, each >= 0; a ``range`` is welcome.
     """
 
+    question: ClassVar[str] = "mean_circuit"
     head: str
     offsets: Iterable[int] = range(16)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", checked(self.offsets))
 
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "mean_circuit"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
-
-    def __call__(self, stream: Stream) -> Record:
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute the spectrum.
 
         Returns:
@@ -146,6 +130,7 @@ class MeanCircuit:
         Raises:
             UsageError: no such head.
         """
+        del progress  # it is one step
         head = _head(stream, self.head)
         gains = singular_values(mean_qk(stream, self.head, self.offsets))
         outer, inner = _core(head.q), _core(head.k)

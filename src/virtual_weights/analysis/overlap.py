@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frames import frames, heads_in
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.sides import (
     HEAD_PORTS,
     Port,
@@ -31,7 +33,7 @@ from virtual_weights.stream import Stream
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Question):
     """Mean squared cosine of the principal angles between what every writer can write and what a port can read.
 
     With orthonormal bases ``Q_w`` of a writer's column space (dimension r_w) and ``Q_r`` of a reader's row space
@@ -53,6 +55,7 @@ class Overlap:
     Reference: Hamm and Lee 2008, "Grassmann discriminant analysis" (projection kernel).
     """
 
+    question: ClassVar[str] = "overlap"
     port: Port = "K"
     device: str = "cpu"
     memory_mb: int = 256
@@ -67,11 +70,6 @@ class Overlap:
                 expected="heads or all, and a share in (0, 1]",
                 do="pass for example writers='all', energy=0.9",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "overlap"
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute all pairs.
@@ -103,11 +101,6 @@ class Overlap:
             stamp={"norm": stream.norm_stamp, "gauge": "subspaces: free of heads' inner bases"},
             provenance=stream.provenance,
         )
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def _readers(self, stream: Stream) -> Side:
         if self.port not in HEAD_PORTS:

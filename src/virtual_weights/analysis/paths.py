@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frozen import Convention, Part, Point, describe, frozen_blocks, inverse_scalar
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.linalg import LinearMap, Progress, accumulate
 from virtual_weights.linalg.lapack import triangular
@@ -30,7 +31,7 @@ _MEANING = {
 
 @final
 @dataclass(frozen=True)
-class Paths:
+class Paths(Question):
     """The paths from a writer to a reader through components in between, strongest first.
 
     With every component linear at a point, ``x -> x + T_j x``, what the reader gets is, ``s_k`` its norm scalar,
@@ -54,6 +55,7 @@ class Paths:
         offset: rotary offset of a reader's port Q or K.
     """
 
+    question: ClassVar[str] = "paths"
     writer: str
     reader: str
     order: int = 2
@@ -69,11 +71,6 @@ class Paths:
         Convention(self.scalar, self.gate)
         if self.order < 1 or self.top < 1:
             raise UsageError(f"order {self.order}, top {self.top}", expected="both >= 1", do="pass for example order=2")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "paths"
 
     @property
     def parameters(self) -> dict[str, object]:

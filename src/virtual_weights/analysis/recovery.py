@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.dictionary import Kind, check_kind, dictionary
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.record import Axis, Column, Record
@@ -27,7 +28,7 @@ METHODS = {
 
 @final
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(Question):
     """n of the model's directions carry a random sign at once; which method finds the coefficients again?
 
     ``x = D c`` for a dictionary ``D`` (d, m) of the model's own unit directions and ``c`` with n entries +-1. The
@@ -47,6 +48,7 @@ class Recovery:
     Reference: Pati, Rezaiifar and Krishnaprasad 1993 (orthogonal matching pursuit); Donoho and Elad 2003 (coherence).
     """
 
+    question: ClassVar[str] = "recovery"
     kind: Kind = "out"
     size: int = 1024
     most: int = 256
@@ -65,14 +67,9 @@ class Recovery:
             )
 
     @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "recovery"
-
-    @property
     def parameters(self) -> dict[str, object]:
         """All parameters as plain values."""
-        return {**asdict(self), "methods": list(self._methods)}
+        return {**super().parameters, "methods": list(self._methods)}
 
     @property
     def _methods(self) -> tuple[str, ...]:

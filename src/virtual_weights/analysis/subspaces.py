@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frames import Frames, frames, heads_in
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.traffic import HeadRole, rank_cut
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, overlap_moments
@@ -22,7 +23,7 @@ _PAIRED = ("overlap", "cosine", "strength", "bound", "tightness", "independent")
 
 
 @dataclass(frozen=True)
-class Subspaces:
+class Subspaces(Question):
     """Principal angles between the subspaces of all pairs of heads in two roles.
 
     Role O is what a head writes, ``col(OV)``; Q, K and V what it reads, ``row`` of its circuit. With orthonormal bases
@@ -52,6 +53,7 @@ class Subspaces:
     Reference: Bjorck and Golub 1973 (principal angles); Hamm and Lee 2008 (projection kernel).
     """
 
+    question: ClassVar[str] = "subspaces"
     role_a: HeadRole = "O"
     role_b: HeadRole = "K"
     energy: float | None = None
@@ -68,16 +70,6 @@ class Subspaces:
             raise UsageError(
                 f"energy={self.energy}", expected="a share in (0, 1]", do="pass e.g. 0.99, or leave it out"
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "subspaces"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return asdict(self)
 
     def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
         """Compute all pairs.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from virtual_weights.analysis import Channel, Composition, Overlap
 from virtual_weights.analysis.bandwidth import Bandwidth
@@ -17,6 +17,7 @@ from virtual_weights.analysis.erasers import HeadErasers
 from virtual_weights.analysis.erasure import Erasure
 from virtual_weights.analysis.neuron_edges import NeuronNeuron
 from virtual_weights.analysis.neurons import Neurons
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.recovery import Recovery
 from virtual_weights.analysis.sides import HEAD_PORTS
 from virtual_weights.analysis.subspaces import Subspaces
@@ -42,16 +43,6 @@ class Part(StrEnum):
     superposition = "superposition"
     basis = "basis"
     statements = "statements"
-
-
-class Question(Protocol):
-    """What can be asked of a stream."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def parameters(self) -> dict[str, object]: ...
-    def __call__(self, stream: Stream) -> Record: ...
 
 
 @dataclass(frozen=True)
@@ -147,10 +138,7 @@ class Job:
         return self._kept(key, lambda: statements(self.stream, self.step("statements"), asker=self.answer))
 
     def _ask(self, question: Question) -> Record:
-        tick = self.step(" ".join([question.question, *map(str, _named(question))]))
-        found = question(self.stream)
-        tick(1, 1)
-        return found
+        return question(self.stream, self.step(" ".join([question.question, *map(str, _named(question))])))
 
     def _key(self, question: str, parameters: dict[str, object]) -> str:
         return task_key(self.stream.source.fingerprint, question, parameters, {"norm": self.stream.norm_stamp})

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.composition import Composition
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.linalg import LinearMap, accumulate
 from virtual_weights.record import Record
 from virtual_weights.stream import Component, Head, OperatingPoint, Stream
 
 Some = TypeVar("Some")
-
-
-class Question(Protocol):
-    """What can be asked of a stream."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def parameters(self) -> dict[str, object]: ...
-    def __call__(self, stream: Stream) -> Record: ...
 
 
 @final

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress
 from virtual_weights.record import Axis, Column, Record, Value
-from virtual_weights.statements.bench import Bench, Question
+from virtual_weights.statements.bench import Bench
 from virtual_weights.statements.catalog import STATEMENTS
 from virtual_weights.statements.statement import Finding, Statement
 from virtual_weights.stream import OperatingPoint, Stream
@@ -18,7 +19,7 @@ from virtual_weights.stream import OperatingPoint, Stream
 
 @final
 @dataclass(frozen=True)
-class Statements:
+class Statements(Question):
     """The 25 statements, each with the verdict that the model's own numbers give.
 
     Verdicts: ``holds``; ``holds under`` a condition, which is said; ``fails``, with a witness; ``cannot tell``, with
@@ -30,6 +31,7 @@ class Statements:
         seed: of these choices and of every null.
     """
 
+    question: ClassVar[str] = "statements"
     only: tuple[str, ...] = ()
     samples: int = 64
     seed: int = 0
@@ -43,16 +45,6 @@ class Statements:
                 expected="ids L1-L12, T1-T7, C1-C6, and at least one sample",
                 do="write for example only=('L5', 'T3')",
             )
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "statements"
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        return {**asdict(self), "only": list(self.only)}
 
     def __call__(
         self,
