@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from contract.hostile import CASES
+from operating import operate
 from safetensors import safe_open
 from tiny_models import tiny
 
@@ -91,10 +92,60 @@ def test_map_writes_atlas_and_report_and_resumes(folder: Path, tmp_path: Path, c
     first = answer(["map", folder, "-o", out, "--json"], capsys)
     assert Path(first["report"]).read_text().startswith("<!doctype html>")
     assert set(first["composition"]) == {"Q", "K", "V"}
+    assert first["neurons"]["count"] == 120
+    assert sum(first["statements"].values()) == 25
     ledger = (out / "ledger.sqlite").stat().st_mtime_ns
     again = answer(["map", folder, "-o", out, "--json"], capsys)
     assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger
-    assert again["composition"] == first["composition"]
+    assert {name: again[name] for name in first if name != "seconds"} == {
+        name: first[name] for name in first if name != "seconds"
+    }
+    edges = answer(["edges", out, "--reader", "L2H1.K", "--top", 4, "--json"], capsys)["edges"]
+    stream = vw.open(folder)
+    column = vw.Composition("K", writers="all")(stream)
+    row = column.axis("reader").index("L2H1")
+    best = column["score"][row].nan_to_num(-1).topk(4)
+    assert [edge["writer"] for edge in edges] == [column.axis("writer").labels[int(i)] for i in best.indices]
+    assert [edge["score"] for edge in edges] == pytest.approx(best.values.tolist())
+    found = answer(["edges", out, "--question", "neuron_edges", "--by", "magnitude", "--json"], capsys)["edges"]
+    assert found[0]["magnitude"] == max(edge["magnitude"] for edge in found)
+    assert run(["edges", str(out), "--reader", "L9H9"]) == 2
+    assert "no reader 'L9H9'" in capsys.readouterr().err
+
+
+def test_a_part_of_the_map_alone(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "atlas"
+    found = answer(["map", folder, "-o", out, "--only", "bandwidth,basis", "--json"], capsys)
+    assert set(found["bandwidth"]) == {"state", "oversubscription", "unread_dim"}
+    assert found["composition"] == {}
+    assert "statements" not in found
+    assert run(["map", str(folder), "-o", str(out), "--only", "everything"]) == 2
+    assert "composition, overlap" in capsys.readouterr().err
+
+
+def test_a_map_with_norms_left_out_has_no_statements(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    found = answer(
+        ["map", folder, "-o", tmp_path / "a", "--no-fold", "--only", "composition,statements", "--json"], capsys
+    )
+    assert "statements" not in found
+    assert found["norm"] == "left out"
+
+
+def test_statements_json_and_words(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    found = answer(["statements", folder, "--samples", 8, "--json"], capsys)["statements"]
+    ids = [*(f"L{i}" for i in range(1, 13)), *(f"T{i}" for i in range(1, 8)), *(f"C{i}" for i in range(1, 7))]
+    assert [row["id"] for row in found] == ids
+    assert all(row["verdict"] in ("holds", "holds under", "fails", "cannot tell") for row in found)
+    assert all(row["evidence"] or row["verdict"] == "cannot tell" for row in found)
+    stream, point = vw.open(folder), tmp_path / "point.safetensors"
+    model = tiny("llama-grouped-untied")
+    operate(model, stream, torch.arange(9))[0].save(point)
+    run_on = answer(["statements", folder, "--only", "T7, L3", "--operating-point", point, "--json"], capsys)
+    assert {row["id"]: row["verdict"] for row in run_on["statements"]}["L3"] == "holds under"
+    assert run_on["run"] == "a prompt of 9 tokens"
+    assert run(["statements", str(folder), "--only", "L4"]) == 0
+    assert "verdict  FAILS" in capsys.readouterr().out
+    assert run(["statements", str(folder), "--only", "L40"]) == 2
 
 
 def test_tables_for_people(folder: Path, capsys: Capture) -> None:
