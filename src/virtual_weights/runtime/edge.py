@@ -10,12 +10,13 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime.watch import Kind
 from virtual_weights.stream import Label, Stream, parse
+from virtual_weights.stream.stream import Port
 
 Place = tuple[Kind, int]
 """What ``watching`` tells: a kind and its layer."""
 
 _PORTS = {"head": "Q, K or V", "mlp": "gate, up or in", "neuron": "gate, up or in"}
-ROLES = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
+ROLES: dict[Port, str] = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Edge:
 
     writer: Label
     reader: Label
-    port: str
+    port: Port
     state: int
     channel: str | None = None
     shared_with: tuple[str, ...] = ()
@@ -59,7 +60,8 @@ class Edge:
         places = {c.label: c for c in stream.components}
         written = places.get(_whole(stream, source))
         read = places.get(_whole(stream, replace(target, port=None)))
-        port = "unembed" if target.kind == "unembed" else target.port
+        wanted = "unembed" if target.kind == "unembed" else target.port
+        port: Port | None = next((each for each in ROLES if each == wanted), None)
         if written is None or written.writes is None or source.port or source.kind in ("attn_bias", "mlp_bias"):
             raise UsageError(
                 f"{writer} is no writer that differs between tokens",
@@ -67,7 +69,7 @@ class Edge:
                 do="name one of these",
             )
         allowed = ("Q", "K", "V") if target.kind == "head" else ("gate", "up") if stream.spec.gated else ("in",)
-        if read is None or read.reads is None or (port != "unembed" and port not in allowed):
+        if read is None or read.reads is None or port is None or (port != "unembed" and port not in allowed):
             raise UsageError(
                 f"{reader} is no port that reads the stream",
                 expected=f"a part of this model with its port ({_PORTS.get(target.kind, 'none')}), such as L5H3.K",
@@ -77,11 +79,11 @@ class Edge:
             raise UsageError(f"{writer} cannot reach {reader}", expected="an earlier writer", do="turn the edge round")
         shared = read.channel if port in ("K", "V") else None
         others = (c.label for c in stream.heads if shared and c.channel == shared and c.label != read.label)
-        return cls(source, target, str(port), read.reads, shared, tuple(map(str, others)))
+        return cls(source, target, port, read.reads, shared, tuple(map(str, others)))
 
     def maps(self, stream: Stream, like: Tensor) -> Tensor:
         """The reader's effective map R~, (k, d), in the dtype and on the device of ``like``."""
-        maps = stream.read(self.port, self.reader.layer).maps.to(like)  # type: ignore[arg-type]
+        maps = stream.read(self.port, self.reader.layer).maps.to(like)
         return maps[self.row(stream), self.inner]
 
     def row(self, stream: Stream) -> int:
@@ -152,22 +154,24 @@ def channel_readers(stream: Stream, port: str) -> tuple[str, ...]:
     """The readers of one port, of those that share a channel the first alone: ``("L0H0.K", "L0H3.K", ...)``."""
     if port in ("Q", "K", "V"):
         step = 1 if port == "Q" else stream.spec.group
-        return tuple(f"{c.label}.{port}" for c in stream.heads if c.label.index is not None and not c.label.index % step)
+        return tuple(
+            f"{c.label}.{port}" for c in stream.heads if c.label.index is not None and not c.label.index % step
+        )
     if port == "unembed":
         return ("unembed",)
     return tuple(f"{c.label}.{port}" for c in stream.components if c.kind == "mlp")
 
 
-def token_ids(tokens: Tensor) -> Tensor:
+def check_tokens(tokens: Tensor) -> Tensor:
     """Check (N, T) token ids.
 
     Raises:
         UsageError: they are not, or there is nothing to predict.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2 or not len(tokens):
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2 or not len(tokens) or tokens.min() < 0:
         raise UsageError(
             f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}",
-            expected="token ids (sequences, tokens), two tokens or more",
+            expected="token ids (sequences, tokens), two tokens or more, no padding",
             do="cut the text into sequences of one length",
         )
     return tokens

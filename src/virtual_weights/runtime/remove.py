@@ -88,7 +88,8 @@ def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Remova
         )
     how = how or Removal()
     written = [Written.of(stream, edge.writer) for edge in edges]
-    wanted: set[Place] = {("state", edge.state) for edge in edges} | {each.place for each in written}
+    states: set[Place] = {("state", edge.state) for edge in edges}
+    wanted = states | {each.place for each in written}
     seen: dict[Place, Tensor] = {}
 
     def see(kind: Kind, layer: int, tensor: Tensor) -> None:
@@ -98,7 +99,7 @@ def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Remova
     def without(role: str, layer: int | None) -> Any:
         own = [i for i, edge in enumerate(edges) if (edge.role, edge.reader.layer) == (role, layer)]
 
-        def hook(module: nn.Module, given: object, output: Tensor) -> Tensor:
+        def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
             output = output.clone()
             ports = {edges[i].port: split(stream, role, output) for i in own}  # views: what is added stays
             for i in own:
