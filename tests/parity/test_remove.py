@@ -58,7 +58,7 @@ def recomputed(model: nn.Module, stream: Stream, edge: Edge, instead: Tensor | N
     """The output of the reader's module if the port read x less the writer, by the norm's and the module's weights."""
     norm_role = {"head": "attn_norm", "unembed": "final_norm"}.get(edge.reader.kind, "mlp_norm")
     layer = edge.reader.layer
-    norm = module_of(model, stream, norm_role, layer)
+    norm: Any = module_of(model, stream, norm_role, layer)
     module: Any = module_of(model, stream, edge.role, layer)
     x = seen_by(model, {"norm": norm})[0]["norm"]
     wrote = contribution(model, stream, str(edge.writer))

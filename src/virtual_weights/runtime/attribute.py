@@ -83,7 +83,7 @@ def attribute(
             progress(i + 1, len(batches))
     mean = torch.stack(written).sum(0) / tokens.numel()
     effects = {key: ((gradients[key] @ mean.T - products[key]) / len(tokens)).cpu() for key in keys}
-    parameters = {"metric": getattr(metric, "__name__", type(metric).__name__), "sequences": len(tokens)}
+    parameters = {"metric": _name(metric), "sequences": len(tokens)}
     return {port: _record(stream, port, effects, {**parameters, "port": port}) for port in _PORTS}
 
 
@@ -130,6 +130,12 @@ def _at_the_stream(stream: Stream, key: _Key, grad: Tensor, x: Tensor) -> Tensor
     s = scale(x, stream.spec.norm, stream.spec.norm_eps)
     maps = stream.read(key[0], key[1]).maps.to(x)
     return torch.einsum("mkd,tmk->mtd", maps, grad.flatten(0, 1).to(x) / s[:, None, None])
+
+
+def _name(metric: Any) -> str:
+    inner, given = (metric.func, metric.keywords) if isinstance(metric, partial) else (metric, {})
+    name = getattr(inner, "__name__", type(inner).__name__)
+    return ", ".join([name, *(f"{key}={value}" for key, value in given.items())])
 
 
 def _state(stream: Stream, layer: int) -> int:
