@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from virtual_weights.cli.attribute import attribute_edges
 from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
@@ -22,6 +23,7 @@ from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.paths import paths
+from virtual_weights.cli.prove import prove_edges
 from virtual_weights.cli.rotate import rotate
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.subspaces import subspaces
@@ -54,6 +56,8 @@ app.command("statements")(statements)
 app.command("neurons")(neurons)
 app.command("linear")(linear)
 app.command("paths")(paths)
+app.command("attribute")(attribute_edges)
+app.command("prove")(prove_edges)
 app.add_typer(model_commands, name="model")
 
 

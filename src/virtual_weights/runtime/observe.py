@@ -1,0 +1,179 @@
+"""Moments of a model's activations on text, in memory that does not grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from virtual_weights.errors import UsageError
+from virtual_weights.runtime.model import load
+from virtual_weights.runtime.operate import forward
+from virtual_weights.runtime.text import PADDING
+from virtual_weights.runtime.watch import Kind, watching
+from virtual_weights.stream import Stream, scale
+from virtual_weights.stream.moments import Moments
+
+Sums = dict[str, Tensor]
+
+
+@torch.no_grad()
+def observe(
+    stream: Stream,
+    batches: Iterable[Tensor],
+    model: nn.Module | None = None,
+    *,
+    memory_mb: int = 1024,
+    progress: Callable[[int], None] | None = None,
+) -> Moments:
+    """Run a model over batches of tokens and average what its parts write and read.
+
+    Products are taken in the model's dtype (float32 at least) within a batch and summed over batches in float64; what
+    is returned has the former.
+
+    Args:
+        stream: the model.
+        batches: token ids (B, T) each, ``PADDING`` after the end of shorter rows; see ``text.batches``.
+        model: a loaded model with eager attention; without it the checkpoint is loaded in float32.
+        memory_mb: MiB for the sums of second moments. Heads are held at every reading state where that fits, else
+            factorised (``Moments.form`` says which); then MLPs and embeddings, (d, d) each, where they fit too, else
+            they have energies but no second moments.
+        progress: called with the number of tokens so far after each batch.
+
+    Raises:
+        UsageError: there are no tokens, transformers is missing, or the model's attention keeps no pattern.
+    """
+    runs = load(stream, model)
+    observed = _Observed(stream, memory_mb * 2**20)
+    kinds = ["state", "inner", "neurons", "mlp", "embed", "Q", "K", "V", "pattern"]
+    kinds += ["pos"] if stream.model.has("pos") else []
+    with watching(runs, stream, kinds, observed.see):  # type: ignore[arg-type]
+        for tokens in batches:
+            observed.begin(tokens, next(runs.parameters()).device)
+            forward(runs, tokens.clamp(min=0))
+            observed.end()
+            if progress is not None:
+                progress(observed.tokens)
+    return observed.moments()
+
+
+@final
+class _Observed:
+    """Sums over tokens by ``kind/key``; of one batch, what waits for the norm scalars of later states."""
+
+    def __init__(self, stream: Stream, budget: int) -> None:
+        self.stream, self.tokens, self.length, self.later = stream, 0, 0, 0
+        self.sums: Sums = {}
+        self.dtype = torch.float32
+        spec, states = stream.spec, stream.states
+        heads = [8 * spec.n_heads * spec.d_head**2 * (states - w) for w in self._writes("head").values()]
+        self.exact = sum(heads) <= budget
+        left = budget - (sum(heads) if self.exact else sum(8 * spec.n_heads * spec.d_head**2 for _ in heads))
+        self.wide = 8 * spec.d_model**2 * (2 + spec.n_layers) <= left
+        squares = {i: stream.write("head", i).double() for i in self._writes("head")}
+        self.squares = {i: o.mT @ o for i, o in squares.items()}  # O^T O, so that |O z|^2 costs k^2 and not k d
+
+    def _writes(self, kind: str) -> dict[int, int]:
+        parts = (c for c in self.stream.components if c.kind == kind)
+        return {c.label.layer or 0: c.writes for c in parts if c.writes is not None}
+
+    def begin(self, tokens: Tensor, device: torch.device) -> None:
+        """Take note of which places of a batch hold tokens."""
+        self.kept = (tokens != PADDING).to(device)
+        if tokens.ndim != 2 or bool((self.kept[:, 1:] & ~self.kept[:, :-1]).any()):
+            raise UsageError(
+                f"a batch of shape {tuple(tokens.shape)} with padding before a token",
+                expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
+                do="pad on the right",
+            )
+        self.inverse: dict[int, Tensor] = {}
+        self.waiting: dict[str, tuple[int, Tensor]] = {}
+        self.tokens += int(self.kept.sum())
+        self.later += int(self.kept[:, 1:].sum())
+        self.length = max(self.length, int(self.kept.sum(1).max()))
+
+    def see(self, kind: Kind, layer: int, tensor: Tensor) -> None:
+        """Add what needs no norm scalar, keep the rest until the batch has run."""
+        if kind == "pattern":
+            self._attention(layer, tensor)
+            return
+        if len(tensor) == 1:
+            tensor = tensor.expand(len(self.kept), *tensor.shape[1:])  # learned positions are computed once
+        own = tensor[self.kept]
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        self.dtype = own.dtype
+        if kind == "state":
+            self._state(layer, own)
+        elif kind in ("Q", "K", "V"):
+            self._add(f"ports/L{layer}.{kind}", torch.einsum("nmk,nml->mkl", own, own))
+            self._add(f"port_means/L{layer}.{kind}", own.sum(0))
+        elif kind == "neurons":
+            self._add(f"neurons/{layer}", torch.stack([own.sum(0), own.square().sum(0), (own > 0).sum(0)]))
+        elif kind == "inner":
+            self.waiting[f"L{layer}.heads"] = self._writes("head")[layer], own
+        else:
+            writes = self._writes("mlp")[layer] if kind == "mlp" else 0
+            self.waiting[f"L{layer}.mlp" if kind == "mlp" else kind] = writes, own[:, None]
+
+    def end(self) -> None:
+        """Now that every state's norm scalar is known: the moments of what was written."""
+        for group, (writes, z) in self.waiting.items():
+            heads = group.endswith(".heads")
+            weights = torch.stack([self.inverse[p] for p in range(writes, self.stream.states)])  # (states, tokens), 1/s
+            if heads:
+                square = self.squares[int(group[1:-6])].to(z)
+                energy = torch.einsum("nmk,mkl,nml->nm", z, square, z)
+            else:
+                energy = z.square().sum(-1)
+            self._add(f"energy/{group}", weights.square() @ energy)
+            if not heads and not self.wide:
+                continue
+            held = weights if heads and self.exact else weights[:1]
+            by_writer = z.permute(1, 2, 0).contiguous()  # (m, k, tokens)
+            self._add(f"mean/{group}", torch.einsum("pn,nmk->pmk", held, z))
+            for p, weight in enumerate(held):
+                self._add(f"second/{group}", torch.bmm(by_writer * weight.square(), by_writer.mT), p, len(held))
+
+    def moments(self) -> Moments:
+        """The sums divided by their counts."""
+        if not self.tokens:
+            raise UsageError("there are no tokens to observe", expected="a text", do="pass one that is not empty")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, total in self.sums.items():
+            kind, _, key = name.partition("/")
+            count = max(self.later, 1) if kind == "attention" else self.tokens
+            parts.setdefault(kind, {})[key] = (total / count).to(self.dtype).cpu()
+        for kind in ("second", "mean", "neurons"):
+            parts.setdefault(kind, {})
+        states = {
+            name: torch.stack([parts["state"][f"{p}"][i] for p in range(self.stream.states)])
+            for i, name in enumerate(("norm", "inverse", "inverse_square", "variance", "kurtosis"))
+        }
+        del parts["state"]
+        return Moments(self.stream.source.fingerprint, self.tokens, self.length, states=states, **parts)
+
+    def _state(self, state: int, x: Tensor) -> None:
+        s = scale(x, self.stream.spec.norm, self.stream.spec.norm_eps)
+        self.inverse[state] = 1 / s
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
+        kurtosis = (centred / variance.sqrt()[:, None]).pow(4).mean(-1)
+        self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
+
+    def _attention(self, layer: int, pattern: Tensor) -> None:
+        """To self, previous and first token; the first token of a chunk has no previous one and is left out."""
+        later = self.kept[:, None, 1:]
+        own = pattern.diagonal(dim1=2, dim2=3)[:, :, 1:]
+        previous = pattern.diagonal(offset=-1, dim1=2, dim2=3)
+        self._add(
+            f"attention/{layer}",
+            torch.stack([(x * later).sum((0, 2)) for x in (own, previous, pattern[:, :, 1:, 0])], 1),
+        )
+
+    def _add(self, name: str, value: Tensor, at: int = 0, of: int = 0) -> None:
+        """Add to a sum, or, where it has ``of`` parts, to one of them."""
+        if name not in self.sums:
+            self.sums[name] = value.new_zeros((of, *value.shape) if of else value.shape, dtype=torch.float64)
+        (self.sums[name][at] if of else self.sums[name]).add_(value)

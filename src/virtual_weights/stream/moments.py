@@ -1,0 +1,168 @@
+"""What a model's activations are on average over text, and how that is kept in a file."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream.stream import Stream
+
+FORMAT = "virtual-weights moments 1"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Averages over the tokens of a text: what writers put on the stream as seen from each state, what ports receive.
+
+    E is the mean over all tokens, padding never among them; s_p is the norm scalar with which state p is read. A group
+    of writers is ``"L3.heads"`` (m = heads, inner activation z of width k = d_head), or ``"L3.mlp"``, ``"embed"``,
+    ``"pos"`` (m = 1, their output in the stream, k = d, the MLP's bias apart). A group that first appears in state w is
+    held for P states: all from w on, or, factorised, for w alone. Elsewhere it is then taken as proportional,
+    ``E[z z^T/s_p^2] ~ E[z z^T/s_w^2] E[|O z|^2/s_p^2] / E[|O z|^2/s_w^2]``: exact in the energy written, not in its
+    directions. Every token is weighted by 1/s^2, so the few with huge norms do not drown the text.
+
+    Attributes:
+        fingerprint: of the checkpoint that ran.
+        tokens: how many were averaged over.
+        length: of the longest chunk.
+        states: ``norm`` E[s_p], ``inverse`` E[1/s_p], ``inverse_square`` E[1/s_p^2]; ``variance`` and ``kurtosis`` of
+            a token's d entries, averaged over tokens (a Gaussian's kurtosis is 3); each (states,).
+        second: group to (P, m, k, k), ``E[z z^T/s_p^2]``, uncentred.
+        mean: group to (P, m, k), ``E[z/s_p]``.
+        energy: group to (states from w on, m), ``E[|O z|^2/s_p^2]``, always at every state.
+        ports: ``"L3.Q"``, ``.K``, ``.V`` to (heads or shared heads, k, k), ``E[q q^T]`` before rotary, with constants.
+        port_means: the same to (heads, k), ``E[q]``.
+        attention: layer to (heads, 3), mean attention to self, previous and first token, of all tokens but the first.
+        neurons: layer to (3, d_mlp), mean, mean square and share above 0 of the activations that the MLP writes with.
+
+    Raises:
+        RecordError: a value is not finite, or shapes disagree.
+    """
+
+    fingerprint: str
+    tokens: int
+    length: int
+    states: Mapping[str, Tensor]
+    second: Mapping[str, Tensor]
+    mean: Mapping[str, Tensor]
+    energy: Mapping[str, Tensor]
+    ports: Mapping[str, Tensor]
+    port_means: Mapping[str, Tensor]
+    attention: Mapping[str, Tensor]
+    neurons: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, x in self._tensors().items() if not bool(x.isfinite().all())]
+        pairs = [(self.second, self.mean), (self.ports, self.port_means)]
+        wrong += [key for a, b in pairs for key in a.keys() | b.keys() if not _fit(a.get(key), b.get(key))]
+        wrong += [key for key in self.second if key not in self.energy]
+        if wrong or self.tokens < 1:
+            raise RecordError(
+                f"these moments are malformed: {', '.join(wrong[:4]) or 'no tokens'}",
+                expected="finite values, a mean beside every second moment",
+                do="observe the model anew",
+            )
+
+    def held_at(self, group: str, after: int) -> tuple[Tensor, Tensor]:
+        """``E[z z^T/s^2]`` (m, k, k) and ``E[z/s]`` (m, k) in float64, ``after`` states past where z first appears."""
+        second, mean = self.second[group].double(), self.mean[group].double()
+        if after < len(second):
+            return second[after], mean[after]
+        energy = self.energy[group].double()
+        ratio = torch.where(energy[0] > 0, energy[after] / energy[0], 0.0)
+        return second[0] * ratio[:, None, None], mean[0] * ratio.sqrt()[:, None]
+
+    @property
+    def form(self) -> str:
+        """How heads are held: ``"exact"`` at every reading state, or ``"factorised"``."""
+        exact = [len(self.second[g]) == len(self.energy[g]) for g in self.second if g.endswith(".heads")]
+        return "exact" if all(exact) else "factorised"
+
+    def check(self, stream: Stream) -> None:
+        """Make sure that these moments belong to a model.
+
+        Raises:
+            UsageError: they were made with another checkpoint, or the stream leaves norm gains out.
+        """
+        if self.fingerprint != stream.source.fingerprint or not stream.folded:
+            raise UsageError(
+                "these moments belong to another checkpoint"
+                if stream.folded
+                else "moments are divided by the norm scalar: readers must contain the norm's gain",
+                expected=f"fingerprint {self.fingerprint[:12]}..., norm gains folded",
+                do="open the checkpoint that ran, without fold=False, or observe this one",
+            )
+
+    @property
+    def identity(self) -> str:
+        """A hex sha256 of everything in it, for stamps."""
+        told = f"{self.fingerprint} {self.tokens} {self.length}"  # one entry: their order in a file is not fixed
+        return sha256(save(self._tensors(), {"of": told})).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, aside first; its metadata hold the format and the model's fingerprint."""
+        told = {"fingerprint": self.fingerprint, "tokens": str(self.tokens), "length": str(self.length)}
+        target = Path(path)
+        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            aside.write_bytes(save(self._tensors(), {"format": FORMAT, **told}))
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, stream: Stream | None = None) -> Moments:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            stream: the model that it must belong to, see ``check``.
+
+        Raises:
+            RecordError: the file is not there, or holds no complete moments.
+            UsageError: it belongs to another checkpoint.
+        """
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in _MAPPINGS}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"format {metadata.get('format')!r}")
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    kind, _, key = name.partition("/")
+                    parts[kind][key] = file.get_tensor(name)
+            sizes = int(metadata["tokens"]), int(metadata["length"])
+            moments = cls(metadata["fingerprint"], *sizes, **parts)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RecordError(
+                f"{path} holds no moments: {error}",
+                expected=f"a safetensors file of format {FORMAT!r}",
+                do="name the file that Moments.save wrote",
+            ) from error
+        if stream is not None:
+            moments.check(stream)
+        return moments
+
+    def _tensors(self) -> dict[str, Tensor]:
+        held: dict[str, Mapping[str, Tensor]] = {name: getattr(self, name) for name in _MAPPINGS}
+        # safetensors wants each tensor whole and in order
+        return {f"{kind}/{key}": x.detach().cpu().contiguous() for kind, of in held.items() for key, x in of.items()}
+
+
+_MAPPINGS = tuple(f.name for f in fields(Moments) if f.name not in ("fingerprint", "tokens", "length"))
+
+
+def _fit(second: Any, mean: Any) -> bool:
+    """Whether there are both, and of one shape but for the last axis."""
+    return second is not None and mean is not None and second.shape[:-1] == mean.shape

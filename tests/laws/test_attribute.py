@@ -1,0 +1,150 @@
+"""Attribution is the derivative of the metric along each removal, for every edge, on every family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from regauge import rebased, rotated
+from tiny_models import SHAPES, norms_in_full_precision, tiny
+from torch import Tensor, nn
+
+import virtual_weights as vw
+from virtual_weights.errors import UsageError
+from virtual_weights.record import Record
+from virtual_weights.runtime.attribute import attribute
+from virtual_weights.runtime.edge import Edge, next_token_loss
+from virtual_weights.runtime.remove import Removal, removed
+from virtual_weights.stream import Stream
+
+TOKENS = torch.randint(0, 37, (3, 6), generator=torch.Generator().manual_seed(8))
+STEP = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers takes softmax and RMSNorm in float32 whatever it is given: too coarse for small differences."""
+    own = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: own(x, dim=dim))
+    with norms_in_full_precision():
+        yield
+
+
+def pair(name: str) -> tuple[nn.Module, Stream]:
+    model = tiny(name, dtype=torch.float64)
+    return model, vw.open(model).to(torch.float64)
+
+
+def difference(model: nn.Module, stream: Stream, edge: Edge, metric: object = next_token_loss) -> float:
+    """Central difference of the metric along a small part of the removal, mean over sequences."""
+    values = []
+    for fraction in (STEP, -STEP):
+        with torch.no_grad(), removed(model, stream, [edge], Removal(fraction=fraction)):
+            values.append(metric(model(TOKENS).logits, TOKENS).mean())  # type: ignore[operator]
+    return float(values[0] - values[1]) / (2 * STEP)
+
+
+def entry(record: Record, reader: str, writer: str) -> float:
+    values = record["attribution"]
+    assert isinstance(values, Tensor)
+    return float(values[record.axis("reader").index(reader), record.axis("writer").index(writer)])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_finite_differences(name: str) -> None:
+    model, stream = pair(name)
+    last = stream.spec.n_layers - 1
+    edges = [("L0H1", f"L{last}H3.{port}") for port in "QKV"] + [("L0H2", "L1H0.K"), (f"L{last - 1}H0", f"L{last}H2.V")]
+    found = attribute(stream, TOKENS, model=model)
+    for writer, reader in edges:
+        own = entry(found[reader[-1]], reader[:-2], writer)
+        expected = difference(model, stream, Edge.of(stream, writer, reader))
+        assert own == pytest.approx(expected, rel=1e-5, abs=1e-8), (writer, reader)
+        assert abs(own) > 1e-6
+
+
+def test_every_edge_of_one_port() -> None:
+    model, stream = pair("llama-grouped-untied")
+    record = attribute(stream, TOKENS, model=model)["K"]
+    rows = [row for row in record.rows() if row["reader"] in ("L1H0", "L2H3")]
+    assert len(rows) == 6 + 12
+    for row in rows:
+        edge = Edge.of(stream, str(row["writer"]), f"{row['reader']}.K")
+        assert row["attribution"] == pytest.approx(difference(model, stream, edge), rel=1e-5, abs=1e-8)
+        assert row["size"] == abs(float(row["attribution"] or 0))
+        assert row["reader_channel"] == edge.channel
+    assert int(record.present().sum()) == 6 * 6 + 6 * 12
+
+
+def test_batches_metric_and_gradients_of_the_parameters() -> None:
+    model, stream = pair("gpt2")
+
+    def gap(logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits[:, -1, 3] - logits[:, -2].gather(1, tokens[:, -1:])[:, 0]
+
+    whole = attribute(stream, TOKENS, gap, model, batch=3)
+    parts = attribute(stream, TOKENS, gap, model, batch=1)
+    expected = difference(model, stream, Edge.of(stream, "L0H1", "L2H3.Q"), gap)
+    assert entry(whole["Q"], "L2H3", "L0H1") == pytest.approx(expected, rel=1e-5)
+    for port in "QKV":
+        a, b = whole[port]["attribution"], parts[port]["attribution"]
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert whole["Q"].parameters["metric"] == "gap"
+    assert all(p.grad is None for p in model.parameters())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    frozen = attribute(stream, TOKENS, gap, model, batch=3)["V"]["attribution"]
+    expected_v = whole["V"]["attribution"]
+    assert isinstance(frozen, Tensor)
+    assert isinstance(expected_v, Tensor)
+    assert torch.allclose(frozen, expected_v, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["llama-full", "llama-grouped-untied"])
+def test_free_of_bases(name: str) -> None:
+    """Rotating the stream changes nothing; re-basing heads changes nothing of V (rotary fixes the bases of Q and K)."""
+    model, stream = pair(name)
+    own = attribute(stream, TOKENS, model=model)
+    turned_model = rotated(model, 1)
+    turned = attribute(vw.open(turned_model).to(torch.float64), TOKENS, model=turned_model)
+    for port in "QKV":
+        a, b = own[port]["attribution"], turned[port]["attribution"]
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
+def test_free_of_the_heads_bases() -> None:
+    model, stream = pair("gpt2")  # no rotary: all of a head's bases are free, but for its biases
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "c_attn.bias" in key or "ln_1.bias" in key:  # a norm's shift is a bias to the heads as well
+                p.zero_()
+    own = attribute(stream, TOKENS, model=model)
+    other = rebased(model, 2)
+    changed = attribute(vw.open(other).to(torch.float64), TOKENS, model=other)
+    for port in "QKV":
+        a, b = own[port]["attribution"], changed[port]["attribution"]
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
+def test_refused() -> None:
+    model, stream = pair("llama-full")
+    for tokens in (TOKENS[0], TOKENS[:, :1], TOKENS.double(), torch.where(TOKENS == TOKENS[0, 0], -1, TOKENS)):
+        with pytest.raises(UsageError, match="tokens of shape"):
+            attribute(stream, tokens, model=model)
+    with pytest.raises(UsageError, match="gain"):
+        attribute(vw.open(model, fold=False), TOKENS, model=model)
+
+
+def test_absent_where_nothing_can_reach() -> None:
+    model, stream = pair("neox-parallel-partial-rotary")
+    record = attribute(stream, TOKENS, model=model)["V"]
+    assert math.isnan(entry(record, "L1H0", "L1H1"))
+    assert math.isfinite(entry(record, "L1H0", "L0H1"))
