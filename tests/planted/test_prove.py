@@ -116,6 +116,17 @@ def test_what_is_told_is_what_removal_does() -> None:
     assert record.stamp["clean_loss"] == pytest.approx(float(next_token_loss(clean.logits, TOKENS, 5).mean()))
 
 
+def test_edges_stacked_along_the_batch_are_each_alone() -> None:
+    model = tiny("neox-parallel-partial-rotary", dtype=torch.float64)
+    stream = vw.open(model).to(torch.float64)
+    edges = [("L0H1", "L2H3.K"), ("L0.mlp", "L1.mlp.in"), ("L0H1", "L2H0.Q"), ("L1H2", "unembed"), ("embed", "L0H0.V")]
+    alone = prove(stream, edges, TOKENS, Trial(random=2, batch=6), model)
+    stacked = prove(stream, edges, TOKENS, Trial(random=2, batch=18), model)
+    for column in ("effect_nats", "low", "pattern_change", "output_change", "top_changed"):
+        assert numbers(stacked, column) == pytest.approx(numbers(alone, column), rel=1e-5, abs=1e-9, nan_ok=True)
+    assert stacked["verdict"] == alone["verdict"]
+
+
 def test_intervals_are_those_of_means_over_sequences() -> None:
     model, tokens = tiny("gpt2", dtype=torch.float64), torch.randint(0, 37, (60, 8), generator=torch.Generator())
     stream = vw.open(model).to(torch.float64)

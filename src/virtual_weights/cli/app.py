@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from virtual_weights.cli.agree import agree
 from virtual_weights.cli.attribute import attribute_edges
 from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.basis import basis
@@ -22,6 +23,7 @@ from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands
 from virtual_weights.cli.neurons import neurons
+from virtual_weights.cli.observe import observe_model
 from virtual_weights.cli.paths import paths
 from virtual_weights.cli.prove import prove_edges
 from virtual_weights.cli.rotate import rotate
@@ -58,6 +60,8 @@ app.command("linear")(linear)
 app.command("paths")(paths)
 app.command("attribute")(attribute_edges)
 app.command("prove")(prove_edges)
+app.command("observe")(observe_model)
+app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
 
 

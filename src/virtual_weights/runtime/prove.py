@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from random import Random
 
 import torch
@@ -34,7 +35,7 @@ class Trial:
         first: the first token whose prediction counts; half the length where the second half repeats the first.
         random: how many matched random edges per port and kind of writer; fewer where the model has fewer.
         seed: of the random edges and of the bootstrap.
-        batch: sequences that run at once.
+        batch: sequences that run at once; where the text has fewer, several edges do, each on its own copy.
     """
 
     replacement: Replacement = "mean"
@@ -93,7 +94,7 @@ def prove(
         how = replace(how, means=_means(stream, run, every, batches))
     clean, parts = [], []
     for i, batch in enumerate(batches):
-        losses, found = _measure(stream, run, every, batch, (how, trial.first))
+        losses, found = _measure(stream, run, every, batch, how, trial)
         rows: list[Tensor] = []
         for row in found:
             rows.append(row)
@@ -154,17 +155,15 @@ def _watched(stream: Stream, run: nn.Module, wanted: set[Place], tokens: Tensor)
 
 
 def _measure(
-    stream: Stream, run: nn.Module, edges: Sequence[Edge], tokens: Tensor, how: tuple[Removal, int]
+    stream: Stream, run: nn.Module, edges: Sequence[Edge], tokens: Tensor, removal: Removal, trial: Trial
 ) -> tuple[Tensor, Iterator[Tensor]]:
     """The loss of each sequence, and edge by edge (sequences, 4): effect, change of pattern and output, new tops."""
-    removal, first = how
+    first = trial.first
     places = {edge: _places(stream, edge) for edge in edges}
     clean, logits = _watched(stream, run, {place for each in places.values() for place in each}, tokens)
     losses, top = next_token_loss(logits, tokens, first), logits.argmax(-1)
 
-    def one(edge: Edge) -> Tensor:
-        with removed(run, stream, [edge], removal):
-            seen, without = _watched(stream, run, set(places[edge]), tokens)
+    def one(edge: Edge, seen: dict[Place, Tensor], without: Tensor) -> Tensor:
         write = affected(stream, edge)
         before, after = (logits, without) if write is None else (write(each[write.place]) for each in (clean, seen))
         output = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
@@ -174,7 +173,16 @@ def _measure(
         pattern = torch.full_like(effect, torch.nan) if pattern is None else pattern
         return torch.stack([each.double() for each in (effect, pattern, output, tops)], 1)
 
-    return losses, map(one, edges)
+    def stacked(group: Sequence[Edge]) -> Iterator[Tensor]:
+        with removed(run, stream, group, removal):
+            wanted = {place for edge in group for place in places[edge]}
+            seen, without = _watched(stream, run, wanted, tokens.repeat(len(group), 1))
+        for i, edge in enumerate(group):
+            block = slice(i * len(tokens), (i + 1) * len(tokens))
+            yield one(edge, {place: each[block] for place, each in seen.items()}, without[block])
+
+    at_once = max(1, trial.batch // len(tokens))
+    return losses, chain.from_iterable(stacked(edges[i : i + at_once]) for i in range(0, len(edges), at_once))
 
 
 def _places(stream: Stream, edge: Edge) -> tuple[Place, ...]:
