@@ -19,6 +19,7 @@ PAGES = (
     "memory.md",
     "basis.md",
     "linear.md",
+    "proof.md",
     "add-an-architecture.md",
 )
 

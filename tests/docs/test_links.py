@@ -82,6 +82,10 @@ VERBS = (
     "linear",
     "paths",
     "statements",
+    "observe",
+    "agree",
+    "prove",
+    "attribute",
     "model",
 )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.sides import (
     HEAD_PORTS,
     Port,
@@ -30,7 +31,7 @@ from virtual_weights.stream.moments import Moments
 
 @final
 @dataclass(frozen=True, eq=False)
-class Delivered:
+class Delivered(Question):
     """Data-aware virtual weights: the energy ``E||A R~ O z/s||^2`` that each writer delivers to each later reader.
 
     ``O z`` is what the writer wrote, s the reader's norm scalar, and A is what becomes of the reader's input::
@@ -58,6 +59,7 @@ class Delivered:
         memory_mb: workspace of the kernel in MiB.
     """
 
+    question: ClassVar[str] = "delivered"
     port: Port
     moments: Moments
     centred: bool = False
@@ -70,11 +72,6 @@ class Delivered:
         check_port(self.port)
         if self.writers not in ("heads", "all"):
             raise UsageError(f"no writers {self.writers!r}", expected="heads or all", do="choose one of these")
-
-    @property
-    def question(self) -> str:
-        """Name of the question."""
-        return "delivered"
 
     @property
     def parameters(self) -> dict[str, object]:

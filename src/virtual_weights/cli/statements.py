@@ -11,7 +11,10 @@ from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json
+from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
+from virtual_weights.runtime.operate import operating_point as run_prompt
+from virtual_weights.runtime.text import token_ids, tokenizer_of
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint
 
@@ -22,6 +25,10 @@ def statements(
         str | None, typer.Option("--only", metavar="IDS", help="some of them, separated by commas, e.g. L5,T3")
     ] = None,
     operating_point: o.OperatingPointFile = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="run the model on this, for statements about runs"),
+    ] = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="pairs of heads that a check looks at where it cannot look at all")
     ] = 64,
@@ -33,11 +40,17 @@ def statements(
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
     """Check lemmas L1-L12, theorems T1-T7 and corollaries C1-C6 on a model: verdicts, each with its evidence."""
+    if prompt is not None and operating_point is not None:
+        raise UsageError("a prompt and an operating point", expected="one of both", do="leave one out")
     wanted = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())) if only else ()
     question = Statements(wanted, samples, seed)
     with steps(progress) as step:
         stream = open_model(model, step("open"), partial=partial, offline=offline, non_finite=allow_non_finite)
         point = None if operating_point is None else OperatingPoint.load(operating_point, stream)
+        if prompt is not None:
+            step("run")
+            (tokens,) = token_ids([prompt], tokenizer_of(stream))
+            point = run_prompt(stream, tokens)
         record = question(stream, step("statements"), point=point)
     rows = rows_of(record)
     if as_json:
