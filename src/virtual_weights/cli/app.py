@@ -19,6 +19,7 @@ from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
+from virtual_weights.cli.labels import label_heads
 from virtual_weights.cli.linear import linear
 from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
@@ -31,6 +32,7 @@ from virtual_weights.cli.rotate import rotate
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.subspaces import subspaces
 from virtual_weights.cli.superposition import superposition
+from virtual_weights.cli.trace import trace_prompt
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
@@ -62,6 +64,8 @@ app.command("paths")(paths)
 app.command("attribute")(attribute_edges)
 app.command("prove")(prove_edges)
 app.command("observe")(observe_model)
+app.command("trace")(trace_prompt)
+app.command("labels")(label_heads)
 app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
 
