@@ -224,7 +224,11 @@ def test_nothing_is_left_behind() -> None:
     model = tiny("gpt2")
     stream = vw.open(model)
     seen: list[Tensor] = []
-    hook = module_of(model, stream, "k", 2).register_forward_hook(lambda _module, _given, output: seen.append(output))
+
+    def note(_module: nn.Module, _given: object, output: Tensor) -> None:
+        seen.append(output)
+
+    hook = module_of(model, stream, "k", 2).register_forward_hook(note)
     with torch.no_grad():
         before = model(TOKENS).logits
         with removed(model, stream, [Edge.of(stream, "L0H1", "L2H2.K")]):
