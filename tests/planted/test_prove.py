@@ -88,6 +88,18 @@ def test_a_real_effect_below_a_random_edge_is_not_shown(relay: tuple[nn.Module, 
     assert alone["verdict"][0] == "causal"
 
 
+def test_a_large_effect_that_differs_in_sign_is_not_shown(relay: tuple[nn.Module, Stream]) -> None:
+    """Half of the sequences end as the model expects, half do not: whatever the mean, the interval holds 0."""
+    model, stream = relay
+    text = CONSTANT[:4].clone()
+    text[:2, -1] = 1 - text[:2, -1]
+    record = prove(stream, [("L0H1", "L2H3.V")], text, Trial(first=7, random=5, seed=2), model)
+    assert abs(numbers(record, "effect_nats")[0]) > 0.1
+    assert numbers(record, "p")[0] == pytest.approx(1 / 6)
+    assert numbers(record, "low")[0] < 0 < numbers(record, "high")[0]
+    assert record["verdict"][0] == "not shown"
+
+
 def test_what_is_told_is_what_removal_does() -> None:
     """Effect, attention, output and top tokens from their definitions, with one pass over all of the text."""
     model = tiny("llama-grouped-untied", dtype=torch.float64)
