@@ -82,6 +82,8 @@ VERBS = (
     "linear",
     "paths",
     "statements",
+    "trace",
+    "labels",
     "observe",
     "agree",
     "prove",

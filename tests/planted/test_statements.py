@@ -81,7 +81,7 @@ def test_l2_and_c4_and_l7_hold_where_little_is_written() -> None:
         for f, name in zip(found, ("largest_sum_of_ranks", "sum_of_dimensions", "sum_of_dimensions"), strict=True)
     ] == [28] * 3
     assert found[2].evidence["dimension_of_the_sum"] == 24
-    assert found[2].evidence["largest_direct_subset_found"] == 6
+    assert found[2].evidence["direct_subset_found"] == 6
 
 
 def test_l4_and_c2_hold_where_all_read_the_same() -> None:

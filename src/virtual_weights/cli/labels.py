@@ -43,6 +43,5 @@ def label_heads(
         best = list(record.top(top, name).rows())
         title = f"{name.replace('_', ' ')}: {meaning} · {model}"
         table(title, ["head", name, "label"], [[row["head"], row[name], row["label"]] for row in best])
-    line(
-        f"{sum(row['label'] is not None for row in rows)} of {len(rows)} heads attend more than {threshold} to one kind"
-    )
+    named = sum(row["label"] is not None for row in rows)
+    line(f"{named} of {len(rows)} heads put more than {threshold} of their attention on one kind of place")

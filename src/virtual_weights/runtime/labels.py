@@ -52,7 +52,8 @@ def labels(
         above the threshold).
 
     Raises:
-        UsageError: tokens that do not repeat, a threshold out of range, transformers is missing, or the model's attention keeps no pattern.
+        UsageError: tokens that do not repeat, a threshold out of range, transformers is missing, or the model's
+            attention keeps no pattern.
 
     Reference: Olsson et al. 2022, "In-context Learning and Induction Heads"; Elhage et al. 2021.
     """

@@ -77,7 +77,7 @@ def direct_sum(bench: Bench) -> Finding:
     evidence: dict[str, Figure] = {
         "sum_of_dimensions": total,
         "dimension_of_the_sum": spanned,
-        "largest_direct_subset_found": len(chosen),
+        "direct_subset_found": len(chosen),
         "its_dimension": taken,
     }
     if spanned == total:

@@ -76,7 +76,8 @@ STATEMENTS = (
         "L8",
         "Principal angles measure interference",
         "Interference of two heads is proportional to the cosine of the first principal angle.",
-        "It is bounded by it: ||R O|| is at most ||R|| ||O|| cos. All angles, weighted by the gains, give ||R O||_F.",
+        "It is bounded by it: ||R O|| is at most ||R|| ||O|| cos. Angles and gains alone do not fix ||R O||_F: inner "
+        "products of the singular directions, weighted by both gains, do.",
         interference.angles_bound,
     ),
     Statement(
@@ -90,7 +91,8 @@ STATEMENTS = (
         "L10",
         "Interference grows with the square",
         "Interference grows as n(n-1)/2 and the error of each signal as its root.",
-        "The total over pairs grows as n squared; the squared error of one signal as n, its error as the root of n.",
+        "The total over pairs grows as n squared. With uncorrelated amplitudes of mean zero the squared error of one "
+        "signal grows as n, its error as the root of n.",
         superposed.growth,
     ),
     Statement(
@@ -104,7 +106,7 @@ STATEMENTS = (
         "L12",
         "The best policy of memory",
         "The best policy maximises E[U (1 - m) - lambda I].",
-        "Its maximum does not depend on lambda: nothing is ever erased. With E[(1 - m)(U - lambda I)] the best policy "
+        "Its maximum does not depend on lambda: where U is not negative nothing is ever erased. With E[(1 - m)(U - lambda I)] the best policy "
         "erases where U is below lambda I.",
         memory.best_policy,
     ),

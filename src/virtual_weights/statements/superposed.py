@@ -72,7 +72,12 @@ def growth(bench: Bench) -> Finding:
     told = f"total over pairs n^{total['exponent']:.2f}, squared error of a signal n^{error['exponent']:.2f}"
     quadratic, linear = abs(total["exponent"] - 2) < 0.25, abs(error["exponent"] - 1) < 0.25
     if quadratic and linear:
-        return Finding("holds under", told, "the total over all pairs is meant, not the error of one signal", evidence)
+        return Finding(
+            "holds under",
+            told,
+            "the total over all pairs is meant, not the error of one signal, and signs are random",
+            evidence,
+        )
     if quadratic and abs(error["exponent"] - 2) < 0.25:
         return Finding("holds", told, None, evidence)
     return Finding("fails", told, None, evidence)
