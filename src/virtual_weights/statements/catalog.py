@@ -106,8 +106,8 @@ STATEMENTS = (
         "L12",
         "The best policy of memory",
         "The best policy maximises E[U (1 - m) - lambda I].",
-        "Its maximum does not depend on lambda: where U is not negative nothing is ever erased. With E[(1 - m)(U - lambda I)] the best policy "
-        "erases where U is below lambda I.",
+        "Its maximum does not depend on lambda: where U is not negative nothing is ever erased. With "
+        "E[(1 - m)(U - lambda I)] the best policy erases where U is below lambda I.",
         memory.best_policy,
     ),
     Statement(
