@@ -18,6 +18,7 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/vweights map smollm2-135m -o demo/atlas
+	$(BIN)/vweights statements smollm2-135m --only L3,T7 --prompt "Every layer adds what it has to say to the residual stream, and every later layer can read it."
 	@echo "the report: $(CURDIR)/demo/atlas/report.html"
 
 test: $(VENV)/test.stamp
@@ -44,7 +45,7 @@ $(VENV)/venv.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml
-	$(call twice,$(PIP) --no-build-isolation -e '.[recovery]')
+	$(call twice,$(PIP) --no-build-isolation -e '.[recovery,runtime]')
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/venv.stamp pyproject.toml

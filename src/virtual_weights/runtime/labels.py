@@ -80,7 +80,10 @@ def labels(
             forward(runs, sequence[None])
             if progress is not None:
                 progress(done, len(tokens))
-    scores = (found / len(tokens)).flatten(0, 1)
+    return _record(stream, (found / len(tokens)).flatten(0, 1), length, len(tokens), threshold)
+
+
+def _record(stream: Stream, scores: Tensor, length: int, sequences: int, threshold: float) -> Record:
     names = list(BEHAVIOURS)
     told = [_label(dict(zip(names, row, strict=True)), threshold) for row in scores.tolist()]
     heads = tuple(f"L{i}H{h}" for i in range(stream.spec.n_layers) for h in range(stream.spec.n_heads))
@@ -91,8 +94,8 @@ def labels(
             *(Column(name, scores[:, i], "1, in [0, 1]", BEHAVIOURS[name]) for i, name in enumerate(names)),
             Column("label", tuple(told), "", f"the largest of these, where above {threshold}"),
         ),
-        parameters={"length": length, "sequences": len(tokens), "threshold": threshold},
-        stamp={"text": f"{len(tokens)} sequences of {length} tokens, said twice"},
+        parameters={"length": length, "sequences": sequences, "threshold": threshold},
+        stamp={"text": f"{sequences} sequences of {length} tokens, said twice"},
         provenance=stream.provenance,
     )
 
