@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# A variable, since a comma in $(call) would end the argument.
+EXTRAS := .[recovery,runtime]
 # One more try, since a registry may be busy for a moment.
 twice = $(1) || { echo "once more in 5 s"; sleep 5; $(1); }
 
@@ -45,7 +47,7 @@ $(VENV)/venv.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml
-	$(call twice,$(PIP) --no-build-isolation -e '.[recovery,runtime]')
+	$(call twice,$(PIP) --no-build-isolation -e '$(EXTRAS)')
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/venv.stamp pyproject.toml
