@@ -24,15 +24,16 @@ def load(
         device: any torch device.
 
     Raises:
-        UsageError: transformers is not installed, or the stream was opened from memory and no ``model`` is given.
+        UsageError: transformers or accelerate is not installed, or the stream was opened from memory and no ``model`` is given.
     """
     if model is not None:
         return model.eval()
     path = stream.source.at_rest.path
-    if path is None or find_spec("transformers") is None:
+    installed = all(find_spec(name) is not None for name in ("transformers", "accelerate"))
+    if path is None or not installed:
         in_memory = path is None
         raise UsageError(
-            "this stream was opened from memory" if in_memory else "running a model needs transformers",
+            "this stream was opened from memory" if in_memory else "running a model needs transformers and accelerate",
             expected="its module" if in_memory else "the extra 'runtime' of this package",
             do="pass model=" if in_memory else "pip install 'virtual-weights[runtime]'",
         )
