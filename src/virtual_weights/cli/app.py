@@ -5,7 +5,6 @@ Exit codes: 0 ok, 1 a check failed, 2 usage, 3 bad input, 4 refused as unsafe, 5
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -103,7 +102,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars: progress is told in one way, by --progress
     sys.exit(run(sys.argv[1:]))
 
 

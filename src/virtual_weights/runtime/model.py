@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 
 import torch
@@ -47,5 +49,6 @@ def load(
         folder, options["gguf_file"] = path.parent, path.name
     else:
         folder = path
-    loaded: nn.Module = auto.from_pretrained(folder, **options)
+    with redirect_stderr(StringIO()):  # bars of its own: progress is told in one way
+        loaded: nn.Module = auto.from_pretrained(folder, **options)
     return loaded.to(device).eval()
