@@ -26,7 +26,8 @@ def load(
         device: any torch device.
 
     Raises:
-        UsageError: transformers or accelerate is not installed, or the stream was opened from memory and no ``model`` is given.
+        UsageError: transformers or accelerate is not installed, or the stream is of a model in memory and no ``model``
+            is given.
     """
     if model is not None:
         return model.eval()
