@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from tiny_models import tiny
 
 import virtual_weights as vw
+from virtual_weights.atlas import Atlas
 from virtual_weights.cli import run
 from virtual_weights.errors import ResourceError
 
@@ -231,3 +233,28 @@ def test_hostile_checkpoints_end_with_their_code_and_no_traceback(
     assert "to do:" in err
     assert "Traceback" not in err
     assert time.monotonic() - began < 10
+
+
+def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "atlas"
+    asked = ["map", folder, "-o", out, "--only", "composition", "--repeated", "--tokens", 512, "--prove", 4, "--json"]
+    found = answer(asked, capsys)
+    assert found["proved"]["asked"] == 4
+    atlas = Atlas.open(out)
+    kinds = Counter(entry["question"] for entry in atlas.ledger())
+    assert kinds["labels"] == kinds["prove"] == 1
+    assert (kinds["delivered"], kinds["attribution"]) == (6, 3)
+    proved = atlas.find("prove")
+    assert proved is not None
+    assert "random tokens" in proved.stamp["text"]
+    ledger = (out / "ledger.sqlite").stat().st_mtime_ns
+    assert answer(asked, capsys)["proved"] == found["proved"]
+    assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger
+
+    (moments,) = out.glob("moments-*.safetensors")
+    other = tmp_path / "other"
+    answer(["map", folder, "-o", other, "--only", "bandwidth", "--operating-point", moments, "--json"], capsys)
+    atlas = Atlas.open(other)
+    assert Counter(entry["question"] for entry in atlas.ledger()) == {"bandwidth": 1, "delivered": 6}
+    assert run(["map", str(folder), "-o", str(other), "--repeated", "--text", "default"]) == 2
+    assert "more than one source" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from virtual_weights.analysis.delivered import Delivered
 from virtual_weights.analysis.frozen import replay
 from virtual_weights.analysis.overlap import Overlap
 from virtual_weights.cli.agree import agree
+from virtual_weights.cli.composition import composition
 from virtual_weights.cli.observe import observe_model
+from virtual_weights.cli.removals import drawn_edges, removals
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime import load
+from virtual_weights.runtime.attribute import attribute
+from virtual_weights.runtime.edge import channel_readers, next_token_loss
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.text import repeated_tokens
 from virtual_weights.stream import OperatingPoint
@@ -32,6 +37,7 @@ NAN = float("nan")
 app = typer.Typer()
 app.command("observe")(observe_model)
 app.command("agree")(agree)
+app.command("composition")(composition)
 
 
 def _record(values: Tensor, channels: tuple[str, ...] = (), readers: tuple[str, ...] = ()) -> Record:
@@ -121,17 +127,65 @@ def test_more_than_one_text_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_agree_tells_the_records_agreement(folder: Path) -> None:
-    found = _answer("agree", folder, "--repeated", "--tokens", 64, "--length", 16, "--json")
-    rows = {(row["predictor"], row["port"]): row for row in found["agreement"]}
+    options = ("--repeated", "--tokens", 64, "--length", 16, "--edges", 14, "--seed", 5, "--json")
+    found = _answer("agree", folder, *options)
+    rows = {(row["target"], row["predictor"], row["port"]): row for row in found["agreement"]}
     names = {"data-aware", "composition", "strength", "overlap"}
-    assert rows.keys() == {(name, port) for name in names for port in "QKV"}
-    assert all(row["target"] == "delivered" for row in found["agreement"])
+    asked = {("delivered", name) for name in names}
+    asked |= {("causal", name) for name in (*names, "delivered", "attribution")}
+    assert rows.keys() == {(*pair, port) for pair in asked for port in "QKV"}
     stream = vw.open(folder)
-    target = Delivered("K", observe(stream, [repeated_tokens(37, 8, 4, seed=0)], load(stream)))(stream)
-    other = Delivered("K", observe(stream, [repeated_tokens(37, 8, 4, seed=1)], load(stream)))(stream)
-    for name, record, column in (("data-aware", other, "delivered"), ("overlap", Overlap("K")(stream), "overlap")):
-        expected = agreement(record, target, column, "delivered")
-        assert rows[name, "K"]["per_reader_rank_correlation"] == pytest.approx(expected.per_reader, abs=1e-3)
-        assert rows[name, "K"]["edges"] == expected.edges == 108
-        assert rows[name, "K"]["precision_at_20"] == expected.precision
-    assert "random tokens (seed 1)" in found["predicted_from"]
+    runs = load(stream)
+    target = Delivered("K", observe(stream, [repeated_tokens(37, 8, 4, seed=5)], runs))(stream)
+    other = Delivered("K", observe(stream, [repeated_tokens(37, 8, 4, seed=6)], runs))(stream)
+    words = repeated_tokens(37, 32, 8, seed=5)
+    cause = removals(stream, drawn_edges(stream, "K", 14, 5), words, 32, runs)
+    metric = partial(next_token_loss, first=32)
+    for of, truth, name, record, column in (
+        ("delivered", target, "data-aware", other, "delivered"),
+        ("delivered", target, "overlap", Overlap("K")(stream), "overlap"),
+        ("causal", cause, "delivered", target, "delivered"),
+        ("causal", cause, "attribution", attribute(stream, words, metric, runs)["K"], "size"),
+    ):
+        expected = agreement(record, truth, column, "size" if of == "causal" else "delivered")
+        row = rows[of, name, "K"]
+        assert row["per_reader_rank_correlation"] == pytest.approx(expected.per_reader, abs=1e-3)
+        assert row["edges"] == expected.edges == (15 if of == "causal" else 108)
+        assert row["precision_at_20"] == expected.precision
+    assert "random tokens (seed 6)" in found["predicted_from"]
+    assert found["removed_on"] == [8, 64]
+
+
+def test_removed_edges_are_drawn_evenly_and_reach(folder: Path) -> None:
+    stream = vw.open(folder)
+    edges = drawn_edges(stream, "K", 14, 0)
+    assert len(edges) == len(set(edges))
+    assert len(edges) >= 14  # a reader has three writers at least
+    assert edges != drawn_edges(stream, "K", 14, 1)
+    readers = {reader for _, reader in edges}
+    assert readers <= set(channel_readers(stream, "K"))
+    layer = {name: int(name[1]) for edge in edges for name in edge}
+    assert all(layer[writer] < layer[reader] for writer, reader in edges)
+    assert drawn_edges(stream, "K", 0, 0) == []
+
+
+def test_columns_of_another_record_stand_beside(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "moments.safetensors"
+    _answer("observe", folder, "-o", file, "--repeated", "--tokens", 64, "--length", 16, "--json")
+    stream = vw.open(folder)
+    moments = Moments.load(file, stream)
+    for port, writers in (("K", "heads"), ("up", "all")):
+        flow = Delivered(port, moments, writers=writers)(stream)  # type: ignore[arg-type]
+        found = _answer(
+            "composition", folder, "--operating-point", file, "--port", port, "--writers", writers, "--json"
+        )
+        assert (found["by"], found["stamp"]["delivered"]["moments"]) == ("delivered", moments.identity)
+        best = next(flow.top(1, "delivered").rows())
+        first = found["edges"][0]
+        assert (first["writer"], first["reader"]) == (best["writer"], best["reader"])
+        assert first["delivered"] == pytest.approx(best["delivered"], rel=1e-6)
+        plain = _answer("composition", folder, "--port", port, "--writers", writers, "--top", 999, "--json")
+        scores = {(e["writer"], e["reader"]): e["score"] for e in plain["edges"]}
+        assert first["score"] == scores[first["writer"], first["reader"]]
+    with pytest.raises(vw.VirtualWeightsError, match="a text and an operating point"):
+        _answer("composition", folder, "--operating-point", file, "--text", "default")

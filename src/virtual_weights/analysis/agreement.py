@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
+from virtual_weights.analysis.aligned import aligned
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
@@ -56,7 +56,7 @@ def agreement(predictor: Record, target: Record, column: str, of: str, top: int 
     values = target[of]
     assert isinstance(values, Tensor)
     truth = values.to(accumulate)
-    guess = _aligned(predictor, target, column)
+    guess = aligned(predictor, target, column)
     both = ~(truth.isnan() | guess.isnan())
     if not bool(both.any()):
         raise UsageError(
@@ -90,21 +90,3 @@ def _ranks(values: Tensor) -> Tensor:
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).to(accumulate)
     return (last - (count - 1) / 2)[place]
-
-
-def _aligned(predictor: Record, target: Record, column: str) -> Tensor:
-    """The predictor's column over the target's readers and writers, NaN where it has none."""
-    values = predictor[column]
-    assert isinstance(values, Tensor)
-    readers, writers = predictor.axis("reader"), predictor.axis("writer")
-    port = f".{predictor.parameters.get('port')}"  # subspaces are named with their port, L5H3.K
-    named = {label.removesuffix(port): i for i, label in enumerate(readers.labels)}
-    shared = {channel: i for i, channel in reversed(list(enumerate(readers.channels))) if channel}
-    wanted = target.axis("reader")
-    channels = wanted.channels or ("",) * len(wanted.labels)
-    rows = [named.get(label, shared.get(c, -1)) for label, c in zip(wanted.labels, channels, strict=True)]
-    places = {label: i for i, label in enumerate(writers.labels)}
-    columns = [places.get(label, -1) for label in target.axis("writer").labels]
-    # the last row and column stand for what is not there
-    padded = torch.nn.functional.pad(values.to(accumulate), (0, 1, 0, 1), value=float("nan"))
-    return padded[rows][:, columns]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import Tensor
 
@@ -12,21 +14,38 @@ from virtual_weights.analysis.agreement import agreement
 from virtual_weights.analysis.composition import Composition
 from virtual_weights.analysis.delivered import Delivered
 from virtual_weights.analysis.overlap import Overlap
-from virtual_weights.analysis.sides import HEAD_PORTS
+from virtual_weights.analysis.sides import HEAD_PORTS, Writers
 from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.cli import options as o
 from virtual_weights.cli.observe import Batch, ChunkLength, Repeated, TextSource, Tokens, passages
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
+from virtual_weights.cli.removals import drawn_edges, removals
 from virtual_weights.cli.show import line, put_json, table
+from virtual_weights.cli.tokens import passage
 from virtual_weights.errors import UsageError
+from virtual_weights.record import Record
 from virtual_weights.runtime import load
+from virtual_weights.runtime.attribute import attribute
+from virtual_weights.runtime.edge import next_token_loss
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.text import batches
 from virtual_weights.stream import Stream
 from virtual_weights.stream.moments import Moments
 
-_SHOWN = ("predictor", "port", "per_reader_rank_correlation", "rank_correlation", "precision_at_20")
+_SHOWN = ("predictor", "port", "target", "per_reader_rank_correlation", "rank_correlation", "precision_at_20", "edges")
+_SEQUENCES, _LENGTH = 8, 64  # of the target text, for removals
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What predicts and what is predicted: batches of each, what they are, and the sequences that removals run on."""
+
+    before: list[Tensor]
+    target: list[Tensor]
+    told: tuple[str, str]
+    sequences: Tensor
+    first: int
 
 
 def agree(
@@ -36,39 +55,58 @@ def agree(
     tokens: Tokens = 4096,
     length: ChunkLength = 256,
     batch: Batch = 4,
+    writers: o.WriterOption = o.WriterSet.heads,
     centred: Annotated[bool, typer.Option("--centred", help="leave out what a writer says to every token")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="of random tokens")] = 0,
+    edges: Annotated[
+        int, typer.Option("--edges", metavar="N", min=0, help="of each port: edges to remove, drawn at random; 0: none")
+    ] = 48,
+    seed: Annotated[int, typer.Option("--seed", help="of random tokens, and of the edges that are drawn")] = 0,
     device: o.Device = "cpu",
     memory_mb: o.MemoryMb = 1024,
     offline: o.Offline = False,
     as_json: o.AsJson = False,
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
-    """Rank correlation of each predictor of edges between heads with the energy that a run delivers.
+    """Rank correlation of each predictor of edges into heads with the energy that a run delivers, and with cause.
 
     The moments that predict are of other text: the default text where --text names one, or of --repeated tokens another
-    seed's; else the tokens that come before those of the target.
+    seed's; else the tokens that come before those of the target. Cause is what the loss on the target's text loses when
+    the edge is removed; attribution is its first order there.
     """
     with steps(progress) as step:
         stream = open_model(model, step("open"), offline=offline)
-        first, second, told = _texts(stream, text, tokens, length, batch, seed if repeated else None)
+        chosen = _texts(stream, text, tokens, length, batch, seed if repeated else None)
         runs = load(stream, device=device)
         ticks = step("observe one text"), step("observe another")
         before, target = (
             observe(stream, each, runs, memory_mb=memory_mb, progress=lambda done, t=tick: t(done, tokens))
-            for each, tick in zip((first, second), ticks, strict=True)
+            for each, tick in zip((chosen.before, chosen.target), ticks, strict=True)
         )
-        tick = step("agreement")
+        metric = partial(next_token_loss, first=chosen.first)
+        attributed = attribute(stream, chosen.sequences, metric, runs, progress=step("attribution")) if edges else {}
         rows: list[dict[str, Any]] = []
-        for done, port in enumerate(HEAD_PORTS, 1):
-            rows += _rows(stream, port, before, target, centred, device)
-            tick(done, len(HEAD_PORTS))
+        for port in HEAD_PORTS:
+            scored = _predictors(stream, port, before, centred, writers.value, device)
+            delivered = Delivered(port, target, centred, writers.value, device=device)(stream)
+            if not bool(delivered.present().any()):
+                raise UsageError(
+                    "no head reads what another wrote", expected="two layers of attention", do="take another model"
+                )
+            rows += _rows(port, scored, delivered, "delivered", "delivered")
+            drawn = drawn_edges(stream, port, edges, seed)
+            if drawn:
+                tick = step(f"remove {port}")
+                removed = removals(stream, drawn, chosen.sequences, chosen.first, runs, tick)
+                scored["delivered"] = delivered, "delivered"
+                scored["attribution"] = attributed[port], "size"
+                rows += _rows(port, scored, removed, "size", "causal")
     found = {
         "model": model,
         "agreement": rows,
-        "predicted_from": told[0],
-        "target_text": told[1],
+        "predicted_from": chosen.told[0],
+        "target_text": chosen.told[1],
         "tokens": [before.tokens, target.tokens],
+        "removed_on": list(chosen.sequences.shape),
         "heads": target.form,
         "moment": "centred" if centred else "uncentred",
         "provenance": stream.provenance,
@@ -76,54 +114,67 @@ def agree(
     if as_json:
         put_json(found)
         return
-    title = f"rank correlation with delivered energy, heads to heads · {model}"
+    title = f"rank correlation with delivered energy and with the effect of removing an edge · {model}"
     table(title, list(_SHOWN), [[row[name] for name in _SHOWN] for row in rows])
-    line(f"delivered: {target.tokens} tokens of {told[1]}; data-aware: {before.tokens} tokens of {told[0]}")
+    line(f"delivered: {target.tokens} tokens of {chosen.told[1]}; data-aware: {before.tokens} of {chosen.told[0]}")
+    if edges:
+        n, t = chosen.sequences.shape
+        line(f"causal: edges drawn at random, removed one by one on {n} sequences of {t} tokens of the former text")
 
 
-def _texts(
-    stream: Stream, text: str | None, tokens: int, length: int, batch: int, seed: int | None
-) -> tuple[list[Tensor], list[Tensor], tuple[str, str]]:
-    """What predicts, what is predicted, and what they are."""
+def _texts(stream: Stream, text: str | None, tokens: int, length: int, batch: int, seed: int | None) -> _Texts:
     if seed is not None or text is not None:
         first, before = passages(stream, None, tokens, length, batch, None if seed is None else seed + 1)
         second, after = passages(stream, text, tokens, length, batch, seed)
-        return list(first), list(second), (before, after)
+        both = list(first), list(second), (before, after)
+        if seed is not None:
+            words = passage(stream, None, _SEQUENCES, _LENGTH // 2, seed)
+            return _Texts(*both, words.tokens, words.first)
+        return _Texts(*both, _sequences(both[1]), 1)
     chunks, name = passages(stream, None, 2 * tokens, length, 1, None)
     rows = [row for each in chunks for row in each]
     half = (len(rows) + 1) // 2
     first, second = (list(batches(part, length, batch)) for part in (rows[:half], rows[half:]))
-    return first, second, (f"{name}, earlier", f"{name}, later")
+    return _Texts(first, second, (f"{name}, earlier", f"{name}, later"), _sequences(second), 1)
 
 
-def _rows(
-    stream: Stream, port: HeadPort, before: Moments, target: Moments, centred: bool, device: str
-) -> list[dict[str, Any]]:
-    delivered = Delivered(port, target, centred, device=device)(stream)
-    if not bool(delivered.present().any()):
-        raise UsageError(
-            "no head reads what another wrote", expected="two layers of attention", do="take another model"
-        )
-    composition = Composition(port, device=device)(stream)
-    predictors = {
-        "data-aware": (Delivered(port, before, centred, device=device)(stream), "delivered"),
+def _sequences(batches: list[Tensor]) -> Tensor:
+    """The first whole sequences of a text, of the length for removals or of the longest there is."""
+    longest = min(_LENGTH, max((batch.shape[1] for batch in batches), default=0))
+    whole = [row[:longest] for batch in batches for row in batch if int(row[:longest].min()) >= 0]
+    return torch.stack(whole[:_SEQUENCES])
+
+
+def _predictors(
+    stream: Stream, port: HeadPort, before: Moments, centred: bool, writers: Writers, device: str
+) -> dict[str, tuple[Record, str]]:
+    """Records that predict, each with its column."""
+    composition = Composition(port, device=device, writers=writers)(stream)
+    return {
+        "data-aware": (Delivered(port, before, centred, writers, device=device)(stream), "delivered"),
         "composition": (composition, "score"),
         "strength": (composition, "strength"),
         "overlap": (Overlap(port, device)(stream), "overlap"),
     }
+
+
+def _rows(
+    port: HeadPort, predictors: dict[str, tuple[Record, str]], target: Record, of: str, name: str
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name, (record, column) in predictors.items():
-        found = asdict(agreement(record, delivered, column, "delivered"))
+    for predictor, (record, column) in predictors.items():
+        found = agreement(record, target, column, of)
         rows.append(
             {
-                "predictor": name,
+                "predictor": predictor,
                 "port": port,
-                "target": "delivered",
-                "per_reader_rank_correlation": found["per_reader"],
-                "rank_correlation": found["overall"],
-                "precision_at_20": found["precision"],
-                "readers": found["readers"],
-                "edges": found["edges"],
+                "target": name,
+                "per_reader_rank_correlation": found.per_reader,
+                "rank_correlation": found.overall,
+                "precision_at_20": found.precision,
+                "precision_at_random": found.top / found.edges,
+                "readers": found.readers,
+                "edges": found.edges,
             }
         )
     return rows

@@ -10,8 +10,11 @@ import typer
 from safetensors.torch import save_file
 
 from virtual_weights.analysis import Composition
+from virtual_weights.analysis.aligned import beside
+from virtual_weights.analysis.delivered import Delivered
 from virtual_weights.cli import options as o
 from virtual_weights.cli.files import replacing
+from virtual_weights.cli.flowing import FlowText, FlowTokens, MomentsFile, moments_of
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import channels_of, edges_of, line, put_json, table
@@ -27,6 +30,9 @@ def composition(
     no_fold: o.NoFold = False,
     top: o.Top = 20,
     save: o.SaveFile = None,
+    operating_point: MomentsFile = None,
+    text: FlowText = None,
+    tokens: FlowTokens = 4096,
     dtype: o.ComputeDtype = "float64",
     device: o.Device = "cpu",
     memory_mb: o.MemoryMb = 256,
@@ -36,7 +42,7 @@ def composition(
     as_json: o.AsJson = False,
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
-    """Composition scores of every writer with every later reader of a port, strongest first."""
+    """Composition of every writer with every later reader of a port, strongest first; with moments what flows, too."""
     if save is not None and save.suffix != ".safetensors":
         raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="name the file so")
     with steps(progress) as step:
@@ -44,10 +50,15 @@ def composition(
             model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
         )
         question = Composition(port.value, rotary_offset, dtype, device, memory_mb, writers.value)
-        record = question(stream, step(f"{port.value}-composition"))
+        record, by = question(stream, step(f"{port.value}-composition")), "score"
+        moments = moments_of(stream, operating_point, text, tokens, device, step)
+        if moments is not None:
+            flow = Delivered(port.value, moments, False, writers.value, rotary_offset, device, memory_mb)
+            found = flow(stream, step(f"{port.value}-delivered"))
+            record, by = beside(record, found, [c.name for c in found.columns]), "delivered"
     if save is not None:
         save_matrices(record, save)
-    edges = edges_of(record, top)
+    edges = edges_of(record, top, by)
     if as_json:
         put_json(
             {
@@ -56,6 +67,7 @@ def composition(
                 "writers": writers.value,
                 "norm": record.stamp["norm"],
                 "rotary_offset": rotary_offset,
+                "by": by,
                 "edges": edges,
                 "channels": channels_of(edges),
                 "stamp": record.stamp,

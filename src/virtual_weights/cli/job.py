@@ -81,13 +81,13 @@ class Job:
         """One record: of this run, of the atlas, or computed now."""
         if isinstance(question, Composition):  # asked by a check: in the manner of this run
             question = replace(question, compute_dtype=self.dtype, device=self.device, memory_mb=self.memory_mb)
-        key = self._key(question.question, question.parameters)
-        return self._kept(key, lambda: self._ask(question))
+        key = self.key(question.question, question.parameters)
+        return self.kept(key, lambda: self._ask(question))
 
     def _questions(self, part: Part, heads: bool, mlps: bool) -> Iterator[Question]:
         where = self.device, self.memory_mb
         if part is Part.composition:
-            yield from map(self._composition, self._ports(heads, mlps))
+            yield from map(self._composition, self.ports())
             yield from self._spectra() if heads else ()
         elif part is Part.overlap and heads:
             yield from (Overlap(port, *where) for port in HEAD_PORTS)
@@ -103,9 +103,11 @@ class Job:
             yield from (Neurons(),) if mlps else ()
             yield from (HeadErasers(), Erasure(device=self.device)) if heads else ()
 
-    def _ports(self, heads: bool, mlps: bool) -> Iterator[Any]:
-        yield from HEAD_PORTS if heads else ()
-        yield from (("gate", "up") if self.stream.spec.gated else ("in",)) if mlps else ()
+    def ports(self) -> Iterator[Any]:
+        """The ports that the model has."""
+        yield from HEAD_PORTS if self.stream.heads else ()
+        if any(c.kind == "mlp" for c in self.stream.components):
+            yield from ("gate", "up") if self.stream.spec.gated else ("in",)
         yield from ("unembed",) if self.stream.model.has("unembed") else ()
 
     def _composition(self, port: Any) -> Composition:
@@ -125,7 +127,7 @@ class Job:
         """Edges between neurons: three tables of one pass."""
         for port in ("gate", "up") if self.stream.spec.gated else ("in",):
             question = NeuronNeuron(port, device=self.device)
-            keys = [self._key(name, question.parameters) for name in _NEURON_TABLES]
+            keys = [self.key(name, question.parameters) for name in _NEURON_TABLES]
             if not all(self.atlas.finished(key) for key in keys):
                 began = time.monotonic()
                 found = question.all(self.stream, self.step(f"neurons {port}"))
@@ -134,16 +136,18 @@ class Job:
             yield self.atlas.get(keys[-1])
 
     def _told(self, statements: Statements) -> Record:
-        key = self._key(statements.question, statements.parameters)
-        return self._kept(key, lambda: statements(self.stream, self.step("statements"), asker=self.answer))
+        key = self.key(statements.question, statements.parameters)
+        return self.kept(key, lambda: statements(self.stream, self.step("statements"), asker=self.answer))
 
     def _ask(self, question: Question) -> Record:
         return question(self.stream, self.step(" ".join([question.question, *map(str, _named(question))])))
 
-    def _key(self, question: str, parameters: dict[str, object]) -> str:
+    def key(self, question: str, parameters: dict[str, Any]) -> str:
+        """The address of an answer."""
         return task_key(self.stream.source.fingerprint, question, parameters, {"norm": self.stream.norm_stamp})
 
-    def _kept(self, key: str, compute: Callable[[], Record]) -> Record:
+    def kept(self, key: str, compute: Callable[[], Record]) -> Record:
+        """The record at an address: of this run, of the atlas, or computed now."""
         if key not in self.known:
             if not self.atlas.finished(key):
                 began = time.monotonic()

@@ -13,8 +13,11 @@ from virtual_weights.analysis.neurons import census
 from virtual_weights.atlas import Atlas
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import show_edges
+from virtual_weights.cli.flow import Flow, from_file
+from virtual_weights.cli.flowing import FlowText, FlowTokens, MomentsFile
 from virtual_weights.cli.job import Job, Part, among_heads
 from virtual_weights.cli.manifest import manifest_of
+from virtual_weights.cli.observe import Repeated
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import channels_of, edges_of, line, put_json
@@ -38,6 +41,11 @@ def map_model(
     only: Only = None,
     no_fold: o.NoFold = False,
     rotary_offset: o.RotaryOffset = None,
+    operating_point: MomentsFile = None,
+    text: FlowText = None,
+    repeated: Repeated = False,
+    tokens: FlowTokens = 4096,
+    prove: Annotated[int, typer.Option("--prove", metavar="N", min=0, help="of the text: edges to remove")] = 16,
     top: o.Top = 10,
     dtype: o.ComputeDtype = "float64",
     device: o.Device = "cpu",
@@ -48,8 +56,15 @@ def map_model(
     as_json: o.AsJson = False,
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
-    """Compute who talks to whom and how crowded the stream is, write the atlas and its report; resumes."""
+    """Compute who talks to whom and how crowded the stream is, write the atlas and its report; resumes.
+
+    With a text (or random tokens, --repeated) the model runs, and the report says what flows and what edges cause.
+    """
     began = time.monotonic()
+    if sum((operating_point is not None, text is not None, repeated)) > 1:
+        raise UsageError(
+            "more than one source of what flows", expected="one of --operating-point, --text, --repeated", do="choose"
+        )
     parts = _parts(only)
     folder = output or Path(f"{Path(model.removeprefix('hf://')).name}.atlas")
     with steps(progress) as step:
@@ -59,6 +74,10 @@ def map_model(
         manifest = manifest_of(stream, model)
         job = Job(Atlas.create(folder, manifest), stream, step, rotary_offset, dtype, device, memory_mb)
         records = list(job.answers(parts))
+        if operating_point is not None:
+            records += from_file(job, operating_point)
+        elif text is not None or repeated:
+            records += Flow(job, text, 0 if repeated else None, tokens, prove).answers()
         report = folder / "report.html"
         write_report(report, records, manifest)
     found = _summary(stream, records, top)
@@ -79,6 +98,8 @@ def map_model(
         show_edges(f"{port}-composition · {model} · norm {stream.norm_stamp}", record, edges_of(record, top))
     if "statements" in found:
         line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in found["statements"].items()))
+    if "proved" in found:
+        line("removed one by one: {asked} edges, {causal} causal".format(**found["proved"]))
     line(f"done in {seconds:.1f} s")
     line(f"atlas:  {folder}")
     line(f"report: {report}")
@@ -106,6 +127,9 @@ def _summary(stream: Stream, records: list[Record], top: int) -> dict[str, Any]:
         elif record.question == "bandwidth":
             last = list(record.rows())[-1]
             found["bandwidth"] = {name: last[name] for name in ("state", "oversubscription", "unread_dim")}
+        elif record.question == "prove":
+            rows = [row for row in record.rows() if row["kind"] == "asked"]
+            found["proved"] = {"asked": len(rows), "causal": sum(row["verdict"] == "causal" for row in rows)}
         elif record.question == "statements":
             found["statements"] = dict(Counter(map(str, record["verdict"])))
     return found

@@ -19,7 +19,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.operate import operating_point
-from virtual_weights.runtime.text import DEFAULT_TEXT, batches, repeated_tokens, texts, token_ids, tokenizer_of
+from virtual_weights.runtime.text import DEFAULT, DEFAULT_TEXT, batches, repeated_tokens, texts, token_ids, tokenizer_of
 from virtual_weights.stream import OperatingPoint, Stream
 from virtual_weights.stream.moments import Moments
 
@@ -93,7 +93,7 @@ def passages(
         rows = repeated_tokens(stream.write("embed").shape[-1], half, -(-tokens // (2 * half)), seed)
         return batches(iter(rows), 2 * half, batch, tokens), f"random tokens (seed {seed}), said twice in a chunk"
     documents = token_ids(texts(text), tokenizer_of(stream))
-    return batches(documents, length, batch, tokens), DEFAULT_TEXT if text is None else text
+    return batches(documents, length, batch, tokens), DEFAULT_TEXT if text in (None, DEFAULT) else text
 
 
 def _prompt(stream: Stream, prompt: str | None, ids: str | None) -> Tensor:

@@ -42,14 +42,14 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=160)
 
 
-def edges_of(record: Record, top: int) -> list[dict[str, Any]]:
+def edges_of(record: Record, top: int, by: str | None = None) -> list[dict[str, Any]]:
     """The strongest edges as plain rows: writer, reader, the columns, and who shares the reader's channel."""
     axis = record.axis("reader")
     members: dict[str, list[str]] = {}
     for label, channel in zip(axis.labels, axis.channels, strict=False):
         members.setdefault(channel, []).append(label)
     rows = []
-    for row in record.top(top).rows():
+    for row in record.top(top, by).rows():
         channel = row.get("reader_channel")
         edge: dict[str, Any] = {"writer": row["writer"], "reader": row["reader"]}
         edge |= {c.name: row[c.name] for c in record.columns}

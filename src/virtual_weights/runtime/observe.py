@@ -88,6 +88,7 @@ class _Observed:
                 expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
                 do="pad on the right",
             )
+        self.whole = bool(self.kept.all())
         self.inverse: dict[int, Tensor] = {}
         self.waiting: dict[str, tuple[int, Tensor]] = {}
         self.tokens += int(self.kept.sum())
@@ -101,7 +102,7 @@ class _Observed:
             return
         if len(tensor) == 1:
             tensor = tensor.expand(len(self.kept), *tensor.shape[1:])  # learned positions are computed once
-        own = tensor[self.kept]
+        own = tensor.flatten(0, 1) if self.whole else tensor[self.kept]  # without padding there is nothing to pick out
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         self.dtype = own.dtype
         if kind == "state":
@@ -110,7 +111,7 @@ class _Observed:
             self._add(f"ports/L{layer}.{kind}", torch.einsum("nmk,nml->mkl", own, own))
             self._add(f"port_means/L{layer}.{kind}", own.sum(0))
         elif kind == "neurons":
-            self._add(f"neurons/{layer}", torch.stack([own.sum(0), own.square().sum(0), (own > 0).sum(0)]))
+            self._add(f"neurons/{layer}", torch.stack([own.sum(0), own.square().sum(0), (own > 0).to(own).sum(0)]))
         elif kind == "inner":
             self.waiting[f"L{layer}.heads"] = self._writes("head")[layer], own
         else:
@@ -133,8 +134,10 @@ class _Observed:
             held = weights if heads and self.exact else weights[:1]
             by_writer = z.permute(1, 2, 0).contiguous()  # (m, k, tokens)
             self._add(f"mean/{group}", torch.einsum("pn,nmk->pmk", held, z))
-            for p, weight in enumerate(held):
-                self._add(f"second/{group}", torch.bmm(by_writer * weight.square(), by_writer.mT), p, len(held))
+            weighted = torch.empty_like(by_writer)
+            for p, weight in enumerate(held.square()):
+                product = torch.bmm(torch.mul(by_writer, weight, out=weighted), by_writer.mT)
+                self._add(f"second/{group}", product, p, len(held))
 
     def moments(self) -> Moments:
         """The sums divided by their counts."""
@@ -159,7 +162,7 @@ class _Observed:
         self.inverse[state] = 1 / s
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
-        kurtosis = (centred / variance.sqrt()[:, None]).pow(4).mean(-1)
+        kurtosis = centred.square().square().mean(-1) / variance.square()
         self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
 
     def _attention(self, layer: int, pattern: Tensor) -> None:

@@ -17,16 +17,21 @@ PADDING = -1
 """Marks a place in a batch that holds no token. Such places stand last in their row, where no token attends to them,
 and never count."""
 
+DEFAULT = "default"
+"""Names the default text where an option would otherwise mean that nothing is run."""
+
 DEFAULT_TEXT = "the English of Python's pydoc_data.topics"
 
 
 def texts(source: str | Path | None = None) -> Iterator[str]:
     """The documents of a file, of all files in a folder (by name, subfolders too), of ``"-"``, or of the default text.
 
+    The default text goes by None or ``"default"``; a file of that name is ``"./default"``.
+
     Raises:
         UsageError: there is no such file, or it is not UTF-8.
     """
-    if source is None:
+    if source is None or str(source) == DEFAULT:
         from pydoc_data.topics import topics
 
         yield "\n\n".join(topics.values())
