@@ -88,7 +88,7 @@ def units(
     """Run a model on tokens, once forward and back, and measure every unit.
 
     The last token of a sequence predicts nothing that counts and gives no unit. All states, gradients and inner
-    activations are held, five numbers a layer, token and width or so; every pair of a writer and a block costs about
+    activations are held, some six numbers a layer, token and width; every pair of a writer and a block costs about
     ``d^2 k`` for heads and ``tokens d^2`` for MLPs.
 
     Args:
@@ -99,8 +99,8 @@ def units(
         progress: called with (steps done, steps): batches, then reading blocks.
 
     Returns:
-        The units of all writers but biases, sequences after one another. They do not depend on the basis of the stream
-        or on those of the heads.
+        The units of all writers but biases, sequences after one another. None of it depends on the basis of the stream,
+        utility and erasure not on the heads' inner bases either; interference does, being energy at a port.
 
     Raises:
         UsageError: readers without gain, or tokens of another shape.
