@@ -17,6 +17,7 @@ PAGES = (
     "bandwidth.md",
     "superposition.md",
     "memory.md",
+    "frontier.md",
     "basis.md",
     "linear.md",
     "proof.md",

@@ -77,6 +77,7 @@ VERBS = (
     "bandwidth",
     "superposition",
     "memory",
+    "frontier",
     "basis",
     "rotate",
     "linear",

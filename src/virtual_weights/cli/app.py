@@ -18,6 +18,7 @@ from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
+from virtual_weights.cli.frontier import erasure_frontier
 from virtual_weights.cli.labels import label_heads
 from virtual_weights.cli.linear import linear
 from virtual_weights.cli.map import map_model
@@ -64,6 +65,7 @@ app.command("attribute")(attribute_edges)
 app.command("prove")(prove_edges)
 app.command("observe")(observe_model)
 app.command("trace")(trace_prompt)
+app.command("frontier")(erasure_frontier)
 app.command("labels")(label_heads)
 app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
