@@ -6,6 +6,8 @@ TransformerLens 4.3) always.
 
 from __future__ import annotations
 
+import re
+import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import virtual_weights as vw
 from virtual_weights.checkpoint.foreign import twin, unwrapped
 from virtual_weights.errors import CheckpointError, UsageError
 from virtual_weights.record import Record
-from virtual_weights.runtime import load
+from virtual_weights.runtime import load, module_name
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.prove import Trial, prove
 from virtual_weights.runtime.trace import passage, trace
@@ -28,6 +30,7 @@ from virtual_weights.runtime.watch import watching
 from virtual_weights.stream.lens_shapes import in_lens_shapes
 
 TOKENS = torch.randint(0, 37, (3, 8), generator=torch.Generator().manual_seed(1))
+PAGE = Path(__file__).parents[2] / "docs" / "interoperate.md"
 MODELS = ("llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary")
 
 
@@ -210,17 +213,40 @@ def test_attention_without_pattern_is_refused_where_it_is_watched_by_hand() -> N
         model(TOKENS)
 
 
+def of_the_bridge(bridge: Any, key: str) -> Tensor:
+    place, _, name = key.rpartition(".")
+    if not place.startswith(("blocks", "ln_final")):
+        return getattr(bridge, name)
+    if name == "b_in":  # the alias is stale after process_weights
+        return getattr(bridge.get_submodule(place), "in").bias
+    return getattr(bridge.get_submodule(place), name)
+
+
 # TransformerLens 4.3 refuses GPT-NeoX without biases
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "neox-sequential-no-attention-bias"])
 def test_shapes_and_values_are_those_of_the_bridge(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformer_lens")
     bridge = by_transformer_lens(tiny(name, seed=3), tmp_path)
-    found = in_lens_shapes(vw.open(tiny(name, seed=3)))
-    for key, tensor in found.items():
-        own: Any = bridge
-        for part in key.split("."):
-            own = own[int(part)] if part.isdigit() else getattr(own, part, None)
-        if own is None and key.startswith(("embed", "pos_embed", "unembed")):
-            own = getattr(bridge, key.split(".")[1])
-        assert own is not None, key
-        assert torch.equal(tensor, own), key
+    for key, tensor in in_lens_shapes(vw.open(bridge)).items():
+        assert torch.equal(tensor, of_the_bridge(bridge, key)), key
+    folded = in_lens_shapes(vw.open(tiny(name, seed=3)), folded=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bridge.process_weights(center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    for key, tensor in folded.items():
+        torch.testing.assert_close(tensor, of_the_bridge(bridge, key).detach(), rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("library", ["nnsight", "transformer_lens"])
+def test_what_the_page_shows_of_a_peer_is_so(library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    tiny("gpt2", seed=3).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    page = tmp_path / "page.py"  # nnsight reads the source of what it traces
+    shown = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    page.write_text(next(block for block in shown if library in block), encoding="utf-8")
+    known = {"vw": vw, "torch": torch, "trace": trace, "passage": passage, "prove": prove, "folder": str(tmp_path)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        more = {"module_name": module_name, "in_lens_shapes": in_lens_shapes, "tokens": TOKENS}
+        ran = runpy.run_path(str(page), known | more)
+    assert ran["proof"].axis("edge").labels[0] == "L0H1 -> L1H2.K"
