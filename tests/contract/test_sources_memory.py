@@ -12,7 +12,6 @@ from tiny_models import tiny
 from torch import nn
 
 from virtual_weights.checkpoint import MappingSource, open_source
-from virtual_weights.checkpoint.live_module import own_names
 from virtual_weights.errors import CheckpointError, UsageError
 
 
@@ -147,7 +146,3 @@ def test_a_hooked_transformer_is_refused() -> None:
     hooked = type("HookedTransformer", (nn.Module,), {"__module__": "transformer_lens.HookedTransformer"})()
     with pytest.raises(CheckpointError, match="HookedTransformer"):
         open_source(hooked)
-
-
-def test_own_names_leave_plain_names_alone() -> None:
-    assert own_names(["a.b", "c"]) == {"a.b": "a.b", "c": "c"}

@@ -21,6 +21,7 @@ PAGES = (
     "basis.md",
     "linear.md",
     "proof.md",
+    "interoperate.md",
     "add-an-architecture.md",
 )
 

@@ -108,14 +108,6 @@ def test_a_file_gives_the_same_moments(tmp_path: Path) -> None:
         replace(moments, mean={k: v for k, v in moments.mean.items() if k != "L1.mlp"})
 
 
-def test_attention_that_keeps_no_pattern_is_refused() -> None:
-    model = tiny("llama-full")
-    stream = vw.open(model)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(vw.VirtualWeightsError, match="eager"):
-        operating_point(stream, TOKENS, model)
-
-
 def test_batches_hold_every_token_once_and_stop_at_the_limit() -> None:
     documents = [torch.arange(7), torch.arange(7, 9), torch.arange(9, 20)]
     found = list(batches(documents, length=4, batch=2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from virtual_weights.checkpoint.catalog import Progress, built_in, locate
 from virtual_weights.checkpoint.folder import INDEX
+from virtual_weights.checkpoint.foreign import NnsightModel, is_model
 from virtual_weights.checkpoint.gguf_header import MAGIC
 from virtual_weights.checkpoint.gguf_source import open_gguf
 from virtual_weights.checkpoint.hub import fetch_snapshot, parse_hub_reference
@@ -40,7 +41,7 @@ class _Wish:
 
 
 def open_source(
-    reference: str | Path | Source | Mapping[str, Tensor] | nn.Module,
+    reference: str | Path | Source | Mapping[str, Tensor] | nn.Module | NnsightModel,
     *,
     offline: bool = False,
     allow_non_finite: bool = False,
@@ -52,7 +53,8 @@ def open_source(
     Args:
         reference: a built-in name, a folder, a ``.safetensors`` file (``config.json`` beside it), an index
             of shards, a ``.gguf`` file, ``hf://org/name@revision``, a state dict (with ``config``), a
-            transformers model, a TransformerLens bridge, or a source, which is returned as it is.
+            transformers model, a TransformerLens bridge, an nnsight model, or a source, which is returned as it
+            is.
             A string that is a built-in name means that; write ``./name`` for a folder called so.
         offline: never fetch anything.
         allow_non_finite: do not refuse NaN and infinity.
@@ -75,7 +77,7 @@ def open_source(
     """
     if isinstance(reference, Source):
         return reference
-    if isinstance(reference, nn.Module):
+    if is_model(reference):
         return open_module(reference, config, allow_non_finite=allow_non_finite)
     if isinstance(reference, Mapping):
         return _open_state_dict(reference, config, allow_non_finite)

@@ -10,27 +10,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from virtual_weights.checkpoint.foreign import NnsightModel, derives_from, twin, unwrapped
 from virtual_weights.errors import UsageError
 from virtual_weights.stream import Stream
 
 
 def load(
-    stream: Stream, model: nn.Module | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    stream: Stream,
+    model: nn.Module | NnsightModel | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> nn.Module:
     """The model that a stream was opened from, loaded by transformers, with eager attention, in eval mode.
 
     Args:
         stream: the model's stream.
-        model: a loaded model to take instead; it is used as it is, neither moved nor converted.
+        model: a loaded model to take instead, neither moved nor converted: a transformers model, an nnsight
+            ``LanguageModel`` or a TransformerLens ``TransformerBridge``. Where it is wrapped or its attention is not
+            eager, a plain eager twin on the same tensors runs in its place; the model itself is left as it was.
         dtype: of the weights.
         device: any torch device.
 
     Raises:
         UsageError: transformers or accelerate is not installed, or the stream is of a model in memory and no ``model``
-            is given.
+            is given, or an nnsight model has not loaded its weights.
+        CheckpointError: a TransformerLens model whose weights are no longer those of the checkpoint.
     """
     if model is not None:
-        return model.eval()
+        return _eager(unwrapped(model)).eval()
     path = stream.source.at_rest.path
     installed = all(find_spec(name) is not None for name in ("transformers", "accelerate"))
     if path is None or not installed:
@@ -53,3 +61,13 @@ def load(
     with redirect_stderr(StringIO()):  # bars of its own: progress is told in one way
         loaded: nn.Module = auto.from_pretrained(folder, **options)
     return loaded.to(device).eval()
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    """A transformers model whose attention keeps its pattern: the model itself, or a twin switched to that."""
+    own: Any = model
+    if not derives_from(model, "transformers", "PreTrainedModel") or own.config._attn_implementation == "eager":
+        return model
+    switched: Any = twin(model)
+    switched.set_attn_implementation("eager")
+    return switched

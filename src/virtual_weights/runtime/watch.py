@@ -115,7 +115,7 @@ def _pattern_hook(model: nn.Module, stream: Stream, layer: int, see: See) -> Any
             raise UsageError(
                 f"the attention of this {type(model).__name__} keeps no pattern",
                 expected="eager attention",
-                do="load it with attn_implementation='eager'",
+                do="run what load(stream, model) gives, or load it with attn_implementation='eager'",
             )
         see("pattern", layer, output[1].detach())
 

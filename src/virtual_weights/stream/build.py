@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from virtual_weights.architecture import resolve
 from virtual_weights.checkpoint import Source, open_source
+from virtual_weights.checkpoint.foreign import NnsightModel
 from virtual_weights.stream.stream import Stream
 
 
 def open_stream(
-    reference: str | Path | Source | Mapping[str, Tensor] | nn.Module,
+    reference: str | Path | Source | Mapping[str, Tensor] | nn.Module | NnsightModel,
     *,
     fold: bool = True,
     config: Mapping[str, Any] | None = None,
@@ -26,8 +27,8 @@ def open_stream(
 
     Args:
         reference: a built-in name (``"smollm2-135m"``), a folder or ``.safetensors`` file, a ``.gguf``
-            file, ``hf://org/name@revision``, a state dict (with ``config``), a transformers module or
-            a TransformerLens bridge.
+            file, ``hf://org/name@revision``, a state dict (with ``config``), a transformers module, a
+            TransformerLens bridge or an nnsight model.
         fold: contain the norm's gain and LayerNorm's centring in every reader.
         config: replaces the checkpoint's own configuration.
         partial: accept a checkpoint in which tensors are missing and leave those parts out.
