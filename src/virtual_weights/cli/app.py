@@ -16,6 +16,7 @@ from virtual_weights.cli.attribute import attribute_edges
 from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
+from virtual_weights.cli.cleared import cleared_on_text
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
 from virtual_weights.cli.labels import label_heads
@@ -65,6 +66,7 @@ app.command("prove")(prove_edges)
 app.command("observe")(observe_model)
 app.command("trace")(trace_prompt)
 app.command("labels")(label_heads)
+app.command("cleared")(cleared_on_text)
 app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
 
