@@ -17,6 +17,7 @@ PAGES = (
     "bandwidth.md",
     "superposition.md",
     "memory.md",
+    "cleared.md",
     "basis.md",
     "linear.md",
     "proof.md",

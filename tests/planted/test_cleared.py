@@ -178,6 +178,21 @@ def test_a_head_that_takes_away_what_it_stands_on(gain: float, mean: float, verd
     assert int(record["tokens"][record.axis("eraser").index("L1H1")]) == 0
 
 
+def test_tokens_without_a_coefficient_do_not_count() -> None:
+    """A head that reflects e0 (c = 2, or 1 where it is long), writes e6 where it finds e1, and nothing on e2."""
+    model, e = blank(), torch.eye(D, dtype=torch.float64)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(e[torch.arange(TOKENS) % 3])
+        model.model.embed_tokens.weight[:15] *= 2
+    s = (1 / D + model.config.rms_norm_eps) ** 0.5
+    plant_head(model, 1, 2, s * (torch.outer(e[6], e[1]) - 2 * torch.outer(e[0], e[0])))
+    told = row(found(model, EVERY.T[:20], EVERY.T[20:]), "L1H2")
+    assert (told["tokens"], told["cleared"], told["verdict"]) == (10, 1, "unconditional")
+    assert told["mean"] == pytest.approx(1.5, rel=1e-4)
+    assert told["spread"] == pytest.approx(0.5, rel=1e-4)
+    assert told["bimodality"] == pytest.approx(1, rel=1e-4)
+
+
 def test_what_cannot_be_run_is_refused() -> None:
     model = tiny("gpt2")
     stream = vw.open(model)

@@ -64,14 +64,16 @@ def cleared_on_text(
         told |= {"source": source, **record.stamp, "parameters": record.parameters}
         put_json({**told, "provenance": record.provenance})
         return
-    on = f"{record.stamp['tokens']} tokens of {source}"
-    table(f"erasers of {model} on {on}", ["", *_VERDICTS], [[name, *row.values()] for name, row in counts.items()])
+    title = f"erasers of {model} on {record.stamp['tokens']} tokens"
+    table(title, ["kind", *_VERDICTS], [[name, *row.values()] for name, row in counts.items()])
     for name, rows in best.items():
         order = "by share of tokens, then nearest 1" if name == "unconditional" else "by bimodality"
         title = f"the {len(rows)} most {name} of kind {kind.value}, {order}"
         table(title, list(_SHOWN), [[row[each] for each in _SHOWN] for row in rows])
-    line(f"unconditional: coefficient above {clears:g} on at least {limits.always:.0%} of tokens; conditional: on at")
-    line(f"least {limits.seldom:.0%}; rare: on fewer. Heads' and MLPs' are cut to ±{limits.tail:g} for all but shares")
+    line(
+        f"coefficient above {clears:g}: on {limits.always:.0%} of tokens or more unconditional, on {limits.seldom:.0%}"
+    )
+    line(f"or more conditional, else rare; of heads and MLPs cut to ±{limits.tail:g}, but for shares · {source}")
 
 
 def _counts(record: Record) -> dict[str, dict[str, int]]:

@@ -92,17 +92,7 @@ def statements(
         record = question(stream, step("statements"), point=point, runs=runs)
     rows = rows_of(record)
     if as_json:
-        put_json(
-            {
-                "model": model,
-                "norm": record.stamp["norm"],
-                "run": record.stamp["run"],
-                "text": source,
-                "statements": rows,
-                "parameters": record.parameters,
-                "provenance": record.provenance,
-            }
-        )
+        put_json(_told(model, record, source))
         return
     for row in rows:
         _show(row)
@@ -131,6 +121,18 @@ def rows_of(record: Record) -> list[dict[str, Any]]:
         told["witnesses"] = [each for each in str(row["witnesses"]).split("; ") if each]
         rows.append(told)
     return rows
+
+
+def _told(model: str, record: Record, source: str | None) -> dict[str, Any]:
+    return {
+        "model": model,
+        "norm": record.stamp["norm"],
+        "run": record.stamp["run"],
+        "text": source,
+        "statements": rows_of(record),
+        "parameters": record.parameters,
+        "provenance": record.provenance,
+    }
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
