@@ -18,6 +18,7 @@ PAGES = (
     "superposition.md",
     "memory.md",
     "frontier.md",
+    "cleared.md",
     "basis.md",
     "linear.md",
     "proof.md",

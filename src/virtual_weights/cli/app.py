@@ -16,6 +16,7 @@ from virtual_weights.cli.attribute import attribute_edges
 from virtual_weights.cli.bandwidth import bandwidth
 from virtual_weights.cli.basis import basis
 from virtual_weights.cli.channel import channel
+from virtual_weights.cli.cleared import cleared_on_text
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
 from virtual_weights.cli.frontier import erasure_frontier
@@ -67,6 +68,7 @@ app.command("observe")(observe_model)
 app.command("trace")(trace_prompt)
 app.command("frontier")(erasure_frontier)
 app.command("labels")(label_heads)
+app.command("cleared")(cleared_on_text)
 app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
 

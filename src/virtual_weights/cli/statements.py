@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
 
 import typer
+from torch import Tensor, nn
 
 from virtual_weights.cli import options as o
+from virtual_weights.cli.observe import Repeated, TextSource, passages
 from virtual_weights.cli.opening import open_model
-from virtual_weights.cli.progress import steps
+from virtual_weights.cli.progress import Tick, steps
 from virtual_weights.cli.show import line, put_json
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
+from virtual_weights.runtime import load
+from virtual_weights.runtime.cleared import cleared
 from virtual_weights.runtime.operate import operating_point as run_prompt
-from virtual_weights.runtime.text import token_ids, tokenizer_of
+from virtual_weights.runtime.text import PADDING, token_ids, tokenizer_of
 from virtual_weights.statements import Statements
-from virtual_weights.stream import OperatingPoint
+from virtual_weights.stream import OperatingPoint, Stream
+
+_TOKENS, _LENGTH, _BATCH = 4096, 256, 4
+
+
+class Runner(Protocol):
+    """Runs a model over batches of token ids and tells what it found, under the name of its question."""
+
+    def __call__(
+        self,
+        stream: Stream,
+        batches: Sequence[Tensor],
+        model: nn.Module | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Record:
+        """The Record; progress is called with the number of tokens so far."""
+        ...
+
+
+RUNNERS: dict[str, Runner] = {"cleared": cleared}
+"""What is run where a text is given, by question; the statements take what they know of (``Bench.runs``)."""
 
 
 def statements(
@@ -29,6 +55,12 @@ def statements(
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="run the model on this, for statements about runs"),
     ] = None,
+    text: TextSource = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", min=1, help=f"run on so many tokens of the text; {_TOKENS} with --text"),
+    ] = None,
+    repeated: Repeated = False,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="pairs of heads that a check looks at where it cannot look at all")
     ] = 64,
@@ -42,6 +74,8 @@ def statements(
     """Check lemmas L1-L12, theorems T1-T7 and corollaries C1-C6 on a model: verdicts, each with its evidence."""
     if prompt is not None and operating_point is not None:
         raise UsageError("a prompt and an operating point", expected="one of both", do="leave one out")
+    if text is not None and repeated:
+        raise UsageError("a text and random tokens", expected="one of --text and --repeated", do="leave one out")
     wanted = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())) if only else ()
     question = Statements(wanted, samples, seed)
     with steps(progress) as step:
@@ -49,26 +83,30 @@ def statements(
         point = None if operating_point is None else OperatingPoint.load(operating_point, stream)
         if prompt is not None:
             step("run")
-            (tokens,) = token_ids([prompt], tokenizer_of(stream))
-            point = run_prompt(stream, tokens)
-        record = question(stream, step("statements"), point=point)
+            (ids,) = token_ids([prompt], tokenizer_of(stream))
+            point = run_prompt(stream, ids)
+        runs, source = dict[str, Record](), None
+        if text is not None or tokens is not None or repeated:
+            chunks, source = passages(stream, text, tokens or _TOKENS, _LENGTH, _BATCH, seed if repeated else None)
+            runs = run_text(stream, list(chunks), step)
+        record = question(stream, step("statements"), point=point, runs=runs)
     rows = rows_of(record)
     if as_json:
-        put_json(
-            {
-                "model": model,
-                "norm": record.stamp["norm"],
-                "run": record.stamp["run"],
-                "statements": rows,
-                "parameters": record.parameters,
-                "provenance": record.provenance,
-            }
-        )
+        put_json(_told(model, record, source))
         return
     for row in rows:
         _show(row)
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in dict.fromkeys(verdicts(rows))}
     line(f"{len(rows)} statements on {model}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+
+
+def run_text(stream: Stream, batches: Sequence[Tensor], step: Callable[[str], Tick]) -> dict[str, Record]:
+    """What every runner finds on batches of token ids."""
+    model, total, found = load(stream), sum(int((each != PADDING).sum()) for each in batches), dict[str, Record]()
+    for name, runner in RUNNERS.items():
+        tick = step(name)
+        found[name] = runner(stream, batches, model, progress=lambda done, tick=tick: tick(done, total))
+    return found
 
 
 def rows_of(record: Record) -> list[dict[str, Any]]:
@@ -83,6 +121,18 @@ def rows_of(record: Record) -> list[dict[str, Any]]:
         told["witnesses"] = [each for each in str(row["witnesses"]).split("; ") if each]
         rows.append(told)
     return rows
+
+
+def _told(model: str, record: Record, source: str | None) -> dict[str, Any]:
+    return {
+        "model": model,
+        "norm": record.stamp["norm"],
+        "run": record.stamp["run"],
+        "text": source,
+        "statements": rows_of(record),
+        "parameters": record.parameters,
+        "provenance": record.provenance,
+    }
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
@@ -30,6 +30,7 @@ class Bench:
         seed: of every choice.
         asker: answers a question; an atlas may answer from what it holds.
         point: a run on a prompt, None where nothing was run.
+        runs: what runs on text found, by question: ``cleared``, ``lifetime``, ``frontier``.
     """
 
     stream: Stream
@@ -37,6 +38,7 @@ class Bench:
     seed: int = 0
     asker: Callable[[Question], Record] | None = None
     point: OperatingPoint | None = None
+    runs: Mapping[str, Record] = field(default_factory=dict[str, Record])
     _answers: dict[Question, Record] = field(default_factory=dict[Question, Record])
 
     def ask(self, question: Question) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,18 @@ from virtual_weights.analysis.composition import Composition
 from virtual_weights.analysis.erasers import HeadErasers
 from virtual_weights.analysis.neurons import Neurons
 from virtual_weights.linalg import accumulate
+from virtual_weights.record import Record
 from virtual_weights.statements.bench import Bench, numbers, present, rank_correlation
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 
 _CLEARED = 0.1  # at most this share of a direction is left
 _EFFICIENT = 0.5  # -cos(w_in, w_out) of a neuron that writes against what it reads
+_STANDS = "where_the_model_stands"
 _PRICES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of utility over interference at which the frontier is told
 
 
 def clearing(bench: Bench) -> Finding:
-    """T6: gains of neurons and eigenvalues of heads at norm scalar and slope 1, attention to itself 1."""
+    """T6: gains of neurons and eigenvalues of heads at norm scalar and slope 1, attention to itself 1; and runs."""
     stream = bench.stream
     gains = present(numbers(bench.ask(Neurons()), "gain")) if _has_mlps(bench) else torch.empty(0, dtype=accumulate)
     kept = torch.empty(0, dtype=accumulate)
@@ -36,6 +39,8 @@ def clearing(bench: Bench) -> Finding:
         at = int((numbers(nearest, "gain") - 1).abs().nan_to_num(torch.inf).argmin())
         witnesses.append(f"{nearest.axis('neuron').labels[at]}: gain {float(numbers(nearest, 'gain')[at]):.3f}")
     cleared = int(((gains - 1).abs() < _CLEARED).sum())
+    measured, seen = _measured_clearing(bench.runs)
+    witnesses += seen
     evidence: dict[str, Figure] = {
         "norm_scalar_and_slope": 1.0,
         "neurons": len(gains),
@@ -49,6 +54,7 @@ def clearing(bench: Bench) -> Finding:
         "heads_with_a_negative_eigenvalue": len(negative),
         "most_dimensions_one_of_them_can_clear": max(stream.spec.d_head if len(kept) else 0, 1),
         "d_model": stream.d_model,
+        **measured,
     }
     if not bool((gains > 0).any()) and not len(negative):
         return Finding("fails", "no neuron and no head writes against anything that it reads", None, evidence)
@@ -59,6 +65,42 @@ def clearing(bench: Bench) -> Finding:
     why = f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(kept)} heads clear a direction"
     condition = "gain times slope over norm scalar is 1 on the direction cleared, and these are no more than its rank"
     return Finding("holds under", why, condition, evidence, tuple(witnesses))
+
+
+def _measured_clearing(runs: Mapping[str, Record]) -> tuple[dict[str, Figure], list[str]]:
+    """What clears while the model runs, and what becomes of what was written, with a witness of each."""
+    evidence, witnesses = dict[str, Figure](), list[str]()
+    if "cleared" in runs:
+        run = runs["cleared"]
+        evidence["tokens_run"] = int(run.stamp["tokens"])
+        rows: list[dict[str, Any]] = list(run.rows())
+        for kind in ("neuron", "head", "mlp"):
+            for verdict in ("unconditional", "conditional", "rare"):
+                count = sum((row["kind"], row["verdict"]) == (kind, verdict) for row in rows)
+                evidence[f"{verdict}_{kind}s"] = count
+        steady = [row for row in rows if (row["kind"], row["verdict"]) == ("neuron", "unconditional")]
+        for row in sorted(steady, key=lambda row: (-row["cleared"], abs(row["mean"] - 1)))[:1]:
+            told = f"{row['eraser']}: clears on {row['cleared']:.1%} of tokens, coefficient {row['mean']:.3f}"
+            witnesses.append(f"{told} ± {row['spread']:.3f}")
+    if "lifetime" in runs:
+        run = runs["lifetime"]
+        later = _later(numbers(run, "projection"))
+        followed = ~later.isnan().all(1)
+        least = later.nan_to_num(torch.inf).amin(1)[followed]
+        evidence["writers_followed"] = len(least)
+        evidence["share_of_writers_that_fall_below_half"] = float((least < 0.5).double().mean()) if len(least) else None
+        if len(least):
+            writer, state = divmod(int(later.abs().nan_to_num(torch.inf).argmin()), later.shape[1])
+            names = run.axis("writer").labels[writer], run.axis("state").labels[state]
+            witnesses.append(f"{names[0]}: {float(later[writer, state]):.3f} of what it wrote is left at {names[1]}")
+    return evidence, witnesses
+
+
+def _later(projection: Tensor) -> Tensor:
+    """(writer, state) without the first state that holds what a writer wrote: there nothing has yet erased it."""
+    there = ~projection.isnan()
+    first = there & (there.cumsum(1) == 1)
+    return projection.masked_fill(first, torch.nan)
 
 
 def efficiency(bench: Bench) -> Finding:
@@ -93,7 +135,39 @@ def efficiency(bench: Bench) -> Finding:
 
 
 def best_policy(bench: Bench) -> Finding:
-    """L12: both objectives maximised over what to erase, with estimators of utility and interference from the weights.
+    """L12: both objectives maximised over what to erase, with utility and interference measured or from the weights."""
+    estimated = _estimated_policy(bench)
+    if "frontier" not in bench.runs:
+        return estimated
+    return _measured_policy(bench.runs["frontier"], estimated.evidence)
+
+
+def _measured_policy(run: Record, estimated: Mapping[str, Figure]) -> Finding:
+    """Policies over what a run on text measured, price by price. As written, the price is 0: it never meets m."""
+    # an axis and a column of a Record share no name: the price is the column lambda, or else the label
+    listed: list[dict[str, Any]] = [row for row in run.rows() if row["agreement"] is not None]
+    priced = sorted(((float(row.get("lambda", row["price"])), row) for row in listed), key=lambda pair: pair[0])
+    if len(priced) < 2:
+        return cannot_tell("one price says nothing of what depends on the price")
+    evidence = {name: value for name, value in estimated.items() if name != _STANDS}
+    for price, row in priced:
+        for name in ("erased_by_optimal", "erased_by_model", "agreement"):
+            evidence[f"measured_{name}_at_price_{price:.3g}"] = row[name]
+    at, best = max(priced, key=lambda pair: pair[1]["agreement"])
+    names = ("agreement", "model", "optimal", "keep_all", "erase_all")
+    evidence |= {f"{_STANDS}_price": at, **{f"{_STANDS}_{name}": best[name] for name in names}}
+    told = f"at price {at:.3g} the model's own erasers decide as the best policy in {best['agreement']:.0%} of cases"
+    shares: list[float] = [row["erased_by_optimal"] for _, row in priced]
+    if max(shares) == min(shares):
+        why = f"measured, the best policy erases {shares[0]:.0%} at each of {len(priced)} prices, whatever they are"
+        return Finding("holds", why, None, evidence, (told,))
+    why = f"measured, the best policy erases {min(shares):.0%} to {max(shares):.0%} over {len(priced)} prices; the "
+    why += "objective as written erases the same at all of them"
+    return Finding("fails", why, None, evidence, (told,))
+
+
+def _estimated_policy(bench: Bench) -> Finding:
+    """Both objectives at quantiles of utility over interference, from the weights.
 
     Per writer: utility, the squared composition score with the unembedding; interference, the sum of its squared scores
     with every later head's values but the strongest.
@@ -109,7 +183,7 @@ def best_policy(bench: Bench) -> Finding:
         "writers": len(utility),
         "utility": "squared composition score with the unembedding",
         "interference": "squared composition scores with later heads' values, but the strongest",
-        "where_the_model_stands": "needs a run on text",
+        _STANDS: "needs a run on text",
     }
     disturbing = interference > 0
     if not bool(disturbing.any()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import ClassVar, final
 
 from virtual_weights.analysis.question import Question
@@ -52,6 +53,7 @@ class Statements(Question):
         progress: Progress | None = None,
         asker: Callable[[Question], Record] | None = None,
         point: OperatingPoint | None = None,
+        runs: Mapping[str, Record] | None = None,
     ) -> Record:
         """Ask every check.
 
@@ -60,13 +62,16 @@ class Statements(Question):
             progress: called with (statements done, statements in all).
             asker: answers the questions that checks share; None asks the stream. An atlas may answer from what it has.
             point: a run on a prompt; without it the statements about running say that they cannot tell.
+            runs: what runs of this model on text found, each by its ``question``: ``cleared``, ``lifetime``,
+                ``frontier``. T6, T7 and L12 take from them what the weights do not say.
 
         Returns:
             A Record over ``statement`` with text columns ``title``, ``seed`` (the claim), ``corrected``, ``verdict``,
-            ``condition``, ``why``, ``witnesses``, ``evidence`` (a JSON object) and ``page``.
+            ``condition``, ``why``, ``witnesses``, ``evidence`` (a JSON object) and ``page``. Its parameters name
+            the point and the runs, where there are any, by what is in them.
 
         Raises:
-            UsageError: the norm was left out of the readers.
+            UsageError: the norm was left out of the readers, or a run is of another model or question.
         """
         if not stream.folded:
             raise UsageError(
@@ -74,8 +79,9 @@ class Statements(Question):
                 expected="effective read maps, with the norm folded",
                 do="open the model without fold=False",
             )
+        seen = _checked(stream, runs or {})
         wanted = [s for s in STATEMENTS if not self.only or s.id in self.only]
-        bench = Bench(stream, self.samples, self.seed, asker, point)
+        bench = Bench(stream, self.samples, self.seed, asker, point, seen)
         found = list[Finding]()
         for done, statement in enumerate(wanted, 1):
             found.append(statement.check(bench))
@@ -85,13 +91,38 @@ class Statements(Question):
             self.question,
             (Axis("statement", tuple(s.id for s in wanted)),),
             _columns(wanted, found),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "run": "weights alone" if point is None else f"a prompt of {len(point.tokens)} tokens",
-            },
+            parameters={**self.parameters, **_identities(point, seen)},
+            stamp={"norm": stream.norm_stamp, "run": _run(point, seen)},
             provenance=stream.provenance,
         )
+
+
+def _checked(stream: Stream, runs: Mapping[str, Record]) -> Mapping[str, Record]:
+    for name, record in runs.items():
+        if record.question != name or record.provenance.get("fingerprint") != stream.source.fingerprint:
+            raise UsageError(
+                f"a run {name!r} that answers {record.question!r} for {record.provenance.get('model')}",
+                expected=f"a record {name!r} of this checkpoint",
+                do="run this model on the text again",
+            )
+    return runs
+
+
+def _identities(point: OperatingPoint | None, runs: Mapping[str, Record]) -> dict[str, object]:
+    """Hex sha256 of the point and of every run, for parameters; nothing where nothing was run."""
+    found: dict[str, object] = {} if point is None else {"point": point.identity}
+    if runs:
+        # where the checkpoint lay is no part of what was found
+        bare = {name: replace(record, provenance={}) for name, record in runs.items()}
+        found["runs"] = {name: sha256(record.to_json().encode()).hexdigest() for name, record in sorted(bare.items())}
+    return found
+
+
+def _run(point: OperatingPoint | None, runs: Mapping[str, Record]) -> str:
+    said = [] if point is None else [f"a prompt of {len(point.tokens)} tokens"]
+    told = {name: record.stamp.get("tokens") for name, record in sorted(runs.items())}
+    said += [name if tokens is None else f"{name} on {tokens} tokens of text" for name, tokens in told.items()]
+    return ", ".join(said) or "weights alone"
 
 
 def _columns(statements: list[Statement], findings: list[Finding]) -> tuple[Column, ...]:

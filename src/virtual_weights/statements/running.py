@@ -1,13 +1,17 @@
-"""L3, T7: what needs a run on a prompt."""
+"""L3, T7: what needs a run, on a prompt or on text."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.frozen import embedded, frozen_blocks
+from virtual_weights.analysis.neurons import Neurons
 from virtual_weights.linalg import accumulate
-from virtual_weights.statements.bench import Bench
+from virtual_weights.record import Record
+from virtual_weights.statements.bench import Bench, numbers, present
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 from virtual_weights.stream import OperatingPoint, Stream, scale
 
@@ -16,7 +20,8 @@ _EXACT = (
 )
 _COSINE = 0.5
 _FEWEST = 8  # tokens
-_CLEARED = 0.5  # of what the neuron reads
+_CLEARED, _SELDOM, _ALWAYS = 0.5, 0.1, 0.9  # of what the neuron reads; shares of tokens
+_TWO_MODES = 5 / 9  # Sarle's coefficient of a uniform law
 _NO_RUN = "nothing was run: pass an operating point, a prompt's attention patterns, norm scalars and gates"
 
 
@@ -54,38 +59,70 @@ def composed_blocks(bench: Bench) -> Finding:
 
 
 def conditional_clearing(bench: Bench) -> Finding:
-    """T7: over the tokens of a prompt, how much of what it reads does each weakening neuron clear?"""
-    stream, point = bench.stream, bench.point
-    if point is None:
+    """T7: over the tokens of a text or a prompt, how much of what it reads does each weakening neuron clear?"""
+    if "cleared" in bench.runs:
+        seen = _on_text(bench, bench.runs["cleared"])
+    elif bench.point is not None:
+        seen = _on_prompt(bench.stream, bench.point)
+    else:
         return cannot_tell(_NO_RUN)
-    if len(point.tokens) < _FEWEST:
-        return cannot_tell(f"a prompt of {len(point.tokens)} tokens says nothing of a spread; {_FEWEST} would")
-    names, coefficients = _clearing(stream, point)
-    if not names:
+    if seen.tokens < _FEWEST:
+        return cannot_tell(f"{seen.tokens} tokens say nothing of a spread; {_FEWEST} would")
+    if not seen.names:
         return cannot_tell(f"no neuron has a cosine below -{_COSINE} between what it reads and writes")
-    share = (coefficients > _CLEARED).to(accumulate).mean(0)
-    conditional, always = (share > 0.1) & (share < 0.9), share >= 0.9
-    spread = coefficients.std(0)
+    always, conditional = seen.share >= seen.always, (seen.share >= seen.seldom) & (seen.share < seen.always)
     evidence: dict[str, Figure] = {
-        "tokens": len(point.tokens),
-        "weakening_neurons": len(names),
+        "tokens": seen.tokens,
+        "weakening_neurons": len(seen.names),
         "conditional": int(conditional.sum()),
         "unconditional": int(always.sum()),
-        "median_mean_coefficient": float(coefficients.mean(0).median()),
-        "median_spread": float(spread.median()),
-        "median_bimodality": float(_bimodality(coefficients).nanmedian()),
-        "cleared_means": f"more than {_CLEARED} of what the neuron reads",
+        "rare": int(((seen.share > 0) & (seen.share < seen.seldom)).sum()),
+        "never": int((seen.share == 0).sum()),
+        "median_mean_coefficient": float(seen.mean.median()),
+        "median_spread": float(seen.spread.median()),
+        "median_bimodality": _median(seen.bimodality),
+        "conditional_with_two_modes": int((conditional & (seen.bimodality > _TWO_MODES)).sum()),
+        "cleared_means": f"more than {seen.clears:g} of what the neuron reads",
     }
     if not bool(conditional.any()):
-        why = f"none of {len(names)} weakening neurons clears on some tokens and not on others"
+        why = f"none of {len(seen.names)} weakening neurons clears on some tokens and not on others"
         return Finding("fails", why, None, evidence)
-    at = int(torch.where(conditional, spread, -1.0).argmax())
-    told = (
-        f"{names[at]}: clears on {float(share[at]):.0%} of tokens, coefficient {float(coefficients[:, at].mean()):.2f}"
-    )
-    told += f" ± {float(spread[at]):.2f}"
-    why = f"{int(conditional.sum())} of {len(names)} weakening neurons clear on some tokens and not on others"
+    at = int(torch.where(conditional, seen.spread, -1.0).argmax())
+    told = f"{seen.names[at]}: clears on {float(seen.share[at]):.0%} of tokens, coefficient "
+    told += f"{float(seen.mean[at]):.2f} ± {float(seen.spread[at]):.2f}"
+    why = f"{int(conditional.sum())} of {len(seen.names)} weakening neurons clear on some tokens and not on others"
     return Finding("holds", why, None, evidence, (told,))
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Weakening neurons over so many tokens: share of tokens cleared, and their coefficients' moments, (n,) each."""
+
+    tokens: int
+    names: list[str]
+    share: Tensor
+    mean: Tensor
+    spread: Tensor
+    bimodality: Tensor
+    clears: float = _CLEARED
+    always: float = _ALWAYS
+    seldom: float = _SELDOM
+
+
+def _on_text(bench: Bench, run: Record) -> _Seen:
+    cosine = numbers(bench.ask(Neurons()), "cosine")
+    labels = bench.ask(Neurons()).axis("neuron").labels
+    names = [labels[i] for i in (cosine < -_COSINE).nonzero()[:, 0].tolist()]
+    own = run.select("eraser", names)
+    share, mean, spread, bimodality = (numbers(own, name) for name in ("cleared", "mean", "spread", "bimodality"))
+    limits = {name: float(run.parameters[name]) for name in ("clears", "always", "seldom")}
+    return _Seen(int(run.stamp["tokens"]), names, share, mean, spread, bimodality, **limits)
+
+
+def _on_prompt(stream: Stream, point: OperatingPoint) -> _Seen:
+    names, each = _clearing(stream, point)
+    share = (each > _CLEARED).to(accumulate).mean(0)
+    return _Seen(len(point.tokens), names, share, each.mean(0), each.std(0, correction=0), _bimodality(each))
 
 
 def _off(x: Tensor, recorded: Tensor, stream: Stream) -> float:
@@ -105,6 +142,11 @@ def _clearing(stream: Stream, point: OperatingPoint) -> tuple[list[str], Tensor]
         factor = gates.to(accumulate)[:, at] / point.scalars[f"L{layer}.mlp"].to(accumulate)[:, None]
         columns.append(-inner[at] * factor)
     return names, torch.cat(columns, 1) if columns else torch.empty(len(point.tokens), 0, dtype=accumulate)
+
+
+def _median(values: Tensor) -> float | None:
+    there = present(values)
+    return float(there.median()) if len(there) else None
 
 
 def _bimodality(values: Tensor) -> Tensor:
