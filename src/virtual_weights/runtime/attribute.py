@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +26,7 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 Writers = Literal["heads", "all"]
 HEAD_PORTS: tuple[Port, ...] = ("Q", "K", "V")
 _Key = tuple[Port, int | None]  # a port of one layer, None the unembedding's
+_Read = Iterator[tuple[_Key, Tensor]]
 
 
 def attribute(  # noqa: PLR0913 - which edges, by keyword only
@@ -73,30 +74,21 @@ def attribute(  # noqa: PLR0913 - which edges, by keyword only
 
     Reference: Syed, Rager, Conmy 2023, "Attribution Patching Outperforms Automated Circuit Discovery".
     """
-    if not stream.folded:
-        raise UsageError("attribution needs the norm's gain in the readers", expected="folded", do="open it folded")
     _check(stream, ports, writers)
     tokens, run, metric = check_tokens(tokens), load(stream, model), metric or next_token_loss
     batches = tokens.to(next(run.parameters()).device).split(batch)
     states: dict[_Key, int] = {(p, c.label.layer): c.reads or 0 for p in ports for c in _readers(stream, p)}
     sources = _writers(stream, writers)
-    products: dict[_Key, Tensor] = {}  # (m, writers), sum_t <h, y>
-    gradients: dict[_Key, Tensor] = {}  # (m, d), sum_t h
-    written: list[Tensor] = []  # (writers, d), sum_t y
-    for i, part in enumerate(batches):
-        seen, grads = _backward(stream, run, part, states, sources, metric)
-        wrote = _wrote(stream, sources, seen, part)
-        written.append(wrote.sum(1, dtype=torch.float64))
-        for key, state in states.items():
-            h = _at_the_stream(stream, key, grads[key], seen["state", state])
-            _add(products, key, h.flatten(1) @ wrote.flatten(1).T)
-            _add(gradients, key, h.sum(1))
-        if progress is not None:
-            progress(i + 1, len(batches))
-    mean = torch.stack(written).sum(0) / tokens.numel()
-    effects = {key: ((gradients[key] @ mean.T - products[key]) / len(tokens)).cpu() for key in states}
+    runs = _runs(stream, run, batches, states, sources, metric)
+    effects = {key: (x / len(tokens)).cpu() for key, x in _sums(runs, len(batches), progress).items()}
     parameters = {"metric": _name(metric), "sequences": len(tokens), "writers": writers}
     return {port: _record(stream, port, sources, effects, {**parameters, "port": port}) for port in ports}
+
+
+def logit_difference(logits: Tensor, _tokens: Tensor, token: int, against: int | None = None) -> Tensor:
+    """The logit of a token after the last one of each sequence, less that of another, (B,)."""
+    last = logits[:, -1]
+    return last[:, token] if against is None else last[:, token] - last[:, against]
 
 
 def ports_of(stream: Stream) -> tuple[Port, ...]:
@@ -107,6 +99,8 @@ def ports_of(stream: Stream) -> tuple[Port, ...]:
 
 
 def _check(stream: Stream, ports: Sequence[Port], writers: Writers) -> None:
+    if not stream.folded:
+        raise UsageError("attribution needs the norm's gain in the readers", expected="folded", do="open it folded")
     allowed = ports_of(stream)
     if not ports or not set(ports) <= set(allowed) or writers not in ("heads", "all"):
         raise UsageError(
@@ -124,6 +118,39 @@ def _readers(stream: Stream, port: Port) -> list[Component]:
 def _writers(stream: Stream, writers: Writers) -> list[Component]:
     kinds = ("head",) if writers == "heads" else ("embed", "pos", "head", "mlp")
     return [c for c in stream.components if c.kind in kinds]
+
+
+def _runs(
+    stream: Stream,
+    run: nn.Module,
+    batches: Sequence[Tensor],
+    states: Mapping[_Key, int],
+    writers: Sequence[Component],
+    metric: Metric,
+) -> Iterator[tuple[_Read, Tensor]]:
+    """Batch by batch: every port's h, (m, B T, d), one at a time, and what every writer writes, (writers, B T, d)."""
+    for part in batches:
+        seen, grads = _backward(stream, run, part, states, writers, metric)
+        wrote = _wrote(stream, writers, seen, part)
+        yield ((key, _at_the_stream(stream, key, grads[key], seen["state", n])) for key, n in states.items()), wrote
+
+
+def _sums(runs: Iterable[tuple[_Read, Tensor]], batches: int, progress: Progress | None) -> dict[_Key, Tensor]:
+    """``sum_t <h(t), mean y - y(t)>`` over all tokens, (m, writers) float64 by port."""
+    products: dict[_Key, Tensor] = {}  # (m, writers), sum_t <h, y>
+    gradients: dict[_Key, Tensor] = {}  # (m, d), sum_t h
+    written: list[Tensor] = []  # (writers, d), sum_t y
+    tokens = 0
+    for i, (read, wrote) in enumerate(runs):
+        written.append(wrote.sum(1, dtype=torch.float64))
+        tokens += wrote.shape[1]
+        for key, h in read:
+            _add(products, key, h.flatten(1) @ wrote.flatten(1).T)
+            _add(gradients, key, h.sum(1))
+        if progress is not None:
+            progress(i + 1, batches)
+    mean = torch.stack(written).sum(0) / tokens
+    return {key: gradients[key] @ mean.T - products[key] for key in products}
 
 
 def _backward(
