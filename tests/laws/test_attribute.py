@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
-from virtual_weights.runtime.attribute import attribute
+from virtual_weights.runtime.attribute import attribute, ports_of
 from virtual_weights.runtime.edge import Edge, next_token_loss
 from virtual_weights.runtime.remove import Removal, removed
 from virtual_weights.stream import Stream
@@ -78,6 +78,43 @@ def test_every_edge_of_one_port() -> None:
     assert int(record.present().sum()) == 6 * 6 + 6 * 12
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_kind_of_writer_and_reader(name: str) -> None:
+    model, stream = pair(name)
+    last = stream.spec.n_layers - 1
+    mlp = ports_of(stream)[3:-1]
+    assert mlp == (("gate", "up") if stream.spec.gated else ("in",))
+    embeds = ["embed", "pos"] if stream.model.has("pos") else ["embed"]
+    readers = [("unembed", "unembed", "unembed"), (f"L{last}H1", f"L{last}H1.K", "K")]
+    readers += [(f"L{last}.mlp", f"L{last}.mlp.{port}", port) for port in mlp]
+    found = attribute(stream, TOKENS, model=model, ports=ports_of(stream), writers="all")
+    assert tuple(found) == ports_of(stream)
+    for reader, ported, port in readers:
+        for writer in (*embeds, "L0H2", "L0.mlp"):
+            own = entry(found[port], reader, writer)
+            expected = difference(model, stream, Edge.of(stream, writer, ported))
+            assert own == pytest.approx(expected, rel=1e-5, abs=1e-8), (writer, ported)
+            assert abs(own) > 1e-6
+    first = attribute(stream, TOKENS, model=model, ports=mlp)  # heads alone: the same numbers
+    writer = found[mlp[0]].axis("writer").labels.index("L0H0")
+    assert entry(first[mlp[0]], f"L{last}.mlp", "L0H0") == pytest.approx(
+        float(found[mlp[0]]["attribution"][last, writer])  # type: ignore[index]
+    )
+
+
+def test_only_what_reaches_is_there() -> None:
+    model, stream = pair("neox-parallel-partial-rotary")
+    found = attribute(stream, TOKENS, model=model, ports=("in", "unembed"), writers="all")
+    assert math.isnan(entry(found["in"], "L1.mlp", "L1H0"))  # a parallel block: both read the same state
+    assert math.isfinite(entry(found["in"], "L1.mlp", "L0.mlp"))
+    assert found["unembed"]["attribution"].isfinite().all()  # type: ignore[union-attr]
+    assert set(found["in"].axis("writer").labels) == {
+        str(c.label) for c in stream.components if c.kind in ("embed", "head", "mlp")
+    }
+    _, sequential = pair("gpt2")
+    assert "pos" in attribute(sequential, TOKENS, model=tiny("gpt2"), writers="all")["Q"].axis("writer").labels
+
+
 def test_batches_metric_and_gradients_of_the_parameters() -> None:
     model, stream = pair("gpt2")
 
@@ -139,6 +176,10 @@ def test_refused() -> None:
     for tokens in (TOKENS[0], TOKENS[:, :1], TOKENS.double(), torch.where(TOKENS == TOKENS[0, 0], -1, TOKENS)):
         with pytest.raises(UsageError, match="tokens of shape"):
             attribute(stream, tokens, model=model)
+    with pytest.raises(UsageError, match="ports in and writers"):
+        attribute(stream, TOKENS, model=model, ports=("in",))
+    with pytest.raises(UsageError, match="writers 'biases'"):
+        attribute(stream, TOKENS, model=model, writers="biases")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="gain"):
         attribute(vw.open(model, fold=False), TOKENS, model=model)
 

@@ -13,13 +13,17 @@ from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.cli import run
-from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.edge import next_token_loss
+from virtual_weights.cli.prove import ported
+from virtual_weights.runtime import load
+from virtual_weights.runtime.attribute import attribute, logit_difference
+from virtual_weights.runtime.edge import Edge, next_token_loss
 from virtual_weights.runtime.prove import Trial, prove
-from virtual_weights.runtime.text import repeated_tokens
+from virtual_weights.runtime.remove import removed
+from virtual_weights.runtime.text import DEFAULT_TEXT, repeated_tokens, texts
 
 TOKENS = repeated_tokens(37, 5, 4, 3)
-RUN = ("--length", "5", "--sequences", "4", "--seed", "3")
+TEXT = ("--length", "5", "--sequences", "4", "--seed", "3")
+RUN = (*TEXT, "--repeated")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    assert run([*map(str, arguments), *RUN, "--json"]) == 0
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object, how: tuple[str, ...] = RUN) -> dict[str, Any]:
+    assert run([*map(str, arguments), *how, "--json"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     return json.loads(out)
@@ -99,13 +103,83 @@ def test_a_text(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr("virtual_weights.cli.tokens.tokenizer_of", lambda _: letters)
     (folder / "text.txt").write_text("one two three four five, and a little more")
     arguments = ("prove", folder, "L0H1", "L2H4.K", "--random", 0, "--text", folder / "text.txt")
-    found = answer(capsys, *arguments, "--batch", 2)
+    found = answer(capsys, *arguments, "--batch", 2, how=TEXT)
     tokens = torch.tensor([ord(c) % 37 for c in "one two three four f"]).view(4, 5)
     record = prove(vw.open(folder), [("L0H1", "L2H4.K")], tokens, Trial(random=0))
     assert found["clean_loss"] == pytest.approx(record.stamp["clean_loss"], rel=1e-6)
     assert "4 sequences of 5 tokens" in found["text"]
     assert run([*map(str, arguments), "--length", "60"]) == 2
     assert "less than 60 tokens" in capsys.readouterr().err
+    assert run([*map(str, arguments), "--repeated"]) == 2
+    assert "a text and random tokens" in capsys.readouterr().err
+
+
+def test_without_a_text_the_default_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = lambda text, **_: {"input_ids": [ord(c) % 37 for c in text[:400]]}  # noqa: E731
+    monkeypatch.setattr("virtual_weights.cli.tokens.tokenizer_of", lambda _: letters)
+    tokens = torch.tensor([ord(c) % 37 for c in next(texts())[:20]]).view(4, 5)
+    found = answer(capsys, "prove", folder, "L0H1", "L2H4.K", "--random", 0, how=TEXT)
+    assert found["text"] == f"the first 4 sequences of 5 tokens of {DEFAULT_TEXT}"
+    record = prove(vw.open(folder), [("L0H1", "L2H4.K")], tokens, Trial(random=0))
+    assert found["clean_loss"] == pytest.approx(record.stamp["clean_loss"], rel=1e-6)
+    found = answer(capsys, "attribute", folder, "--top", 1, "--port", "V", how=TEXT)
+    assert DEFAULT_TEXT in found["text"]
+    best = next(attribute(vw.open(folder), tokens)["V"].top(1, "size").rows())
+    assert found["edges"][0]["attribution"] == pytest.approx(best["attribution"], rel=1e-3)
+
+
+def test_attribution_of_a_logit_to_every_kind_of_edge(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("attribute", folder, "--prompt-ids", "3,14,15,9", "--token", "7", "--writers", "all")
+    ports = ("--port", "V", "--port", "up", "--port", "unembed", "--top", 500)
+    found = answer(capsys, *arguments, *ports, "--against", "2", how=())
+    tokens = torch.tensor([[3, 14, 15, 9]])
+    metric = partial(logit_difference, token=7, against=2)
+    records = attribute(vw.open(folder), tokens, metric, ports=("V", "up", "unembed"), writers="all")
+    own = {(str(r["writer"]), ported(str(r["reader"]), p)): r for p in records for r in records[p].rows()}
+    assert found["metric"] == "the logit of 7 less that of 2"
+    assert {edge["reader"] for edge in found["edges"]} >= {"unembed", "L2.mlp.up", "L2H0.V"}
+    assert {edge["writer"] for edge in found["edges"]} >= {"embed", "L1.mlp", "L1H5"}
+    for edge in found["edges"]:
+        row = own[edge["writer"], edge["reader"]]
+        assert edge["attribution"] == pytest.approx(row["attribution"], rel=1e-3, abs=1e-6)
+    # the unembedding is linear: leaving an edge into it out does what attribution says, all of it
+    model: Any = load(vw.open(folder))
+    with torch.no_grad():
+        clean = model(tokens).logits[0, -1]
+        with removed(model, vw.open(folder), [Edge.of(vw.open(folder), "L1.mlp", "unembed")]):
+            change = model(tokens).logits[0, -1] - clean
+    assert own["L1.mlp", "unembed"]["attribution"] == pytest.approx(float(change[7] - change[2]), rel=1e-3)
+    texts = tuple(f"{' ' if i % 2 else ''}w{i}" for i in range(37))
+    monkeypatch.setattr("virtual_weights.checkpoint.safetensors_source.SafetensorsSource.token_texts", lambda _: texts)
+    named = answer(capsys, *arguments[:5], " w7", *arguments[6:], *ports, "--against", "w2", how=())
+    assert named["metric"] == "the logit of ' w7' less that of 'w2'"
+    assert named["edges"] == found["edges"]
+    assert run([*map(str, arguments[:5]), "w7"]) == 2
+    assert "try ' w7'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--token", "7"),
+        ("--prompt-ids", "3,4", "--against", "7"),
+        ("--prompt-ids", "3,4", "--token", "37"),
+        ("--prompt-ids", "3,4", "--token", "cat"),
+        ("--prompt-ids", "3,x"),
+        ("--prompt-ids", "3,4", "--repeated"),
+        ("--prompt-ids", "3,4", "--port", "in"),
+    ],
+)
+def test_what_is_no_metric_or_prompt_is_refused(
+    wrong: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = wrong if "--prompt-ids" in wrong else (*wrong, *RUN)
+    assert run(["attribute", str(folder), *given]) == 2
+    assert "expected:" in capsys.readouterr().err
 
 
 def test_tables_and_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

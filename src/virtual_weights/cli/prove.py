@@ -13,7 +13,7 @@ from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import Tick, steps
 from virtual_weights.cli.show import line, put_json, table
-from virtual_weights.cli.tokens import Length, Sequences, TextFile, passage
+from virtual_weights.cli.tokens import Length, Repeated, Sequences, TextFile, passage
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
@@ -41,6 +41,7 @@ def prove_edges(
         int, typer.Option("--top", metavar="N", min=1, help="without WRITER: how many, one per channel")
     ] = 20,
     text: TextFile = None,
+    repeated: Repeated = False,
     sequences: Sequences = 8,
     length: Length = 64,
     random: Annotated[
@@ -67,7 +68,7 @@ def prove_edges(
         stream = open_model(model, step("open"), offline=offline)
         scores = {} if writer and reader else strongest(stream, port.value, top, step("composition"))
         edges = [(writer, reader)] if writer and reader else list(scores)
-        words = passage(stream, text, sequences, length, seed)
+        words = passage(stream, text, sequences, length, seed if repeated else None)
         trial = Trial(replaced.value, scalars, words.first, random, seed, batch)
         record = prove(stream, edges, words.tokens, trial, load(stream, device=device), step("prove"))
     rows = [_edge(row) for row in record.rows()]
@@ -84,9 +85,7 @@ def strongest(stream: Stream, port: Any, top: int, tick: Tick) -> dict[tuple[str
     """The edges of highest composition score between heads and readers of a port, one per channel, with the score."""
     record = Composition(port)(stream, tick)
     return {
-        (str(row["writer"]), str(row["reader"]) if port == "unembed" else _ported(str(row["reader"]), port)): row[
-            "score"
-        ]
+        (str(row["writer"]), ported(str(row["reader"]), port)): row["score"]
         for row in per_channel(record, top, "score")
     }
 
@@ -100,8 +99,9 @@ def per_channel(record: Record, top: int, by: str) -> list[dict[str, Any]]:
     return list(kept.values())[:top]
 
 
-def _ported(reader: str, port: str) -> str:
-    return reader if reader.endswith(f".{port}") else f"{reader}.{port}"
+def ported(reader: str, port: str) -> str:
+    """A reader with its port, ``"L5H3.K"``; the unembedding has none."""
+    return reader if port == "unembed" or reader.endswith(f".{port}") else f"{reader}.{port}"
 
 
 def _edge(row: Mapping[str, Any]) -> dict[str, Any]:

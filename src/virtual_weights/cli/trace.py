@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
 
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
+from virtual_weights.cli.tokens import prompt_tokens
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.text import token_ids, tokenizer_of
 from virtual_weights.runtime.trace import lens, passage, trace
-from virtual_weights.stream import Stream
 
 
 def trace_prompt(
@@ -44,7 +41,7 @@ def trace_prompt(
     with steps(progress) as step:
         stream = open_model(model, step("open"), offline=offline)
         step("run")
-        tokens = _tokens(stream, prompt, ids)
+        tokens = prompt_tokens(stream, prompt, ids)
         if not -len(tokens) <= token < len(tokens):
             raise UsageError(f"no token {token}", expected=f"a place in {len(tokens)} tokens", do="correct --token")
         run = passage(stream, tokens, load(stream, dtype=dtype.torch, device=device))
@@ -69,20 +66,6 @@ def trace_prompt(
     table(f"{what} at token {at} ({names[at]}) · {model}", heads, [[row[name] for name in heads] for row in rows])
     if not show_lens:
         line(f"all writers together miss what the model computes by {record.stamp['error']:.1g} of it")
-
-
-def _tokens(stream: Stream, prompt: str | None, ids: str | None) -> Tensor:
-    if prompt is not None:
-        (tokens,) = token_ids([prompt], tokenizer_of(stream))
-        return tokens
-    try:
-        tokens = torch.tensor([int(each) for each in (ids or "").split(",")])
-    except ValueError as error:
-        raise UsageError(f"--ids {ids}", expected="whole numbers such as 3,17,5", do="correct them") from error
-    vocabulary = stream.write("embed").shape[-1]
-    if not bool(((tokens >= 0) & (tokens < vocabulary)).all()):
-        raise UsageError(f"--ids {ids}", expected=f"ids from 0 to {vocabulary - 1}", do="correct them")
-    return tokens
 
 
 def _rows(record: Record, top: int) -> list[dict[str, Any]]:

@@ -16,13 +16,17 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edge import Edge, Place, Written, affected, channel_readers, check_tokens, next_token_loss
 from virtual_weights.runtime.model import load
 from virtual_weights.runtime.remove import Removal, Replacement, Scalars, removed
+from virtual_weights.runtime.restart import restarted
 from virtual_weights.runtime.watch import Kind, watching
 from virtual_weights.stream import Stream
+from virtual_weights.stream.component import attention_reads
 
 RULE = (
     "causal: the 95% interval of the effect leaves 0 out, and the effect is larger in size than that of every matched "
     "random edge (same port, same kind of writer); anything else is not shown, which is not shown to be absent"
 )
+
+_INSIDE = ("inner", "neurons")  # what writers in blocks write from: a block that does not run shows none
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def prove(
     progress: Progress | None = None,
 ) -> Record:
     """Remove each edge alone and say what that does.
+
+    Blocks before the first layer that an edge touches give what they gave without a removal and are not run again.
 
     ``effect_nats`` is the loss without the edge less the loss with it, both the mean over counted tokens, averaged
     over sequences; its interval is the percentile bootstrap over sequences (95%, 2000 draws), absent where there is
@@ -160,7 +166,8 @@ def _measure(
     """The loss of each sequence, and edge by edge (sequences, 4): effect, change of pattern and output, new tops."""
     first = trial.first
     places = {edge: _places(stream, edge) for edge in edges}
-    clean, logits = _watched(stream, run, {place for each in places.values() for place in each}, tokens)
+    kept = {Written.of(stream, edge.writer).place for edge in edges} | {_start(stream, [edge])[1] for edge in edges}
+    clean, logits = _watched(stream, run, kept.union(*places.values()), tokens)
     losses, top = next_token_loss(logits, tokens, first), logits.argmax(-1)
 
     def one(edge: Edge, seen: dict[Place, Tensor], without: Tensor) -> Tensor:
@@ -174,7 +181,10 @@ def _measure(
         return torch.stack([each.double() for each in (effect, pattern, output, tops)], 1)
 
     def stacked(group: Sequence[Edge]) -> Iterator[Tensor]:
-        with removed(run, stream, group, removal):
+        layer, given = _start(stream, group)
+        known = {place: torch.cat([each] * len(group)) for place, each in clean.items() if place[0] in _INSIDE}
+        start = clean[given].repeat(len(group), 1, 1)
+        with restarted(run, stream, layer, start), removed(run, stream, group, removal, known):
             wanted = {place for edge in group for place in places[edge]}
             seen, without = _watched(stream, run, wanted, tokens.repeat(len(group), 1))
         for i, edge in enumerate(group):
@@ -183,6 +193,12 @@ def _measure(
 
     at_once = max(1, trial.batch // len(tokens))
     return losses, chain.from_iterable(stacked(edges[i : i + at_once]) for i in range(0, len(edges), at_once))
+
+
+def _start(stream: Stream, edges: Sequence[Edge]) -> tuple[int, Place]:
+    """The first block that a removal touches, the number of blocks where none, and the state that it is given."""
+    layer = min(stream.spec.n_layers if edge.reader.layer is None else edge.reader.layer for edge in edges)
+    return layer, ("state", attention_reads(stream.model, layer))
 
 
 def _places(stream: Stream, edge: Edge) -> tuple[Place, ...]:

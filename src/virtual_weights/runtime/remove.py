@@ -49,6 +49,8 @@ class Removal:
 
     def change(self, stream: Stream, edge: Edge, written: Tensor, x: Tensor) -> Tensor:
         """What is added to the port: (B, T, k), of ``O z`` (B, T, d) and the stream x (B, T, d) at the reader."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        written = written.to(x)
         if self.replacement == "mean":
             mean = self.means.get(str(edge.writer))
             instead = written.mean((0, 1)) if mean is None else mean.to(written)
@@ -63,7 +65,13 @@ class Removal:
 
 
 @contextmanager
-def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Removal | None = None) -> Generator[None]:
+def removed(
+    model: nn.Module,
+    stream: Stream,
+    edges: Sequence[Edge],
+    how: Removal | None = None,
+    known: Mapping[Place, Tensor] | None = None,
+) -> Generator[None]:
     """Let the model run without an edge; several edges along the batch, each removed from its own block of it.
 
     With E edges a batch has E times B sequences, and block i runs without edge i alone. All else is the model's own.
@@ -73,6 +81,7 @@ def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Remova
         stream: the same model, with the norm's gain in its readers.
         edges: one per block of the batch.
         how: ``Removal()`` where None.
+        known: what an earlier run on the same batch showed of blocks that do not run in this one, see ``restarted``.
 
     Raises:
         UsageError: readers without gain; while it runs, a batch that is no multiple of the edges, or fewer than two
@@ -83,14 +92,11 @@ def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Remova
         ...     logits = model(tokens).logits
     """
     if not stream.folded:
-        raise UsageError(
-            "an edge can be removed only where readers contain the norm's gain", expected="folded", do="open it folded"
-        )
+        raise UsageError("removal needs the norm's gain in the readers", expected="folded", do="open it folded")
     how = how or Removal()
     written = [Written.of(stream, edge.writer) for edge in edges]
-    states: set[Place] = {("state", edge.state) for edge in edges}
-    wanted = states | {each.place for each in written}
-    seen: dict[Place, Tensor] = {}
+    wanted: set[Place] = {*(("state", edge.state) for edge in edges), *(each.place for each in written)}
+    seen: dict[Place, Tensor] = dict(known or {})
 
     def see(kind: Kind, layer: int, tensor: Tensor) -> None:
         if (kind, layer) in wanted:
@@ -105,12 +111,10 @@ def removed(model: nn.Module, stream: Stream, edges: Sequence[Edge], how: Remova
             for i in own:
                 block = _block(len(output), len(edges), i, how.replacement)
                 port = ports[edges[i].port][block]
-                x = seen["state", edges[i].state][block]
-                x = x.to(torch.promote_types(x.dtype, torch.float32))
-                o_z = written[i](seen[written[i].place]).expand(len(output), -1, -1)[block].to(x)
-                change = how.change(stream, edges[i], o_z, x)
                 target = port[..., edges[i].row(stream), :] if edges[i].reader.kind == "head" else port
-                target[..., edges[i].inner] += change
+                o_z = written[i](seen[written[i].place]).expand(len(output), -1, -1)[block]
+                x = seen["state", edges[i].state][block]
+                target[..., edges[i].inner] += how.change(stream, edges[i], o_z, x)
             return output
 
         return module_of(model, stream, role, layer).register_forward_hook(hook)
