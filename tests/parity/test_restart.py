@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,10 +92,12 @@ def test_a_forward_of_the_models_own_comes_back() -> None:
     stream = vw.open(model)
     block = model.transformer.h[0]
     own = block.forward
-    block.forward = lambda *given, **named: own(*given, **named)
+    block.forward = partial(own)
     placed = block.forward
-    with pytest.raises(ZeroDivisionError), restarted(model, stream, 1, torch.zeros(1)):
-        assert block.forward is not placed
+    within = None
+    with suppress(ZeroDivisionError), restarted(model, stream, 1, torch.zeros(1)):
+        within = block.forward
         raise ZeroDivisionError
+    assert within not in (None, placed)
     assert block.forward is placed
     assert "forward" not in model.transformer.h[1].__dict__

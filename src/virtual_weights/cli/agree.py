@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -47,6 +48,12 @@ class _Texts:
     sequences: Tensor
     first: int
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Where they come from, and what edges are removed on."""
+        before, target = self.told
+        return {"predicted_from": before, "target_text": target, "removed_on": list(self.sequences.shape)}
+
 
 def agree(
     model: o.ModelArgument,
@@ -82,35 +89,17 @@ def agree(
             observe(stream, each, runs, memory_mb=memory_mb, progress=lambda done, t=tick: t(done, tokens))
             for each, tick in zip((chosen.before, chosen.target), ticks, strict=True)
         )
-        metric = partial(next_token_loss, first=chosen.first)
-        attributed = attribute(stream, chosen.sequences, metric, runs, progress=step("attribution")) if edges else {}
-        rows: list[dict[str, Any]] = []
-        for port in HEAD_PORTS:
-            scored = _predictors(stream, port, before, centred, writers.value, device)
-            delivered = Delivered(port, target, centred, writers.value, device=device)(stream)
-            if not bool(delivered.present().any()):
-                raise UsageError(
-                    "no head reads what another wrote", expected="two layers of attention", do="take another model"
-                )
-            rows += _rows(port, scored, delivered, "delivered", "delivered")
-            drawn = drawn_edges(stream, port, edges, seed)
-            if drawn:
-                tick = step(f"remove {port}")
-                removed = removals(stream, drawn, chosen.sequences, chosen.first, runs, tick)
-                scored["delivered"] = delivered, "delivered"
-                scored["attribution"] = attributed[port], "size"
-                rows += _rows(port, scored, removed, "size", "causal")
-    found = {
-        "model": model,
-        "agreement": rows,
-        "predicted_from": chosen.told[0],
-        "target_text": chosen.told[1],
-        "tokens": [before.tokens, target.tokens],
-        "removed_on": list(chosen.sequences.shape),
-        "heads": target.form,
-        "moment": "centred" if centred else "uncentred",
-        "provenance": stream.provenance,
-    }
+        compared = _Compared(stream, before, target, writers.value, centred, device)
+        rows = list(compared.with_flow())
+        if edges:
+            metric = partial(next_token_loss, first=chosen.first)
+            attributed = attribute(stream, chosen.sequences, metric, runs, progress=step("attribution"))
+            for port in HEAD_PORTS:
+                drawn = drawn_edges(stream, port, edges, seed)
+                removed = removals(stream, drawn, chosen.sequences, chosen.first, runs, step(f"remove {port}"))
+                rows += compared.with_cause(port, removed, attributed[port])
+    found = {"model": model, "agreement": rows, **chosen.described, "tokens": [before.tokens, target.tokens]}
+    found |= {"heads": target.form, "moment": "centred" if centred else "uncentred", "provenance": stream.provenance}
     if as_json:
         put_json(found)
         return
@@ -145,17 +134,53 @@ def _sequences(batches: list[Tensor]) -> Tensor:
     return torch.stack(whole[:_SEQUENCES])
 
 
-def _predictors(
-    stream: Stream, port: HeadPort, before: Moments, centred: bool, writers: Writers, device: str
-) -> dict[str, tuple[Record, str]]:
-    """Records that predict, each with its column."""
-    composition = Composition(port, device=device, writers=writers)(stream)
-    return {
-        "data-aware": (Delivered(port, before, centred, writers, device=device)(stream), "delivered"),
-        "composition": (composition, "score"),
-        "strength": (composition, "strength"),
-        "overlap": (Overlap(port, device)(stream), "overlap"),
-    }
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Predictors of edges into heads, and what they are held against.
+
+    Attributes:
+        stream: the model.
+        before: moments that predict.
+        target: moments of what is predicted.
+        writers: as in ``Delivered``.
+        centred: as in ``Delivered``.
+        device: of the kernels.
+    """
+
+    stream: Stream
+    before: Moments
+    target: Moments
+    writers: Writers
+    centred: bool
+    device: str
+
+    def with_flow(self) -> Iterator[dict[str, Any]]:
+        """Every predictor against the energy delivered."""
+        for port in HEAD_PORTS:
+            delivered = self._delivered(port, self.target)
+            if not bool(delivered.present().any()):
+                raise UsageError(
+                    "no head reads what another wrote", expected="two layers of attention", do="take another model"
+                )
+            yield from _rows(port, self._predictors(port), delivered, "delivered", "delivered")
+
+    def with_cause(self, port: HeadPort, removed: Record, attributed: Record) -> list[dict[str, Any]]:
+        """Every predictor, what is delivered and attributed, against the effect of removing edges."""
+        flow = {"delivered": (self._delivered(port, self.target), "delivered"), "attribution": (attributed, "size")}
+        return _rows(port, self._predictors(port) | flow, removed, "size", "causal")
+
+    def _predictors(self, port: HeadPort) -> dict[str, tuple[Record, str]]:
+        """Records that predict, each with its column."""
+        composition = Composition(port, device=self.device, writers=self.writers)(self.stream)
+        return {
+            "data-aware": (self._delivered(port, self.before), "delivered"),
+            "composition": (composition, "score"),
+            "strength": (composition, "strength"),
+            "overlap": (Overlap(port, self.device)(self.stream), "overlap"),
+        }
+
+    def _delivered(self, port: HeadPort, moments: Moments) -> Record:
+        return Delivered(port, moments, self.centred, self.writers, device=self.device)(self.stream)
 
 
 def _rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +62,7 @@ def map_model(
     With a text (or random tokens, --repeated) the model runs, and the report says what flows and what edges cause.
     """
     began = time.monotonic()
-    if sum((operating_point is not None, text is not None, repeated)) > 1:
-        raise UsageError(
-            "more than one source of what flows", expected="one of --operating-point, --text, --repeated", do="choose"
-        )
-    parts = _parts(only)
+    parts, flow = _parts(only), _flow(operating_point, text, repeated, tokens, prove)
     folder = output or Path(f"{Path(model.removeprefix('hf://')).name}.atlas")
     with steps(progress) as step:
         stream = open_model(
@@ -73,11 +70,7 @@ def map_model(
         )
         manifest = manifest_of(stream, model)
         job = Job(Atlas.create(folder, manifest), stream, step, rotary_offset, dtype, device, memory_mb)
-        records = list(job.answers(parts))
-        if operating_point is not None:
-            records += from_file(job, operating_point)
-        elif text is not None or repeated:
-            records += Flow(job, text, 0 if repeated else None, tokens, prove).answers()
+        records = [*job.answers(parts), *flow(job)]
         report = folder / "report.html"
         write_report(report, records, manifest)
     found = _summary(stream, records, top)
@@ -96,13 +89,17 @@ def map_model(
         return
     for port, record in among_heads(stream, records).items():
         show_edges(f"{port}-composition · {model} · norm {stream.norm_stamp}", record, edges_of(record, top))
+    _tell(found)
+    line(f"done in {seconds:.1f} s")
+    line(f"atlas:  {folder}")
+    line(f"report: {report}")
+
+
+def _tell(found: dict[str, Any]) -> None:
     if "statements" in found:
         line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in found["statements"].items()))
     if "proved" in found:
         line("removed one by one: {asked} edges, {causal} causal".format(**found["proved"]))
-    line(f"done in {seconds:.1f} s")
-    line(f"atlas:  {folder}")
-    line(f"report: {report}")
 
 
 def _parts(only: str | None) -> tuple[Part, ...]:
@@ -112,6 +109,21 @@ def _parts(only: str | None) -> tuple[Part, ...]:
     if unknown:
         raise UsageError(f"no part {unknown[0]!r}", expected=", ".join(Part), do="name some of these in --only")
     return tuple(part for part in Part if not wanted or part in wanted)
+
+
+def _flow(
+    operating_point: Path | None, text: str | None, repeated: bool, tokens: int, prove: int
+) -> Callable[[Job], Iterator[Record]]:
+    """What a map is asked to say of runs."""
+    if sum((operating_point is not None, text is not None, repeated)) > 1:
+        raise UsageError(
+            "more than one source of what flows", expected="one of --operating-point, --text, --repeated", do="choose"
+        )
+    if operating_point is not None:
+        return lambda job: from_file(job, operating_point)
+    if text is None and not repeated:
+        return lambda _job: iter(())
+    return lambda job: Flow(job, text, 0 if repeated else None, tokens, prove).answers()
 
 
 def _summary(stream: Stream, records: list[Record], top: int) -> dict[str, Any]:
