@@ -122,7 +122,8 @@ def _on_text(bench: Bench, run: Record) -> _Seen:
 def _on_prompt(stream: Stream, point: OperatingPoint) -> _Seen:
     names, each = _clearing(stream, point)
     share = (each > _CLEARED).to(accumulate).mean(0)
-    return _Seen(len(point.tokens), names, share, each.mean(0), each.std(0, correction=0), _bimodality(each))
+    spread = (each - each.mean(0)).square().mean(0).sqrt()  # std() warns where there is no neuron
+    return _Seen(len(point.tokens), names, share, each.mean(0), spread, _bimodality(each))
 
 
 def _off(x: Tensor, recorded: Tensor, stream: Stream) -> float:
