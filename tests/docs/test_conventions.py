@@ -17,6 +17,8 @@ PAGES = (
     "bandwidth.md",
     "superposition.md",
     "memory.md",
+    "flow.md",
+    "lifetime.md",
     "frontier.md",
     "cleared.md",
     "basis.md",

@@ -78,6 +78,8 @@ VERBS = (
     "superposition",
     "memory",
     "frontier",
+    "lifetime",
+    "cleared",
     "basis",
     "rotate",
     "linear",

@@ -135,8 +135,14 @@ def test_the_command_runs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
         return json.loads(capsys.readouterr().out)
 
     found = answer("--repeated", "--tokens", "32")
-    assert found["run"] == "cleared on 32 tokens of text"
+    for name in ("cleared", "lifetime", "frontier"):
+        assert f"{name} on 32 tokens of text" in found["run"]
     assert found["text"].startswith("random tokens")
-    assert found["statements"][0]["evidence"]["tokens_run"] == 32
+    evidence = found["statements"][0]["evidence"]
+    assert evidence["tokens_run"] == 32
+    assert evidence["writers_followed"] > 20
+    policy, linear = answer("--repeated", "--tokens", "32", "--only", "L3,L12")["statements"]
+    assert linear["verdict"] == "holds under"
+    assert policy["evidence"]["where_the_model_stands_agreement"] is not None
     assert answer()["run"] == "weights alone"
     assert run(["statements", str(tmp_path), "--repeated", "--text", "a.txt"]) == 2

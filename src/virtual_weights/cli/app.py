@@ -21,6 +21,7 @@ from virtual_weights.cli.composition import composition
 from virtual_weights.cli.edges import edges
 from virtual_weights.cli.frontier import erasure_frontier
 from virtual_weights.cli.labels import label_heads
+from virtual_weights.cli.lifetime import follow
 from virtual_weights.cli.linear import linear
 from virtual_weights.cli.map import map_model
 from virtual_weights.cli.memory import memory
@@ -69,6 +70,7 @@ app.command("trace")(trace_prompt)
 app.command("frontier")(erasure_frontier)
 app.command("labels")(label_heads)
 app.command("cleared")(cleared_on_text)
+app.command("lifetime")(follow)
 app.command("agree")(agree)
 app.add_typer(model_commands, name="model")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
+import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from virtual_weights.cli import options as o
 from virtual_weights.cli.observe import Repeated, TextSource, passages
@@ -18,31 +19,16 @@ from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
 from virtual_weights.runtime.cleared import cleared
+from virtual_weights.runtime.frontier import frontier
+from virtual_weights.runtime.lifetime import lifetime
 from virtual_weights.runtime.operate import operating_point as run_prompt
 from virtual_weights.runtime.text import PADDING, token_ids, tokenizer_of
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint, Stream
 
 _TOKENS, _LENGTH, _BATCH = 4096, 256, 4
-
-
-class Runner(Protocol):
-    """Runs a model over batches of token ids and tells what it found, under the name of its question."""
-
-    def __call__(
-        self,
-        stream: Stream,
-        batches: Sequence[Tensor],
-        model: nn.Module | None = None,
-        *,
-        progress: Callable[[int], None] | None = None,
-    ) -> Record:
-        """The Record; progress is called with the number of tokens so far."""
-        ...
-
-
-RUNNERS: dict[str, Runner] = {"cleared": cleared}
-"""What is run where a text is given, by question; the statements take what they know of (``Bench.runs``)."""
+_PROMPT = 32  # tokens of the text that serve as the prompt where none is named
+_WHOLE = 2  # chunks on which the frontier is measured, which holds all that flows at once
 
 
 def statements(
@@ -88,7 +74,9 @@ def statements(
         runs, source = dict[str, Record](), None
         if text is not None or tokens is not None or repeated:
             chunks, source = passages(stream, text, tokens or _TOKENS, _LENGTH, _BATCH, seed if repeated else None)
-            runs = run_text(stream, list(chunks), step)
+            batches = list(chunks)
+            runs = run_text(stream, batches, step)
+            point = point or run_prompt(stream, next(row[row != PADDING][:_PROMPT] for row in batches[0]))
         record = question(stream, step("statements"), point=point, runs=runs)
     rows = rows_of(record)
     if as_json:
@@ -101,11 +89,14 @@ def statements(
 
 
 def run_text(stream: Stream, batches: Sequence[Tensor], step: Callable[[str], Tick]) -> dict[str, Record]:
-    """What every runner finds on batches of token ids."""
-    model, total, found = load(stream), sum(int((each != PADDING).sum()) for each in batches), dict[str, Record]()
-    for name, runner in RUNNERS.items():
-        tick = step(name)
-        found[name] = runner(stream, batches, model, progress=lambda done, tick=tick: tick(done, total))
+    """What runs on batches of token ids find, by question: the statements take what they know of (``Bench.runs``)."""
+    model, total = load(stream), sum(int((each != PADDING).sum()) for each in batches)
+    first, second = step("cleared"), step("lifetime")
+    found = {"cleared": cleared(stream, batches, model, progress=lambda done: first(done, total))}
+    found["lifetime"] = lifetime(stream, batches, model, progress=lambda done: second(done, total)).projection
+    whole = [row for batch in batches for row in batch if int(row.min()) >= 0 and len(row) == batches[0].shape[1] > 1]
+    if whole:
+        found["frontier"] = frontier(stream, torch.stack(whole[:_WHOLE]), model, progress=step("frontier")).frontier
     return found
 
 

@@ -15,7 +15,7 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.model import load
 from virtual_weights.runtime.operate import activation, forward
-from virtual_weights.runtime.text import PADDING
+from virtual_weights.runtime.text import kept
 from virtual_weights.runtime.watch import Kind, watching
 from virtual_weights.stream import Stream, scale
 from virtual_weights.stream.operating_point import gate_factor
@@ -96,12 +96,12 @@ def cleared(
     digest, tokens = sha256(), 0
     with watching(runs, stream, ("state", "inner", "mlp", "gate" if stream.spec.gated else "in"), watch.see):
         for batch in batches:
-            kept = _kept(batch)
-            watch.kept = kept.to(next(runs.parameters()).device)
+            there = kept(batch)
+            watch.kept = there.to(next(runs.parameters()).device)
             forward(runs, batch.clamp(min=0))
-            for row, there in zip(batch.cpu(), kept.cpu(), strict=True):
-                digest.update(f"{row[there].tolist()}".encode())
-            tokens += int(kept.sum())
+            for row, of_row in zip(batch.cpu(), there.cpu(), strict=True):
+                digest.update(f"{row[of_row].tolist()}".encode())
+            tokens += int(there.sum())
             if progress is not None:
                 progress(tokens)
     if not tokens:
@@ -193,18 +193,6 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
     fourth = a4 + b4 + d**4 * na * q * (p * p - p * q + q * q)
     fourth = fourth + 6 * d**2 * (p * p * b2 + q * q * a2) + 4 * d * (p * b3 - q * a3)
     return torch.stack([n, p * ma + q * mb, second, third, fourth, *(a[5:] + b[5:])])
-
-
-def _kept(tokens: Tensor) -> Tensor:
-    """Which places of a batch hold tokens (B, T)."""
-    kept = tokens != PADDING
-    if tokens.ndim != 2 or bool((kept[:, 1:] & ~kept[:, :-1]).any()):
-        raise UsageError(
-            f"a batch of shape {tuple(tokens.shape)} with padding before a token",
-            expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
-            do="pad on the right",
-        )
-    return kept
 
 
 def _verdict(share: float, limits: Thresholds) -> str | None:

@@ -97,7 +97,7 @@ def frontier(
         "units": int((~found.utility.isnan()).sum()),
         "median_price": at["50%"],
     }
-    stamp = {"norm": stream.norm_stamp, **STAMP}
+    stamp = {"norm": stream.norm_stamp, "tokens": tokens.numel(), **STAMP}
     shared: dict[str, Any] = {"parameters": parameters, "stamp": stamp, "provenance": stream.provenance}
     return Frontier(_over_prices(found, listed, shared), _over_writers(found, at["50%"], shared))
 

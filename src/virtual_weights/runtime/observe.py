@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime.model import load
 from virtual_weights.runtime.operate import forward
-from virtual_weights.runtime.text import PADDING
+from virtual_weights.runtime.text import kept
 from virtual_weights.runtime.watch import Kind, watching
 from virtual_weights.stream import Stream, scale
 from virtual_weights.stream.moments import Moments
@@ -81,13 +81,7 @@ class _Observed:
 
     def begin(self, tokens: Tensor, device: torch.device) -> None:
         """Take note of which places of a batch hold tokens."""
-        self.kept = (tokens != PADDING).to(device)
-        if tokens.ndim != 2 or bool((self.kept[:, 1:] & ~self.kept[:, :-1]).any()):
-            raise UsageError(
-                f"a batch of shape {tuple(tokens.shape)} with padding before a token",
-                expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
-                do="pad on the right",
-            )
+        self.kept = kept(tokens).to(device)
         self.whole = bool(self.kept.all())
         self.inverse: dict[int, Tensor] = {}
         self.waiting: dict[str, tuple[int, Tensor]] = {}

@@ -105,6 +105,24 @@ def batches(
         yield _stacked(held)
 
 
+def kept(batch: Tensor) -> Tensor:
+    """Which places of a batch (B, T) hold tokens.
+
+    Raises:
+        UsageError: it has another shape, or padding stands before a token.
+    """
+    there = batch != PADDING
+    if batch.ndim != 2 or bool((there[:, 1:] & ~there[:, :-1]).any()):
+        raise UsageError(
+            f"a batch of shape {tuple(batch.shape)} with padding before a token"
+            if batch.ndim == 2
+            else f"a batch of shape {tuple(batch.shape)}",
+            expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
+            do="pad on the right",
+        )
+    return there
+
+
 def repeated_tokens(vocab: int, length: int = 128, batch: int = 4, seed: int = 0) -> Tensor:
     """Uniformly random tokens, then the same again, (batch, 2 length): only copying predicts the second half."""
     once = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))

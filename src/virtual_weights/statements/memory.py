@@ -144,9 +144,8 @@ def best_policy(bench: Bench) -> Finding:
 
 def _measured_policy(run: Record, estimated: Mapping[str, Figure]) -> Finding:
     """Policies over what a run on text measured, price by price. As written, the price is 0: it never meets m."""
-    # an axis and a column of a Record share no name: the price is the column lambda, or else the label
     listed: list[dict[str, Any]] = [row for row in run.rows() if row["agreement"] is not None]
-    priced = sorted(((float(row.get("lambda", row["price"])), row) for row in listed), key=lambda pair: pair[0])
+    priced = sorted(((float(row["lambda"]), row) for row in listed), key=lambda pair: pair[0])
     if len(priced) < 2:
         return cannot_tell("one price says nothing of what depends on the price")
     evidence = {name: value for name, value in estimated.items() if name != _STANDS}
