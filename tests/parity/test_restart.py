@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from tiny_models import SHAPES, norms_in_full_precision, tiny
 from torch import Tensor
 
 import virtual_weights as vw
+from virtual_weights.errors import UsageError
 from virtual_weights.runtime import module_of
 from virtual_weights.runtime.edge import Edge, next_token_loss
 from virtual_weights.runtime.prove import Trial, prove
@@ -69,9 +69,8 @@ def test_restarted_at_any_block_the_logits_are_the_same_and_earlier_blocks_do_no
         clean = model(TOKENS).logits
     ran: list[int] = []
     layers = stream.spec.n_layers
-    hooks = [
-        module_of(model, stream, "o", i).register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(layers)
-    ]
+    modules = [module_of(model, stream, "o", i) for i in range(layers)]
+    hooks = [each.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, each in enumerate(modules)]
     for layer in range(layers + 1):
         state = states[attention_reads(stream.model, layer)]
         with torch.no_grad():
@@ -91,13 +90,11 @@ def test_a_forward_of_the_models_own_comes_back() -> None:
     model: Any = tiny("gpt2")
     stream = vw.open(model)
     block = model.transformer.h[0]
-    own = block.forward
-    block.forward = partial(own)
-    placed = block.forward
-    within = None
-    with suppress(ZeroDivisionError), restarted(model, stream, 1, torch.zeros(1)):
-        within = block.forward
-        raise ZeroDivisionError
-    assert within not in (None, placed)
+    block.forward = placed = partial(block.forward)
+    with restarted(model, stream, 1, torch.zeros(1)):
+        assert block.forward is not placed
+    assert block.forward is placed
+    with pytest.raises(UsageError), restarted(model, stream, 2, torch.zeros(1)):
+        raise UsageError("it fails", expected="", do="")
     assert block.forward is placed
     assert "forward" not in model.transformer.h[1].__dict__

@@ -94,11 +94,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     best = record["share"][3].abs().topk(3).indices
     assert [row["writer"] for row in told["rows"]] == [record.axis("writer").labels[int(i)] for i in best]
     assert told["error"] < 1e-4
-    assert run([*base, "--token", "1"]) == 0
+    assert run([*base, "--position", "1"]) == 0
     assert "the logit of" in capsys.readouterr().out
     assert run([*base, "--lens"]) == 0
     assert "logit lens" in capsys.readouterr().out
     assert run(["trace", str(tmp_path / "m"), "--ids", "3,99"]) == 2
     assert run(["trace", str(tmp_path / "m"), "--ids", "3,x"]) == 2
     assert run(["trace", str(tmp_path / "m")]) == 2
-    assert run([*base, "--token", "4"]) == 2
+    assert run([*base, "--position", "4"]) == 2
+    assert run([*base, "--token", "37"]) == 2
+    assert run([*base, "--reader", "L1H2.K", "--token", "3"]) == 2
+    assert run([*base, "--token", "5", "--against", "9", "--position", "2", "--top", "99", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    record = trace(passage(vw.open(tmp_path / "m"), TOKENS[:4]), "unembed", 5, 9).select("token", ["2"])
+    logits = dict(zip(record.axis("writer").labels, record["logit"][0].tolist(), strict=True))
+    assert {row["writer"]: row["logit"] for row in told["rows"]} == pytest.approx(logits, rel=1e-4)

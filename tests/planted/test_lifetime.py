@@ -27,9 +27,9 @@ def batch(*rows: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PADDING)
 
 
-def found(model: nn.Module, *batches: Tensor) -> Lifetime:
+def found(model: nn.Module, *batches: Tensor, centred: bool = False) -> Lifetime:
     with norms_in_full_precision():
-        return lifetime(vw.open(model).to(torch.float64), batches, model)
+        return lifetime(vw.open(model).to(torch.float64), batches, model, centred=centred)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,6 +67,28 @@ def test_projections_and_shares_are_those_of_every_token(name: str) -> None:
             assert (first[other] <= first[one]) == (value != value)
             if first[other] > first[one]:
                 assert value == pytest.approx(taken[one, other] / energy[one], rel=1e-9, abs=1e-9)
+
+
+def test_centred_leaves_out_what_every_token_gets() -> None:
+    model = tiny("llama-biases-wide-heads", dtype=torch.float64)
+    stream, record = vw.open(model).to(torch.float64), found(model, batch(*ROWS), centred=True)
+    wrote, weights = dict[str, list[Tensor]](), list[Tensor]()
+    for tokens in ROWS:
+        with norms_in_full_precision():
+            whole = passage(stream, tokens, model)
+        weights.append(torch.stack([whole.scalar(p) for p in range(stream.states)]).amax(0) ** -2)
+        for name, y in whole.written(stream.states - 1):
+            wrote.setdefault(name, []).append(y)
+    w = torch.cat(weights)[:, None]
+    y = {name: torch.cat(parts) for name, parts in wrote.items()}
+    varied = {name: each - (w * each).sum(0) / w.sum() for name, each in y.items()}
+    for one, other in (("embed", "L1.mlp"), ("L0H1", "L2H3"), ("L1.mlp", "L2.mlp")):
+        expected = (w * varied[one] * varied[other]).sum() / (w * varied[one].square()).sum()
+        i, j = (record.erased_by.axis(axis).index(name) for axis, name in (("writer", one), ("eraser", other)))
+        assert float(record.erased_by["share"][i, j]) == pytest.approx(float(expected), rel=1e-9)
+    biases = [row["writer"] for row in record.summary.rows() if "bias" in str(row["writer"])]
+    assert biases == [], "a constant differs nowhere"
+    assert any("bias" in str(row["writer"]) for row in found(model, batch(*ROWS)).summary.rows())
 
 
 def test_shares_sum_to_the_change_of_every_state() -> None:
@@ -125,15 +147,16 @@ def test_the_command_says_what_the_records_say(tmp_path: Path, capsys: pytest.Ca
     options = ("--repeated", "--tokens", "64", "--length", "16", "--json")
     assert run(["lifetime", str(tmp_path), "--top", "5", *options]) == 0
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    lowest = [row["lowest"] for row in told["lifetime"]]
-    assert lowest == sorted(lowest)
-    assert len(lowest) == len(told["erased_by"]) == 5
+    left = [abs(row["final"]) for row in told["lifetime"]]
+    assert left == sorted(left)
+    assert len(left) == 5
+    assert {row["writer"] for row in told["erased_by"]} <= {row["writer"] for row in told["lifetime"]}
     assert told["stamp"]["tokens"] == 64
     name = told["lifetime"][0]["writer"]
     assert run(["lifetime", str(tmp_path), "--writer", name, *options]) == 0
     one: dict[str, Any] = json.loads(capsys.readouterr().out)
     (row,) = one["lifetime"]
-    assert min(row["projection"]) == pytest.approx(lowest[0])
+    assert abs(row["projection"][-1]) == pytest.approx(left[0])
     assert all(each["writer"] == name for each in one["erased_by"])
     assert run(["lifetime", str(tmp_path), "--writer", "L9H9", *options]) == 2
     assert run(["lifetime", str(tmp_path), "--repeated", "--text", "default"]) == 2

@@ -141,7 +141,7 @@ def test_the_command_runs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     evidence = found["statements"][0]["evidence"]
     assert evidence["tokens_run"] == 32
     assert evidence["writers_followed"] > 20
-    policy, linear = answer("--repeated", "--tokens", "32", "--only", "L3,L12")["statements"]
+    linear, policy = answer("--repeated", "--tokens", "32", "--only", "L3,L12")["statements"]
     assert linear["verdict"] == "holds under"
     assert policy["evidence"]["where_the_model_stands_agreement"] is not None
     assert answer()["run"] == "weights alone"

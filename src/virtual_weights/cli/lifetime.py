@@ -15,6 +15,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
 from virtual_weights.runtime.lifetime import Lifetime, lifetime
 
+_ERASERS = 3  # named for each writer
 _SHOWN = ("writer", "start", "final", "lowest", "lowest_state", "half_state", "eraser", "taken")
 
 
@@ -26,6 +27,7 @@ def follow(
     text: TextSource = None,
     tokens: Tokens = 2048,
     repeated: Repeated = False,
+    centred: Annotated[bool, typer.Option("--centred", help="leave out what a writer says to every token")] = False,
     length: ChunkLength = 256,
     batch: Batch = 4,
     seed: Annotated[int, typer.Option("--seed", help="of random tokens")] = 0,
@@ -43,14 +45,14 @@ def follow(
         stream = open_model(model, step("open"), offline=offline)
         chunks, source = passages(stream, text, tokens, length, batch, seed if repeated else None)
         runs, tick = load(stream, dtype=dtype.torch, device=device), step("lifetime")
-        found = lifetime(stream, chunks, runs, progress=lambda done: tick(done, tokens))
+        found = lifetime(stream, chunks, runs, centred=centred, progress=lambda done: tick(done, tokens))
     told: dict[str, Any] = {"model": model, "text": source, "stamp": found.projection.stamp}
     told |= _one(found, writer, top) if writer is not None else _all(found, top)
     told["provenance"] = stream.provenance
     if as_json:
         put_json(told)
         return
-    title = f"{writer} · {model}" if writer else f"writers that others take back most · {model}"
+    title = f"{writer} · {model}" if writer else f"writers of which least is left at the end · {model}"
     table(title, list(_SHOWN), [[row[name] for name in _SHOWN] for row in told["lifetime"]])
     if writer is not None:
         (row,) = told["lifetime"]
@@ -61,11 +63,10 @@ def follow(
 
 
 def _all(found: Lifetime, top: int) -> dict[str, Any]:
-    """The writers of lowest projection, and the strongest erasures."""
-    return {
-        "lifetime": list(found.summary.top(top, "lowest", largest=False).rows()),
-        "erased_by": list(found.erased_by.top(top, "share", largest=False).rows()),
-    }
+    """The writers of which least is left, and for each the three later writers that take back most."""
+    rows = sorted(found.summary.rows(), key=lambda row: abs(_number(row["final"])))[:top]
+    shares = [each for row in rows for each in _shares(found, str(row["writer"]))[:_ERASERS] if each["share"] < 0]
+    return {"lifetime": rows, "erased_by": shares}
 
 
 def _one(found: Lifetime, writer: str, top: int) -> dict[str, Any]:
@@ -73,8 +74,14 @@ def _one(found: Lifetime, writer: str, top: int) -> dict[str, Any]:
     (row,) = found.summary.select("writer", [writer]).rows()
     along = [each["projection"] for each in found.projection.select("writer", [writer]).rows()]
     state = len(found.projection.axis("state").labels) - len(along)
-    shares = sorted(found.erased_by.select("writer", [writer]).rows(), key=lambda each: -abs(_number(each["share"])))
+    shares = sorted(_shares(found, writer), key=lambda each: -abs(each["share"]))
     return {"lifetime": [row | {"projection": along, "state": state}], "erased_by": shares[:top]}
+
+
+def _shares(found: Lifetime, writer: str) -> list[dict[str, Any]]:
+    """What every later writer adds, most negative first."""
+    rows: list[dict[str, Any]] = list(found.erased_by.select("writer", [writer]).rows())
+    return sorted(rows, key=lambda each: each["share"])
 
 
 def _number(value: Any) -> float:

@@ -45,6 +45,7 @@ def lifetime(
     batches: Iterable[Tensor],
     model: nn.Module | None = None,
     *,
+    centred: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Lifetime:
     """Follow what every writer wrote through the later states of the stream, on text.
@@ -66,6 +67,8 @@ def lifetime(
         stream: the model.
         batches: token ids (B, T) each, ``PADDING`` after the end of shorter rows, which never counts.
         model: a loaded model; without it the checkpoint is loaded in float32.
+        centred: leave the means over tokens out of all that was written: what a writer says that differs between
+            tokens. Uncentred, the constant directions of a trained stream can outweigh it by far.
         progress: called with the number of tokens so far after each batch.
 
     Returns:
@@ -77,7 +80,8 @@ def lifetime(
     """
     runs, writers = load(stream, model), [c for c in stream.components if c.writes is not None]
     gram = torch.zeros((len(writers), len(writers)), dtype=accumulate)
-    missed, size, tokens = 0.0, 0.0, 0
+    sums = torch.zeros((len(writers), stream.d_model), dtype=accumulate)
+    missed, size, weights, tokens = 0.0, 0.0, 0.0, 0
     for batch in batches:
         for part in _passages(stream, runs, batch):
             weight = _weight(part)
@@ -87,13 +91,19 @@ def lifetime(
             size += float(last.square().sum())
             flat = (wrote * weight.sqrt()[:, None]).flatten(1)
             gram += flat @ flat.T
+            sums += torch.einsum("wtd,t->wd", wrote, weight)
+            weights += float(weight.sum())
             tokens += len(part.tokens)
         if progress is not None:
             progress(tokens)
     if not tokens:
         raise UsageError("there are no tokens to run on", expected="a text", do="pass one that is not empty")
     stamp: dict[str, Any] = {"norm": stream.norm_stamp, "tokens": tokens, "weight": WEIGHT}
-    stamp["error"] = (missed / size) ** 0.5
+    stamp |= {"moment": "centred" if centred else "uncentred", "error": (missed / size) ** 0.5}
+    if centred:
+        rest = gram - sums @ sums.T / weights
+        constant = rest.diagonal() <= 1e-12 * gram.diagonal()  # what is left of it is rounding
+        gram = rest.masked_fill(constant | constant[:, None], 0.0)
     return _records(stream, writers, gram, stamp)
 
 

@@ -70,13 +70,14 @@ class Passage:
 
 
 @torch.no_grad()
-def passage(stream: Stream, tokens: Tensor, model: nn.Module | None = None) -> Passage:
+def passage(stream: Stream, tokens: Tensor, model: nn.Module | None = None, *, patterns: bool = False) -> Passage:
     """Run a model on one prompt and keep what its parts did.
 
     Args:
         stream: the model.
         tokens: (T,) token ids.
         model: a loaded model; without it the checkpoint is loaded in float32.
+        patterns: keep attention too, (heads, T, T) a layer; ``route`` needs it.
 
     Raises:
         UsageError: no tokens, or transformers is missing.
@@ -91,6 +92,8 @@ def passage(stream: Stream, tokens: Tensor, model: nn.Module | None = None) -> P
     wanted: list[Kind] = [kind for kind in kinds if kind != "gate" or stream.spec.gated]
     if stream.model.has("pos"):
         wanted.append("pos")
+    if patterns:
+        wanted.append("pattern")
 
     def see(kind: Kind, layer: int, tensor: Tensor) -> None:
         seen[kind, layer] = tensor[0].cpu()
@@ -215,16 +218,23 @@ def _reading(
     own = of.logits if port == "unembed" else of.seen[_seen(port), label.layer or 0]
     if token is None and label.index is None:
         return maps.to(accumulate), constant, own, place.reads
-    index = label.index if token is None else token
-    wrong = [i for i in (index, against) if i is not None and not 0 <= i < len(maps)]
-    if wrong or index is None:
-        raise UsageError(f"no row {wrong[0]}", expected=f"ids from 0 to {len(maps) - 1}", do="correct the token id")
+    index = token if token is not None else label.index or 0
+    told = None if constant is None else row(constant, 0, index, against)
+    return row(maps, 0, index, against), told, row(own, 1, index, against), place.reads
 
-    def row(of_rows: Tensor, axis: int) -> Tensor:
-        own = of_rows.narrow(axis, index, 1).to(accumulate)
-        return own if against is None else own - of_rows.narrow(axis, against, 1).to(accumulate)
 
-    return row(maps, 0), None if constant is None else row(constant, 0), row(own, 1), place.reads
+def row(of_rows: Tensor, axis: int, index: int, against: int | None = None) -> Tensor:
+    """One row of a reader along an axis, which stays, in float64; less another where one is named.
+
+    Raises:
+        UsageError: there is no such row.
+    """
+    wrong = [i for i in (index, against) if i is not None and not 0 <= i < of_rows.shape[axis]]
+    if wrong:
+        last = of_rows.shape[axis] - 1
+        raise UsageError(f"no row {wrong[0]}", expected=f"ids from 0 to {last}", do="correct the token id")
+    own = of_rows.narrow(axis, index, 1).to(accumulate)
+    return own if against is None else own - of_rows.narrow(axis, against, 1).to(accumulate)
 
 
 def _seen(port: Port) -> Kind:
