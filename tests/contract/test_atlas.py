@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from virtual_weights.atlas import Atlas, task_key
-from virtual_weights.atlas.durable import write_folder
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Axis, Column, Record
+from virtual_weights.record.durable import write_folder
 
 NAN = math.nan
 MANIFEST = {"reference": "tiny", "fingerprint": "f00d", "family": "llama", "sizes": {"d_model": 8}}

@@ -156,7 +156,7 @@ def test_head_eigenvalues_equal_dense(name: str) -> None:
 
 def test_token_circuit_folds_the_final_norm_as_the_stream_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama-grouped-untied", dtype=torch.float64)
-    monkeypatch.setattr("virtual_weights.analysis.erasers._CHUNK_BYTES", 8 * 24 * 5)  # chunks of 5 of 37 tokens
+    monkeypatch.setattr("virtual_weights.analysis.erasers.converted", 8 * 24 * 5)  # chunks of 5 of 37 tokens
     embed, unembed = model.model.embed_tokens.weight, model.lm_head.weight
     for fold, gain in ((True, model.model.norm.weight), (False, torch.ones(24, dtype=torch.float64))):
         circuit = token_circuit(vw.open(model, fold=fold))
@@ -227,7 +227,7 @@ def test_erasure_in_small_blocks_is_the_same(name: str, monkeypatch: pytest.Monk
     """One layer of erasers and one wide writer at a time, in chunks of columns."""
     stream = vw.open(tiny(name, dtype=torch.float64))
     whole = Erasure()(stream)
-    monkeypatch.setattr("virtual_weights.analysis.erasure._CHUNK_BYTES", 8 * 24 * 7)
+    monkeypatch.setattr("virtual_weights.analysis.sides.converted", 8 * 24 * 7)
     seen: list[tuple[float, float]] = []
     small = Erasure(memory_mb=1)
     monkeypatch.setattr("virtual_weights.analysis.erasure._blocks", lambda s, e, b, own=_blocks: own(s, e, 1))

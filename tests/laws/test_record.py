@@ -128,7 +128,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(ask, kind: str):
 
 def test_text_has_no_order_of_size():
     record = Record("q", (Axis("part", ("a",)),), (Column("text", ("x",)), Column("n", torch.ones(1))))
-    with pytest.raises(UsageError, match="no order of size") as caught:
+    with pytest.raises(UsageError, match="holds text, not numbers") as caught:
         record.top(1, by="text")
     assert "'n'" in caught.value.expected
     assert record.top(1)["n"].tolist() == [1.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def test_planted_patterns_get_their_names(monkeypatch: pytest.MonkeyPatch) -> No
         yield
 
     stream = vw.open(tiny("llama-full"))
-    monkeypatch.setattr("virtual_weights.runtime.labels.watching", shown)
-    monkeypatch.setattr("virtual_weights.runtime.labels.forward", lambda model, tokens: None)
+    monkeypatch.setattr(import_module("virtual_weights.runtime.labels"), "watching", shown)
+    monkeypatch.setattr(import_module("virtual_weights.runtime.labels"), "forward", lambda model, tokens: None)
     record = labels(stream, tiny("llama-full"), repeated_tokens(37, LENGTH, 1))
     assert record["label"][:6] == (*BEHAVIOURS, None)
     assert record["previous_token"][0] == 1

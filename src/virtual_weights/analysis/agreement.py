@@ -53,9 +53,7 @@ def agreement(predictor: Record, target: Record, column: str, of: str, top: int 
     Raises:
         UsageError: the records have no edge in common.
     """
-    values = target[of]
-    assert isinstance(values, Tensor)
-    truth = values.to(accumulate)
+    truth = target.numbers(of)
     guess = aligned(predictor, target, column)
     both = ~(truth.isnan() | guess.isnan())
     if not bool(both.any()):

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
 
 
@@ -31,8 +30,6 @@ def aligned(record: Record, like: Record, column: str) -> Tensor:
     Edges are matched by label, with or without the port; a reader that the record does not name is taken as the one
     that shares its channel.
     """
-    values = record[column]
-    assert isinstance(values, Tensor)
     readers, writers = record.axis("reader"), record.axis("writer")
     port = f".{record.parameters.get('port')}"  # subspaces are named with their port, L5H3.K
     named = {label.removesuffix(port): i for i, label in enumerate(readers.labels)}
@@ -44,5 +41,5 @@ def aligned(record: Record, like: Record, column: str) -> Tensor:
     places = {label: i for i, label in enumerate(writers.labels)}
     columns = [places.get(label, -1) for label in like.axis("writer").labels]
     # the last row and column stand for what is not there
-    padded = torch.nn.functional.pad(values.to(accumulate), (0, 1, 0, 1), value=float("nan"))
+    padded = torch.nn.functional.pad(record.numbers(column), (0, 1, 0, 1), value=float("nan"))
     return padded[rows][:, columns]

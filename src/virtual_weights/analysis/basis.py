@@ -91,12 +91,12 @@ class Basis(Question):
 def summary(record: Record) -> dict[str, Any]:
     """Mean kurtosis of writes and reads (None where there are none), before and after the rotation, and the massive."""
     names = ("write_kurtosis", "write_kurtosis_turned", "read_kurtosis", "read_kurtosis_turned")
-    means = {name: float(_numbers(record, name).mean()) for name in names}
+    means = {name: float(record.numbers(name).mean()) for name in names}
     found: dict[str, Any] = {name: mean if mean == mean else None for name, mean in means.items()}
     found["gaussian"] = record.stamp["gaussian"]
-    energy = torch.fmax(_numbers(record, "write_energy"), _numbers(record, "read_energy"))
+    energy = torch.fmax(record.numbers("write_energy"), record.numbers("read_energy"))
     order = torch.argsort(energy, descending=True)
-    massive = [int(i) for i in order if bool(_numbers(record, "massive")[i])]
+    massive = [int(i) for i in order if bool(record.numbers("massive")[i])]
     found["massive"] = [{"coordinate": i, "energy": float(energy[i])} for i in massive]
     return found
 
@@ -156,9 +156,3 @@ def _directions(stream: Stream, kind: str, layer: int | None) -> Iterator[tuple[
         bias = stream.weight("o_bias" if kind == "attn_bias" else "down_bias", layer)
         assert bias is not None
         yield "write", bias[None]
-
-
-def _numbers(record: Record, name: str) -> Tensor:
-    values = record[name]
-    assert isinstance(values, Tensor)
-    return values

@@ -88,8 +88,7 @@ class Channel(Question):
 
 def summary(record: Record) -> dict[str, float | int | list[int]]:
     """The figures of a channel: score, strength, ranks and how many gains stand above the null's edge."""
-    gains = record["gain"]
-    assert isinstance(gains, Tensor)
+    gains = record.numbers("gain")
     stamp = record.stamp
     strength = float(gains.square().sum().sqrt())
     return {

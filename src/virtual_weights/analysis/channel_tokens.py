@@ -16,11 +16,10 @@ from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.traffic import unembedding
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, Progress, Spectrum, accumulate, column_space, svd
+from virtual_weights.linalg.numerics import converted
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream, parse
 from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_map
-
-_CHUNK_BYTES = 64 * 2**20
 
 Side = Literal["unembed", "embed"]
 
@@ -198,7 +197,7 @@ def _nearest(rows: Tensor, bases: Sequence[Tensor], count: int) -> tuple[Tensor,
     sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.int64)
     owner, line = torch.arange(len(sizes)).repeat_interleave(sizes), sizes == 1
     best, ids = torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)
-    step = max(1, _CHUNK_BYTES // (8 * max(columns.shape)))
+    step = max(1, converted // (8 * max(columns.shape)))
     for start in range(0, len(rows), step):
         # tokens that are zero after folding point nowhere: their cosine is 0
         along = torch.nn.functional.normalize(rows[start : start + step].to(accumulate), dim=1) @ columns

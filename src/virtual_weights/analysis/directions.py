@@ -13,9 +13,8 @@ from virtual_weights.analysis.tally import tally
 from virtual_weights.analysis.traffic import rank_cut, reads_from, unembedding, writes_into
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Subspace, accumulate
+from virtual_weights.linalg.numerics import converted
 from virtual_weights.stream import Stream
-
-_CHUNK_BYTES = 64 * 2**20
 
 
 def unread(stream: Stream, state: int, *, unembed: bool = True, cut: float | None = None) -> Subspace:
@@ -84,7 +83,7 @@ def in_tokens(
     unit = torch.nn.functional.normalize(directions.to(accumulate), dim=0)
     best = torch.zeros(0, unit.shape[1], dtype=accumulate)
     ids = torch.zeros(0, unit.shape[1], dtype=torch.int64)
-    step = max(1, _CHUNK_BYTES // (8 * max(rows.shape[1], unit.shape[1])))
+    step = max(1, converted // (8 * max(rows.shape[1], unit.shape[1])))
     for start in range(0, len(rows), step):
         # tokens that are zero after folding point nowhere: their cosine is 0
         chunk = torch.nn.functional.normalize(rows[start : start + step].to(accumulate), dim=1)

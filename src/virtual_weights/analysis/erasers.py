@@ -13,10 +13,10 @@ from virtual_weights.analysis.question import Question
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.linalg.lapack import eigen
+from virtual_weights.linalg.numerics import converted
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream
 
-_CHUNK_BYTES = 64 * 2**20  # tokens converted to float64 at once: a vocabulary never is as a whole
 _COLUMNS = {
     "negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|: share of what the head would erase"),
     "copying": ("1, in [-1, 1]", "sum Re / sum |.| of OV's eigenvalues: 1 copies, -1 erases"),
@@ -167,7 +167,7 @@ def token_circuit(stream: Stream) -> Tensor | None:
         embed, unembed = stream.write("embed")[0], stream.read("unembed").maps[0]
     except MissingTensorError:
         return None
-    step = max(1, _CHUNK_BYTES // (8 * stream.d_model))
+    step = max(1, converted // (8 * stream.d_model))
     circuit = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate)
     for start in range(0, embed.shape[1], step):
         cut = slice(start, start + step)

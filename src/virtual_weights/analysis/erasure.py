@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.question import Question
+from virtual_weights.analysis.sides import write_square
 from virtual_weights.analysis.stacks import writing_circuits
 from virtual_weights.analysis.updates import Updates, updates
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate, all_pairs, haar_moments, self_moments
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Component, Stream
-
-_CHUNK_BYTES = 64 * 2**20  # rows of a wide writer converted to float64 at once
 
 
 @final
@@ -171,18 +170,7 @@ def _side(stream: Stream, writers: Sequence[Component]) -> _Heads | _Wide:
     if writers[0].kind == "head":
         return _Heads(writing_circuits(stream))
     position = torch.tensor([c.writes for c in writers])
-    return _Wide(torch.stack([_square(stream, c) for c in writers]), position)
-
-
-def _square(stream: Stream, writer: Component) -> Tensor:
-    """``O O^T`` of a wide writer, (d, d) float64."""
-    assert writer.kind in ("embed", "pos", "mlp")
-    out = stream.write(writer.kind, writer.label.layer)[0]
-    square = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate)
-    for columns in out.split(max(1, _CHUNK_BYTES // (8 * stream.d_model)), dim=1):
-        columns = columns.to(accumulate)
-        square.addmm_(columns, columns.T)
-    return square
+    return _Wide(torch.stack([write_square(stream, c) for c in writers]), position)
 
 
 def _groups(stream: Stream, writers: Sequence[Component], budget: int) -> Iterator[list[int]]:

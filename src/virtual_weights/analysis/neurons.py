@@ -155,7 +155,7 @@ def census(record: Record) -> dict[str, Any]:
         ``std``, ``mean_square`` = 1/d, and ``shuffled``: expected counts when outputs change places within a layer.
     """
     threshold, null = float(record.parameters["threshold"]), dict(record.stamp["null"])
-    cosine, layer = _numbers(record, "cosine"), _numbers(record, "layer")
+    cosine, layer = record.numbers("cosine"), record.numbers("layer")
     found = _counted(cosine, threshold)
     n, p = found["count"], null["tail"]
     null |= {"weakening": n * p, "strengthening": n * p, "std": (n * p * (1 - p)) ** 0.5}
@@ -169,7 +169,7 @@ def census(record: Record) -> dict[str, Any]:
         "threshold": threshold,
         "mean_square": float(cosine.square().nanmean()) if n else None,
         **{
-            name.removesuffix("_cosine"): _counted(_numbers(record, name), threshold)
+            name.removesuffix("_cosine"): _counted(record.numbers(name), threshold)
             for name in ("gate_cosine", "gate_up_cosine")
             if name in present
         },
@@ -216,9 +216,3 @@ def _classes(cosine: Tensor, threshold: float) -> tuple[str | None, ...]:
         return "strengthening" if c > threshold else "weakening" if c < -threshold else "between"
 
     return tuple(named(c) for c in cosine.tolist())
-
-
-def _numbers(record: Record, name: str) -> Tensor:
-    values = record[name]
-    assert isinstance(values, Tensor)
-    return values

@@ -13,6 +13,7 @@ from torch import Tensor
 from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate, all_pairs, self_moments
+from virtual_weights.linalg.numerics import converted
 from virtual_weights.stream import Component, Stream
 
 Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed"]
@@ -21,7 +22,6 @@ Square = Callable[[], Tensor]
 
 HEAD_PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")
 PORTS: tuple[Port, ...] = (*HEAD_PORTS, "gate", "up", "in", "unembed")
-_CHUNK_BYTES = 64 * 2**20  # rows converted to float64 at once: a vocabulary never is as a whole
 
 
 @final
@@ -249,7 +249,7 @@ def _moments(square: Tensor) -> Tensor:
 
 
 def _cuts(count: int, bytes_each: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BYTES // bytes_each)
+    step = max(1, converted // bytes_each)
     return (slice(start, start + step) for start in range(0, count, step))
 
 

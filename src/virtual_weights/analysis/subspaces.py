@@ -188,8 +188,7 @@ def figures(record: Record) -> SubspaceFigures:
     names = {column.name for column in record.columns}
 
     def told(name: str, figure: Callable[[Tensor], Tensor]) -> float | None:
-        values = record[name] if name in names else torch.empty(0)
-        assert isinstance(values, Tensor)
+        values = record.numbers(name) if name in names else torch.empty(0)
         values = values[~values.isnan()]
         return float(figure(values)) if len(values) else None
 

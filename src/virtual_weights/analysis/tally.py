@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.linalg import Spectrum, Subspace, accumulate
-
-_CHUNK_BYTES = 64 * 2**20  # rows converted to float64 at once: a vocabulary never is as a whole
+from virtual_weights.linalg.numerics import converted
 
 
 @final
@@ -66,7 +65,7 @@ def _thin(maps: Tensor, cut: float) -> Tally:
 
 
 def _wide(rows: Tensor, cut: float) -> Tally:
-    step = max(1, _CHUNK_BYTES // (8 * rows.shape[1]))
+    step = max(1, converted // (8 * rows.shape[1]))
     gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=accumulate)
     for chunk in rows.split(step):
         chunk = chunk.to(accumulate)

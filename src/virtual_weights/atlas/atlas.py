@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from virtual_weights.atlas import ledger
-from virtual_weights.atlas.durable import is_vacant, sweep_aside, write_file, write_folder
 from virtual_weights.atlas.keys import KEY, canonical, task_key
 from virtual_weights.atlas.stored import EDGES, HEADER, Header, read_header, read_record, write_record
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Record
+from virtual_weights.record.durable import is_vacant, replacing, sweep_aside, write_folder
 from virtual_weights.version import VERSION
 
 FORMAT = 1
@@ -68,7 +68,8 @@ class Atlas:
                     expected="a new or empty folder, or an atlas",
                     do="name another folder; nothing there was touched",
                 )
-            write_file(path / MANIFEST, text)
+            with replacing(path / MANIFEST) as aside:
+                aside.write_text(text, encoding="utf-8")
         atlas = cls.open(path)
         if atlas.fingerprint != described["fingerprint"]:
             raise UsageError(

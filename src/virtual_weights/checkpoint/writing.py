@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from virtual_weights.checkpoint.source import STORAGE_DTYPES
 from virtual_weights.errors import UsageError
+from virtual_weights.record.durable import write_folder
 
 _NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
@@ -57,20 +56,13 @@ def write_checkpoint(
         )
     if not folder.absolute().parent.is_dir():
         raise UsageError(f"no folder {folder.parent}", expected="one that exists", do="make it, or name another")
-    aside = folder.absolute().with_name(f".tmp-{uuid.uuid4().hex}")
-    aside.mkdir()
-    try:
+
+    def fill(aside: Path) -> None:
         _fill(aside, files, dtype, config, progress)
         for name, path in companions.items():
             shutil.copyfile(path, aside / name)
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-        _flush(folder.absolute().parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    write_folder(folder.absolute(), fill)
 
 
 def _fill(
@@ -96,14 +88,6 @@ def _fill(
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _header(tensors: Mapping[str, Planned], dtype: torch.dtype) -> bytes:

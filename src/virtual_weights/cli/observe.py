@@ -11,11 +11,11 @@ import typer
 from torch import Tensor
 
 from virtual_weights.cli import options as o
-from virtual_weights.cli.files import replacing
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.errors import UsageError
+from virtual_weights.record.durable import replacing
 from virtual_weights.runtime import load
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.operate import operating_point

@@ -10,6 +10,9 @@ accumulate = torch.float64
 """Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
 what a figure says never depends on the rounding of the storage dtype."""
 
+converted = 64 * 2**20
+"""Bytes of rows converted to float64 at once: a vocabulary never is as a whole."""
+
 same_direction = torch.finfo(accumulate).eps ** 0.5
 """Angle in radians below which two directions count as one: there ``cos`` differs from 1 by less than eps. Bases from
 separate decompositions of one space differ by many eps, so a cut at eps itself would tell equals apart."""

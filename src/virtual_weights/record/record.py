@@ -110,6 +110,14 @@ class Record:
         """The values of the column called ``name``."""
         return self.column(name).values
 
+    def numbers(self, name: str) -> Tensor:
+        """The values of a numeric column in float64, absent ones NaN.
+
+        Raises:
+            UsageError: there is no such column, or it holds text.
+        """
+        return self._numbers(name)[1].detach().double()
+
     @property
     def size(self) -> int:
         """How many entries there are, absent ones too."""
@@ -198,11 +206,9 @@ class Record:
         values = None if name is None else self.column(name).values
         if name is None or not isinstance(values, Tensor):
             raise UsageError(
-                "this record has no numbers"
-                if name is None
-                else f"column {name!r} holds text and has no order of size",
+                "this record has no numbers" if name is None else f"column {name!r} holds text, not numbers",
                 expected=f"one of {[each for each, _ in numeric]}",
-                do="name a numeric column with by=",
+                do="name a numeric column",
             )
         return name, values
 

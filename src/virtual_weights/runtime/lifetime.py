@@ -79,32 +79,53 @@ def lifetime(
         UsageError: there are no tokens, or padding stands before a token.
     """
     runs, writers = load(stream, model), [c for c in stream.components if c.writes is not None]
-    gram = torch.zeros((len(writers), len(writers)), dtype=accumulate)
-    sums = torch.zeros((len(writers), stream.d_model), dtype=accumulate)
-    missed, size, weights, tokens = 0.0, 0.0, 0.0, 0
+    sums, tokens = _Sums(len(writers), stream.d_model), 0
     for batch in batches:
         for part in _passages(stream, runs, batch):
-            weight = _weight(part)
-            wrote = torch.stack([y for _, y in part.written(stream.states - 1)])  # (writers, tokens, d)
-            last = part.state(stream.states - 1)
-            missed += float((wrote.sum(0) - last).square().sum())
-            size += float(last.square().sum())
-            flat = (wrote * weight.sqrt()[:, None]).flatten(1)
-            gram += flat @ flat.T
-            sums += torch.einsum("wtd,t->wd", wrote, weight)
-            weights += float(weight.sum())
+            sums.add(part)
             tokens += len(part.tokens)
         if progress is not None:
             progress(tokens)
     if not tokens:
         raise UsageError("there are no tokens to run on", expected="a text", do="pass one that is not empty")
     stamp: dict[str, Any] = {"norm": stream.norm_stamp, "tokens": tokens, "weight": WEIGHT}
-    stamp |= {"moment": "centred" if centred else "uncentred", "error": (missed / size) ** 0.5}
-    if centred:
-        rest = gram - sums @ sums.T / weights
-        constant = rest.diagonal() <= 1e-12 * gram.diagonal()  # what is left of it is rounding
-        gram = rest.masked_fill(constant | constant[:, None], 0.0)
-    return _records(stream, writers, gram, stamp)
+    stamp |= {"moment": "centred" if centred else "uncentred", "error": sums.error}
+    return _records(stream, writers, sums.products(centred), stamp)
+
+
+@final
+class _Sums:
+    """Weighted sums over tokens of what writers wrote, and of their products."""
+
+    def __init__(self, writers: int, d: int) -> None:
+        self.gram = torch.zeros((writers, writers), dtype=accumulate)
+        self.wrote = torch.zeros((writers, d), dtype=accumulate)
+        self.weight = self.missed = self.size = 0.0
+
+    def add(self, part: Passage) -> None:
+        """Some tokens."""
+        last = part.stream.states - 1
+        weight = torch.stack([part.scalar(p) for p in range(part.stream.states)]).amax(0).pow(-2)
+        wrote = torch.stack([y for _, y in part.written(last)])  # (writers, tokens, d)
+        flat = (wrote * weight.sqrt()[:, None]).flatten(1)
+        self.gram += flat @ flat.T
+        self.wrote += torch.einsum("wtd,t->wd", wrote, weight)
+        self.weight += float(weight.sum())
+        self.missed += float((wrote.sum(0) - part.state(last)).square().sum())
+        self.size += float(part.state(last).square().sum())
+
+    @property
+    def error(self) -> float:
+        """The last state's distance from the sum of all that was written, over its length."""
+        return (self.missed / self.size) ** 0.5
+
+    def products(self, centred: bool) -> Tensor:
+        """``sum_t w <y_i, y_j>``, with each writer's mean left out where wanted; what is left of a constant is 0."""
+        if not centred:
+            return self.gram
+        rest = self.gram - self.wrote @ self.wrote.T / self.weight
+        constant = rest.diagonal() <= 1e-12 * self.gram.diagonal()  # rounding
+        return rest.masked_fill(constant | constant[:, None], 0.0)
 
 
 def _passages(stream: Stream, model: nn.Module, batch: Tensor) -> Iterator[Passage]:
@@ -125,11 +146,6 @@ def _passages(stream: Stream, model: nn.Module, batch: Tensor) -> Iterator[Passa
     for start in range(0, len(ids), step):
         at = slice(start, start + step)
         yield Passage(stream, ids[at], {place: each[at] for place, each in seen.items()}, torch.empty(0))
-
-
-def _weight(part: Passage) -> Tensor:
-    """(tokens,)."""
-    return torch.stack([part.scalar(p) for p in range(part.stream.states)]).amax(0).pow(-2)
 
 
 def _records(stream: Stream, writers: list[Component], gram: Tensor, stamp: dict[str, Any]) -> Lifetime:

@@ -74,13 +74,6 @@ def dense(map: LinearMap) -> Tensor:
     return map.to(accumulate).dense()
 
 
-def numbers(record: Record, name: str) -> Tensor:
-    """A numeric column in float64."""
-    values = record[name]
-    assert isinstance(values, Tensor)
-    return values.to(accumulate)
-
-
 def present(values: Tensor) -> Tensor:
     """The entries that are there."""
     return values[~values.isnan()]

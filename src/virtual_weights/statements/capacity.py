@@ -8,7 +8,7 @@ from torch import Tensor
 from virtual_weights.analysis.bandwidth import Bandwidth
 from virtual_weights.analysis.traffic import circuits
 from virtual_weights.linalg import tolerance
-from virtual_weights.statements.bench import Bench, numbers
+from virtual_weights.statements.bench import Bench
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 
 _CUT = 1e-5  # of the largest singular value: gains are folded in float32, whose rounding is no direction
@@ -17,7 +17,7 @@ _CUT = 1e-5  # of the largest singular value: gains are folded in float32, whose
 def independent_signals(bench: Bench) -> Finding:
     """L2: the sum of all write ranks against d, state by state."""
     ledger, d = bench.ask(Bandwidth()), bench.stream.d_model
-    ranks, spans = numbers(ledger, "write_ranks"), numbers(ledger, "written_dim")
+    ranks, spans = ledger.numbers("write_ranks"), ledger.numbers("written_dim")
     over = ranks > d
     fullest = int(ranks.argmax())
     evidence: dict[str, Figure] = {
@@ -94,12 +94,12 @@ def direct_sum(bench: Bench) -> Finding:
 def bottleneck(bench: Bench) -> Finding:
     """T4: neurons before and after every state per dimension, and what a map through d dimensions saves."""
     ledger, d = bench.ask(Bandwidth()), bench.stream.d_model
-    before, after = numbers(ledger, "neurons_before") / d, numbers(ledger, "neurons_after") / d
+    before, after = ledger.numbers("neurons_before") / d, ledger.numbers("neurons_after") / d
     least = torch.minimum(before, after)
     if not bool((least > 0).any()):
         return cannot_tell("no state of this stream has neurons before and after it")
     tightest = int(least.argmax())
-    product, saving = (float(numbers(ledger, name)[tightest]) for name in ("neuron_product", "saving"))
+    product, saving = (float(ledger.numbers(name)[tightest]) for name in ("neuron_product", "saving"))
     b, a = float(before[tightest]), float(after[tightest])
     evidence: dict[str, Figure] = {
         "tightest_state": tightest,

@@ -8,7 +8,7 @@ from torch import Tensor
 from virtual_weights.analysis.subspaces import Subspaces
 from virtual_weights.linalg import Dense, accumulate, benjamini_hochberg, column_space, frobenius_norm
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, dense, numbers, present, rank_correlation
+from virtual_weights.statements.bench import Bench, dense, present, rank_correlation
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 
 _DISCOVERIES = 0.01  # rate of false ones
@@ -21,7 +21,7 @@ def distant_edges(bench: Bench) -> Finding:
     if len(layers) < 3:
         return cannot_tell("fewer than three layers with attention: every edge is between neighbours")
     record = bench.among_heads("V")
-    z, ratio = numbers(record, "z"), numbers(record, "null_ratio")
+    z, ratio = record.numbers("z"), record.numbers("null_ratio")
     layer = torch.tensor([c.label.layer for c in bench.stream.heads])
     distance = layer[:, None] - layer[None, :]
     q = benjamini_hochberg(torch.special.erfc(z / 2**0.5) / 2)
@@ -54,7 +54,7 @@ def trivial_intersection(bench: Bench) -> Finding:
     if not bench.pairs():
         return cannot_tell("no two heads of this model can reach each other")
     record = bench.ask(Subspaces("O", "V"))
-    cosine, strength, bound = (numbers(record, name) for name in ("cosine", "strength", "bound"))
+    cosine, strength, bound = (record.numbers(name) for name in ("cosine", "strength", "bound"))
     sizes = bound / cosine
     apart = cosine < 1 - _ROUNDING
     heard = apart & (strength > _ROUNDING * sizes)
@@ -64,7 +64,7 @@ def trivial_intersection(bench: Bench) -> Finding:
         "pairs_that_meet_in_zero_alone": total,
         "of_these_with_an_effect": count,
         "largest_relative_effect": max(present((strength / sizes)[apart]).tolist(), default=None),
-        "independent_pairs": int(present(numbers(record, "independent")).sum()),
+        "independent_pairs": int(present(record.numbers("independent")).sum()),
     }
     if not total:
         return cannot_tell("every pair of subspaces shares a direction")
@@ -80,12 +80,12 @@ def angles_bound(bench: Bench) -> Finding:
     if not bench.pairs():
         return cannot_tell("no two heads of this model can reach each other")
     record = bench.ask(Subspaces("O", "V"))
-    strength, bound, tightness = (numbers(record, name) for name in ("strength", "bound", "tightness"))
+    strength, bound, tightness = (record.numbers(name) for name in ("strength", "bound", "tightness"))
     there = present(tightness)
     if not len(there):
         return cannot_tell("no head reads anything of another")
     violated = int((strength > bound * (1 + _ROUNDING)).sum())
-    relation = rank_correlation(numbers(record, "cosine"), strength / (bound / numbers(record, "cosine")))
+    relation = rank_correlation(record.numbers("cosine"), strength / (bound / record.numbers("cosine")))
     evidence: dict[str, Figure] = {
         "pairs": len(there),
         "violations": violated,
@@ -111,7 +111,7 @@ def orthogonal_is_least(bench: Bench) -> Finding:
     if not pairs:
         return cannot_tell("no two heads of this model can reach each other")
     record = bench.ask(Subspaces("O", "V"))
-    relation = rank_correlation(numbers(record, "overlap"), numbers(record, "strength"))
+    relation = rank_correlation(record.numbers("overlap"), record.numbers("strength"))
     left = list[float]()
     for writer, reader in pairs[:8]:
         read, out = bench.head(reader).ov.to(accumulate), bench.head(writer).ov.to(accumulate)
@@ -121,7 +121,7 @@ def orthogonal_is_least(bench: Bench) -> Finding:
             rest = dense(bench.head(reader).v) @ (torch.eye(len(basis), dtype=accumulate) - basis @ basis.T)
             left.append(frobenius_norm(bench.head(reader).o.to(accumulate) @ Dense(rest) @ out) / before)
     evidence: dict[str, Figure] = {
-        "pairs": int((~numbers(record, "overlap").isnan()).sum()),
+        "pairs": int((~record.numbers("overlap").isnan()).sum()),
         "rank_correlation_of_overlap_and_strength": relation,
         "pairs_made_orthogonal": len(left),
         "largest_share_left": max(left, default=None),

@@ -13,7 +13,7 @@ from virtual_weights.analysis.erasers import HeadErasers
 from virtual_weights.analysis.neurons import Neurons
 from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, numbers, present, rank_correlation
+from virtual_weights.statements.bench import Bench, present, rank_correlation
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 
 _CLEARED = 0.1  # at most this share of a direction is left
@@ -25,19 +25,19 @@ _PRICES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of utility over interference 
 def clearing(bench: Bench) -> Finding:
     """T6: gains of neurons and eigenvalues of heads at norm scalar and slope 1, attention to itself 1; and runs."""
     stream = bench.stream
-    gains = present(numbers(bench.ask(Neurons()), "gain")) if _has_mlps(bench) else torch.empty(0, dtype=accumulate)
+    gains = present(bench.ask(Neurons()).numbers("gain")) if _has_mlps(bench) else torch.empty(0, dtype=accumulate)
     kept = torch.empty(0, dtype=accumulate)
     negative, witnesses = torch.empty(0, dtype=accumulate), list[str]()
     if stream.heads:
         heads = bench.ask(HeadErasers())
-        kept, negative = present(numbers(heads, "kept")), present(numbers(heads, "most_negative"))
+        kept, negative = present(heads.numbers("kept")), present(heads.numbers("most_negative"))
         witnesses += [_told(row, "kept") for row in heads.top(1, "kept", largest=False).rows()]
     if not len(gains) and not len(kept):
         return cannot_tell("the checkpoint holds no neuron and no head")
     if len(gains):
         nearest = bench.ask(Neurons())
-        at = int((numbers(nearest, "gain") - 1).abs().nan_to_num(torch.inf).argmin())
-        witnesses.append(f"{nearest.axis('neuron').labels[at]}: gain {float(numbers(nearest, 'gain')[at]):.3f}")
+        at = int((nearest.numbers("gain") - 1).abs().nan_to_num(torch.inf).argmin())
+        witnesses.append(f"{nearest.axis('neuron').labels[at]}: gain {float(nearest.numbers('gain')[at]):.3f}")
     cleared = int(((gains - 1).abs() < _CLEARED).sum())
     measured, seen = _measured_clearing(bench.runs)
     witnesses += seen
@@ -84,7 +84,7 @@ def _measured_clearing(runs: Mapping[str, Record]) -> tuple[dict[str, Figure], l
             witnesses.append(f"{told} ± {row['spread']:.3f}")
     if "lifetime" in runs:
         run = runs["lifetime"]
-        later = _later(numbers(run, "projection"))
+        later = _later(run.numbers("projection"))
         followed = ~later.isnan().all(1)
         least = later.nan_to_num(torch.inf).amin(1)[followed]
         evidence["writers_followed"] = len(least)
@@ -108,7 +108,7 @@ def efficiency(bench: Bench) -> Finding:
     if not _has_mlps(bench):
         return cannot_tell("the checkpoint holds no MLP")
     record = bench.ask(Neurons())
-    cosine, gain = numbers(record, "cosine"), numbers(record, "gain")
+    cosine, gain = record.numbers("cosine"), record.numbers("gain")
     efficient = -cosine > _EFFICIENT
     count = int(efficient.sum())
     off = efficient & ((gain - 1).abs() > 0.5)
@@ -208,7 +208,7 @@ def _maximiser(utility: Tensor, penalty: Tensor, price: float) -> Tensor:
 
 def _score(bench: Bench, port: str) -> Tensor:
     assert port in ("unembed", "V")
-    return numbers(bench.ask(Composition(port, writers="all")), "score")
+    return bench.ask(Composition(port, writers="all")).numbers("score")
 
 
 def _has_mlps(bench: Bench) -> bool:

@@ -11,7 +11,7 @@ from virtual_weights.analysis.frozen import embedded, frozen_blocks
 from virtual_weights.analysis.neurons import Neurons
 from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, numbers, present
+from virtual_weights.statements.bench import Bench, present
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 from virtual_weights.stream import OperatingPoint, Stream, scale
 
@@ -110,11 +110,11 @@ class _Seen:
 
 
 def _on_text(bench: Bench, run: Record) -> _Seen:
-    cosine = numbers(bench.ask(Neurons()), "cosine")
+    cosine = bench.ask(Neurons()).numbers("cosine")
     labels = bench.ask(Neurons()).axis("neuron").labels
     names = [labels[i] for i in (cosine < -_COSINE).nonzero()[:, 0].tolist()]
     own = run.select("eraser", names)
-    share, mean, spread, bimodality = (numbers(own, name) for name in ("cleared", "mean", "spread", "bimodality"))
+    share, mean, spread, bimodality = (own.numbers(name) for name in ("cleared", "mean", "spread", "bimodality"))
     limits = {name: float(run.parameters[name]) for name in ("clears", "always", "seldom")}
     return _Seen(int(run.stamp["tokens"]), names, share, mean, spread, bimodality, **limits)
 

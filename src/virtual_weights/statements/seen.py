@@ -10,7 +10,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.bandwidth import Bandwidth
 from virtual_weights.linalg import accumulate
-from virtual_weights.statements.bench import Bench, numbers
+from virtual_weights.statements.bench import Bench
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 from virtual_weights.stream import Component, Stream
 
@@ -67,8 +67,8 @@ def communication_space(bench: Bench) -> Finding:
         "later_head_readers": len(spaces),
         "dimension_of_the_intersection": common,
         "dimension_of_the_sum": together,
-        "dimension_of_the_sum_with_mlps_and_unembedding": int(numbers(ledger, "read_dim")[state]),
-        "unread_dimension": int(numbers(ledger, "unread_dim")[state]),
+        "dimension_of_the_sum_with_mlps_and_unembedding": int(ledger.numbers("read_dim")[state]),
+        "unread_dimension": int(ledger.numbers("unread_dim")[state]),
     }
     if common == together:
         return Finding("holds", f"all later readers read the same {common} dimensions", None, evidence)

@@ -8,7 +8,7 @@ from virtual_weights.analysis.crosstalk import FEWEST, Interference
 from virtual_weights.analysis.dictionary import Kind
 from virtual_weights.analysis.recovery import Recovery
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, numbers
+from virtual_weights.statements.bench import Bench
 from virtual_weights.statements.statement import Figure, Finding, cannot_tell
 
 _FAITHFUL = 0.95  # of the signals found
@@ -27,7 +27,7 @@ def recovery(bench: Bench) -> Finding:
     evidence: dict[str, Figure] = {"directions": int(record.stamp["directions"]), "dimension": bench.stream.d_model}
     for name, limit in limits.items():
         evidence[f"signals_recovered_{name}"] = limit
-        evidence[f"fidelity_{name}_at_{counts[-1]}"] = float(numbers(record, name)[-1])
+        evidence[f"fidelity_{name}_at_{counts[-1]}"] = float(record.numbers(name)[-1])
     best = max(limits, key=lambda name: limits[name])
     told = ", ".join(f"{limit} by {name.replace('_', ' ')}" for name, limit in limits.items())
     if min(limits.values()) == counts[-1]:
@@ -46,7 +46,7 @@ def trade_off(bench: Bench) -> Finding:
     counts, evidence = record.axis("n").labels, dict[str, Figure]()
     falling = list[str]()
     for name in _blind(record):
-        curve = numbers(record, name)
+        curve = record.numbers(name)
         for n, value in zip(counts[::2], curve[::2].tolist(), strict=True):
             evidence[f"{name}_at_{n}"] = value
         if float(curve[0] - curve[-1]) > _FALL:
@@ -126,6 +126,6 @@ def _blind(record: Record) -> list[str]:
 
 def _limit(record: Record, name: str, counts: list[int]) -> int:
     """The largest number of signals up to which a method is faithful throughout; 0 for none."""
-    faithful = (numbers(record, name) >= _FAITHFUL).tolist()
+    faithful = (record.numbers(name) >= _FAITHFUL).tolist()
     first = faithful.index(False) if False in faithful else len(counts)
     return counts[first - 1] if first else 0

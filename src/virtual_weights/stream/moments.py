@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream.kept import identity, keep, kept
 from virtual_weights.stream.stream import Stream
 
 FORMAT = "virtual-weights moments 1"
@@ -107,19 +104,16 @@ class Moments:
     @property
     def identity(self) -> str:
         """A hex sha256 of everything in it, for stamps."""
-        told = f"{self.fingerprint} {self.tokens} {self.length}"  # one entry: their order in a file is not fixed
-        return sha256(save(self._tensors(), {"of": told})).hexdigest()
+        return identity(self._tensors(), f"{self.fingerprint} {self.tokens} {self.length}")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, aside first; its metadata hold the format and the model's fingerprint."""
+        """Write one safetensors file, whole or not at all; its metadata hold the format and the model's fingerprint.
+
+        Raises:
+            UsageError: the file's folder does not exist.
+        """
         told = {"fingerprint": self.fingerprint, "tokens": str(self.tokens), "length": str(self.length)}
-        target = Path(path)
-        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
-        try:
-            aside.write_bytes(save(self._tensors(), {"format": FORMAT, **told}))
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+        keep(path, FORMAT, self._tensors(), told)
 
     @classmethod
     def load(cls, path: str | Path, stream: Stream | None = None) -> Moments:
@@ -133,31 +127,21 @@ class Moments:
             RecordError: the file is not there, or holds no complete moments.
             UsageError: it belongs to another checkpoint.
         """
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in _MAPPINGS}
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}")
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    kind, _, key = name.partition("/")
-                    parts[kind][key] = file.get_tensor(name)
-            sizes = int(metadata["tokens"]), int(metadata["length"])
-            moments = cls(metadata["fingerprint"], *sizes, **parts)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise RecordError(
-                f"{path} holds no moments: {error}",
-                expected=f"a safetensors file of format {FORMAT!r}",
-                do="name the file that Moments.save wrote",
-            ) from error
+
+        def made(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> Moments:
+            held = {name: parts.pop(name, {}) for name in _MAPPINGS}
+            if parts:
+                raise ValueError(f"tensors of {', '.join(sorted(parts))}")
+            return cls(metadata["fingerprint"], int(metadata["tokens"]), int(metadata["length"]), **held)
+
+        moments = kept(path, FORMAT, made, "moments")
         if stream is not None:
             moments.check(stream)
         return moments
 
     def _tensors(self) -> dict[str, Tensor]:
         held: dict[str, Mapping[str, Tensor]] = {name: getattr(self, name) for name in _MAPPINGS}
-        # safetensors wants each tensor whole and in order
-        return {f"{kind}/{key}": x.detach().cpu().contiguous() for kind, of in held.items() for key, x in of.items()}
+        return {f"{kind}/{key}": x for kind, of in held.items() for key, x in of.items()}
 
 
 _MAPPINGS = tuple(f.name for f in fields(Moments) if f.name not in ("fingerprint", "tokens", "length"))

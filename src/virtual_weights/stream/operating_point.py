@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import final
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream.kept import identity, keep, kept
 from virtual_weights.stream.stream import Stream
 
 FORMAT = "virtual-weights operating point 1"
@@ -100,17 +99,15 @@ class OperatingPoint:
     @property
     def identity(self) -> str:
         """A hex sha256 of everything in it, for stamps."""
-        return sha256(self._bytes({"fingerprint": self.fingerprint})).hexdigest()
+        return identity(self._tensors(), self.fingerprint)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, aside first; its metadata hold the format and the model's fingerprint."""
-        target = Path(path)
-        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
-        try:
-            aside.write_bytes(self._bytes({"format": FORMAT, "fingerprint": self.fingerprint}))
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+        """Write one safetensors file, whole or not at all; its metadata hold the format and the model's fingerprint.
+
+        Raises:
+            UsageError: the file's folder does not exist.
+        """
+        keep(path, FORMAT, self._tensors(), {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path, stream: Stream | None = None) -> OperatingPoint:
@@ -124,42 +121,25 @@ class OperatingPoint:
             RecordError: the file is not there, or is no complete operating point.
             UsageError: it belongs to another checkpoint.
         """
-        from safetensors import SafetensorError, safe_open  # here, since importing the package is cheap by promise
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"format {metadata.get('format')!r}")
-            parts: dict[str, dict[str, Tensor]] = {"scalars": {}, "patterns": {}, "gates": {}}
-            for name, tensor in tensors.items():
-                if name != "tokens":
-                    kind, _, key = name.partition("/")
-                    parts[kind][key] = tensor
-            patterns, gates = ({int(k): x for k, x in parts[kind].items()} for kind in ("patterns", "gates"))
-            point = cls(metadata["fingerprint"], tensors["tokens"], parts["scalars"], patterns, gates)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise RecordError(
-                f"{path} is no operating point: {error}",
-                expected=f"a safetensors file of format {FORMAT!r}",
-                do="name the file that OperatingPoint.save wrote",
-            ) from error
+        def made(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> OperatingPoint:
+            tokens, scalars = parts.pop("tokens")[""], parts.pop("scalars", {})
+            patterns, gates = ({int(k): x for k, x in parts.pop(kind, {}).items()} for kind in ("patterns", "gates"))
+            point = cls(metadata["fingerprint"], tokens, scalars, patterns, gates)
+            if parts:
+                raise ValueError(f"tensors of {', '.join(sorted(parts))}")
+            return point
+
+        point = kept(path, FORMAT, made, "operating point")
         if stream is not None:
             point.check(stream)
         return point
 
-    def _bytes(self, metadata: dict[str, str]) -> bytes:
-        from safetensors.torch import save
-
-        return save(self._tensors(), metadata)
-
     def _tensors(self) -> dict[str, Tensor]:
         named = {"tokens": self.tokens}
         for kind, held in (("scalars", self.scalars), ("patterns", self.patterns), ("gates", self.gates)):
-            named |= {f"{kind}/{key}": tensor for key, tensor in sorted(held.items())}
-        # clones: parts of one tensor share storage, which safetensors refuses
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+            named |= {f"{kind}/{key}": tensor for key, tensor in held.items()}
+        return named
 
 
 def gate_factor(activation: torch.nn.Module, pre: Tensor) -> Tensor:

@@ -7,20 +7,29 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from virtual_weights.errors import UsageError
 
 ASIDE = ".tmp-"
 ABANDONED_AFTER = 3600.0
 """Seconds after which what lies aside is taken for the leftover of a crash; a record is written in seconds."""
 
 
-def write_file(target: Path, text: str) -> None:
-    """Write a text file atomically; an existing one is replaced."""
+@contextmanager
+def replacing(target: Path) -> Generator[Path]:
+    """Give a temporary name beside a file; what was written there takes its place at the end, whole or not at all.
+
+    Raises:
+        UsageError: the file's folder does not exist.
+    """
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}", expected="an existing folder", do="make it first")
     aside = target.parent / f"{ASIDE}{uuid.uuid4().hex}"
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         _flush(aside)
         aside.replace(target)
     finally:

@@ -1,0 +1,73 @@
+"""Tensors of a run in one safetensors file that knows its format and the checkpoint that ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from virtual_weights.errors import RecordError
+from virtual_weights.record.durable import replacing
+
+Kept = TypeVar("Kept")
+
+
+def keep(path: str | Path, form: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one file, whole or not at all; its metadata hold the format and what is given.
+
+    Raises:
+        UsageError: the file's folder does not exist.
+    """
+    from safetensors.torch import save_file  # here, since importing the package is cheap by promise
+
+    with replacing(Path(path)) as aside:
+        save_file(_whole(tensors), aside, {"format": form, **metadata})
+
+
+def kept(
+    path: str | Path, form: str, made: Callable[[dict[str, dict[str, Tensor]], dict[str, str]], Kept], what: str
+) -> Kept:
+    """Read what ``keep`` wrote.
+
+    Args:
+        path: the file.
+        form: the format that it must have.
+        made: makes the result of tensors by kind and key (``"kind/key"`` in the file) and of the metadata.
+        what: what is expected there, for the error.
+
+    Raises:
+        RecordError: the file is not there, has another format, or ``made`` misses something.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != form:
+                raise ValueError(f"format {metadata.get('format')!r}")
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                kind, _, key = name.partition("/")
+                parts.setdefault(kind, {})[key] = file.get_tensor(name)
+        return made(parts, metadata)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RecordError(
+            f"{path} holds no {what}: {error}",
+            expected=f"a safetensors file of format {form!r}",
+            do=f"name the file in which vweights observe kept its {what}",
+        ) from error
+
+
+def identity(tensors: Mapping[str, Tensor], told: str) -> str:
+    """A hex sha256 of tensors and of a text."""
+    from safetensors.torch import save
+
+    return sha256(save(_whole(tensors), {"of": told})).hexdigest()  # one entry: their order in a file is not fixed
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with storage of its own, in order, as safetensors wants it."""
+    return {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
