@@ -1,5 +1,5 @@
 # Two commands from a bare machine with python3 (3.11 or later) and make:
-#   make demo   the main job on smollm2-135m, ending with where the report lies
+#   make demo   the main job on smollm2-135m with a small run, ending with where the report lies
 #   make test   formatting, types, import order and every test
 # Both make their own .venv once; constraints.txt pins what goes into it.
 
@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/vweights map smollm2-135m -o demo/atlas
+	$(BIN)/vweights map smollm2-135m -o demo/atlas --repeated --tokens 2048 --prove 12
 	$(BIN)/vweights statements smollm2-135m --only L3,T7 --prompt "Every layer adds what it has to say to the residual stream, and every later layer can read it."
 	@echo "the report: $(CURDIR)/demo/atlas/report.html"
 
