@@ -162,6 +162,13 @@ def test_what_is_not_known_is_absent_and_never_zero():
     text = ("delivered", "share", "rank", "of", "attribution", "effect", "low", "high", "p", "verdict", "random")
     assert values
     assert all(row[name] is None for row in values for name in text)
+    holed = pairs("delivered", "K", HEADS, 10, delivered="squared logits", share="1")
+    for column in holed.columns:
+        column.values[HEADS.index("L2H0") :, 0] = NAN  # type: ignore[index]
+    keys = [row for row in told([WEIGHTS[0], holed]).values() if row["writer"] == "L0H0"]
+    assert [row["delivered"] is None for row in keys] == [row["channel"] == "L2.kv0" for row in keys]
+    (row,) = (row for row in keys if row["channel"] == "L2.kv0")
+    assert all(row[name] is None for name in ("delivered", "share", "rank", "of"))
     (removed, mlp) = told([PROVED]).values()
     assert removed["shared"] == ["L2H1", "L2H0"]
     assert all(row[name] is None for row in (removed, mlp) for name in ("score", "z", "delivered", "attribution"))
@@ -204,7 +211,7 @@ def test_the_page_puts_them_side_by_side(tmp_path: Path):
     assert shown["sections"][:2] == ["stream", "evidence"]
     assert shown["bad"] == []
     text = shown["text"]["evidence"]
-    assert all(each in text for each in ("640 tokens", "4 sequences", "2.5 nats", "next token loss", "causal"))
+    assert all(each in text for each in ("640 tokens", "4 sequences", "2.5 nats", "next_token_loss", "causal"))
     assert set(map(tuple, shown["absent"])) == {
         ("–", why)
         for why in (
@@ -222,6 +229,11 @@ def test_the_page_puts_them_side_by_side(tmp_path: Path):
     assert float(band["x"]) <= zero <= float(band["x"]) + float(band["width"])
     assert float(keys["interval"]["x1"]) < at["keys"] < float(keys["interval"]["x2"])
     assert float(mlp["band"]["x"]) > at["keys"], "one scale for all: the random MLP did more"
+    for effect in (2.0, -2.0):
+        write_report(path, [proof([("asked", "L0H0", "L1H0.Q", effect, "causal", None, "")])], MANIFEST)
+        marks = drawn_by_node(path)["effects"][1]["marks"]
+        assert 0 < float(marks["zero"]["x1"]) < 158, "0 is on the scale though nothing is there"
+        assert (float(marks["circle"]["cx"]) > float(marks["zero"]["x1"])) == (effect > 0)
     write_report(path, [PROVED], MANIFEST)
     alone = drawn_by_node(path)
     assert (alone["sections"], alone["bad"]) == (["evidence", "others", "guide"], [])
@@ -234,6 +246,6 @@ def test_heads_are_labelled_wherever_they_are_named(tmp_path: Path):
     shown = drawn_by_node(path)
     assert set(shown["tags"]["evidence"]) == set(shown["tags"]["edges"]) == {"previous token", "induction"}
     assert "L0H1 (previous token)" in " ".join(shown["said"])
-    assert ("–", "not run on text") in set(map(tuple, shown["absent"])), "nothing was removed"
+    assert ("–", "not run on text: no edge was removed") in set(map(tuple, shown["absent"])), "nothing was removed"
     write_report(path, [*WEIGHTS, *FLOWED], MANIFEST)
     assert not any(drawn_by_node(path)["tags"].values())

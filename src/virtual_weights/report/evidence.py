@@ -30,7 +30,7 @@ def evidence(records: Iterable[Record]) -> dict[str, Any] | None:
 
     Returns:
         ``rows``, see ``_row``; ``ports``, by question those there are records of; ``units`` of delivered energy by
-        port; ``stamps`` of delivered energy, attribution (with its parameters) and proofs. None without text.
+        port; ``stamps``, with parameters, of delivered energy, attribution and proofs. None without text.
     """
     found = _Found()
     for record in records:
@@ -47,7 +47,7 @@ def evidence(records: Iterable[Record]) -> dict[str, Any] | None:
         "ports": {question: list(of) for question, of in found.pairs.items()} | {"prove": sorted({k[0] for k in told})},
         "units": {port: each.record.columns[0].unit for port, each in found.pairs["delivered"].items()},
         "stamps": {question: _stamp(found.pairs[question].values()) for question in ("delivered", "attribution")}
-        | {"prove": [plain(dict(record.stamp)) for record in found.proofs]},
+        | {"prove": [plain({**record.parameters, **record.stamp}) for record in found.proofs]},
     }
 
 

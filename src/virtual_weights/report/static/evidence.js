@@ -3,8 +3,9 @@ function evidence() {
   const found = data.evidence;
   if (!found) return null;
   const { rows, ports, units, stamps } = found, scale = effects(rows);
+  const UNDONE = { delivered: "nothing was observed", attribution: "no gradient was taken", prove: "no edge was removed" };
   const HEADS = { Q: 1, K: 1, V: 1 };
-  const missing = (question) => (e) => (!ports[question].length ? "not run on text" : question === "prove" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
+  const missing = (question) => (e) => (!ports[question].length ? `not run on text: ${UNDONE[question]}` : question === "prove" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
   const known = (key, why, form) => ({ key, cell: (e, text) => (isNumber(e[key]) ? (form ? form(e[key]) : text) : dash(why(e))) });
   const weights = (e) => (ports.composition.includes(e.port) ? "not computed for this pair" : "composition through this port is not in the atlas");
   const share = (e) => (e.port in HEADS ? missing("delivered")(e) : "told of queries, keys and values only");
@@ -31,7 +32,7 @@ function evidence() {
   return section("evidence", "Potential, actual, causal",
     make("p", {}, "The strongest edges between heads, and all that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: what the loss does when this one edge is taken away while the model runs, estimated to first order and then measured."),
     make("div", { class: "bar" }, ...buttons), list.element,
-    make("p", { class: "note" }, ...measuredOn(stamps), "Heads that share a key or value head are one channel: score, delivered energy and rank are those of the head named first, removal takes the edge from all of them.",
+    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.channel) ? "Heads that share a key or value head are one channel: score, delivered energy and rank are those of the head named first, removal takes the edge from all of them." : "",
       scale ? " On the scale of effects the grey band is the range of the matched random edges, the line at 0 is no effect; it is even within the largest random effect and logarithmic beyond." : ""));
 }
 
@@ -48,7 +49,7 @@ function readersCell(e) {
 function measuredOn({ delivered, attribution, prove }) {
   const on = (stamp) => (stamp.text ? ` on ${stamp.text}` : "");
   return [delivered ? `Delivered energy: ${number(delivered.tokens, 12)} tokens${on(delivered)}. ` : "",
-    attribution ? `First order: ${attribution.sequences} sequences${on(attribution)}, of ${attribution.metric.replaceAll("_", " ")}. ` : "",
+    attribution ? make("span", {}, `First order: ${attribution.sequences} sequences${on(attribution)}, metric `, make("code", {}, attribution.metric), ". ") : "",
     ...prove.map((each) => `Removal: ${each.sequences} sequences${on(each)}, ${number(each.clean_loss)} nats with every edge. `)];
 }
 
