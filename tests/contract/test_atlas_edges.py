@@ -153,3 +153,39 @@ def test_a_table_of_edges_is_asked_like_a_matrix(tmp_path: Path):
     assert edges(atlas, "L2N0.gate", question="neuron_edges") == []
     with pytest.raises(UsageError, match="no writer 'L9N9'"):
         edges(atlas, writer="L9N9", question="neuron_edges")
+
+
+def test_edges_tell_what_their_ends_do_where_heads_are_labelled(atlas: Atlas):
+    assert "writer_label" not in edges(atlas, top=1)[0], "no labels yet"
+    said = ("previous_token", None, "induction")
+    for label in ("older", *said[:1]):  # the newest labels count
+        heads = Axis("head", ("L0H0", "L0H1", "L2H0"))
+        atlas.put(Record("labels", (heads,), (Column("label", (label, *said[1:])),), {"threshold": len(label)}))
+    strongest, second = edges(atlas, top=2)
+    assert (strongest["writer"], strongest["writer_label"]) == ("L0H0", "previous_token")
+    assert (strongest["reader"], strongest["reader_label"]) == ("L2H0", "induction")
+    assert (second["reader"], second["reader_label"]) == (EVIL, None)
+    assert edges(atlas, writer="L0H1", top=1)[0]["writer_label"] is None
+    assert edges(atlas, "L1H0.V") == []
+
+
+@pytest.mark.parametrize("question", ["delivered", "attribution"])
+def test_what_flowed_is_asked_like_what_could(atlas: Atlas, question: str):
+    atlas.put(
+        pairs(
+            "K",
+            [[-0.7, 0.1], [0.3, NAN], [0.2, 0.3]],
+            question,
+            size=torch.tensor([[0.7, 0.1], [0.3, NAN], [0.2, 0.3]]),
+        )
+    )
+    assert brief(edges(atlas, question=question, top=2))[0] == ("K", "L2H0", "L0H0", 0.3)
+    assert edges(atlas, question=question, by="size", top=1)[0]["score"] == -0.7
+
+
+def test_a_proof_names_readers_by_port_and_has_labels_too(atlas: Atlas):
+    atlas.put(Record("labels", (Axis("head", ("L2H0",)),), (Column("label", ("induction",)),)))
+    columns = Column("effect_nats", torch.tensor([3.0])), Column("writer", ("L0.mlp",)), Column("reader", ("L2H0.K",))
+    atlas.put(Record("prove", (Axis("edge", ("L0.mlp -> L2H0.K",)),), columns))
+    (row,) = edges(atlas, "L2H0.K", question="prove")
+    assert (row["effect_nats"], row["reader_label"], row["writer_label"]) == (3.0, "induction", None)

@@ -29,6 +29,10 @@ const found = {
   contents: page.all((n) => n.tag === "a").map((a) => a.attributes.href),
   text: Object.fromEntries(sections.map((s) => [s.id, s.textContent])),
   arcs: page.all((n) => /^arc /.test(n.attributes.class ?? "")).map((n) => n.attributes.d),
+  tags: Object.fromEntries(sections.map((s) => [s.id, s.all((n) => /^tag /.test(n.attributes.class ?? "")).map((n) => n.textContent)])),
+  said: page.all((n) => n.tag === "title" || /^arc /.test(n.attributes.class ?? "")).map((n) => n.attributes["aria-label"] ?? n.textContent),
+  absent: page.all((n) => n.attributes.class === "absent").map((n) => [n.textContent, n.attributes.title]),
+  effects: page.all((n) => /^effects/.test(n.attributes.class ?? "")).map((n) => ({ told: n.attributes["aria-label"], marks: Object.fromEntries(n.children.map((c) => [c.attributes.class ?? c.tag, c.attributes])) })),
   struck: page.all((n) => n.tag === "del").map((n) => n.textContent),
   bad: page.all((n) => /NaN|undefined|Infinity/.test(Object.values(n.attributes).join(" "))).map((n) => [n.tag, ...Object.values(n.attributes)].join(" ")),
 };

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import drawn_by_node, needs_node
 from tiny_models import tiny
 
 import virtual_weights as vw
@@ -265,7 +264,7 @@ def everything(records: list[Record], verdicts: Record) -> list[Record]:
     ]
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@needs_node
 def test_the_page_has_a_section_for_every_answer(
     everything: list[Record], manifest: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -286,7 +285,7 @@ def test_the_page_has_a_section_for_every_answer(
     assert shown["bad"] == [], "no mark is drawn at a place that is no number"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@needs_node
 def test_a_section_is_absent_without_its_record(
     records: list[Record], manifest: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -297,7 +296,7 @@ def test_a_section_is_absent_without_its_record(
     assert drawn_by_node(path)["sections"] == ["guide"]
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@needs_node
 def test_arcs_start_and_end_where_the_parts_stand(manifest: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     starts, ends = {}, {}
@@ -312,14 +311,6 @@ def test_arcs_start_and_end_where_the_parts_stand(manifest: dict[str, Any], tmp_
     assert len(set(starts.values())) == len(order)
     assert len(set(ends.values())) == 1
     assert min(ends.values()) > max(starts.values())
-
-
-def drawn_by_node(path: Path) -> dict[str, Any]:
-    """What the page holds once its script has run and every button was pressed."""
-    done = subprocess.run(
-        ["node", str(Path(__file__).with_name("page_dom.cjs")), str(path)], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout)
 
 
 def test_importing_the_report_brings_its_own_code_no_torch_calls() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from virtual_weights.atlas import ledger
 from virtual_weights.atlas.keys import KEY, canonical, task_key
-from virtual_weights.atlas.stored import EDGES, HEADER, Header, read_header, read_record, write_record
+from virtual_weights.atlas.stored import EDGES, HEADER, TABLE, Header, read_header, read_record, write_record
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Record
 from virtual_weights.record.durable import is_vacant, replacing, sweep_aside, write_folder
@@ -201,6 +201,10 @@ class Atlas:
     def header(self, key: str) -> Header:
         """What is known of a stored record without its values."""
         return read_header(self._folder(key))
+
+    def table(self, key: str) -> Path:
+        """The Parquet file of a record over one axis; others have none."""
+        return self._folder(key) / TABLE
 
     def edge_table(self, key: str) -> Path:
         """The Parquet file of a record's pairs; there for records over (reader, writer)."""

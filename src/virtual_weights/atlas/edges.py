@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from virtual_weights.atlas.atlas import Atlas
-from virtual_weights.atlas.stored import Header
+from virtual_weights.atlas.stored import PAIR, Header
 from virtual_weights.errors import RecordError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def edges(
     Returns:
         One dictionary per edge: ``key`` of its record, question, port, reader and writer (with
         ``reader_channel``, ``writer_channel`` where several names are one channel) and the question's
-        numeric columns. Equal values of one record stay in its order; a pair that cannot reach is not there.
+        numeric columns. Where the atlas holds labels of heads, ``writer_label`` and ``reader_label``: what each
+        end does, None for what is no head or does none of it. Equal values of one record stay in its order; a
+        pair that cannot reach is not there.
 
     Raises:
         UsageError: no such label or column, nothing stored for the question, or ``top`` below 1.
@@ -61,6 +63,7 @@ def edges(
     first = next(iter(pairs.values())).columns
     by = by or next(column.name for column in first if column.kind.startswith("torch"))
     tables = [str(atlas.edge_table(key)) for key in pairs]
+    told = atlas.keys("labels")[-1:]
     import duckdb  # here, since importing the package is cheap by promise
 
     try:
@@ -68,10 +71,10 @@ def edges(
             found = _strongest(database, tables, asked, by, top)
             for side, end in ({} if found else asked).items():
                 _check_known(database, tables, pairs.values(), side, end)
-            return found
+            return _labelled(database, str(atlas.table(told[0])), found) if told else found
     except duckdb.Error as error:
         raise RecordError(
-            f"a table of pairs in {atlas.path} cannot be read: {error}",
+            f"a table of pairs or of labels in {atlas.path} cannot be read: {error}",
             expected="Parquet files as this package writes them",
             do="remove the record's folder and run the question again",
         ) from error
@@ -123,6 +126,19 @@ def _strongest(
         found = found.filter((Col(side) == Const(end.label)) | with_port)
     ranked = found.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
     return [_plain(dict(zip(ranked.columns, row, strict=True))) for row in ranked.fetchall()]
+
+
+def _labelled(database: DuckDBPyConnection, table: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with what both ends do, by the labels of the heads that they name."""
+    from duckdb import ColumnExpression as Col
+    from duckdb import ConstantExpression as Const
+
+    heads = {row[side].partition(".")[0] for row in rows for side in PAIR}  # L18H6 of L18H6.K
+    if not heads:
+        return rows
+    named = database.read_parquet(table).filter(Col("head").isin(*map(Const, sorted(heads))))
+    labels = dict(named.select(Col("head"), Col("label")).fetchall())
+    return [row | {f"{side}_label": labels.get(row[side].partition(".")[0]) for side in PAIR} for row in rows]
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

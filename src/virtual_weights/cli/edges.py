@@ -24,7 +24,8 @@ def edges(
         str | None, typer.Option("--writer", metavar="NAME", help="only edges out of it, e.g. L16H0, L3.mlp, embed")
     ] = None,
     question: Annotated[
-        str, typer.Option("--question", help="composition, overlap, erasure or neuron_edges")
+        str,
+        typer.Option("--question", help="composition, overlap, erasure, delivered, attribution, prove or neuron_edges"),
     ] = "composition",
     by: Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="order; the question's first column")] = None,
     top: o.Top = 20,

@@ -57,7 +57,7 @@ class Flow:
         if stream.heads:
             key = self.job.key("labels", {})  # on random tokens of their own, whatever the text
             yield self.job.kept(key, lambda: labels(stream, self._model, progress=self.job.step("labels")))
-        yield from delivered(self.job, self.moments())
+        yield from delivered(self.job, self.moments(), self.told)
         if stream.heads and len(self._sequences):
             attributed = list(self._attributed())
             yield from attributed
@@ -158,15 +158,21 @@ class Flow:
         return self.job.kept(self.job.key(question, asked), stamped)
 
 
-def delivered(job: Job, moments: Moments) -> Iterator[Record]:
-    """Delivered energy of every writer at every port that the model has."""
+def delivered(job: Job, moments: Moments, told: str) -> Iterator[Record]:
+    """Delivered energy of every writer at every port that the model has, with the text told in the stamp."""
     for port in job.ports():
-        yield job.answer(Delivered(port, moments, writers="all", device=job.device, memory_mb=job.memory_mb))
+        question = Delivered(port, moments, writers="all", device=job.device, memory_mb=job.memory_mb)
+        yield job.kept(job.key(question.question, question.parameters), partial(_stamped, job, question, told))
 
 
 def from_file(job: Job, path: Path) -> Iterator[Record]:
     """The same from moments that were kept, without running anything."""
-    yield from delivered(job, Moments.load(path, job.stream))
+    yield from delivered(job, Moments.load(path, job.stream), f"the text behind {path.name}")
+
+
+def _stamped(job: Job, question: Delivered, told: str) -> Record:
+    record = question(job.stream, job.step(f"delivered {question.port}"))
+    return replace(record, stamp={"text": told, **record.stamp})
 
 
 def _edge(row: dict[str, Any], port: str) -> tuple[str, str]:

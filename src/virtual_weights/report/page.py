@@ -15,7 +15,17 @@ from typing import Any
 from virtual_weights.record import Record
 from virtual_weights.report.payload import payload
 
-_SCRIPTS = ("draw", "spine", "statements", "pairs", "ledger", "memory", "report")  # one script in this order
+_SCRIPTS = (
+    "draw",
+    "labels",
+    "spine",
+    "evidence",
+    "statements",
+    "pairs",
+    "ledger",
+    "memory",
+    "report",
+)  # one script in this order
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -7,12 +7,14 @@ from typing import Any
 
 from virtual_weights.record import Record
 from virtual_weights.report.density import density
+from virtual_weights.report.evidence import evidence
 from virtual_weights.report.pairs import EDGES_PER_PORT, drawn
 from virtual_weights.report.tables import plain, statements, strongest, table
 
 MOST_LISTED = 200
 _ERASURES = ("alignment", "z", "erasure")
-_TABLES = ("bandwidth", "head_erasers", "channel")
+_TABLES = ("bandwidth", "head_erasers", "channel", "labels")
+_BESIDE = ("delivered", "attribution")  # matrices of which the page shows what it says of the leading edges
 
 
 def payload(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,13 +28,15 @@ def payload(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str,
     Returns:
         A JSON-able dictionary: ``model``; ``maps`` (quantised matrices by question, port and kind of writer), ``edges``
         (the strongest of every port) and ``stamps`` (of every port); ``bandwidth``, ``head_erasers``, ``channel``,
-        ``erasure``, ``neurons`` and ``statements`` (lists, one entry a record); ``others`` and ``too_large``.
+        ``labels``, ``erasure``, ``neurons`` and ``statements`` (lists, one entry a record); ``evidence``, see there;
+        ``others`` and ``too_large``.
     """
+    records = list(records)
     found: dict[str, Any] = {"model": dict(manifest), "maps": [], "edges": [], "stamps": {}}
     found |= {name: [] for name in (*_TABLES, "erasure", "neurons", "statements", "others", "too_large")}
     for record in records:
         _pick(record, found)
-    return found
+    return found | {"evidence": evidence(records)}
 
 
 def _pick(record: Record, found: dict[str, Any]) -> None:
@@ -51,6 +55,8 @@ def _pick(record: Record, found: dict[str, Any]) -> None:
         found[question].append(density(record))
     elif question == "statements":
         found[question].append(statements(record))
+    elif question in _BESIDE:
+        return
     elif len(record.axes) == 1 and record.size <= MOST_LISTED:
         found["others"].append(table(record))
     else:

@@ -58,16 +58,21 @@ function tipped(node, lines) {
   return node;
 }
 
-// Columns are {key, title, text, hint, cell}; rows are objects. Text stands left, numbers right and aligned.
+// Columns are {key, title, text, hint, cell}; rows are objects. Text stands left, numbers right and aligned. A column may
+// belong to a group with a heading, hold an element below its title, stand left though numeric, or begin upwards.
 function sortable(columns, rows, { sort = null, down = true, most = 25 } = {}) {
   const state = { sort, down, most, rows };
   const body = make("tbody"), more = make("button", { type: "button", onclick: () => { state.most += 100; draw(); } }, "Show more");
-  const heads = columns.map(({ key, title, text, hint }) => make("th", { scope: "col", class: text && "text", title: hint || null }, make("button", { type: "button", onclick: () => {
-    state.down = state.sort === key ? !state.down : !text;
-    state.sort = key; draw();
-  } }, title)));
+  const first = (c, i) => c.group && columns[i - 1]?.group !== c.group && "first";
+  const style = (c, i, ...more) => [c.text && "text", first(c, i), ...more].filter(Boolean).join(" ") || null;
+  const heads = columns.map((c, i) => make("th", { scope: "col", class: style(c, i), title: c.hint || null }, make("button", { type: "button", onclick: () => {
+    state.down = state.sort === c.key ? !state.down : !(c.up || (c.text && !c.numeric));
+    state.sort = c.key; draw();
+  } }, c.title), c.below));
+  const groups = columns.map((c, i) => [c.group ?? "", columns.filter((o) => o.group === c.group).length, first(c, i)]).filter(([name], i, all) => name !== all[i - 1]?.[0])
+    .map(([name, span, edge]) => make("th", { scope: name ? "colgroup" : null, colspan: span, class: `group ${edge || ""}`.trim() }, name));
   function draw() {
-    const { key, text } = columns.find((c) => c.key === state.sort) ?? {};
+    const { key, ...by } = columns.find((c) => c.key === state.sort) ?? {}, text = by.text && !by.numeric;
     let shown = [...state.rows];
     if (key !== undefined) shown.sort((a, b) => {
       if (text || !isNumber(a[key]) || !isNumber(b[key])) return text ? byName(a[key], b[key]) * (state.down ? -1 : 1) : isNumber(b[key]) - isNumber(a[key]);
@@ -75,13 +80,13 @@ function sortable(columns, rows, { sort = null, down = true, most = 25 } = {}) {
     });
     columns.forEach((c, i) => (c.key === state.sort ? heads[i].setAttribute("aria-sort", state.down ? "descending" : "ascending") : heads[i].removeAttribute("aria-sort")));
     const formats = columns.map((c) => (c.text ? (v) => number(v) : aligned(state.rows.map((r) => r[c.key]))));
-    body.replaceChildren(...shown.slice(0, state.most).map((row) => make("tr", {}, ...columns.map((c, i) => make("td", { class: c.text && `text ${c.style ?? ""}`.trim() }, c.cell ? c.cell(row) : formats[i](row[c.key]))))));
+    body.replaceChildren(...shown.slice(0, state.most).map((row) => make("tr", {}, ...columns.map((c, i) => make("td", { class: style(c, i, c.text && c.style) }, c.cell ? c.cell(row, formats[i](row[c.key])) : formats[i](row[c.key]))))));
     if (!shown.length) body.replaceChildren(make("tr", {}, make("td", { class: "text", colspan: columns.length }, "Nothing fits this filter.")));
     more.hidden = shown.length <= state.most;
   }
   draw();
   return {
-    element: make("div", {}, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body)), make("div", { class: "bar" }, more)),
+    element: make("div", {}, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, groups.length > 1 ? make("tr", {}, ...groups) : null, make("tr", {}, ...heads)), body)), make("div", { class: "bar" }, more)),
     show(rows, by) { state.rows = rows; if (by) { state.sort = by; state.down = true; } draw(); },
   };
 }

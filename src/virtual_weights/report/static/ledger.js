@@ -66,7 +66,7 @@ function spectra(tables) {
       showTip(event, [`direction ${i + 1}`, `gain ${number(gains[i])}`, ...(energy ? [`${number(100 * energy[i])} % of the energy`] : [])]);
     });
     chart.svg.addEventListener("pointerleave", () => { dot.setAttribute("visibility", "hidden"); hideTip(); });
-    return make("figure", {}, make("figcaption", {}, `${writer} → ${reader}`),
+    return make("figure", {}, make("figcaption", {}, named(writer), " → ", named(reader)),
       make("div", { class: "keys" }, make("span", {}, make("b", {}, number(above)), ` of ${gains.length} gains above the edge`), make("span", {}, "z ", make("b", {}, number(z))), shape ? make("span", {}, shape.join(" × ")) : null), chart.svg);
   };
   return section("channel", "Spectra of single channels",

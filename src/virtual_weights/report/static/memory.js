@@ -66,8 +66,8 @@ function headPlane(table) {
     }
     chart.svg.append(rule(chart, [-1, 1], [1, 0]));
     const there = table.labels.map((name, i) => ({ name, x: copying[i], y: negative[i] })).filter((p) => isNumber(p.x) && isNumber(p.y)).sort((a, b) => a.x - b.x);
-    for (const p of there) chart.svg.append(tipped(make("circle", { class: "mark", cx: chart.px(p.x).toFixed(1), cy: chart.py(p.y).toFixed(1), r: 3.6, "fill-opacity": (0.22 + (0.68 * layerOf(p.name)) / last).toFixed(2) }), [p.name, `copying ${number(p.x)}`, `negative share ${number(p.y)}`]));
-    return make("figure", {}, make("figcaption", {}, title), make("div", { class: "keys" }, ...["erase most: ", "copy most: "].map((word, i) => make("span", {}, word, make("b", {}, (i ? there.slice(-5).reverse() : there.slice(0, 5)).map((p) => p.name).join(", "))))), chart.svg);
+    for (const p of there) chart.svg.append(tipped(make("circle", { class: "mark", cx: chart.px(p.x).toFixed(1), cy: chart.py(p.y).toFixed(1), r: 3.6, "fill-opacity": (0.22 + (0.68 * layerOf(p.name)) / last).toFixed(2) }), [told(p.name), `copying ${number(p.x)}`, `negative share ${number(p.y)}`]));
+    return make("figure", {}, make("figcaption", {}, title), make("div", { class: "keys" }, ...["erase most: ", "copy most: "].map((word, i) => make("span", {}, word, make("b", {}, namedAll((i ? there.slice(-5).reverse() : there.slice(0, 5)).map((p) => p.name)))))), chart.svg);
   };
   return section("heads", "Heads that copy and heads that erase",
     make("p", {}, "A head adds to the stream a transformed copy of what it attends to. Where the eigenvalues of that transformation are positive it copies, where they are negative it takes away, and where they are complex it turns. A dot is a head, fuller in later layers; the box spans two standard deviations around random heads; on the dashed line nothing is turned."),
@@ -75,7 +75,7 @@ function headPlane(table) {
 }
 
 function erasure(found) {
-  const columns = [{ key: "reader", title: "eraser", text: true }, { key: "writer", title: "what it erases", text: true },
+  const columns = [{ key: "reader", title: "eraser", text: true, cell: (e) => named(e.reader) }, { key: "writer", title: "what it erases", text: true, cell: (e) => named(e.writer) },
     ...found.columns.map((c) => ({ key: c.name, title: c.name, hint: `${c.meaning} (${c.unit})` }))];
   const list = sortable(columns, found.rows, { sort: "alignment" });
   const by = ["alignment", "z", "erasure"].map((name) => make("button", { type: "button", "aria-pressed": String(name === "alignment"), onclick: (event) => {

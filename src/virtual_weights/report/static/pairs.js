@@ -69,7 +69,7 @@ function heatmaps() {
     if (r < 0 || c < 0 || r >= rows || c >= columns) return;
     const value = values[r * columns + c], reader = current.readers[r], writer = current.writers[c];
     const channel = current.channels[r];
-    const where = current.by_layer ? `strongest pair of ${writer} → ${reader}` : `${writer} → ${reader}`;
+    const where = current.by_layer ? `strongest pair of ${writer} → ${reader}` : `${told(writer)} → ${told(reader)}`;
     readout.replaceChildren(make("b", {}, where), make("br"),
       Number.isNaN(value) ? "cannot reach: the writer comes too late" : `${TITLE[current.question]} ${number(value)}`,
       ...(Number.isNaN(value) || current.question !== "composition" ? [] : [make("br"), `${number(value * Math.sqrt(data.model.sizes.d_model))} times chance`]),
@@ -99,16 +99,17 @@ function heatmaps() {
 function edges() {
   if (!data.edges.length) return null;
   const state = { text: "", merged: true };
-  const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true }, { key: "reader", title: "reader", text: true, cell: readersOf },
+  const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) }, { key: "reader", title: "reader", text: true, cell: (e) => namedAll(e.readers ?? [e.reader]) },
     { key: "channel", title: "shared channel", text: true, style: "shared", cell: (e) => (e.channel ? `${e.channel} (${e.shared.join(" ")})` : "") },
     ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"]].map(([key, title]) => ({ key, title }))].filter((c) => c.key !== "channel" || data.edges.some((e) => e.channel));
+  const behaviours = (e) => [e.writer, ...(e.readers ?? [e.reader])].flatMap((name) => (labelOf(name) ?? "").split(" "));
   function fitting() {
     const wanted = state.text.trim().toLowerCase().split(/\s+/).filter(Boolean), sorted = [...data.edges].sort((a, b) => b.score - a.score);
     const fits = (name, w) => name === w || name.startsWith(`${w}h`) || name.startsWith(`${w}.`) || name === w.replace(".", "h");
-    return (state.merged ? distinct(sorted) : sorted).filter((e) => wanted.every((w) => [e.port, e.writer, ...(e.readers ?? [e.reader]), e.channel ?? ""].some((name) => fits(name.toLowerCase(), w))));
+    return (state.merged ? distinct(sorted) : sorted).filter((e) => wanted.every((w) => [e.port, e.writer, ...(e.readers ?? [e.reader]), e.channel ?? "", ...behaviours(e)].some((name) => fits(name.toLowerCase(), w))));
   }
   const list = sortable(columns, fitting(), { sort: "score" }), show = () => list.show(fitting());
-  const search = make("input", { type: "search", placeholder: "filter: K L16H0, or L18", "aria-label": "filter edges", oninput: (event) => { state.text = event.target.value; show(); } });
+  const search = make("input", { type: "search", placeholder: `filter: K L16H0, or L18${data.labels.length ? ", or induction" : ""}`, "aria-label": "filter edges", oninput: (event) => { state.text = event.target.value; show(); } });
   const merge = make("input", { type: "checkbox", checked: true, onchange: (event) => { state.merged = event.target.checked; show(); } });
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
   const apart = data.edges.some((e) => !isHead(e.writer)) ? ", from heads and from all other writers apart" : "";

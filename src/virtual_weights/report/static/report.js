@@ -9,26 +9,27 @@ function header() {
   const fact = (name, value) => (value === null || value === undefined ? null : make("li", {}, make("b", {}, String(value)), ` ${name}`));
   return make("div", {},
     make("header", {}, make("h1", {}, `Virtual weights of ${model}`), theme),
-    make("p", { class: "lede" }, "Which parts can talk to which over the residual stream, read from the weights", data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. Nothing was run."),
+    make("p", { class: "lede" }, "Which parts can talk to which over the residual stream, read from the weights", data.evidence || data.labels.length ? ", and which of them do on text." : data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. Nothing was run."),
     make("ul", { class: "facts" }, fact("family", family), fact("layers", sizes.n_layers), fact("heads a layer", sizes.n_heads),
       fact("key/value heads", sizes.n_kv_heads), fact("d_model", sizes.d_model), fact("d_head", sizes.d_head), make("li", {}, "norm: ", make("b", {}, norm))));
 }
 
 // Records that the page has no picture for: as they are, so that nothing computed is lost.
 function others() {
-  if (!data.others.length && !data.too_large.length) return null;
+  const listed = [...data.labels, ...data.others];
+  if (!listed.length && !data.too_large.length) return null;
   const told = (parameters) => Object.entries(parameters).filter(([, v]) => v !== null && typeof v !== "object").map(([k, v]) => `${k} ${number(v)}`).join(", ");
-  const tables = data.others.map((table) => {
+  const tables = listed.map((table) => {
     const columns = [{ key: " label", title: table.axis, text: true }, ...table.columns.map((c) => ({ key: c.name, title: c.name.replaceAll("_", " "), hint: [c.meaning, c.unit && `(${c.unit})`].filter(Boolean).join(" "), text: !c.values.some(isNumber) }))];
     const rows = table.labels.map((label, i) => ({ " label": label, ...Object.fromEntries(table.columns.map((c) => [c.name, c.values[i]])) }));
     return make("details", {}, make("summary", {}, make("b", {}, table.question), ` ${[told(table.parameters), `${rows.length} rows`].filter(Boolean).join(" · ")}`), sortable(columns, rows, { most: 200 }).element);
   });
   const large = data.too_large.map((r) => `${r.question} (${Object.entries(r.axes).map(([name, n]) => `${number(n)} ${name}s`).join(" × ")})`);
-  return section("others", "Further records", make("p", {}, "Answers that this page has no picture for."), ...tables,
+  return section("others", "Further records", make("p", {}, "Whole tables, and answers that this page has no picture for."), ...tables,
     large.length ? make("p", { class: "note" }, `Too large for a table here: ${large.join(", ")}.`) : null);
 }
 
-const SHORT = { stream: "Stream", statements: "Statements", pairs: "Every pair", edges: "Strongest edges", bandwidth: "Ledger", channel: "Spectra", neurons: "Neurons", heads: "Heads", erasure: "Erasers", others: "Further records", guide: "Reading guide" };
+const SHORT = { stream: "Stream", evidence: "Potential, actual, causal", statements: "Statements", pairs: "Every pair", edges: "Strongest edges", bandwidth: "Ledger", channel: "Spectra", neurons: "Neurons", heads: "Heads", erasure: "Erasers", others: "Further records", guide: "Reading guide" };
 function contents(sections) {
   const seen = {}, names = sections.map((each) => SHORT[each.id]);
   for (const each of sections) { // two records of one question are two sections
@@ -48,6 +49,10 @@ function guide() {
     ...item("z", "How many standard deviations the squared strength lies above that chance, from closed-form moments. Trained weights are not random, so large values are common; compare edges, do not read it as a probability."),
     ...item("strength", "The numerator alone, in units of the weights: how much could arrive. A high score can be weak and a low score strong."),
     ...item("subspace overlap", "Mean squared cosine of the principal angles between what a head can write and what a port can read, whatever the gains."),
+    ...(data.evidence ? [item("delivered", "Energy that a writer puts on a port, averaged over a text: what it wrote, over the reader's norm scalar, through the reader's map, weighed by what the keys, queries or outputs make of it. ", make("b", {}, "Share"), " is of the energy of all that the port receives."),
+      item("effect", "Loss without the edge less loss with it. Only this reader's port receives ", data.evidence.stamps.prove.some((each) => each.replacement === "resample") ? "what the writer says in another sequence" : "the writer's mean over the text", " instead; all others go on receiving what it writes. ", make("b", {}, "First order"), " is the derivative along that removal and can be far off where attention saturates."),
+      item("not shown", "The interval holds 0, or a random edge of the same port and kind of writer did as much: no proof that the edge does nothing.")].flat() : []),
+    ...(data.labels.length ? item("tags", "Where a head attends on random tokens said twice, in its largest score above ", code(String(data.labels.at(-1).parameters.threshold ?? "the threshold")), "; the first token, where many heads rest, only if no other is.") : []),
     ...item("what this cannot say", "Weights say what could be communicated directly. Whether it is depends on attention and on the text, and paths through other components are not counted.")));
 }
 
@@ -59,7 +64,7 @@ function footer() {
 }
 
 const page = document.getElementById("page");
-const sections = [spine(), ...data.statements.map(statements), heatmaps(), edges(), ...data.bandwidth.map(ledger), data.channel.length ? spectra(data.channel) : null,
+const sections = [spine(), evidence(), ...data.statements.map(statements), heatmaps(), edges(), ...data.bandwidth.map(ledger), data.channel.length ? spectra(data.channel) : null,
   ...data.neurons.map(neurons), ...data.head_erasers.map(headPlane), ...data.erasure.map(erasure), others(), guide()].filter(Boolean);
 page.replaceChildren(header(), contents(sections), ...sections, footer());
 document.body.append(tip);

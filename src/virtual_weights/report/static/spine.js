@@ -15,8 +15,9 @@ function distinct(edges) {
   return [...groups.values()];
 }
 const readersOf = (edge) => (edge.readers ?? [edge.reader]).join(", ");
+const toldReaders = (edge) => (edge.readers ?? [edge.reader]).map(told).join(", ");
 const facts = (edge) => [
-  `${edge.writer} → ${readersOf(edge)} (${EXPLAIN[edge.port]})`,
+  `${told(edge.writer)} → ${toldReaders(edge)}, ${EXPLAIN[edge.port]}`,
   `score ${number(edge.score)}, ${number(edge.null_ratio)} times chance`,
   `strength ${number(edge.strength)}, z ${number(edge.z)}`,
   edge.channel ? `${edge.channel} is shared by ${edge.shared.join(", ")}` : "",
@@ -77,7 +78,7 @@ function spine() {
       nodes.push(make("rect", { class: active.has(part.label) ? "mlp on" : "mlp", x: side + part.layer * step + step * 0.78, y: base - 5, width: Math.max(4, step * 0.17), height: 10, rx: 2.5 }, make("title", {}, part.label)));
     }
     for (const head of heads) {
-      const dot = make("rect", { class: active.has(head.label) ? "head on" : "head", x: x(head.label) - 1.1, y: base + 6, width: 2.2, height: active.has(head.label) ? 13 : 8, rx: 1 }, make("title", {}, head.label));
+      const dot = make("rect", { class: active.has(head.label) ? "head on" : "head", x: x(head.label) - 1.1, y: base + 6, width: 2.2, height: active.has(head.label) ? 13 : 8, rx: 1 }, make("title", {}, [told(head.label), attention(head.label)].filter(Boolean).join("\n")));
       nodes.push(dot);
     }
     const every = Math.max(1, Math.ceil(layers / 32));

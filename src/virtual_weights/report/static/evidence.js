@@ -1,0 +1,80 @@
+// Potential, actual, causal: what the weights could carry, what flowed on text, and what removing it does.
+function evidence() {
+  const found = data.evidence;
+  if (!found) return null;
+  const { rows, ports, units, stamps } = found, scale = effects(rows);
+  const UNDONE = { delivered: "nothing was observed", attribution: "no gradient was taken", prove: "no edge was removed" };
+  const HEADS = { Q: 1, K: 1, V: 1 };
+  const missing = (question) => (e) => (!ports[question].length ? `not run on text: ${UNDONE[question]}` : question === "prove" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
+  const known = (key, why, form) => ({ key, cell: (e, text) => (isNumber(e[key]) ? (form ? form(e[key]) : text) : dash(why(e))) });
+  const weights = (e) => (ports.composition.includes(e.port) ? "not computed for this pair" : "composition through this port is not in the atlas");
+  const share = (e) => (e.port in HEADS ? missing("delivered")(e) : "told of queries, keys and values only");
+  const ends = [{ key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) },
+    { key: "reader", title: "reader", text: true, cell: readersCell }];
+  const columns = [...ends,
+    { ...known("score", weights), group: "potential", title: "score", hint: "composition of the weights, between 0 and 1" },
+    { ...known("z", weights), group: "potential", title: "z", hint: "standard deviations of the squared strength above random orientation" },
+    { key: "delivered", group: "actual", title: "delivered", hint: "energy that the writer puts on the port, mean over the text: squared logits for Q and K, squared norm for V", cell: (e) => (isNumber(e.delivered) ? make("span", { title: units[e.port] }, number(e.delivered)) : dash(missing("delivered")(e))) },
+    { ...known("share", share, (v) => number(v, 2)), group: "actual", title: "share", hint: "of the energy of all that the port receives; contributions can cancel, so shares need not sum to 1" },
+    { key: "rank", group: "actual", title: "rank", hint: "by delivered energy, among all writers that reach this reader", up: true, cell: (e) => (isNumber(e.rank) ? `${e.rank} / ${e.of}` : dash(missing("delivered")(e))) },
+    { ...known("attribution", missing("attribution"), brief), group: "causal", title: "first order", hint: "attribution: first-order change of the loss without the edge, in nats" },
+    { ...known("effect", missing("prove"), brief), group: "causal", title: "effect", hint: "loss without the edge less loss with it, in nats" },
+    { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, bootstrap over sequences; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("prove")(e))) },
+    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.prove[0]?.rule, cell: (e) => (e.verdict ? chip(e.verdict === "causal" ? { style: "good", sign: "✓", word: "causal" } : { style: "none", sign: "?", word: e.verdict }) : dash(missing("prove")(e))) }];
+  const sort = ports.prove.length ? "effect" : ports.delivered.length ? "share" : "score";
+  const list = sortable(columns, rows, { sort });
+  const shown = [...new Set(rows.map((e) => e.port))], state = { port: null };
+  const buttons = shown.map((port) => make("button", { type: "button", class: port, "aria-pressed": "false", onclick: () => {
+    state.port = state.port === port ? null : port;
+    shown.forEach((each, i) => buttons[i].setAttribute("aria-pressed", String(each === state.port)));
+    list.show(state.port ? rows.filter((e) => e.port === state.port) : rows);
+  } }, `${port} · ${EXPLAIN[port]}`));
+  return section("evidence", "Potential, actual, causal",
+    make("p", {}, "The strongest edges between heads, and all that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: what the loss does when this one edge is taken away while the model runs, estimated to first order and then measured."),
+    make("div", { class: "bar" }, ...buttons), list.element,
+    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.channel) ? "Heads that share a key or value head are one channel: score, delivered energy and rank are those of the head named first, removal takes the edge from all of them." : "",
+      scale ? " On the scale of effects the grey band is the range of the matched random edges, the line at 0 is no effect; it is even within the largest random effect and logarithmic beyond." : ""));
+}
+
+const brief = (v) => number(v, Math.abs(v) < 1e-4 ? 1 : 2);
+const dash = (why) => make("span", { class: "absent", title: why }, NONE);
+// The strongest reader, and below it those that share its key or value head, together where they do the same.
+function readersCell(e) {
+  const others = e.shared.filter((name) => name !== e.reader);
+  const alike = [...new Set(others.map(labelOf))].map((label) => others.filter((name) => labelOf(name) === label));
+  const groups = alike.map((names) => make("span", { title: names.map((name) => [told(name), attention(name)].filter(Boolean).join(": ")).join("\n") }, names.map((name) => `H${headOf(name)}`).join(", "), tag(names[0])));
+  const port = e.port === e.reader ? null : make("span", { class: `port ${e.port}`, title: EXPLAIN[e.port] }, `.${e.port}`);
+  return make("div", { class: "named" }, e.reader, port, tag(e.reader), groups.length ? make("div", { class: "shared", title: `${e.channel} is shared by ${e.shared.join(", ")}` }, "+ ", ...groups.flatMap((g, i) => (i ? [", ", g] : [g])), ` · ${e.channel.replace(/^L\d+\./, "")}`) : null);
+}
+function measuredOn({ delivered, attribution, prove }) {
+  const on = (stamp) => (stamp.text ? ` on ${stamp.text}` : "");
+  return [delivered ? `Delivered energy: ${number(delivered.tokens, 12)} tokens${on(delivered)}. ` : "",
+    attribution ? make("span", {}, `First order: ${attribution.sequences} sequences${on(attribution)}, metric `, make("code", {}, attribution.metric), ". ") : "",
+    ...prove.map((each) => `Removal: ${each.sequences} sequences${on(each)}, ${number(each.clean_loss)} nats with every edge. `)];
+}
+
+// The common scale of all effects: even up to the largest random effect, logarithmic beyond, 0 always on it.
+function effects(rows) {
+  const there = rows.filter((e) => isNumber(e.effect));
+  if (!there.length) return null;
+  const random = there.flatMap((e) => (e.random ? [e.random.low, e.random.high] : [])), ends = there.flatMap((e) => [e.effect, e.low, e.high]).filter(isNumber);
+  const largest = Math.max(...[...random, ...ends].map(Math.abs)) || 1, even = Math.max(...random.map(Math.abs), largest * 1e-4);
+  const bent = (v) => Math.asinh(v / even), low = bent(Math.min(0, ...random, ...ends)), high = bent(Math.max(0, ...random, ...ends));
+  const WIDTH = 158, HEIGHT = 20, EDGE = 9, x = (v) => EDGE + ((bent(v) - low) / (high - low || 1)) * (WIDTH - 2 * EDGE);
+  const marks = [0], decades = Array.from({ length: 9 }, (_, i) => 10 ** (2 - i)).flatMap((v) => [v, -v]);
+  for (const v of decades) if (bent(v) >= low && bent(v) <= high && marks.every((m) => Math.abs(x(m) - x(v)) > 30)) marks.push(v);
+  const drawing = (name, height, ...children) => make("svg", { class: name, width: WIDTH, height, viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": "" }, ...children);
+  const line = (name, a, b, y0, y1) => make("line", { class: name, x1: a.toFixed(1), x2: b.toFixed(1), y1: y0, y2: y1 });
+  const axis = drawing("effects", 15, ...marks.flatMap((v) => [make("text", { x: x(v).toFixed(1), y: 11, "text-anchor": "middle" }, number(v))]));
+  function bar(e) {
+    const told = [`${number(e.effect)} nats`, isNumber(e.low) ? `95% interval ${number(e.low)} to ${number(e.high)}` : "no interval: one sequence", e.random ? `${e.random.count} random edges: ${number(e.random.low, 2)} to ${number(e.random.high, 2)}` : "no random edges"];
+    const svg = drawing(`effects ${e.verdict === "causal" ? "causal" : ""}`, HEIGHT,
+      e.random ? make("rect", { class: "band", x: x(e.random.low).toFixed(1), width: Math.max(1, x(e.random.high) - x(e.random.low)).toFixed(1), y: 1, height: HEIGHT - 2, rx: 2 }) : null,
+      ...marks.map((v) => line(v ? "grid" : "zero", x(v), x(v), 0, HEIGHT)),
+      isNumber(e.low) ? line("interval", x(e.low), x(e.high), HEIGHT / 2, HEIGHT / 2) : null,
+      make("circle", { cx: x(e.effect).toFixed(1), cy: HEIGHT / 2, r: 3.4 }));
+    svg.setAttribute("aria-label", told.join("; "));
+    return tipped(svg, told);
+  }
+  return { axis, bar };
+}
