@@ -237,7 +237,8 @@ def test_hostile_checkpoints_end_with_their_code_and_no_traceback(
 
 def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "atlas"
-    asked = ["map", folder, "-o", out, "--only", "composition", "--repeated", "--tokens", 512, "--prove", 4, "--json"]
+    asked = ["map", folder, "-o", out, "--only", "composition,statements", "--repeated", "--tokens", 512, "--prove", 4]
+    asked.append("--json")
     found = answer(asked, capsys)
     assert found["proved"]["asked"] == 4
     atlas = Atlas.open(out)
@@ -247,6 +248,12 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     proved = atlas.find("prove")
     assert proved is not None
     assert "random tokens" in proved.stamp["text"]
+    told = atlas.find("statements")
+    assert told is not None
+    verdicts = {row["statement"]: row["verdict"] for row in told.rows()}
+    assert verdicts["L3"] == "holds under"
+    assert "lifetime on 512 tokens" in told.stamp["run"]
+    assert (kinds["cleared"], kinds["lifetime"], kinds["frontier"]) == (1, 1, 1)
     ledger = (out / "ledger.sqlite").stat().st_mtime_ns
     assert answer(asked, capsys)["proved"] == found["proved"]
     assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger

@@ -17,6 +17,7 @@ from virtual_weights.analysis.sides import HEAD_PORTS
 from virtual_weights.cli.job import Job, among_heads
 from virtual_weights.cli.observe import passages
 from virtual_weights.cli.prove import per_channel
+from virtual_weights.cli.statements import prompt_of, runners
 from virtual_weights.errors import RecordError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
@@ -24,7 +25,10 @@ from virtual_weights.runtime.attribute import attribute
 from virtual_weights.runtime.edge import next_token_loss
 from virtual_weights.runtime.labels import labels
 from virtual_weights.runtime.observe import observe
+from virtual_weights.runtime.operate import operating_point
 from virtual_weights.runtime.prove import Trial, prove
+from virtual_weights.statements import Statements
+from virtual_weights.stream import OperatingPoint
 from virtual_weights.stream.moments import Moments
 
 LENGTH = 128
@@ -64,6 +68,10 @@ class Flow:
             edges = self._foremost(attributed)
             if edges:
                 yield self._proved(edges)
+
+    def statements(self) -> Record:
+        """Verdicts on the statements, those that need a run among them."""
+        return self.job.told(Statements(), self._identity, self._ran)
 
     def moments(self) -> Moments:
         """Of the text, observed now or by an earlier map into the same atlas."""
@@ -111,6 +119,12 @@ class Flow:
     def _identity(self) -> dict[str, Any]:
         content = b"".join(chunk.numpy().tobytes() for chunk in self._chunks)
         return {"tokens": sum(int((chunk >= 0).sum()) for chunk in self._chunks), "text": sha256(content).hexdigest()}
+
+    def _ran(self) -> tuple[OperatingPoint, dict[str, Record]]:
+        """A prompt's operating point, and what the statements take from text; these records are kept, too."""
+        able = runners(self.job.stream, self._chunks, self._model, self.job.step)
+        point = operating_point(self.job.stream, prompt_of(self._chunks), self._model)
+        return point, {name: self._kept(name, {}, found) for name, found in able.items()}
 
     def _attributed(self) -> Iterator[Record]:
         found: dict[str, Record] = {}

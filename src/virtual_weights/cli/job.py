@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -25,7 +25,7 @@ from virtual_weights.atlas import Atlas, task_key
 from virtual_weights.cli.progress import Tick
 from virtual_weights.record import Record
 from virtual_weights.statements import Statements
-from virtual_weights.stream import Stream
+from virtual_weights.stream import OperatingPoint, Stream
 
 _SPECTRA = 6  # strongest channels into keys whose spectra the report shows
 _NEURON_TABLES = ("neuron_edges", "neuron_edges_of_writers", "neuron_cosines")
@@ -73,7 +73,7 @@ class Job:
             if part is Part.neurons and mlps:
                 yield from self._neurons()
             elif part is Part.statements and self.stream.folded:
-                yield self._told(Statements())
+                yield self.told(Statements())
             else:
                 yield from (self.answer(each) for each in self._questions(part, heads, mlps))
 
@@ -135,9 +135,19 @@ class Job:
                     self.atlas.put(record, key=key, seconds=time.monotonic() - began)
             yield self.atlas.get(keys[-1])
 
-    def _told(self, statements: Statements) -> Record:
-        key = self.key(statements.question, statements.parameters)
-        return self.kept(key, lambda: statements(self.stream, self.step("statements"), asker=self.answer))
+    def told(
+        self,
+        statements: Statements,
+        text: Mapping[str, Any] | None = None,
+        ran: Callable[[], tuple[OperatingPoint, Mapping[str, Record]]] | None = None,
+    ) -> Record:
+        """Verdicts on the statements, with what was run on a text where there is one."""
+
+        def computed() -> Record:
+            point, runs = (None, None) if ran is None else ran()
+            return statements(self.stream, self.step("statements"), self.answer, point, runs)
+
+        return self.kept(self.key(statements.question, {**statements.parameters, **(text or {})}), computed)
 
     def _ask(self, question: Question) -> Record:
         return question(self.stream, self.step(" ".join([question.question, *map(str, _named(question))])))

@@ -70,7 +70,7 @@ def map_model(
         )
         manifest = manifest_of(stream, model)
         job = Job(Atlas.create(folder, manifest), stream, step, rotary_offset, dtype, device, memory_mb)
-        records = [*job.answers(parts), *flow(job)]
+        records = list(flow(job, parts))
         report = folder / "report.html"
         write_report(report, records, manifest)
     found = _summary(stream, records, top)
@@ -113,17 +113,25 @@ def _parts(only: str | None) -> tuple[Part, ...]:
 
 def _flow(
     operating_point: Path | None, text: str | None, repeated: bool, tokens: int, prove: int
-) -> Callable[[Job], Iterator[Record]]:
-    """What a map is asked to say of runs."""
+) -> Callable[[Job, tuple[Part, ...]], Iterator[Record]]:
+    """The records of a map: of its parts, and of what is to be said about a run."""
     if sum((operating_point is not None, text is not None, repeated)) > 1:
         raise UsageError(
             "more than one source of what flows", expected="one of --operating-point, --text, --repeated", do="choose"
         )
-    if operating_point is not None:
-        return lambda job: from_file(job, operating_point)
-    if text is None and not repeated:
-        return lambda _job: iter(())
-    return lambda job: Flow(job, text, 0 if repeated else None, tokens, prove).answers()
+
+    def answers(job: Job, parts: tuple[Part, ...]) -> Iterator[Record]:
+        if text is None and not repeated:
+            yield from job.answers(parts)
+            yield from () if operating_point is None else from_file(job, operating_point)
+            return
+        flow = Flow(job, text, 0 if repeated else None, tokens, prove)
+        yield from job.answers(part for part in parts if part is not Part.statements)
+        yield from flow.answers()
+        if Part.statements in parts and job.stream.folded:
+            yield flow.statements()
+
+    return answers
 
 
 def _summary(stream: Stream, records: list[Record], top: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from virtual_weights.cli import options as o
 from virtual_weights.cli.observe import Repeated, TextSource, passages
@@ -75,8 +75,9 @@ def statements(
         if text is not None or tokens is not None or repeated:
             chunks, source = passages(stream, text, tokens or _TOKENS, _LENGTH, _BATCH, seed if repeated else None)
             batches = list(chunks)
-            runs = run_text(stream, batches, step)
-            point = point or run_prompt(stream, next(row[row != PADDING][:_PROMPT] for row in batches[0]))
+            loaded = load(stream)
+            runs = {name: found() for name, found in runners(stream, batches, loaded, step).items()}
+            point = point or run_prompt(stream, prompt_of(batches), loaded)
         record = question(stream, step("statements"), point=point, runs=runs)
     rows = rows_of(record)
     if as_json:
@@ -88,16 +89,30 @@ def statements(
     line(f"{len(rows)} statements on {model}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
 
 
-def run_text(stream: Stream, batches: Sequence[Tensor], step: Callable[[str], Tick]) -> dict[str, Record]:
-    """What runs on batches of token ids find, by question: the statements take what they know of (``Bench.runs``)."""
-    model, total = load(stream), sum(int((each != PADDING).sum()) for each in batches)
-    first, second = step("cleared"), step("lifetime")
-    found = {"cleared": cleared(stream, batches, model, progress=lambda done: first(done, total))}
-    found["lifetime"] = lifetime(stream, batches, model, progress=lambda done: second(done, total)).projection
+def runners(
+    stream: Stream, batches: Sequence[Tensor], model: nn.Module, step: Callable[[str], Tick]
+) -> dict[str, Callable[[], Record]]:
+    """What can be run on batches of token ids, by question: statements take what they know of (``Bench.runs``)."""
+    total = sum(int((each != PADDING).sum()) for each in batches)
+
+    def counted(name: str) -> Callable[[int], None]:
+        tick = step(name)
+        return lambda done: tick(done, total)
+
+    found: dict[str, Callable[[], Record]] = {
+        "cleared": lambda: cleared(stream, batches, model, progress=counted("cleared")),
+        "lifetime": lambda: lifetime(stream, batches, model, progress=counted("lifetime")).projection,
+    }
     whole = [row for batch in batches for row in batch if int(row.min()) >= 0 and len(row) == batches[0].shape[1] > 1]
     if whole:
-        found["frontier"] = frontier(stream, torch.stack(whole[:_WHOLE]), model, progress=step("frontier")).frontier
+        rows = torch.stack(whole[:_WHOLE])
+        found["frontier"] = lambda: frontier(stream, rows, model, progress=step("frontier")).frontier
     return found
+
+
+def prompt_of(batches: Sequence[Tensor]) -> Tensor:
+    """The first tokens of a text, (T,)."""
+    return next(row[row != PADDING][:_PROMPT] for row in batches[0])
 
 
 def rows_of(record: Record) -> list[dict[str, Any]]:
