@@ -263,5 +263,14 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     answer(["map", folder, "-o", other, "--only", "bandwidth", "--operating-point", moments, "--json"], capsys)
     atlas = Atlas.open(other)
     assert Counter(entry["question"] for entry in atlas.ledger()) == {"bandwidth": 1, "delivered": 6}
+    told = answer(["edges", other, "--operating-point", moments, "--reader", "L2H1.K", "--json"], capsys)
+    assert told["question"] == "delivered"
+    assert told["edges"][0]["delivered"] > 0
+    found = answer(["edges", out, "--question", "delivered", "--reader", "L2H1.K", "--json"], capsys)["edges"]
+    assert [e["delivered"] for e in found] == pytest.approx([e["delivered"] for e in told["edges"]])
+    point = tmp_path / "other.safetensors"
+    answer(["observe", folder, "-o", point, "--repeated", "--tokens", 64, "--length", 16, "--json"], capsys)
+    assert run(["edges", str(other), "--operating-point", str(point)]) == 2
+    assert "no edges of 'delivered' from moments" in capsys.readouterr().err
     assert run(["map", str(folder), "-o", str(other), "--repeated", "--text", "default"]) == 2
     assert "more than one source" in capsys.readouterr().err

@@ -18,7 +18,7 @@ _NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTIN
 _ROW = "file_row_number"
 
 
-def edges(
+def edges(  # noqa: PLR0913 - which edges, by keyword only
     atlas: Atlas,
     reader: str | None = None,
     writer: str | None = None,
@@ -26,6 +26,7 @@ def edges(
     question: str = "composition",
     by: str | None = None,
     top: int = 20,
+    moments: str | None = None,
 ) -> list[dict[str, Any]]:
     """The strongest stored edges of a reader, a writer, or all.
 
@@ -36,6 +37,7 @@ def edges(
         question: name of a question whose records are over (reader, writer), or tables with these two columns.
         by: the numeric column to order by, largest first; None takes the first of the question's columns.
         top: how many at most.
+        moments: of ``"delivered"``, only what was computed from the moments of this identity.
 
     Returns:
         One dictionary per edge: ``key`` of its record, question, port, reader and writer (with
@@ -50,11 +52,12 @@ def edges(
     """
     if top < 1:
         raise UsageError(f"top={top}", expected="1 or more", do="pass how many edges to list")
-    pairs = {key: header for key in atlas.keys(question) if (header := atlas.header(key)).is_pairs}
+    keys = atlas.keys(question) if moments is None else atlas.keys(question, moments=moments)
+    pairs = {key: header for key in keys if (header := atlas.header(key)).is_pairs}
     if not pairs:
         stored = atlas.keys()
         raise UsageError(
-            f"this atlas has no edges of {question!r}",
+            f"this atlas has no edges of {question!r}" + (f" from moments {moments[:12]}..." if moments else ""),
             expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
             do="compute it first, for example with vweights map",
         )
