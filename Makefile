@@ -20,7 +20,6 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/vweights map smollm2-135m -o demo/atlas --repeated --tokens 2048 --prove 12
-	$(BIN)/vweights statements smollm2-135m --only L3,T7 --prompt "Every layer adds what it has to say to the residual stream, and every later layer can read it."
 	@echo "the report: $(CURDIR)/demo/atlas/report.html"
 
 test: $(VENV)/test.stamp

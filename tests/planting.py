@@ -75,3 +75,15 @@ def confine(model: nn.Module, space: Tensor) -> None:
                     weight = part.get_submodule(name).weight
                     weight.copy_((weight * gain) @ onto / gain)
         model.lm_head.weight.copy_((model.lm_head.weight * model.model.norm.weight) @ onto / model.model.norm.weight)
+
+
+def echo(gain: float) -> nn.Module:
+    """The embedding writes unit vectors in four dimensions; a token alone in its row gets ``gain`` of it from L1H2."""
+    model, axes = blank(), frame(2)
+    content = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    content = content / content.norm(dim=1, keepdim=True)
+    s = (1 / D + model.config.rms_norm_eps) ** 0.5
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(content @ axes[:, :4].T)
+    plant_head(model, 1, 2, gain * s * axes[:, :4] @ axes[:, :4].T)
+    return model

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import virtual_weights as vw
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA = dict(
     hidden_size=24,
@@ -182,3 +184,9 @@ def norms_in_full_precision() -> Iterator[None]:
     finally:
         for c, original in zip(classes, kept, strict=True):
             c.forward = original
+
+
+def in_float64(name: str) -> tuple[Any, vw.Stream]:
+    """A tiny model and its stream, both in float64."""
+    model = tiny(name, dtype=torch.float64)
+    return model, vw.open(model).to(torch.float64)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from regauge import rebased, rotated
-from tiny_models import SHAPES, norms_in_full_precision, tiny
+from tiny_models import SHAPES, in_float64, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
@@ -22,19 +21,7 @@ from virtual_weights.stream import Stream
 TOKENS = torch.randint(0, 37, (3, 6), generator=torch.Generator().manual_seed(8))
 STEP = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers takes softmax and RMSNorm in float32 whatever it is given: too coarse for small differences."""
-    own = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: own(x, dim=dim))
-    with norms_in_full_precision():
-        yield
-
-
-def pair(name: str) -> tuple[nn.Module, Stream]:
-    model = tiny(name, dtype=torch.float64)
-    return model, vw.open(model).to(torch.float64)
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def difference(model: nn.Module, stream: Stream, edge: Edge, metric: object = next_token_loss) -> float:
@@ -54,7 +41,7 @@ def entry(record: Record, reader: str, writer: str) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_finite_differences(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     last = stream.spec.n_layers - 1
     edges = [("L0H1", f"L{last}H3.{port}") for port in "QKV"] + [("L0H2", "L1H0.K"), (f"L{last - 1}H0", f"L{last}H2.V")]
     found = attribute(stream, TOKENS, model=model)
@@ -66,7 +53,7 @@ def test_equals_finite_differences(name: str) -> None:
 
 
 def test_every_edge_of_one_port() -> None:
-    model, stream = pair("llama-grouped-untied")
+    model, stream = in_float64("llama-grouped-untied")
     record = attribute(stream, TOKENS, model=model)["K"]
     rows = [row for row in record.rows() if row["reader"] in ("L1H0", "L2H3")]
     assert len(rows) == 6 + 12
@@ -80,7 +67,7 @@ def test_every_edge_of_one_port() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_kind_of_writer_and_reader(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     last = stream.spec.n_layers - 1
     mlp = ports_of(stream)[3:-1]
     assert mlp == (("gate", "up") if stream.spec.gated else ("in",))
@@ -103,7 +90,7 @@ def test_every_kind_of_writer_and_reader(name: str) -> None:
 
 
 def test_only_what_reaches_is_there() -> None:
-    model, stream = pair("neox-parallel-partial-rotary")
+    model, stream = in_float64("neox-parallel-partial-rotary")
     found = attribute(stream, TOKENS, model=model, ports=("in", "unembed"), writers="all")
     assert math.isnan(entry(found["in"], "L1.mlp", "L1H0"))  # a parallel block: both read the same state
     assert math.isfinite(entry(found["in"], "L1.mlp", "L0.mlp"))
@@ -111,12 +98,12 @@ def test_only_what_reaches_is_there() -> None:
     assert set(found["in"].axis("writer").labels) == {
         str(c.label) for c in stream.components if c.kind in ("embed", "head", "mlp")
     }
-    _, sequential = pair("gpt2")
+    _, sequential = in_float64("gpt2")
     assert "pos" in attribute(sequential, TOKENS, model=tiny("gpt2"), writers="all")["Q"].axis("writer").labels
 
 
 def test_batches_metric_and_gradients_of_the_parameters() -> None:
-    model, stream = pair("gpt2")
+    model, stream = in_float64("gpt2")
 
     def gap(logits: Tensor, tokens: Tensor) -> Tensor:
         return logits[:, -1, 3] - logits[:, -2].gather(1, tokens[:, -1:])[:, 0]
@@ -144,7 +131,7 @@ def test_batches_metric_and_gradients_of_the_parameters() -> None:
 @pytest.mark.parametrize("name", ["llama-full", "llama-grouped-untied"])
 def test_free_of_bases(name: str) -> None:
     """Rotating the stream changes nothing; re-basing heads changes nothing of V (rotary fixes the bases of Q and K)."""
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     own = attribute(stream, TOKENS, model=model)
     turned_model = rotated(model, 1)
     turned = attribute(vw.open(turned_model).to(torch.float64), TOKENS, model=turned_model)
@@ -156,7 +143,7 @@ def test_free_of_bases(name: str) -> None:
 
 
 def test_free_of_the_heads_bases() -> None:
-    model, stream = pair("gpt2")  # no rotary: all of a head's bases are free, but for its biases
+    model, stream = in_float64("gpt2")  # no rotary: all of a head's bases are free, but for its biases
     with torch.no_grad():
         for key, p in model.named_parameters():
             if "c_attn.bias" in key or "ln_1.bias" in key:  # a norm's shift is a bias to the heads as well
@@ -172,7 +159,7 @@ def test_free_of_the_heads_bases() -> None:
 
 
 def test_refused() -> None:
-    model, stream = pair("llama-full")
+    model, stream = in_float64("llama-full")
     for tokens in (TOKENS[0], TOKENS[:, :1], TOKENS.double(), torch.where(TOKENS == TOKENS[0, 0], -1, TOKENS)):
         with pytest.raises(UsageError, match="tokens of shape"):
             attribute(stream, tokens, model=model)
@@ -185,7 +172,7 @@ def test_refused() -> None:
 
 
 def test_absent_where_nothing_can_reach() -> None:
-    model, stream = pair("neox-parallel-partial-rotary")
+    model, stream = in_float64("neox-parallel-partial-rotary")
     record = attribute(stream, TOKENS, model=model)["V"]
     assert math.isnan(entry(record, "L1H0", "L1H1"))
     assert math.isfinite(entry(record, "L1H0", "L0H1"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from exactness import contributions
 from planting import D, blank, frame, plant_head, plant_neuron, quiet
 from regauge import rebased, rotated
-from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
+from tiny_models import SHAPES, flow, in_float64, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
@@ -29,19 +28,7 @@ TOKENS = torch.randint(0, 37, (3, 6), generator=torch.Generator().manual_seed(8)
 FAMILIES = ["llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary"]
 STEP = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers takes softmax and RMSNorm in float32 whatever it is given: too coarse for small differences."""
-    own = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: own(x, dim=dim))
-    with norms_in_full_precision():
-        yield
-
-
-def pair(name: str) -> tuple[nn.Module, Stream]:
-    model = tiny(name, dtype=torch.float64)
-    return model, vw.open(model).to(torch.float64)
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 @torch.no_grad()
@@ -71,7 +58,7 @@ def loss(model: nn.Module, stream: Stream, label: Label, at: tuple[int, int], fr
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_utility_is_the_derivative_of_the_loss(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     found = units(stream, TOKENS, model)
     last = stream.spec.n_layers - 1
     names = ["embed", "L0H1", "L0.mlp", f"L{last}H3", f"L{last}.mlp", *(["pos"] if name.startswith("gpt2") else [])]
@@ -112,7 +99,7 @@ def twin(model: nn.Module, stream: Stream) -> dict[str, tuple[Tensor, Tensor, st
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_interference_and_erasure_equal_a_naive_twin(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     found, expected = units(stream, TOKENS, model), twin(model, stream)
     assert set(found.writers) == {writer for writer in expected if not writer.endswith(".bias")}
     for i, writer in enumerate(found.writers):
@@ -129,7 +116,7 @@ def test_interference_and_erasure_equal_a_naive_twin(name: str) -> None:
 
 
 def test_batches_change_nothing_and_parameters_get_no_gradient() -> None:
-    model, stream = pair("gpt2")
+    model, stream = in_float64("gpt2")
     whole, parts = units(stream, TOKENS, model, 3), units(stream, TOKENS, model, 1)
     same(whole, parts)
     assert all(p.grad is None for p in model.parameters())
@@ -147,14 +134,14 @@ def same(a: Units, b: Units, rtol: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("name", ["llama-full", "llama-grouped-untied"])
 def test_free_of_the_basis_of_the_stream(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     turned = rotated(model, 1)
     same(units(stream, TOKENS, model), units(vw.open(turned).to(torch.float64), TOKENS, turned), 1e-7)
 
 
 def test_utility_and_erasure_are_free_of_the_bases_of_heads() -> None:
     """Interference is not: energy at a port is measured in the port's own basis."""
-    model, _ = pair("gpt2")  # no rotary: all of a head's bases are free, but for its biases
+    model, _ = in_float64("gpt2")  # no rotary: all of a head's bases are free, but for its biases
     with torch.no_grad():
         for key, p in model.named_parameters():
             if "c_attn.bias" in key or "ln_1.bias" in key:  # a norm's shift is a bias to the heads as well
@@ -168,7 +155,7 @@ def test_utility_and_erasure_are_free_of_the_bases_of_heads() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_policy_is_worth_more_than_the_optimum(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     found = units(stream, TOKENS, model)
     generator = torch.Generator().manual_seed(3)
     for price in (0.0, 0.01, 0.3, 2.0, 100.0):
@@ -187,7 +174,7 @@ def test_no_policy_is_worth_more_than_the_optimum(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_records_are_what_the_units_say(name: str) -> None:
-    model, stream = pair(name)
+    model, stream = in_float64(name)
     found, told = units(stream, TOKENS, model), frontier(stream, TOKENS, model)
     u, i, m = found.utility, found.interference, found.erased
     rows = list(told.frontier.rows())
@@ -268,7 +255,7 @@ def test_who_writes_nothing_is_absent() -> None:
 
 
 def test_prices_and_refusals() -> None:
-    model, stream = pair("llama-full")
+    model, stream = in_float64("llama-full")
     told = frontier(stream, TOKENS, model, prices=[0.5, 0.0])
     assert [(row["price"], row["lambda"]) for row in told.frontier.rows()] == [("0.5", 0.5), ("0.0", 0.0)]
     for prices in ([], [-1.0], [math.nan], [math.inf], [1.0, 1.0]):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from operating import operate
-from planting import TOKENS, D, blank, frame, plant_head, plant_neuron
+from planting import TOKENS, D, blank, echo, frame, plant_head, plant_neuron
 from regauge import rebased, rotated
 from tiny_models import flow, norms_in_full_precision, tiny
 from torch import Tensor, nn
@@ -163,14 +163,7 @@ def test_a_gate_that_opens_on_some_tokens_makes_it_conditional() -> None:
 )
 def test_a_head_that_takes_away_what_it_stands_on(gain: float, mean: float, verdict: str | None) -> None:
     """Alone in its row a token attends to itself; its content lies in the four dimensions of the head."""
-    model, axes = blank(), frame(2)
-    content = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    content = content / content.norm(dim=1, keepdim=True)
-    s = (1 / D + model.config.rms_norm_eps) ** 0.5
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(content @ axes[:, :4].T)
-    plant_head(model, 1, 2, -gain * s * axes[:, :4] @ axes[:, :4].T)
-    record = found(model, EVERY.T)
+    record = found(echo(-gain), EVERY.T)
     told = row(record, "L1H2")
     assert (told["mean"], told["verdict"], told["kind"]) == (pytest.approx(mean, rel=1e-9), verdict, "head")
     assert told["cleared"] == float(gain > 0)

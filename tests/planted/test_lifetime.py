@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import TOKENS, D, blank, frame, plant_head
+from planting import TOKENS, echo
 from regauge import rotated
 from tiny_models import norms_in_full_precision, tiny
 from torch import Tensor, nn
@@ -111,25 +111,13 @@ def test_neither_the_split_into_batches_nor_the_basis_matters() -> None:
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
-def erased(gain: float) -> nn.Module:
-    """The embedding writes in four dimensions; alone in its row a token attends to itself, and L1H2 adds gain of it."""
-    model, axes = blank(), frame(2)
-    content = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    content = content / content.norm(dim=1, keepdim=True)
-    s = (1 / D + model.config.rms_norm_eps) ** 0.5
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(content @ axes[:, :4].T)
-    plant_head(model, 1, 2, gain * s * axes[:, :4] @ axes[:, :4].T)
-    return model
-
-
 def test_a_planted_eraser_is_named() -> None:
-    record = found(erased(-1.0), torch.arange(TOKENS)[:30, None])
+    record = found(echo(-1.0), torch.arange(TOKENS)[:30, None])
     row = next(r for r in record.summary.rows() if r["writer"] == "embed")
     assert (row["start"], row["final"]) == (pytest.approx(1), pytest.approx(0, abs=1e-9))
     assert (row["eraser"], row["taken"], row["half_state"]) == ("L1H2", pytest.approx(-1), 3)
     assert [r["writer"] for r in record.summary.rows()] == ["embed", "L1H2"], "who writes nothing is absent"
-    turned = next(r for r in found(erased(1.0), torch.arange(TOKENS)[:30, None]).summary.rows())
+    turned = next(r for r in found(echo(1.0), torch.arange(TOKENS)[:30, None]).summary.rows())
     assert (turned["final"], turned["eraser"], turned["taken"]) == (pytest.approx(2), None, None)
     assert turned["half_state"] is None
 

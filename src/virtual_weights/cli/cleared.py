@@ -12,7 +12,6 @@ from virtual_weights.cli.observe import Batch, ChunkLength, Repeated, RunDtype, 
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
-from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
 from virtual_weights.runtime.cleared import Thresholds, cleared
@@ -49,8 +48,6 @@ def cleared_on_text(
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
     """Clearing coefficients over a text: who clears what it reads on all tokens, on some, or on few."""
-    if repeated and text is not None:
-        raise UsageError("a text and random tokens", expected="one of --text and --repeated", do="leave one out")
     limits = Thresholds(clears)
     with steps(progress) as step:
         stream = open_model(model, step("open"), offline=offline)

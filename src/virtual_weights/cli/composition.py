@@ -13,7 +13,7 @@ from virtual_weights.analysis import Composition
 from virtual_weights.analysis.aligned import beside
 from virtual_weights.analysis.delivered import Delivered
 from virtual_weights.cli import options as o
-from virtual_weights.cli.flowing import FlowText, FlowTokens, MomentsFile, moments_of
+from virtual_weights.cli.moments import FlowText, FlowTokens, MomentsFile, moments_of
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import channels_of, edges_of, line, put_json, table

@@ -22,7 +22,7 @@ from virtual_weights.errors import RecordError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
 from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.edge import next_token_loss
+from virtual_weights.runtime.edge import Edge, next_token_loss
 from virtual_weights.runtime.labels import labels
 from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.operate import operating_point
@@ -150,7 +150,10 @@ class Flow:
             for row in per_channel(record, self.edges, "size")
         ]
         found += [edge for _, edge in sorted(rows, reverse=True)]
-        return list(dict.fromkeys(found))[: self.edges]
+        channels: dict[tuple[str, str, str], tuple[str, str]] = {}
+        for edge in found:  # a channel may have come under two names
+            channels.setdefault(Edge.of(self.job.stream, *edge).key, edge)
+        return list(channels.values())[: self.edges]
 
     def _proved(self, edges: list[tuple[str, str]]) -> Record:
         trial = Trial(first=self._first, random=_RANDOM)

@@ -11,7 +11,6 @@ from virtual_weights.cli.observe import Batch, ChunkLength, Repeated, RunDtype, 
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
-from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
 from virtual_weights.runtime.lifetime import Lifetime, lifetime
 
@@ -39,8 +38,6 @@ def follow(
     progress: o.ProgressOption = o.ProgressMode.auto,
 ) -> None:
     """Projection of the stream on what each part wrote, state by state, and the later parts that make it fall."""
-    if text is not None and repeated:
-        raise UsageError("a text and random tokens", expected="one of --text and --repeated", do="leave one out")
     with steps(progress) as step:
         stream = open_model(model, step("open"), offline=offline)
         chunks, source = passages(stream, text, tokens, length, batch, seed if repeated else None)

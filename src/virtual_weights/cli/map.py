@@ -15,9 +15,9 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import show_edges
 from virtual_weights.cli.flow import Flow, from_file
-from virtual_weights.cli.flowing import FlowText, FlowTokens, MomentsFile
 from virtual_weights.cli.job import Job, Part, among_heads
 from virtual_weights.cli.manifest import manifest_of
+from virtual_weights.cli.moments import FlowText, FlowTokens, MomentsFile
 from virtual_weights.cli.observe import Repeated
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

@@ -87,8 +87,14 @@ def observe_model(
 def passages(
     stream: Stream, text: str | None, tokens: int, length: int, batch: int, seed: int | None
 ) -> tuple[Iterable[Tensor], str]:
-    """Batches of at most so many tokens of a text, or with a seed of random tokens said twice, and what they are."""
+    """Batches of at most so many tokens of a text, or with a seed of random tokens said twice, and what they are.
+
+    Raises:
+        UsageError: a text and a seed, no such text, or no tokenizer.
+    """
     if seed is not None:
+        if text is not None:
+            raise UsageError("a text and random tokens", expected="one of --text and --repeated", do="leave one out")
         half = max(1, length // 2)
         rows = repeated_tokens(stream.write("embed").shape[-1], half, -(-tokens // (2 * half)), seed)
         return batches(iter(rows), 2 * half, batch, tokens), f"random tokens (seed {seed}), said twice in a chunk"

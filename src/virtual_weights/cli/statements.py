@@ -60,8 +60,6 @@ def statements(
     """Check lemmas L1-L12, theorems T1-T7 and corollaries C1-C6 on a model: verdicts, each with its evidence."""
     if prompt is not None and operating_point is not None:
         raise UsageError("a prompt and an operating point", expected="one of both", do="leave one out")
-    if text is not None and repeated:
-        raise UsageError("a text and random tokens", expected="one of --text and --repeated", do="leave one out")
     wanted = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())) if only else ()
     question = Statements(wanted, samples, seed)
     with steps(progress) as step:
