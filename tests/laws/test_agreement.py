@@ -29,6 +29,7 @@ from virtual_weights.runtime import load
 from virtual_weights.runtime.attribute import attribute
 from virtual_weights.runtime.edge import channel_readers, next_token_loss
 from virtual_weights.runtime.observe import observe
+from virtual_weights.runtime.prove import Trial, prove
 from virtual_weights.runtime.text import repeated_tokens
 from virtual_weights.stream import OperatingPoint
 from virtual_weights.stream.moments import Moments
@@ -140,6 +141,11 @@ def test_agree_tells_the_records_agreement(folder: Path) -> None:
     other = Delivered("K", observe(stream, [repeated_tokens(37, 8, 4, seed=6)], runs))(stream)
     words = repeated_tokens(37, 32, 8, seed=5)
     cause = removals(stream, drawn_edges(stream, "K", 14, 5), words, 32, runs)
+    torch.testing.assert_close(cause["size"], cause["effect_nats"].abs(), rtol=0, atol=0, equal_nan=True)
+    assert bool((cause["effect_nats"] < 0).any())
+    edge = next(row for row in cause.rows() if row["effect_nats"] < 0)
+    (alone,) = prove(stream, [(edge["writer"], edge["reader"])], words, Trial(first=32, random=0), runs).rows()
+    assert edge["effect_nats"] == pytest.approx(alone["effect_nats"], rel=1e-3)
     metric = partial(next_token_loss, first=32)
     for of, truth, name, record, column in (
         ("delivered", target, "data-aware", other, "delivered"),
