@@ -52,15 +52,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
     """
     if top < 1:
         raise UsageError(f"top={top}", expected="1 or more", do="pass how many edges to list")
-    keys = atlas.keys(question) if moments is None else atlas.keys(question, moments=moments)
-    pairs = {key: header for key in keys if (header := atlas.header(key)).is_pairs}
-    if not pairs:
-        stored = atlas.keys()
-        raise UsageError(
-            f"this atlas has no edges of {question!r}" + (f" from moments {moments[:12]}..." if moments else ""),
-            expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
-            do="compute it first, for example with vweights map",
-        )
+    pairs = _pairs(atlas, question, moments)
     named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
     asked = {side: _End(label, *label.rpartition(".")[::2]) for side, label in named.items()}
     first = next(iter(pairs.values())).columns
@@ -81,6 +73,20 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
             expected="Parquet files as this package writes them",
             do="remove the record's folder and run the question again",
         ) from error
+
+
+def _pairs(atlas: Atlas, question: str, moments: str | None) -> dict[str, Header]:
+    """The stored records of a question over pairs, by key."""
+    keys = atlas.keys(question) if moments is None else atlas.keys(question, moments=moments)
+    pairs = {key: header for key in keys if (header := atlas.header(key)).is_pairs}
+    if not pairs:
+        stored = atlas.keys()
+        raise UsageError(
+            f"this atlas has no edges of {question!r}" + (f" from moments {moments[:12]}..." if moments else ""),
+            expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
+            do="compute it first, for example with vweights map",
+        )
+    return pairs
 
 
 @dataclass(frozen=True)
