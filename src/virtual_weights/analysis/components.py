@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.stacks import HeadPort, reading_circuits
+from virtual_weights.analysis.stacks import reading_circuits
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, Spectrum, accumulate, haar_moments, self_moments, svd
 from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Head, Stream, parse
+from virtual_weights.stream.ports import HeadPort
 from virtual_weights.stream.virtual import reading_map, virtual_weight
 
 _PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")

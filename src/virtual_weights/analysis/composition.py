@@ -10,24 +10,13 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.sides import (
-    HEAD_PORTS,
-    Met,
-    Port,
-    Side,
-    Writers,
-    by_depth,
-    check_port,
-    heads_side,
-    meet,
-    wide_readers,
-    with_parts,
-)
+from virtual_weights.analysis.sides import Met, Side, by_depth, check_port, heads_side, meet, wide_readers, with_parts
 from virtual_weights.analysis.stacks import reading_circuits, writing_circuits
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress, haar_moments
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream
+from virtual_weights.stream.ports import HEAD_PORTS, Port, Writers
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 

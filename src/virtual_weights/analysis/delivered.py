@@ -10,23 +10,14 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.sides import (
-    HEAD_PORTS,
-    Port,
-    Side,
-    Square,
-    Writers,
-    check_port,
-    meet,
-    parts_reading,
-    read_square,
-)
+from virtual_weights.analysis.sides import Side, Square, check_port, meet, parts_reading, read_square
 from virtual_weights.analysis.stacks import need_heads
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Component, Stream
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.ports import HEAD_PORTS, Port, Writers
 
 
 @final

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from virtual_weights.analysis.neuron_rows import NeuronPort, NeuronSide, check_neuron_port, neuron_side
 from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.stacks import HeadPort, reading_circuits, writing_circuits
+from virtual_weights.analysis.stacks import reading_circuits, writing_circuits
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate, haar_moments, self_moments
 from virtual_weights.linalg.lapack import square_roots
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream
+from virtual_weights.stream.ports import HeadPort
 
 _TILE_BYTES = 32 * 2**20  # of products of heads' rows with neurons, at once
 

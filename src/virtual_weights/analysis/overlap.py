@@ -12,11 +12,8 @@ from torch import Tensor
 from virtual_weights.analysis.frames import frames, heads_in
 from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.sides import (
-    HEAD_PORTS,
-    Port,
     Side,
     Square,
-    Writers,
     by_depth,
     check_port,
     heads_side,
@@ -30,6 +27,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, Spectrum, overlap_moments
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Stream
+from virtual_weights.stream.ports import HEAD_PORTS, Port, Writers
 
 
 @dataclass(frozen=True)

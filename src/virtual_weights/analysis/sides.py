@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack, Progress, accumulate, all_pairs, self_moments
 from virtual_weights.linalg.numerics import converted
 from virtual_weights.stream import Component, Stream
+from virtual_weights.stream.ports import HEAD_PORTS, PORTS, Port
 
-Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed"]
-Writers = Literal["heads", "all"]
 Square = Callable[[], Tensor]
-
-HEAD_PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")
-PORTS: tuple[Port, ...] = (*HEAD_PORTS, "gate", "up", "in", "unembed")
 
 
 @final

@@ -11,8 +11,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MapStack
 from virtual_weights.stream import Stream
-
-HeadPort = Literal["Q", "K", "V"]
+from virtual_weights.stream.ports import HeadPort
 
 
 def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStack:

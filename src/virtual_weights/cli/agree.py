@@ -15,8 +15,6 @@ from virtual_weights.analysis.agreement import agreement
 from virtual_weights.analysis.composition import Composition
 from virtual_weights.analysis.delivered import Delivered
 from virtual_weights.analysis.overlap import Overlap
-from virtual_weights.analysis.sides import HEAD_PORTS, Writers
-from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.cli import options as o
 from virtual_weights.cli.observe import Batch, ChunkLength, Repeated, TextSource, Tokens, passages
 from virtual_weights.cli.opening import open_model
@@ -33,6 +31,7 @@ from virtual_weights.runtime.observe import observe
 from virtual_weights.runtime.text import batches
 from virtual_weights.stream import Stream
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.ports import HEAD_PORTS, HeadPort, Writers
 
 _SHOWN = ("predictor", "port", "target", "per_reader_rank_correlation", "rank_correlation", "precision_at_20", "edges")
 _SEQUENCES, _LENGTH = 8, 64  # of the target text, for removals

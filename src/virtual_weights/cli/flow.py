@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.analysis.delivered import Delivered
-from virtual_weights.analysis.sides import HEAD_PORTS
 from virtual_weights.cli.job import Job, among_heads
 from virtual_weights.cli.observe import passages
 from virtual_weights.cli.prove import per_channel
@@ -30,6 +29,7 @@ from virtual_weights.runtime.prove import Trial, prove
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.ports import HEAD_PORTS
 
 LENGTH = 128
 """Tokens of a chunk; of random tokens half as many are said twice."""

@@ -19,13 +19,13 @@ from virtual_weights.analysis.neuron_edges import NeuronNeuron
 from virtual_weights.analysis.neurons import Neurons
 from virtual_weights.analysis.question import Question
 from virtual_weights.analysis.recovery import Recovery
-from virtual_weights.analysis.sides import HEAD_PORTS
 from virtual_weights.analysis.subspaces import Subspaces
 from virtual_weights.atlas import Atlas, task_key
 from virtual_weights.cli.progress import Tick
 from virtual_weights.record import Record
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint, Stream
+from virtual_weights.stream.ports import HEAD_PORTS
 
 _SPECTRA = 6  # strongest channels into keys whose spectra the report shows
 _NEURON_TABLES = ("neuron_edges", "neuron_edges_of_writers", "neuron_cosines")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edge import channel_readers
 from virtual_weights.runtime.prove import Trial, prove
 from virtual_weights.stream import Stream
+from virtual_weights.stream.ports import HeadPort
 
 _WRITERS = 12  # of each reader that is drawn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from virtual_weights.runtime.model import load
 from virtual_weights.runtime.places import module_of
 from virtual_weights.runtime.watch import Kind, split, watching
 from virtual_weights.stream import Component, Stream, scale
-from virtual_weights.stream.stream import Port
+from virtual_weights.stream.ports import HEAD_PORTS, Port, Writers
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, T, V) and tokens (B, T) to one number a sequence, (B,)."""
 
-Writers = Literal["heads", "all"]
-HEAD_PORTS: tuple[Port, ...] = ("Q", "K", "V")
 _Key = tuple[Port, int | None]  # a port of one layer, None the unembedding's
 _Read = Iterator[tuple[_Key, Tensor]]
 

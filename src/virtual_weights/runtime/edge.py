@@ -10,7 +10,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime.watch import Kind
 from virtual_weights.stream import Label, Stream, parse
-from virtual_weights.stream.stream import Port
+from virtual_weights.stream.ports import Port
 
 Place = tuple[Kind, int]
 """What ``watching`` tells: a kind and its layer."""

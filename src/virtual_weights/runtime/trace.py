@@ -16,7 +16,7 @@ from virtual_weights.runtime.edge import ROLES
 from virtual_weights.runtime.model import load
 from virtual_weights.runtime.watch import Kind, watching
 from virtual_weights.stream import Component, Label, Stream, parse, scale
-from virtual_weights.stream.stream import Port
+from virtual_weights.stream.ports import Port
 
 _MOST = 100_000_000  # contributions held at once, in float64
 CONSTANT = "constant"

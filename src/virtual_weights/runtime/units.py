@@ -18,7 +18,7 @@ from virtual_weights.runtime.model import load
 from virtual_weights.runtime.places import module_of
 from virtual_weights.runtime.watch import Kind, watching
 from virtual_weights.stream import Stream, scale
-from virtual_weights.stream.stream import Port
+from virtual_weights.stream.ports import Port
 
 
 @final

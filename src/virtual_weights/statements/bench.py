@@ -11,10 +11,10 @@ from torch import Tensor
 
 from virtual_weights.analysis.composition import Composition
 from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.stacks import HeadPort
 from virtual_weights.linalg import LinearMap, accumulate
 from virtual_weights.record import Record
 from virtual_weights.stream import Component, Head, OperatingPoint, Stream
+from virtual_weights.stream.ports import HeadPort
 
 Some = TypeVar("Some")
 

@@ -17,10 +17,10 @@ from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.stream.component import Component, components, states
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import constant, fold
+from virtual_weights.stream.ports import Port
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
 
-Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed"]
 WriterKind = Literal["head", "mlp", "embed", "pos"]
 
 _ROLE = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
