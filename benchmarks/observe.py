@@ -19,7 +19,7 @@ import torch
 
 import virtual_weights as vw
 from virtual_weights.runtime import load, observe
-from virtual_weights.runtime.text import batches, texts, token_ids, tokenizer_of
+from virtual_weights.runtime.running.text import batches, texts, token_ids, tokenizer_of
 
 
 def chunks(stream: vw.Stream, tokens: int) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ began = time.perf_counter()
 import torch  # noqa: E402
 
 import virtual_weights as vw  # noqa: E402
-from virtual_weights.analysis.stacks import reading_circuits, writing_circuits  # noqa: E402
+from virtual_weights.analysis.maps.circuits import reading_circuits, writing_circuits  # noqa: E402
 from virtual_weights.linalg import all_pairs  # noqa: E402
 
 

@@ -142,7 +142,7 @@ def test_an_address_depends_on_all_that_was_asked_and_on_nothing_else():
 
 def test_an_address_depends_on_the_version(monkeypatch: pytest.MonkeyPatch):
     before = task_key("f", "q", {}, {})
-    monkeypatch.setattr("virtual_weights.atlas.keys.VERSION", "0.0.0")
+    monkeypatch.setattr("virtual_weights.atlas.stored.VERSION", "0.0.0")
     assert task_key("f", "q", {}, {}) != before
 
 

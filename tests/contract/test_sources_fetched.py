@@ -14,7 +14,7 @@ from contract.source_makers import as_gguf, as_shards, example
 from huggingface_hub import errors
 
 from virtual_weights.checkpoint import built_in, catalog, is_cached, locate, open_source
-from virtual_weights.checkpoint.cache import store
+from virtual_weights.checkpoint.catalog import store
 from virtual_weights.checkpoint.hub import parse_hub_reference
 from virtual_weights.errors import (
     MalformedCheckpointError,

@@ -14,7 +14,7 @@ from contract.source_makers import SCALES, as_gguf, as_safetensors_file, example
 from safetensors.torch import save_file
 
 from virtual_weights.checkpoint import gguf_source, open_source
-from virtual_weights.checkpoint.gguf_types import GGUF_TYPES
+from virtual_weights.checkpoint.gguf_header import GGUF_TYPES
 from virtual_weights.checkpoint.source import STORAGE_DTYPES
 from virtual_weights.checkpoint.token_text import byte_level_text
 from virtual_weights.errors import CheckpointError, MalformedCheckpointError, MissingTensorError, UsageError

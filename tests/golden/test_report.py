@@ -16,9 +16,9 @@ from drawing import drawn_by_node, needs_node
 from tiny_models import tiny
 
 import virtual_weights as vw
-from virtual_weights.analysis.bandwidth import Bandwidth
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.erasure import Erasure
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.cli.manifest import manifest_of
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.report import page, payload, write_report

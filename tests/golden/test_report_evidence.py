@@ -10,13 +10,13 @@ from drawing import drawn_by_node, needs_node
 from tiny_models import tiny
 
 import virtual_weights as vw
-from virtual_weights.analysis.delivered import Delivered
+from virtual_weights.analysis.pairs.contribution import Delivered
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.report import payload, write_report
-from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.labels import labels
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.prove import Trial, prove
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.attribution import attribute
+from virtual_weights.runtime.flow.labels import labels
+from virtual_weights.runtime.flow.observation import observe
 
 NAN = float("nan")
 HEADS = tuple(f"L{layer}H{head}" for layer in range(3) for head in range(2))

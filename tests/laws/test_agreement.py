@@ -16,21 +16,21 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import virtual_weights as vw
-from virtual_weights.analysis.agreement import agreement, rank_correlation
-from virtual_weights.analysis.delivered import Delivered
-from virtual_weights.analysis.frozen import replay
-from virtual_weights.analysis.overlap import Overlap
+from virtual_weights.analysis.depth.frozen import replay
+from virtual_weights.analysis.pairs.alignment import agreement, rank_correlation
+from virtual_weights.analysis.pairs.contribution import Delivered
+from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.cli.agree import agree
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.observe import observe_model
 from virtual_weights.cli.removals import drawn_edges, removals
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.edge import channel_readers, next_token_loss
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.prove import Trial, prove
-from virtual_weights.runtime.text import repeated_tokens
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.attribution import attribute
+from virtual_weights.runtime.edges.edge import channel_readers, next_token_loss
+from virtual_weights.runtime.flow.observation import observe
+from virtual_weights.runtime.running.text import repeated_tokens
 from virtual_weights.stream import OperatingPoint
 from virtual_weights.stream.moments import Moments
 

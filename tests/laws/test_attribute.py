@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
-from virtual_weights.runtime.attribute import attribute, ports_of
-from virtual_weights.runtime.edge import Edge, next_token_loss
-from virtual_weights.runtime.remove import Removal, removed
+from virtual_weights.runtime.edges.attribution import attribute, ports_of
+from virtual_weights.runtime.edges.edge import Edge, next_token_loss
+from virtual_weights.runtime.edges.removal import Removal, removed
 from virtual_weights.stream import Stream
 
 TOKENS = torch.randint(0, 37, (3, 6), generator=torch.Generator().manual_seed(8))

@@ -11,10 +11,9 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.bandwidth import Bandwidth, bottleneck
-from virtual_weights.analysis.directions import in_tokens, unread, unwritten
-from virtual_weights.analysis.tally import tally
-from virtual_weights.analysis.traffic import circuits, rank_cut
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
+from virtual_weights.analysis.ledger.gram_sum import tally
+from virtual_weights.analysis.maps.circuits import circuits, rank_cut
 from virtual_weights.stream import Stream
 
 

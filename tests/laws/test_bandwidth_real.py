@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import virtual_weights as vw
-from virtual_weights.analysis.bandwidth import Bandwidth, bottleneck
-from virtual_weights.analysis.subspaces import Subspaces, figures
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck
+from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
 
 PAGE = " ".join((Path(__file__).parents[2] / "docs" / "bandwidth.md").read_text(encoding="utf-8").split())
 

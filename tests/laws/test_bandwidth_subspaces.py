@@ -11,7 +11,7 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.subspaces import Subspaces, figures
+from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
 from virtual_weights.linalg import Dense, Subspace, column_space, overlap, overlap_moments, principal_angles, row_space
 from virtual_weights.stream import Stream, parse
 

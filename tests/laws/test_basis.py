@@ -14,7 +14,7 @@ from tiny_models import tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.basis import Basis, summary
+from virtual_weights.analysis.ledger.basis import Basis, summary
 from virtual_weights.cli import run
 
 

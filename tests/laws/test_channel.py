@@ -16,11 +16,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import virtual_weights as vw
-from virtual_weights.analysis import channel_tokens
-from virtual_weights.analysis.channel import circuit, circuit_summary
-from virtual_weights.analysis.channel_tokens import ChannelTokens, blocks_of, directions_of, random_reach
-from virtual_weights.analysis.components import ComponentComposition
-from virtual_weights.analysis.offsets import MeanCircuit, OffsetProfile, mean_qk
+from virtual_weights.analysis.channels import channel_tokens
+from virtual_weights.analysis.channels.channel import circuit, circuit_summary
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens, blocks_of, directions_of, random_reach
+from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile, mean_qk
+from virtual_weights.analysis.pairs.component_composition import ComponentComposition
 from virtual_weights.cli.channel import channel
 from virtual_weights.linalg import SVD, haar_orthogonal
 

@@ -12,9 +12,9 @@ from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.delivered import Delivered
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.text import PADDING
+from virtual_weights.analysis.pairs.contribution import Delivered
+from virtual_weights.runtime.flow.observation import observe
+from virtual_weights.runtime.running.text import PADDING
 from virtual_weights.stream import Stream, scale
 from virtual_weights.stream.moments import Moments
 

@@ -19,9 +19,8 @@ from virtual_weights.cli import run
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import module_of
-from virtual_weights.runtime.frontier import frontier, optimum, value
-from virtual_weights.runtime.text import repeated_tokens
-from virtual_weights.runtime.units import Units, units
+from virtual_weights.runtime.fate.frontier import Units, frontier, optimum, units, value
+from virtual_weights.runtime.running.text import repeated_tokens
 from virtual_weights.stream import Label, Stream, parse, scale
 
 TOKENS = torch.randint(0, 37, (3, 6), generator=torch.Generator().manual_seed(8))

@@ -12,8 +12,8 @@ from torch import Tensor
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
-from virtual_weights.runtime.operate import activation
-from virtual_weights.runtime.watch import Kind, watching
+from virtual_weights.runtime.flow.observation import activation
+from virtual_weights.runtime.running.hooks import Kind, watching
 from virtual_weights.stream.lens_shapes import in_lens_shapes
 
 TOKENS = torch.tensor([3, 17, 5, 5, 30, 1, 22])

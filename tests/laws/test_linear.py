@@ -13,9 +13,9 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.frozen import Convention, frozen_blocks
-from virtual_weights.analysis.linear import LinearComposition
-from virtual_weights.analysis.paths import Paths, discrepancy
+from virtual_weights.analysis.depth.frozen import Convention, frozen_blocks
+from virtual_weights.analysis.depth.linear import LinearComposition
+from virtual_weights.analysis.depth.paths import Paths, discrepancy
 from virtual_weights.stream.operating_point import OperatingPoint
 
 TOKENS = torch.tensor([3, 17, 5, 30])
@@ -267,10 +267,10 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 def test_bounds_on_time_and_memory_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, point = _at_point("gpt2")
-    monkeypatch.setattr("virtual_weights.analysis.linear.LIMIT", 4 * 24 - 1)
+    monkeypatch.setattr("virtual_weights.analysis.depth.linear.LIMIT", 4 * 24 - 1)
     with pytest.raises(vw.VirtualWeightsError, match="96 dimensions"):
         LinearComposition(point, token=None)(stream)
-    monkeypatch.setattr("virtual_weights.analysis.paths.MOST_PATHS", 7)
+    monkeypatch.setattr("virtual_weights.analysis.depth.paths.MOST_PATHS", 7)
     with pytest.raises(vw.VirtualWeightsError, match="more than 7 paths"):
         Paths("embed", "L1H0.V", order=3)(stream)
     assert len(Paths("embed", "L1H0.V", order=2)(stream).axis("path").labels) == 6

@@ -13,11 +13,11 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.clearing import Clearing
-from virtual_weights.analysis.erasers import HeadErasers, token_circuit
-from virtual_weights.analysis.erasure import Erasure, _blocks, _groups
-from virtual_weights.analysis.neurons import Neurons, census
-from virtual_weights.linalg.random_direction import cosine_tail
+from virtual_weights.analysis.memory.clearing import Clearing
+from virtual_weights.analysis.memory.erasure import Erasure, _blocks, _groups
+from virtual_weights.analysis.memory.head_erasers import HeadErasers, token_circuit
+from virtual_weights.analysis.memory.neurons import Neurons, census
+from virtual_weights.linalg.null import cosine_tail
 
 GAUGED = ["llama-grouped-untied", "llama-multi-query-tied", "gpt2", "neox-parallel-partial-rotary"]
 
@@ -156,7 +156,7 @@ def test_head_eigenvalues_equal_dense(name: str) -> None:
 
 def test_token_circuit_folds_the_final_norm_as_the_stream_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama-grouped-untied", dtype=torch.float64)
-    monkeypatch.setattr("virtual_weights.analysis.erasers.converted", 8 * 24 * 5)  # chunks of 5 of 37 tokens
+    monkeypatch.setattr("virtual_weights.analysis.memory.head_erasers.converted", 8 * 24 * 5)  # chunks of 5 of 37 tokens
     embed, unembed = model.model.embed_tokens.weight, model.lm_head.weight
     for fold, gain in ((True, model.model.norm.weight), (False, torch.ones(24, dtype=torch.float64))):
         circuit = token_circuit(vw.open(model, fold=fold))
@@ -227,11 +227,11 @@ def test_erasure_in_small_blocks_is_the_same(name: str, monkeypatch: pytest.Monk
     """One layer of erasers and one wide writer at a time, in chunks of columns."""
     stream = vw.open(tiny(name, dtype=torch.float64))
     whole = Erasure()(stream)
-    monkeypatch.setattr("virtual_weights.analysis.sides.converted", 8 * 24 * 7)
+    monkeypatch.setattr("virtual_weights.analysis.maps.map_side.converted", 8 * 24 * 7)
     seen: list[tuple[float, float]] = []
     small = Erasure(memory_mb=1)
-    monkeypatch.setattr("virtual_weights.analysis.erasure._blocks", lambda s, e, b, own=_blocks: own(s, e, 1))
-    monkeypatch.setattr("virtual_weights.analysis.erasure._groups", lambda s, w, b, own=_groups: own(s, w, 1))
+    monkeypatch.setattr("virtual_weights.analysis.memory.erasure._blocks", lambda s, e, b, own=_blocks: own(s, e, 1))
+    monkeypatch.setattr("virtual_weights.analysis.memory.erasure._groups", lambda s, w, b, own=_groups: own(s, w, 1))
     _same(whole, small(stream, lambda done, total: seen.append((done, total))))
     erasing = stream.spec.n_layers * (1 if stream.spec.gated else 2)
     wide = stream.spec.n_layers + 1 + stream.model.has("pos")

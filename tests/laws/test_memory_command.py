@@ -13,10 +13,10 @@ from tiny_models import tiny
 from typer.testing import CliRunner
 
 import virtual_weights as vw
-from virtual_weights.analysis.clearing import Clearing
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.erasure import Erasure
-from virtual_weights.analysis.neurons import Neurons, census
+from virtual_weights.analysis.memory.clearing import Clearing
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons, census
 from virtual_weights.cli.memory import memory
 
 app = typer.Typer()

@@ -12,9 +12,8 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.neuron_edges import BINS, NeuronEdges, NeuronNeuron
-from virtual_weights.analysis.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.neuron_rows import NeuronSide, neuron_side
+from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_neuron import BINS, NeuronEdges, NeuronNeuron, NeuronSide, neuron_side
 from virtual_weights.atlas import Atlas, edges
 from virtual_weights.linalg import haar_moments
 from virtual_weights.record import Record
@@ -61,8 +60,8 @@ def agree(record: Record, strength: Tensor, own: tuple[Tensor, Tensor], square: 
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as they come, or a few neurons at a time and layers one by one, as in a large model."""
     if request.param == "ragged":
-        monkeypatch.setattr("virtual_weights.analysis.neuron_heads._TILE_BYTES", 4 * 7 * 24)
-        monkeypatch.setattr("virtual_weights.analysis.neuron_edges._TILE_BYTES", 4 * 7 * 40)
+        monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_heads._TILE_BYTES", 4 * 7 * 24)
+        monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_neuron._TILE_BYTES", 4 * 7 * 40)
         groups = NeuronSide.groups
         monkeypatch.setattr(NeuronSide, "groups", lambda self, memory: groups(self, 1))
 

@@ -12,8 +12,8 @@ from tiny_models import tiny
 from typer.testing import CliRunner
 
 import virtual_weights as vw
-from virtual_weights.analysis.neuron_edges import NeuronNeuron
-from virtual_weights.analysis.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
 from virtual_weights.cli.neurons import neurons
 
 app = typer.Typer()

@@ -15,11 +15,11 @@ import virtual_weights as vw
 from virtual_weights.cli import run
 from virtual_weights.cli.prove import ported
 from virtual_weights.runtime import load
-from virtual_weights.runtime.attribute import attribute, logit_difference
-from virtual_weights.runtime.edge import Edge, next_token_loss
-from virtual_weights.runtime.prove import Trial, prove
-from virtual_weights.runtime.remove import removed
-from virtual_weights.runtime.text import DEFAULT_TEXT, repeated_tokens, texts
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.attribution import attribute, logit_difference
+from virtual_weights.runtime.edges.edge import Edge, next_token_loss
+from virtual_weights.runtime.edges.removal import removed
+from virtual_weights.runtime.running.text import DEFAULT_TEXT, repeated_tokens, texts
 
 TOKENS = repeated_tokens(37, 5, 4, 3)
 TEXT = ("--length", "5", "--sequences", "4", "--seed", "3")

@@ -15,11 +15,10 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.capacity import capacity
-from virtual_weights.analysis.coherence import Coherence, gap, welch
-from virtual_weights.analysis.crosstalk import Interference
-from virtual_weights.analysis.dictionary import dictionary
-from virtual_weights.analysis.recovery import METHODS, Recovery
+from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap, welch
+from virtual_weights.analysis.crowding.dictionary import dictionary
+from virtual_weights.analysis.crowding.interference import Interference
+from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
 
 
 def writing(rows: Tensor) -> nn.Module:
@@ -60,7 +59,7 @@ def test_coherence_equals_its_dense_twin(kind: str) -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = vw.open(tiny("gpt2"))
     whole = Coherence("out")(stream)
-    monkeypatch.setattr("virtual_weights.analysis.coherence._TILE", 37)
+    monkeypatch.setattr("virtual_weights.analysis.crowding.coherence._TILE", 37)
     tiled = Coherence("out")(stream)
     assert torch.equal(whole["count"], tiled["count"])
     assert tiled.stamp["largest_pair"] == whole.stamp["largest_pair"]
@@ -160,14 +159,14 @@ def test_recovery_knows_orthogonal_directions_and_repeated_ones() -> None:
 
 
 def test_sparse_recovery_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtual_weights.analysis.recovery.find_spec", lambda name: None)
+    monkeypatch.setattr("virtual_weights.analysis.crowding.recovery.find_spec", lambda name: None)
     stream = vw.open(tiny("llama-full"))
     found = Recovery(size=40, most=8)(stream)
     assert [column.name for column in found.columns] == ["matched", "least_squares", "known_support"]
     with pytest.raises(vw.VirtualWeightsError, match="scikit-learn") as error:
         Recovery(methods=("sparse",))(stream)
     assert "pip install" in str(error.value)
-    assert "sklearn" not in vars(sys.modules["virtual_weights.analysis.recovery"])
+    assert "sklearn" not in vars(sys.modules["virtual_weights.analysis.crowding.recovery"])
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.checkpoint.foreign import twin, unwrapped
+from virtual_weights.checkpoint.live_module import twin, unwrapped
 from virtual_weights.errors import CheckpointError, UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load, module_name
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.prove import Trial, prove
-from virtual_weights.runtime.trace import passage, trace
-from virtual_weights.runtime.watch import watching
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.flow.observation import observe
+from virtual_weights.runtime.flow.trace import passage, trace
+from virtual_weights.runtime.running.hooks import watching
 from virtual_weights.stream.lens_shapes import in_lens_shapes
 
 TOKENS = torch.randint(0, 37, (3, 8), generator=torch.Generator().manual_seed(1))

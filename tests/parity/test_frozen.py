@@ -13,7 +13,7 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.frozen import replay
+from virtual_weights.analysis.depth.frozen import replay
 from virtual_weights.stream.operating_point import OperatingPoint, gate_factor
 
 TOKENS = torch.tensor([3, 17, 5, 5, 30, 1, 22])

@@ -14,11 +14,10 @@ from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.frozen import replay
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.operate import operating_point
-from virtual_weights.runtime.text import PADDING, batches, repeated_tokens, texts, tokenizer_of
-from virtual_weights.runtime.watch import watching
+from virtual_weights.analysis.depth.frozen import replay
+from virtual_weights.runtime.flow.observation import observe, operating_point
+from virtual_weights.runtime.running.hooks import watching
+from virtual_weights.runtime.running.text import PADDING, batches, repeated_tokens, texts, tokenizer_of
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.operating_point import OperatingPoint
 

@@ -14,12 +14,11 @@ from torch import Tensor
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import module_of
-from virtual_weights.runtime.edge import Edge, next_token_loss
-from virtual_weights.runtime.prove import Trial, prove
-from virtual_weights.runtime.remove import Removal, removed
-from virtual_weights.runtime.restart import restarted
-from virtual_weights.runtime.watch import watching
-from virtual_weights.stream.component import attention_reads
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.edge import Edge, next_token_loss
+from virtual_weights.runtime.edges.removal import Removal, removed, restarted
+from virtual_weights.runtime.running.hooks import watching
+from virtual_weights.stream.group import attention_reads
 
 TOKENS = torch.randint(0, 37, (4, 7), generator=torch.Generator().manual_seed(6))
 

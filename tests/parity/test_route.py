@@ -18,8 +18,8 @@ from virtual_weights.cli import run
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import module_of
-from virtual_weights.runtime.route import route
-from virtual_weights.runtime.trace import CONSTANT, Passage, passage
+from virtual_weights.runtime.flow.route import route
+from virtual_weights.runtime.flow.trace import CONSTANT, Passage, passage
 
 TOKENS = torch.tensor([3, 14, 15, 9, 2, 6, 5, 35])
 

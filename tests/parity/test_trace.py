@@ -11,7 +11,7 @@ from tiny_models import SHAPES, norms_in_full_precision, tiny
 
 import virtual_weights as vw
 from virtual_weights.cli import run
-from virtual_weights.runtime.trace import CONSTANT, Passage, lens, passage, trace
+from virtual_weights.runtime.flow.trace import CONSTANT, Passage, lens, passage, trace
 
 TOKENS = torch.tensor([3, 14, 15, 9, 2, 6, 5, 35])
 

@@ -10,9 +10,8 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.bandwidth import Bandwidth
-from virtual_weights.analysis.directions import unread, unwritten
-from virtual_weights.analysis.subspaces import Subspaces, figures
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth, unread, unwritten
+from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
 
 D, LAYERS = 24, 3
 

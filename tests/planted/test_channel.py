@@ -13,9 +13,9 @@ from planting import HEADS, TOKENS, WIDTH, blank, frame, plant_head, plant_qk, q
 from torch import Tensor
 
 import virtual_weights as vw
-from virtual_weights.analysis.channel_tokens import ChannelTokens
-from virtual_weights.analysis.components import ComponentComposition
-from virtual_weights.analysis.offsets import MeanCircuit, OffsetProfile
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
+from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile
+from virtual_weights.analysis.pairs.component_composition import ComponentComposition
 
 tokens = st.integers(0, TOKENS - 1)
 

@@ -14,8 +14,8 @@ from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.cli import run
-from virtual_weights.runtime.labels import BEHAVIOURS, labels
-from virtual_weights.runtime.text import repeated_tokens
+from virtual_weights.runtime.flow.labels import BEHAVIOURS, labels
+from virtual_weights.runtime.running.text import repeated_tokens
 
 LENGTH = 6
 
@@ -36,8 +36,8 @@ def test_planted_patterns_get_their_names(monkeypatch: pytest.MonkeyPatch) -> No
         yield
 
     stream = vw.open(tiny("llama-full"))
-    monkeypatch.setattr(import_module("virtual_weights.runtime.labels"), "watching", shown)
-    monkeypatch.setattr(import_module("virtual_weights.runtime.labels"), "forward", lambda model, tokens: None)
+    monkeypatch.setattr(import_module("virtual_weights.runtime.flow.labels"), "watching", shown)
+    monkeypatch.setattr(import_module("virtual_weights.runtime.flow.labels"), "forward", lambda model, tokens: None)
     record = labels(stream, tiny("llama-full"), repeated_tokens(37, LENGTH, 1))
     assert record["label"][:6] == (*BEHAVIOURS, None)
     assert record["previous_token"][0] == 1

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.cli import run
-from virtual_weights.runtime.lifetime import Lifetime, lifetime
-from virtual_weights.runtime.text import PADDING
-from virtual_weights.runtime.trace import passage
+from virtual_weights.runtime.fate.persistence import Lifetime, lifetime
+from virtual_weights.runtime.flow.trace import passage
+from virtual_weights.runtime.running.text import PADDING
 
 ROWS = (torch.tensor([3, 17, 5, 5, 30, 1, 22, 8, 9]), torch.tensor([4, 28, 11, 0, 12]), torch.tensor([36, 2, 2]))
 FAMILIES = ("llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary")

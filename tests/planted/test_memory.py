@@ -10,10 +10,10 @@ from planting import D, frame, plant_head, plant_neuron, quiet
 from tiny_models import tiny
 
 import virtual_weights as vw
-from virtual_weights.analysis.clearing import Clearing
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.erasure import Erasure
-from virtual_weights.analysis.neurons import Neurons, census
+from virtual_weights.analysis.memory.clearing import Clearing
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons, census
 
 
 @given(st.integers(0, 39), st.floats(0.1, 3), st.integers(0, 10**6))

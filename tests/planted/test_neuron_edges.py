@@ -10,8 +10,8 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.neuron_edges import NeuronNeuron
-from virtual_weights.analysis.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
 
 D, WIDTH = 24, 4
 

@@ -12,8 +12,8 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.linear import LinearComposition, summary
-from virtual_weights.analysis.paths import Paths, discrepancy
+from virtual_weights.analysis.depth.linear import LinearComposition, summary
+from virtual_weights.analysis.depth.paths import Paths, discrepancy
 from virtual_weights.cli import run
 from virtual_weights.errors import UsageError
 from virtual_weights.stream.operating_point import OperatingPoint

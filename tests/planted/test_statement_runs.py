@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import virtual_weights as vw
 from virtual_weights.cli import run
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.cleared import cleared
+from virtual_weights.runtime.fate.erased import cleared
 from virtual_weights.statements import STATEMENTS, Finding, Statements
-from virtual_weights.statements.bench import Bench
+from virtual_weights.statements.evidence import Bench
 
 CHECKS = {s.id: s.check for s in STATEMENTS}
 

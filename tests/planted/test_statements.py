@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.statements import STATEMENTS, Finding, Statements
-from virtual_weights.statements.bench import Bench
+from virtual_weights.statements.evidence import Bench
 
 CHECKS = {s.id: s.check for s in STATEMENTS}
 

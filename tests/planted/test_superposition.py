@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import virtual_weights as vw
-from virtual_weights.analysis.capacity import capacity
-from virtual_weights.analysis.coherence import Coherence, gap, welch
-from virtual_weights.analysis.crosstalk import Interference
-from virtual_weights.analysis.dictionary import dictionary
-from virtual_weights.analysis.recovery import METHODS, Recovery
+from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap, welch
+from virtual_weights.analysis.crowding.dictionary import dictionary
+from virtual_weights.analysis.crowding.interference import Interference
+from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
 from virtual_weights.cli.superposition import superposition
 
 app = typer.Typer()

@@ -2,9 +2,368 @@
 
 from __future__ import annotations
 
-from virtual_weights.architecture.gpt2 import GPT2
-from virtual_weights.architecture.llama import LLAMA, MISTRAL, QWEN2
-from virtual_weights.architecture.neox import GPT_NEOX
-from virtual_weights.architecture.table import Family
+from collections.abc import Mapping
+from typing import Any
+
+from virtual_weights.architecture.config import NEUTRAL_HF, divided, flags, integer, number, rotary
+from virtual_weights.architecture.table import OPTIONAL, UNTIED, Dialect, Family, ModelSpec, RotarySpec, Row
+from virtual_weights.errors import ArchitectureError
+
+_QKV = ("q", "k", "v")
+_QKV_BIAS = ("q_bias", "k_bias", "v_bias")
+
+_HF_ROWS = (
+    Row(("embed",), "wte.weight", "t d -> t d"),
+    Row(("pos",), "wpe.weight", "p d -> p d"),
+    Row(("attn_norm",), "h.{l}.ln_1.weight", "d -> d"),
+    Row(("attn_norm_bias",), "h.{l}.ln_1.bias", "d -> d"),
+    Row(_QKV, "h.{l}.attn.c_attn.weight", "d (three h k) -> three h k d"),
+    Row(_QKV_BIAS, "h.{l}.attn.c_attn.bias", "(three h k) -> three h k"),
+    Row(("o",), "h.{l}.attn.c_proj.weight", "(h k) d -> h d k"),
+    Row(("o_bias",), "h.{l}.attn.c_proj.bias", "d -> d"),
+    Row(("mlp_norm",), "h.{l}.ln_2.weight", "d -> d"),
+    Row(("mlp_norm_bias",), "h.{l}.ln_2.bias", "d -> d"),
+    Row(("up",), "h.{l}.mlp.c_fc.weight", "d n -> n d"),
+    Row(("up_bias",), "h.{l}.mlp.c_fc.bias", "n -> n"),
+    Row(("down",), "h.{l}.mlp.c_proj.weight", "n d -> d n"),
+    Row(("down_bias",), "h.{l}.mlp.c_proj.bias", "d -> d"),
+    Row(("final_norm",), "ln_f.weight", "d -> d"),
+    Row(("final_norm_bias",), "ln_f.bias", "d -> d"),
+    Row(("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
+)
+
+_GGUF_ROWS = (
+    Row(("embed",), "token_embd.weight", "t d -> t d"),
+    Row(("pos",), "position_embd.weight", "p d -> p d"),
+    Row(("attn_norm",), "blk.{l}.attn_norm.weight", "d -> d"),
+    Row(("attn_norm_bias",), "blk.{l}.attn_norm.bias", "d -> d"),
+    Row(_QKV, "blk.{l}.attn_qkv.weight", "(three h k) d -> three h k d"),
+    Row(_QKV_BIAS, "blk.{l}.attn_qkv.bias", "(three h k) -> three h k"),
+    Row(("o",), "blk.{l}.attn_output.weight", "d (h k) -> h d k"),
+    Row(("o_bias",), "blk.{l}.attn_output.bias", "d -> d"),
+    Row(("mlp_norm",), "blk.{l}.ffn_norm.weight", "d -> d"),
+    Row(("mlp_norm_bias",), "blk.{l}.ffn_norm.bias", "d -> d"),
+    Row(("up",), "blk.{l}.ffn_up.weight", "n d -> n d"),
+    Row(("up_bias",), "blk.{l}.ffn_up.bias", "n -> n"),
+    Row(("down",), "blk.{l}.ffn_down.weight", "d n -> d n"),
+    Row(("down_bias",), "blk.{l}.ffn_down.bias", "d -> d"),
+    Row(("final_norm",), "output_norm.weight", "d -> d"),
+    Row(("final_norm_bias",), "output_norm.bias", "d -> d"),
+    Row(("unembed",), "output.weight", "t d -> t d", OPTIONAL),
+)
+
+
+def _spec(config: Mapping[str, Any], names: tuple[str, ...], activation: str, tied: bool) -> ModelSpec:
+    layers, width, heads, inner, positions, eps, vocab = names
+    d_model, n_heads = integer(config, width), integer(config, heads)
+    return ModelSpec(
+        model_type="gpt2",
+        n_layers=integer(config, layers),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        d_head=divided(d_model, n_heads, f"{width} by {heads}"),
+        d_mlp=integer(config, inner, 4 * d_model),
+        vocab=integer(config, vocab) if config.get(vocab) is not None else None,
+        norm="layer",
+        norm_eps=number(config, eps, 1e-5),
+        activation=activation,
+        gated=False,
+        tied=tied,
+        n_positions=integer(config, positions, 1024),
+    )
+
+
+def _hf_gpt2(config: Mapping[str, Any]) -> ModelSpec:
+    names = ("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "vocab_size")
+    activation = str(config.get("activation_function", "gelu_new"))
+    return _spec(config, names, activation, config.get("tie_word_embeddings", True) is True)
+
+
+_GGUF_NAMES = (
+    "gpt2.block_count",
+    "gpt2.embedding_length",
+    "gpt2.attention.head_count",
+    "gpt2.feed_forward_length",
+    "gpt2.context_length",
+    "gpt2.attention.layer_norm_epsilon",
+    "gpt2.vocab_size",
+)
+
+
+def _gguf_gpt2(config: Mapping[str, Any]) -> ModelSpec:
+    return _spec(config, _GGUF_NAMES, "gelu_new", False)
+
+
+_HF_KEYS = frozenset(
+    "n_layer n_embd n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights"
+    " scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention".split()
+)
+
+GPT2 = Family(
+    "gpt2",
+    ("gpt2",),
+    {
+        "hf": Dialect(
+            _HF_ROWS,
+            _hf_gpt2,
+            NEUTRAL_HF | _HF_KEYS,
+            ("transformer.", ""),
+            required_values={
+                "scale_attn_weights": (True, None),
+                "scale_attn_by_inverse_layer_idx": (False, None),
+                "add_cross_attention": (False, None),
+            },
+            ignored=(r".*\.attn\.(bias|masked_bias)",),
+        ),
+        "gguf": Dialect(
+            _GGUF_ROWS,
+            _gguf_gpt2,
+            frozenset(_GGUF_NAMES) | {"general.*", "tokenizer.*", "quantize.*", "split.*"},
+        ),
+    },
+)
+
+
+def _hf_rows(qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None) -> tuple[Row, ...]:
+    attention, mlp = "layers.{l}.self_attn.", "layers.{l}.mlp."
+    rows = [
+        Row(("embed",), "embed_tokens.weight", "t d -> t d"),
+        Row(("attn_norm",), "layers.{l}.input_layernorm.weight", "d -> d"),
+        Row(("q",), attention + "q_proj.weight", "(h k) d -> h k d"),
+        Row(("k",), attention + "k_proj.weight", "(g k) d -> g k d"),
+        Row(("v",), attention + "v_proj.weight", "(g k) d -> g k d"),
+        Row(("o",), attention + "o_proj.weight", "d (h k) -> h d k"),
+        Row(("mlp_norm",), "layers.{l}.post_attention_layernorm.weight", "d -> d"),
+        Row(("gate",), mlp + "gate_proj.weight", "n d -> n d"),
+        Row(("up",), mlp + "up_proj.weight", "n d -> n d"),
+        Row(("down",), mlp + "down_proj.weight", "d n -> d n"),
+        Row(("final_norm",), "norm.weight", "d -> d"),
+        Row(("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
+    ]
+    if qkv_bias:
+        rows += [
+            Row(("q_bias",), attention + "q_proj.bias", "(h k) -> h k", qkv_bias),
+            Row(("k_bias",), attention + "k_proj.bias", "(g k) -> g k", qkv_bias),
+            Row(("v_bias",), attention + "v_proj.bias", "(g k) -> g k", qkv_bias),
+        ]
+    if o_bias:
+        rows.append(Row(("o_bias",), attention + "o_proj.bias", "d -> d", o_bias))
+    if mlp_bias:
+        rows += [
+            Row(("gate_bias",), mlp + "gate_proj.bias", "n -> n", mlp_bias),
+            Row(("up_bias",), mlp + "up_proj.bias", "n -> n", mlp_bias),
+            Row(("down_bias",), mlp + "down_proj.bias", "d -> d", mlp_bias),
+        ]
+    return tuple(rows)
+
+
+def _hf_config(config: Mapping[str, Any]) -> ModelSpec:
+    d_model = integer(config, "hidden_size")
+    n_heads = integer(config, "num_attention_heads")
+    head_dim = config.get("head_dim")
+    d_head = integer(config, "head_dim") if head_dim is not None else divided(d_model, n_heads, "hidden_size by heads")
+    n_kv_heads = integer(config, "num_key_value_heads", n_heads)
+    divided(n_heads, n_kv_heads, "num_attention_heads by num_key_value_heads")
+    return ModelSpec(
+        model_type=str(config["model_type"]),
+        n_layers=integer(config, "num_hidden_layers"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        d_mlp=integer(config, "intermediate_size"),
+        vocab=integer(config, "vocab_size"),
+        norm="rms",
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        activation=str(config.get("hidden_act", "silu")),
+        gated=True,
+        tied=config.get("tie_word_embeddings", False) is True,
+        rotary=rotary(config, d_head),
+        flags=flags(config, attention_bias=False, mlp_bias=False),
+    )
+
+
+def _gguf_rows(permuted: bool, qkv_bias: str) -> tuple[Row, ...]:
+    """Rows of the GGUF dialect; Llama's converter stores each head's q and k rows as (r, two) pairs."""
+    q, k = (
+        ("(h r two) d -> h (two r) d", "(g r two) d -> g (two r) d")
+        if permuted
+        else ("(h k) d -> h k d", "(g k) d -> g k d")
+    )
+    q_bias, k_bias = (
+        ("(h r two) -> h (two r)", "(g r two) -> g (two r)") if permuted else ("(h k) -> h k", "(g k) -> g k")
+    )
+    block = "blk.{l}."
+    return (
+        Row(("embed",), "token_embd.weight", "t d -> t d"),
+        Row(("attn_norm",), block + "attn_norm.weight", "d -> d"),
+        Row(("q",), block + "attn_q.weight", q),
+        Row(("k",), block + "attn_k.weight", k),
+        Row(("v",), block + "attn_v.weight", "(g k) d -> g k d"),
+        Row(("o",), block + "attn_output.weight", "d (h k) -> h d k"),
+        Row(("q_bias",), block + "attn_q.bias", q_bias, qkv_bias),
+        Row(("k_bias",), block + "attn_k.bias", k_bias, qkv_bias),
+        Row(("v_bias",), block + "attn_v.bias", "(g k) -> g k", qkv_bias),
+        Row(("o_bias",), block + "attn_output.bias", "d -> d", OPTIONAL),
+        Row(("mlp_norm",), block + "ffn_norm.weight", "d -> d"),
+        Row(("gate",), block + "ffn_gate.weight", "n d -> n d"),
+        Row(("up",), block + "ffn_up.weight", "n d -> n d"),
+        Row(("down",), block + "ffn_down.weight", "d n -> d n"),
+        Row(("gate_bias",), block + "ffn_gate.bias", "n -> n", OPTIONAL),
+        Row(("up_bias",), block + "ffn_up.bias", "n -> n", OPTIONAL),
+        Row(("down_bias",), block + "ffn_down.bias", "d -> d", OPTIONAL),
+        Row(("final_norm",), "output_norm.weight", "d -> d"),
+        Row(("unembed",), "output.weight", "t d -> t d", OPTIONAL),
+        Row(("rope_factors",), "rope_freqs.weight", "r -> r", OPTIONAL),
+    )
+
+
+def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
+    family = str(config["general.architecture"])
+    own = {key.removeprefix(family + "."): value for key, value in config.items()}
+    d_model, n_heads = integer(own, "embedding_length"), integer(own, "attention.head_count")
+    n_kv_heads = integer(own, "attention.head_count_kv", n_heads)
+    divided(n_heads, n_kv_heads, "attention.head_count by attention.head_count_kv")
+    key_length = own.get("attention.key_length")
+    d_head = (
+        integer(own, "attention.key_length") if key_length else divided(d_model, n_heads, "embedding_length by heads")
+    )
+    if own.get("rope.scaling.type", "none") not in ("none", "linear"):
+        raise ArchitectureError(
+            f"the file asks for rotary scaling {own['rope.scaling.type']!r}",
+            expected="none or linear",
+            do="open the safetensors form of this model, or another model",
+        )
+    factor = own.get("rope.scaling.factor") if own.get("rope.scaling.type") == "linear" else None
+    dim = integer(own, "rope.dimension_count", d_head, least=2)
+    return ModelSpec(
+        model_type=family,
+        n_layers=integer(own, "block_count"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        d_mlp=integer(own, "feed_forward_length"),
+        vocab=integer(own, "vocab_size") if own.get("vocab_size") else None,
+        norm="rms",
+        norm_eps=number(own, "attention.layer_norm_rms_epsilon", 1e-5),
+        activation="silu",
+        gated=True,
+        rotary=RotarySpec(
+            dim,
+            number(own, "rope.freq_base", 10000.0),
+            {"rope_type": "linear", "factor": float(factor)} if factor else {},
+        ),
+    )
+
+
+def _gguf_neutral(family: str) -> frozenset[str]:
+    own = """block_count context_length embedding_length feed_forward_length attention.head_count
+    attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
+    attention.sliding_window vocab_size rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
+    rope.scaling.original_context_length rope.scaling.finetuned"""
+    return frozenset(f"{family}.{key}" for key in own.split()) | {"general.*", "tokenizer.*", "quantize.*", "split.*"}
+
+
+_SIZES = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act"
+    " rms_norm_eps attention_bias mlp_bias".split()
+)
+_CACHED = (r".*rotary_emb\.inv_freq",)
+
+
+def _hf_dialect(rows: tuple[Row, ...]) -> Dialect:
+    fixed: dict[str, tuple[Any, ...]] = {"rope_interleaved": (False, None), "use_mrope": (False, None)}
+    return Dialect(rows, _hf_config, NEUTRAL_HF | _SIZES, ("model.", ""), required_values=fixed, ignored=_CACHED)
+
+
+LLAMA = Family(
+    "llama",
+    ("llama",),
+    {
+        "hf": _hf_dialect(_hf_rows("attention_bias", "attention_bias", "mlp_bias")),
+        "gguf": Dialect(_gguf_rows(True, OPTIONAL), _gguf_config, _gguf_neutral("llama")),
+    },
+)
+MISTRAL = Family("mistral", ("mistral",), {"hf": _hf_dialect(_hf_rows(None, None, None))})
+QWEN2 = Family(
+    "qwen2",
+    ("qwen2",),
+    {
+        "hf": _hf_dialect(_hf_rows("always", None, None)),
+        "gguf": Dialect(_gguf_rows(False, "always"), _gguf_config, _gguf_neutral("qwen2")),
+    },
+)
+
+
+_BLOCK = "layers.{l}."
+_ROWS = (
+    Row(("embed",), "embed_in.weight", "t d -> t d"),
+    Row(("attn_norm",), _BLOCK + "input_layernorm.weight", "d -> d"),
+    Row(("attn_norm_bias",), _BLOCK + "input_layernorm.bias", "d -> d"),
+    Row(("q", "k", "v"), _BLOCK + "attention.query_key_value.weight", "(h three k) d -> three h k d"),
+    Row(
+        ("q_bias", "k_bias", "v_bias"),
+        _BLOCK + "attention.query_key_value.bias",
+        "(h three k) -> three h k",
+        "attention_bias",
+    ),
+    Row(("o",), _BLOCK + "attention.dense.weight", "d (h k) -> h d k"),
+    Row(("o_bias",), _BLOCK + "attention.dense.bias", "d -> d", "attention_bias"),
+    Row(("mlp_norm",), _BLOCK + "post_attention_layernorm.weight", "d -> d"),
+    Row(("mlp_norm_bias",), _BLOCK + "post_attention_layernorm.bias", "d -> d"),
+    Row(("up",), _BLOCK + "mlp.dense_h_to_4h.weight", "n d -> n d"),
+    Row(("up_bias",), _BLOCK + "mlp.dense_h_to_4h.bias", "n -> n"),
+    Row(("down",), _BLOCK + "mlp.dense_4h_to_h.weight", "d n -> d n"),
+    Row(("down_bias",), _BLOCK + "mlp.dense_4h_to_h.bias", "d -> d"),
+    Row(("final_norm",), "final_layer_norm.weight", "d -> d"),
+    Row(("final_norm_bias",), "final_layer_norm.bias", "d -> d"),
+    Row(("unembed",), "/embed_out.weight|/lm_head.weight", "t d -> t d", UNTIED),
+)
+
+
+def _config(config: Mapping[str, Any]) -> ModelSpec:
+    d_model, n_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
+    d_head = divided(d_model, n_heads, "hidden_size by heads")
+    return ModelSpec(
+        model_type="gpt_neox",
+        n_layers=integer(config, "num_hidden_layers"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        d_head=d_head,
+        d_mlp=integer(config, "intermediate_size"),
+        vocab=integer(config, "vocab_size"),
+        norm="layer",
+        norm_eps=number(config, "layer_norm_eps", 1e-5),
+        activation=str(config.get("hidden_act", "gelu")),
+        gated=False,
+        parallel=config.get("use_parallel_residual", True) is True,
+        tied=config.get("tie_word_embeddings", False) is True,
+        rotary=rotary(config, d_head, fraction=float(config.get("rotary_pct", 0.25))),
+        flags=flags(config, attention_bias=True),
+    )
+
+
+_KEYS = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps"
+    " use_parallel_residual attention_bias".split()
+)
+
+GPT_NEOX = Family(
+    "gpt_neox",
+    ("gpt_neox",),
+    {
+        "hf": Dialect(
+            _ROWS,
+            _config,
+            NEUTRAL_HF | _KEYS,
+            ("gpt_neox.", ""),
+            ignored=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)", r".*rotary_emb\.inv_freq"),
+        )
+    },
+)
+
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX)

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from virtual_weights.architecture.families import FAMILIES
-from virtual_weights.architecture.layout import matches, stored_shape
-from virtual_weights.architecture.table import ALWAYS, OPTIONAL, UNTIED, Dialect, Family, ModelSpec, Row
+from virtual_weights.architecture.table import (
+    ALWAYS,
+    OPTIONAL,
+    UNTIED,
+    Dialect,
+    Family,
+    ModelSpec,
+    Row,
+    matches,
+    stored_shape,
+)
 from virtual_weights.errors import ArchitectureError
 
 _SHOWN = 6

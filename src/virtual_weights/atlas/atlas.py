@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Generator, Mapping
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from virtual_weights.atlas import ledger
-from virtual_weights.atlas.keys import KEY, canonical, task_key
-from virtual_weights.atlas.stored import EDGES, HEADER, TABLE, Header, read_header, read_record, write_record
+from virtual_weights.atlas.stored import (
+    EDGES,
+    HEADER,
+    KEY,
+    TABLE,
+    Header,
+    canonical,
+    read_header,
+    read_record,
+    task_key,
+    write_record,
+)
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Record
 from virtual_weights.record.durable import is_vacant, replacing, sweep_aside, write_folder
 from virtual_weights.version import VERSION
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS tasks (
+    key TEXT PRIMARY KEY, question TEXT NOT NULL, parameters TEXT NOT NULL, seconds REAL, finished TEXT NOT NULL
+)
+"""
+_PATIENCE = 60.0
+"""Seconds to wait for another writer; each holds the file for milliseconds."""
+
+
+def _enter(path: Path, key: str, question: str, parameters: Mapping[str, Any], seconds: float | None) -> None:
+    """Enter a finished task, once: the first entry of a key stays."""
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    with _database(path) as database, database:
+        database.execute(_TABLE)
+        database.execute(
+            "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?, ?)", (key, question, canonical(parameters), seconds, now)
+        )
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Every entry in order of time, parameters as JSON text; empty where nothing was entered yet."""
+    if not path.exists():
+        return []
+    with _database(path) as database:
+        database.row_factory = sqlite3.Row
+        return [dict(row) for row in database.execute("SELECT * FROM tasks ORDER BY finished, key")]
+
+
+@contextmanager
+def _database(path: Path) -> Generator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(path, timeout=_PATIENCE)) as database:
+            yield database
+    except sqlite3.DatabaseError as error:
+        raise RecordError(
+            f"the ledger {path.name} cannot be used: {error}",
+            expected="the SQLite file that this package writes",
+            do=f"remove {path}: it only keeps account of time, no result is lost",
+        ) from error
+
 
 FORMAT = 1
 """Version of the folder's layout; it grows when an older reader could not read it."""
@@ -149,7 +202,7 @@ class Atlas:
         if not self.finished(key):
             target.parent.mkdir(exist_ok=True)
             write_folder(target, lambda folder: write_record(record, folder, key))
-        ledger.enter(self._path / LEDGER, key, record.question, record.parameters, seconds)
+        _enter(self._path / LEDGER, key, record.question, record.parameters, seconds)
         return key
 
     def get(self, key: str) -> Record:
@@ -196,7 +249,7 @@ class Atlas:
 
     def ledger(self) -> list[dict[str, Any]]:
         """The account of finished tasks in order of time: key, question, parameters, seconds, finished."""
-        return ledger.entries(self._path / LEDGER)
+        return _entries(self._path / LEDGER)
 
     def header(self, key: str) -> Header:
         """What is known of a stored record without its values."""

@@ -11,14 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from virtual_weights.checkpoint.byte_tensor import allocate, read_tensor
-from virtual_weights.checkpoint.fingerprint import fingerprint
-from virtual_weights.checkpoint.finite import check_finite
-from virtual_weights.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from virtual_weights.checkpoint.gguf_metadata import LargeArray, large_numbers, large_strings
-from virtual_weights.checkpoint.pinned_file import PinnedFile, pin
-from virtual_weights.checkpoint.request import find_tensor, row_span
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Source, TensorInfo
+from virtual_weights.checkpoint.gguf_header import (
+    GgufHeader,
+    GgufTensor,
+    LargeArray,
+    large_numbers,
+    large_strings,
+    read_gguf_header,
+)
+from virtual_weights.checkpoint.pinned_file import PinnedFile, allocate, pin, read_tensor
+from virtual_weights.checkpoint.source import (
+    STORAGE_DTYPES,
+    AtRest,
+    Source,
+    TensorInfo,
+    check_finite,
+    find_tensor,
+    fingerprint,
+    row_span,
+)
 from virtual_weights.checkpoint.token_text import texts_of_gguf
 
 _VALUES_AT_ONCE = 1 << 22

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virtual_weights.checkpoint.fingerprint import fingerprint
-from virtual_weights.checkpoint.finite import check_finite
-from virtual_weights.checkpoint.request import find_tensor, row_span
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Source, TensorInfo
+from virtual_weights.checkpoint.source import (
+    STORAGE_DTYPES,
+    AtRest,
+    Source,
+    TensorInfo,
+    check_finite,
+    find_tensor,
+    fingerprint,
+    row_span,
+)
 from virtual_weights.errors import UsageError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from virtual_weights.checkpoint.catalog import Progress, built_in, locate
 from virtual_weights.checkpoint.folder import INDEX
-from virtual_weights.checkpoint.foreign import NnsightModel, is_model
 from virtual_weights.checkpoint.gguf_header import MAGIC
 from virtual_weights.checkpoint.gguf_source import open_gguf
 from virtual_weights.checkpoint.hub import fetch_snapshot, parse_hub_reference
-from virtual_weights.checkpoint.live_module import open_module
+from virtual_weights.checkpoint.live_module import NnsightModel, is_model, open_module
 from virtual_weights.checkpoint.mapping_source import MappingSource
 from virtual_weights.checkpoint.pinned_file import pin
 from virtual_weights.checkpoint.safetensors_source import open_safetensors_file, open_safetensors_index

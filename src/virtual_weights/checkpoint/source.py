@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from virtual_weights.errors import MissingTensorError, NonFiniteError, UsageError
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,124 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Every storage type that torch holds as it is, by its name in the safetensors format."""
+
+
+def find_tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+    """Look up a tensor.
+
+    Raises:
+        MissingTensorError: there is no such name; near names are listed.
+    """
+    info = tensors.get(name)
+    if info is not None:
+        return info
+    near = get_close_matches(str(name), tensors, n=3, cutoff=0.5)
+    raise MissingTensorError(
+        f"there is no tensor {name!r} among {len(tensors)}",
+        expected=f"one of the checkpoint's names, such as {', '.join(map(repr, near or sorted(tensors)[:3]))}",
+        do="take a name from the source's `tensors`",
+    )
+
+
+def row_span(name: str, shape: tuple[int, ...], rows: slice | None) -> tuple[int, int] | None:
+    """Check a slice of the first axis.
+
+    Returns:
+        (start, stop) with 0 <= start < stop <= shape[0], or None when everything is asked for.
+
+    Raises:
+        UsageError: the slice is empty, stepped, counts from the end, or leaves the tensor.
+    """
+    if rows is None:
+        return None
+    length = shape[0] if shape else 0
+    start = 0 if rows.start is None else rows.start
+    stop = length if rows.stop is None else rows.stop
+    if rows.step in (None, 1) and 0 <= start < stop <= length:
+        return start, stop
+    raise UsageError(
+        f"rows {rows.start}:{rows.stop}:{rows.step} of {name!r}, whose shape is {shape}",
+        expected=f"0 <= start < stop <= {length}, step 1",
+        do="ask for rows that the tensor has, or leave `rows` out to read all of it",
+    )
+
+
+BLOCK = 64 * 1024
+
+
+def fingerprint(
+    dialect: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    read_bytes: Callable[[str, int, int], bytes],
+) -> str:
+    """Hash what ``Source.fingerprint`` promises.
+
+    Args:
+        dialect: whose names these are.
+        config: plain JSON values.
+        tensors: every tensor by name.
+        read_bytes: gives bytes [begin, end) of a tensor as stored.
+
+    Returns:
+        A hex sha256.
+    """
+    total = sha256(_canonical(["virtual-weights 1", dialect, config]))
+    for name in sorted(tensors):
+        info = tensors[name]
+        content = sha256()
+        for begin, end in sampled_spans(info.nbytes):
+            content.update(read_bytes(name, begin, end))
+        total.update(_canonical([name, info.dtype, info.shape, content.hexdigest()]))
+    return total.hexdigest()
+
+
+def sampled_spans(nbytes: int) -> tuple[tuple[int, int], ...]:
+    """The byte ranges of a tensor that count: all of it up to three blocks, else start, middle and end."""
+    if nbytes <= 3 * BLOCK:
+        return ((0, nbytes),) if nbytes else ()
+    return tuple((begin, begin + BLOCK) for begin in (0, (nbytes - BLOCK) // 2, nbytes - BLOCK))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict).encode("ascii")
+
+
+_CHUNK = 1 << 22
+
+
+def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> Tensor:
+    """Return the tensor as it is.
+
+    Args:
+        tensor: what was read.
+        name: its name, for the error.
+        first_row: which row of the named tensor its first row is.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite; the error says which.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    flat = tensor.reshape(-1)
+    for begin in range(0, flat.numel(), _CHUNK):
+        chunk = flat[begin : begin + _CHUNK]
+        if chunk.dtype.itemsize == 1:
+            chunk = chunk.float()  # torch compares no float8
+        # both ends of the range are NaN if any value is: one pass, nothing allocated
+        if not torch.stack(torch.aminmax(chunk)).isfinite().all():
+            bad = begin + int((~chunk.isfinite()).nonzero()[0])
+            raise _refusal(tensor, bad, name, first_row)
+    return tensor
+
+
+def _refusal(tensor: Tensor, flat_index: int, name: str, first_row: int) -> NonFiniteError:
+    value = float(tensor.reshape(-1)[flat_index])
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), tensor.shape)]
+    if index:
+        index[0] += first_row
+    return NonFiniteError(
+        f"{name}[{', '.join(map(str, index))}] is {value}",
+        expected="finite weights",
+        do="repair the checkpoint, or allow non-finite values if they are meant",
+    )

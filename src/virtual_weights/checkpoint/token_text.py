@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from virtual_weights.checkpoint.json_text import read_json_object
+from virtual_weights.checkpoint.folder import read_json_object
 from virtual_weights.checkpoint.pinned_file import PinnedFile
 from virtual_weights.errors import MalformedCheckpointError
 

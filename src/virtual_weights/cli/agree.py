@@ -11,10 +11,10 @@ import torch
 import typer
 from torch import Tensor
 
-from virtual_weights.analysis.agreement import agreement
-from virtual_weights.analysis.composition import Composition
-from virtual_weights.analysis.delivered import Delivered
-from virtual_weights.analysis.overlap import Overlap
+from virtual_weights.analysis.pairs.alignment import agreement
+from virtual_weights.analysis.pairs.composition import Composition
+from virtual_weights.analysis.pairs.contribution import Delivered
+from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.cli import options as o
 from virtual_weights.cli.observe import Batch, ChunkLength, Repeated, TextSource, Tokens, passages
 from virtual_weights.cli.opening import open_model
@@ -25,13 +25,13 @@ from virtual_weights.cli.tokens import passage
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.edge import next_token_loss
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.text import batches
+from virtual_weights.runtime.edges.attribution import attribute
+from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.flow.observation import observe
+from virtual_weights.runtime.running.text import batches
 from virtual_weights.stream import Stream
+from virtual_weights.stream.group import HEAD_PORTS, HeadPort, Writers
 from virtual_weights.stream.moments import Moments
-from virtual_weights.stream.ports import HEAD_PORTS, HeadPort, Writers
 
 _SHOWN = ("predictor", "port", "target", "per_reader_rank_correlation", "rank_correlation", "precision_at_20", "edges")
 _SEQUENCES, _LENGTH = 8, 64  # of the target text, for removals

@@ -24,10 +24,10 @@ from virtual_weights.cli.tokens import (
 )
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
-from virtual_weights.runtime.attribute import Metric, attribute, logit_difference
-from virtual_weights.runtime.edge import Edge, next_token_loss
+from virtual_weights.runtime.edges.attribution import Metric, attribute, logit_difference
+from virtual_weights.runtime.edges.edge import Edge, next_token_loss
 from virtual_weights.stream import Stream
-from virtual_weights.stream.ports import HEAD_PORTS
+from virtual_weights.stream.group import HEAD_PORTS
 
 _NAMES = ("writer", "reader", "attribution", "channel")
 Ports = Annotated[

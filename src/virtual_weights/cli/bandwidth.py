@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.bandwidth import Bandwidth, bottleneck
-from virtual_weights.analysis.directions import in_tokens, unread, unwritten
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

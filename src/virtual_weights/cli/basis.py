@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.basis import Basis, summary
+from virtual_weights.analysis.ledger.basis import Basis, summary
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from virtual_weights.analysis import Channel, summary
-from virtual_weights.analysis.channel import circuit_summary
-from virtual_weights.analysis.channel_tokens import ChannelTokens
-from virtual_weights.analysis.components import ComponentComposition
-from virtual_weights.analysis.offsets import MeanCircuit, OffsetProfile
+from virtual_weights.analysis.channels.channel import circuit_summary
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
+from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile
+from virtual_weights.analysis.pairs.component_composition import ComponentComposition
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

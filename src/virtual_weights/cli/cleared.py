@@ -14,7 +14,7 @@ from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.cleared import Thresholds, cleared
+from virtual_weights.runtime.fate.erased import Thresholds, cleared
 
 _SHOWN = ("eraser", "mean", "spread", "cleared", "strengthened", "bimodality", "tokens")
 _VERDICTS: tuple[str, ...] = ("unconditional", "conditional", "rare", "never")

@@ -10,8 +10,8 @@ import typer
 from safetensors.torch import save_file
 
 from virtual_weights.analysis import Composition
-from virtual_weights.analysis.aligned import beside
-from virtual_weights.analysis.delivered import Delivered
+from virtual_weights.analysis.pairs.alignment import beside
+from virtual_weights.analysis.pairs.contribution import Delivered
 from virtual_weights.cli import options as o
 from virtual_weights.cli.moments import FlowText, FlowTokens, MomentsFile, moments_of
 from virtual_weights.cli.opening import open_model

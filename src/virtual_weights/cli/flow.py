@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from virtual_weights.analysis.delivered import Delivered
+from virtual_weights.analysis.pairs.contribution import Delivered
 from virtual_weights.cli.job import Job, among_heads
 from virtual_weights.cli.observe import passages
 from virtual_weights.cli.prove import per_channel
@@ -20,16 +20,15 @@ from virtual_weights.cli.statements import prompt_of, runners
 from virtual_weights.errors import RecordError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.attribute import attribute
-from virtual_weights.runtime.edge import Edge, next_token_loss
-from virtual_weights.runtime.labels import labels
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.operate import operating_point
-from virtual_weights.runtime.prove import Trial, prove
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.attribution import attribute
+from virtual_weights.runtime.edges.edge import Edge, next_token_loss
+from virtual_weights.runtime.flow.labels import labels
+from virtual_weights.runtime.flow.observation import observe, operating_point
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint
+from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
-from virtual_weights.stream.ports import HEAD_PORTS
 
 LENGTH = 128
 """Tokens of a chunk; of random tokens half as many are said twice."""

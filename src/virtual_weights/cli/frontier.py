@@ -15,7 +15,7 @@ from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
-from virtual_weights.runtime.frontier import frontier
+from virtual_weights.runtime.fate.frontier import frontier
 from virtual_weights.stream import Stream
 
 _PRICES = (

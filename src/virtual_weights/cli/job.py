@@ -9,23 +9,23 @@ from enum import StrEnum
 from typing import Any
 
 from virtual_weights.analysis import Channel, Composition, Overlap
-from virtual_weights.analysis.bandwidth import Bandwidth
-from virtual_weights.analysis.basis import Basis
-from virtual_weights.analysis.coherence import Coherence
-from virtual_weights.analysis.crosstalk import Interference
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.erasure import Erasure
-from virtual_weights.analysis.neuron_edges import NeuronNeuron
-from virtual_weights.analysis.neurons import Neurons
-from virtual_weights.analysis.question import Question
-from virtual_weights.analysis.recovery import Recovery
-from virtual_weights.analysis.subspaces import Subspaces
+from virtual_weights.analysis.crowding.coherence import Coherence
+from virtual_weights.analysis.crowding.interference import Interference
+from virtual_weights.analysis.crowding.recovery import Recovery
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth
+from virtual_weights.analysis.ledger.basis import Basis
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
+from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas, task_key
 from virtual_weights.cli.progress import Tick
 from virtual_weights.record import Record
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint, Stream
-from virtual_weights.stream.ports import HEAD_PORTS
+from virtual_weights.stream.group import HEAD_PORTS
+from virtual_weights.stream.question import Question
 
 _SPECTRA = 6  # strongest channels into keys whose spectra the report shows
 _NEURON_TABLES = ("neuron_edges", "neuron_edges_of_writers", "neuron_cosines")

@@ -11,8 +11,8 @@ from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.runtime import load
-from virtual_weights.runtime.labels import BEHAVIOURS, labels
-from virtual_weights.runtime.text import repeated_tokens
+from virtual_weights.runtime.flow.labels import BEHAVIOURS, labels
+from virtual_weights.runtime.running.text import repeated_tokens
 
 
 def label_heads(

@@ -12,7 +12,7 @@ from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps
 from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.runtime import load
-from virtual_weights.runtime.lifetime import Lifetime, lifetime
+from virtual_weights.runtime.fate.persistence import Lifetime, lifetime
 
 _ERASERS = 3  # named for each writer
 _SHOWN = ("writer", "start", "final", "lowest", "lowest_state", "half_state", "eraser", "taken")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from virtual_weights.analysis.linear import MAPS, LinearComposition
+from virtual_weights.analysis.depth.linear import MAPS, LinearComposition
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

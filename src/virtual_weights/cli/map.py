@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.neurons import census
+from virtual_weights.analysis.memory.neurons import census
 from virtual_weights.atlas import Atlas
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import show_edges

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.clearing import Clearing
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.erasure import Erasure
-from virtual_weights.analysis.neurons import Neurons, census
+from virtual_weights.analysis.memory.clearing import Clearing
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons, census
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

@@ -12,7 +12,7 @@ from virtual_weights.cli.observe import passages
 from virtual_weights.cli.progress import Tick
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import load
-from virtual_weights.runtime.observe import observe
+from virtual_weights.runtime.flow.observation import observe
 from virtual_weights.stream import Stream
 from virtual_weights.stream.moments import Moments
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.neuron_edges import NeuronNeuron
-from virtual_weights.analysis.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import Tick, steps

@@ -17,9 +17,16 @@ from virtual_weights.cli.show import line, put_json, table
 from virtual_weights.errors import UsageError
 from virtual_weights.record.durable import replacing
 from virtual_weights.runtime import load
-from virtual_weights.runtime.observe import observe
-from virtual_weights.runtime.operate import operating_point
-from virtual_weights.runtime.text import DEFAULT, DEFAULT_TEXT, batches, repeated_tokens, texts, token_ids, tokenizer_of
+from virtual_weights.runtime.flow.observation import observe, operating_point
+from virtual_weights.runtime.running.text import (
+    DEFAULT,
+    DEFAULT_TEXT,
+    batches,
+    repeated_tokens,
+    texts,
+    token_ids,
+    tokenizer_of,
+)
 from virtual_weights.stream import OperatingPoint, Stream
 from virtual_weights.stream.moments import Moments
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from virtual_weights.analysis.paths import Paths
+from virtual_weights.analysis.depth.paths import Paths
 from virtual_weights.cli import options as o
 from virtual_weights.cli.linear import Gate, NormScalar, PointFile, Token, told
 from virtual_weights.cli.opening import open_model

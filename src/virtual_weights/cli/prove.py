@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from virtual_weights.analysis.composition import Composition
+from virtual_weights.analysis.pairs.composition import Composition
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import Tick, steps
@@ -17,7 +17,7 @@ from virtual_weights.cli.tokens import Length, Repeated, Sequences, TextFile, pa
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.prove import Trial, prove
+from virtual_weights.runtime.edges.ablation import Trial, prove
 from virtual_weights.stream import Stream
 
 _SHOWN = ("effect_nats", "verdict", "p", "pattern_change", "output_change", "top_changed", "channel")

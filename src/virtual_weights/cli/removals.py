@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from virtual_weights.linalg import Progress, accumulate
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edge import channel_readers
-from virtual_weights.runtime.prove import Trial, prove
+from virtual_weights.runtime.edges.ablation import Trial, prove
+from virtual_weights.runtime.edges.edge import channel_readers
 from virtual_weights.stream import Stream
-from virtual_weights.stream.ports import HeadPort
+from virtual_weights.stream.group import HeadPort
 
 _WRITERS = 12  # of each reader that is drawn
 

@@ -18,11 +18,11 @@ from virtual_weights.cli.show import line, put_json
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.cleared import cleared
-from virtual_weights.runtime.frontier import frontier
-from virtual_weights.runtime.lifetime import lifetime
-from virtual_weights.runtime.operate import operating_point as run_prompt
-from virtual_weights.runtime.text import PADDING, token_ids, tokenizer_of
+from virtual_weights.runtime.fate.erased import cleared
+from virtual_weights.runtime.fate.frontier import frontier
+from virtual_weights.runtime.fate.persistence import lifetime
+from virtual_weights.runtime.flow.observation import operating_point as run_prompt
+from virtual_weights.runtime.running.text import PADDING, token_ids, tokenizer_of
 from virtual_weights.statements import Statements
 from virtual_weights.stream import OperatingPoint, Stream
 

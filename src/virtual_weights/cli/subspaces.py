@@ -7,8 +7,8 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from virtual_weights.analysis.subspaces import Subspaces, figures
-from virtual_weights.analysis.traffic import HeadRole
+from virtual_weights.analysis.maps.circuits import HeadRole
+from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

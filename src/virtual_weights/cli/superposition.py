@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.capacity import capacity
-from virtual_weights.analysis.coherence import Coherence, gap
-from virtual_weights.analysis.crosstalk import FEWEST, Interference
-from virtual_weights.analysis.dictionary import KINDS
-from virtual_weights.analysis.recovery import METHODS, Recovery
+from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap
+from virtual_weights.analysis.crowding.dictionary import KINDS
+from virtual_weights.analysis.crowding.interference import FEWEST, Interference
+from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
 from virtual_weights.cli import options as o
 from virtual_weights.cli.opening import open_model
 from virtual_weights.cli.progress import steps

@@ -11,7 +11,7 @@ import typer
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime.text import DEFAULT_TEXT, batches, repeated_tokens, texts, token_ids, tokenizer_of
+from virtual_weights.runtime.running.text import DEFAULT_TEXT, batches, repeated_tokens, texts, token_ids, tokenizer_of
 from virtual_weights.stream import Stream
 
 TextFile = Annotated[

@@ -14,8 +14,8 @@ from virtual_weights.cli.tokens import prompt_tokens, token_named
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import load
-from virtual_weights.runtime.route import route
-from virtual_weights.runtime.trace import Passage, lens, passage, trace
+from virtual_weights.runtime.flow.route import route
+from virtual_weights.runtime.flow.trace import Passage, lens, passage, trace
 
 _Pair = tuple[int | None, int | None]
 Token = Annotated[

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import ResourceError, UsageError
-from virtual_weights.linalg.direct_form import DirectForm
-from virtual_weights.linalg.gram_form import GramForm
 from virtual_weights.linalg.map_stack import MapStack, self_moments
+from virtual_weights.linalg.pair_forms import DirectForm, GramForm
 from virtual_weights.linalg.pairing import Pairing, Progress, pairing
 
 __all__ = ["Form", "MapStack", "Pairs", "all_pairs", "self_moments"]

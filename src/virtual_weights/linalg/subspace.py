@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg.decompose import svd
-from virtual_weights.linalg.lapack import gains, lengths, orthonormal, singular
+from virtual_weights.linalg.decompose import gains, lengths, orthonormal, singular, svd
 from virtual_weights.linalg.linear_map import LinearMap
 from virtual_weights.linalg.numerics import accumulate, same_direction
 from virtual_weights.linalg.numerics import tolerance as _rank_cut

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from virtual_weights.record import Record
-from virtual_weights.report.density import density
 from virtual_weights.report.evidence import evidence
-from virtual_weights.report.pairs import EDGES_PER_PORT, drawn
-from virtual_weights.report.tables import plain, statements, strongest, table
+from virtual_weights.report.tables import EDGES_PER_PORT, density, drawn, plain, statements, strongest, table
 
 MOST_LISTED = 200
 _ERASURES = ("alignment", "z", "erasure")

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.linalg import accumulate, haar_orthogonal
-from virtual_weights.statements.bench import Bench
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
 from virtual_weights.stream import Stream, scale
 
 _SAME = 1e-9  # relative, in float64: rounding of a product over the stream is far below, a gain far above

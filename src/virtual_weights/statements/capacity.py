@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.bandwidth import Bandwidth
-from virtual_weights.analysis.traffic import circuits
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth
+from virtual_weights.analysis.maps.circuits import circuits
 from virtual_weights.linalg import tolerance
-from virtual_weights.statements.bench import Bench
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
 
 _CUT = 1e-5  # of the largest singular value: gains are folded in float32, whose rounding is no direction
 

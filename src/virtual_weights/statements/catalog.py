@@ -8,12 +8,12 @@ from virtual_weights.statements import (
     composed,
     interference,
     memory,
+    null_space,
     running,
-    seen,
     spectra,
     superposed,
 )
-from virtual_weights.statements.statement import Statement
+from virtual_weights.statements.evidence import Statement
 
 STATEMENTS = (
     Statement(
@@ -46,7 +46,7 @@ STATEMENTS = (
         "Null spaces lose information",
         "What lies in the null space of a layer's map cannot be recovered by later layers.",
         "It is kept: (I + T) v = v. That reader does not see it; others may. Lost is only what T maps to its negative.",
-        seen.null_space_is_kept,
+        null_space.null_space_is_kept,
     ),
     Statement(
         "L5",
@@ -175,7 +175,7 @@ STATEMENTS = (
         "Effective communication space",
         "The effective space is the intersection of the complements of all null spaces.",
         "It is the sum of the later row spaces; what nobody reads is the intersection of the null spaces.",
-        seen.communication_space,
+        null_space.communication_space,
     ),
     Statement(
         "C3",

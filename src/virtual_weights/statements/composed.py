@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.linalg import Dense, Sum, accumulate, frobenius_norm, svd
-from virtual_weights.statements.bench import Bench, dense
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, dense
 from virtual_weights.stream import Component, Head
 
 _CUT = 1e-5  # of the largest singular value: gains are folded in float32

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.subspaces import Subspaces
+from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.linalg import Dense, accumulate, benjamini_hochberg, column_space, frobenius_norm
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, dense, present, rank_correlation
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, dense, present, rank_correlation
 
 _DISCOVERIES = 0.01  # rate of false ones
 _ROUNDING = 1e-6  # relative

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.composition import Composition
-from virtual_weights.analysis.erasers import HeadErasers
-from virtual_weights.analysis.neurons import Neurons
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons
+from virtual_weights.analysis.pairs.composition import Composition
 from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, present, rank_correlation
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, present, rank_correlation
 
 _CLEARED = 0.1  # at most this share of a direction is left
 _EFFICIENT = 0.5  # -cos(w_in, w_out) of a neuron that writes against what it reads

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import ClassVar, final
 
-from virtual_weights.analysis.question import Question
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Progress
 from virtual_weights.record import Axis, Column, Record, Value
-from virtual_weights.statements.bench import Bench
 from virtual_weights.statements.catalog import STATEMENTS
-from virtual_weights.statements.statement import Finding, Statement
+from virtual_weights.statements.evidence import Bench, Finding, Statement
 from virtual_weights.stream import OperatingPoint, Stream
+from virtual_weights.stream.question import Question
 
 
 @final

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.frozen import embedded, frozen_blocks
-from virtual_weights.analysis.neurons import Neurons
+from virtual_weights.analysis.depth.frozen import embedded, frozen_blocks
+from virtual_weights.analysis.memory.neurons import Neurons
 from virtual_weights.linalg import accumulate
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench, present
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, present
 from virtual_weights.stream import OperatingPoint, Stream, scale
 
 _EXACT = (

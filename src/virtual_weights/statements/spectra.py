@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.channel import Channel, summary
+from virtual_weights.analysis.channels.channel import Channel, summary
 from virtual_weights.linalg import svd, tolerance
-from virtual_weights.statements.bench import Bench, dense
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, dense
 
 _NO_PAIR = "no two heads of this model can reach each other"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from virtual_weights.analysis.capacity import capacity
-from virtual_weights.analysis.coherence import Coherence
-from virtual_weights.analysis.crosstalk import FEWEST, Interference
-from virtual_weights.analysis.dictionary import Kind
-from virtual_weights.analysis.recovery import Recovery
+from virtual_weights.analysis.crowding.coherence import Coherence, capacity
+from virtual_weights.analysis.crowding.dictionary import Kind
+from virtual_weights.analysis.crowding.interference import FEWEST, Interference
+from virtual_weights.analysis.crowding.recovery import Recovery
 from virtual_weights.record import Record
-from virtual_weights.statements.bench import Bench
-from virtual_weights.statements.statement import Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
 
 _FAITHFUL = 0.95  # of the signals found
 _FALL = 0.05

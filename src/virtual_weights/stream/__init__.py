@@ -1,7 +1,7 @@
 """The core abstraction: components with read and write ports at ordered positions of the stream."""
 
 from virtual_weights.stream.build import open_stream
-from virtual_weights.stream.component import Component
+from virtual_weights.stream.group import Component
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale
 from virtual_weights.stream.operating_point import OperatingPoint

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from virtual_weights.architecture import resolve
 from virtual_weights.checkpoint import Source, open_source
-from virtual_weights.checkpoint.foreign import NnsightModel
+from virtual_weights.checkpoint.live_module import NnsightModel
 from virtual_weights.stream.stream import Stream
 
 

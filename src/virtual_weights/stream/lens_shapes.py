@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.stream.ports import Port
+from virtual_weights.stream.group import Port
 from virtual_weights.stream.stream import Stream
 
 _HEADS: dict[str, Port] = {"Q": "Q", "K": "K", "V": "V"}

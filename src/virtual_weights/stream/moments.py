@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.stream.kept import identity, keep, kept
 from virtual_weights.stream.stream import Stream
+from virtual_weights.stream.tensor_file import identity, keep, kept
 
 FORMAT = "virtual-weights moments 1"
 

@@ -14,10 +14,9 @@ from virtual_weights.architecture import Model, ModelSpec
 from virtual_weights.checkpoint import Source
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import Dense, LinearMap
-from virtual_weights.stream.component import Component, components, states
+from virtual_weights.stream.group import Component, Port, components, states
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import constant, fold
-from virtual_weights.stream.ports import Port
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
 

@@ -1,0 +1,209 @@
+"""Coherence: how far from orthogonal the directions are that a model uses, beside chance and the best possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.analysis.crowding.dictionary import Kind, check_kind, dictionary
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Progress
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream import Stream
+from virtual_weights.stream.question import Question
+
+BINS = 100
+"""Bins of the histogram of |cos|, of equal width from 0 to 1."""
+
+_TILE = 2048
+
+
+@final
+@dataclass(frozen=True)
+class Coherence(Question):
+    """``|cos|`` between all directions of one kind: its largest, its mean square, its histogram.
+
+    Beside it: as many seeded Gaussian directions, whose mean square is 1/d, and the **Welch bound**
+    ``mu >= sqrt((N - d) / (d (N - 1)))``, below which no N directions of R^d can come. Its root mean square has the
+    same bound, met by tight frames (equivalently, the frame potential ``sum_ij cos^2 >= N^2 / d``).
+
+    Directions are compared in tiles, in float32; their (N, N) matrix is never formed.
+
+    Invariant under scaling of a direction, under re-ordering and, with RMSNorm folded, under rotation of the stream.
+
+    Attributes:
+        kind: ``"out"``, ``"in"``, ``"gate"`` (of neurons) or ``"ov"`` (the strongest direction of every head).
+        sample: at most so many directions, chosen by the seed; None for all.
+        seed: of the choice and of the random directions.
+        device: any torch device.
+
+    Reference: Welch 1974; Benedetto and Fickus 2003 (frame potential).
+    """
+
+    question: ClassVar[str] = "coherence"
+    kind: Kind = "out"
+    sample: int | None = 20_000
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if self.sample is not None and self.sample < 2:
+            raise UsageError(f"a sample of {self.sample}", expected="two directions or more", do="leave it out for all")
+
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+        """Compare every direction with every other.
+
+        Args:
+            stream: the model.
+            progress: called with (pairs done, pairs in all), the random ones too.
+
+        Returns:
+            A Record over ``bin`` with ``count`` and ``random`` (pairs); its stamp holds the figures.
+
+        Raises:
+            UsageError: the model has no such directions, or fewer than two.
+        """
+        names, unit = dictionary(stream, self.kind, self.sample, self.seed)
+        n, d = unit.shape
+        if n < 2:
+            raise UsageError(f"{n} direction of kind {self.kind!r}", expected="two or more", do="choose another kind")
+        generator = torch.Generator().manual_seed(self.seed)
+        chance = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+        total = float(n * (n - 1))
+
+        def tell(done: float) -> None:
+            if progress is not None:
+                progress(done, total)
+
+        own = _compared(unit.to(self.device), tell)
+        other = _compared(chance.to(self.device), lambda done: tell(total / 2 + done))
+        bounds = [f"{i / BINS:.2f}" for i in range(BINS + 1)]
+        return Record(
+            self.question,
+            (Axis("bin", tuple(f"{a} to {b}" for a, b in pairwise(bounds))),),
+            (
+                Column("count", own.histogram, "pairs", "pairs whose |cos| lies in the bin"),
+                Column("random", other.histogram, "pairs", "the same of as many random directions"),
+            ),
+            parameters=self.parameters,
+            stamp={
+                "norm": stream.norm_stamp,
+                "directions": n,
+                "dimension": d,
+                "largest": own.largest,
+                "largest_pair": [names[i] for i in own.pair],
+                "mean_square": own.squares / (total / 2),
+                "random_largest": other.largest,
+                "random_mean_square": other.squares / (total / 2),
+                "welch": welch(n, d),
+                "frame_potential": n + 2 * own.squares,
+                "least_frame_potential": max(n * n / d, float(n)),
+            },
+            provenance=stream.provenance,
+        )
+
+
+def welch(n: int, d: int) -> float:
+    """``sqrt((n - d) / (d (n - 1)))``, the least possible coherence of n directions of R^d; 0 for n <= d."""
+    return ((n - d) / (d * (n - 1))) ** 0.5 if n > max(d, 1) else 0.0
+
+
+def gap(record: Record) -> dict[str, Any]:
+    """The figures of a Coherence record: measured, random and least possible."""
+    names = ("directions", "dimension", "largest", "largest_pair", "random_largest", "welch", "mean_square")
+    return {name: record.stamp[name] for name in (*names, "random_mean_square", "frame_potential")}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    largest: float
+    pair: tuple[int, int]
+    squares: float
+    histogram: Tensor
+
+
+def _compared(unit: Tensor, tell: Callable[[float], None]) -> _Compared:
+    """All pairs of rows i < j."""
+    largest, pair, squares, done = -1.0, (0, 0), 0.0, 0
+    histogram = torch.zeros(BINS, dtype=torch.int64, device=unit.device)
+    for i, j, cosines in _tiles(unit):
+        flat = cosines.abs().clamp_(max=1.0)
+        if i == j:
+            flat = flat[torch.ones_like(flat, dtype=torch.bool).triu(1)]
+        if not flat.numel():
+            continue
+        histogram += torch.histc(flat, BINS, 0.0, 1.0).long()
+        squares += float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+        done += flat.numel()
+        top = float(flat.max())
+        if top > largest:
+            within = cosines.abs().triu(1) if i == j else cosines.abs()
+            row, column = divmod(int(within.argmax()), within.shape[1])
+            largest, pair = top, (i + row, j + column)
+        tell(done)
+    return _Compared(largest, pair, squares, histogram.cpu())
+
+
+def _tiles(unit: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    for i in range(0, len(unit), _TILE):
+        rows = unit[i : i + _TILE]
+        for j in range(i, len(unit), _TILE):
+            yield i, j, rows @ unit[j : j + _TILE].T
+
+
+@final
+@dataclass(frozen=True)
+class Capacity:
+    """Counts for directions of R^d whose cosines stay within eps.
+
+    Attributes:
+        published: ``d / eps^2``, which has been stated as an upper bound of the number of directions. It is none.
+        log10_random_code: of ``(1 - eps^2)^(-(d - 1)/4)``: so many directions with all ``|cos| < eps`` exist, since of
+            N random ones the expected number of closer pairs is at most ``N^2/2 (1 - eps^2)^((d - 1)/2)``, here 1/2.
+            For small eps it is about ``exp(eps^2 d / 4)``; there are more, but this many surely.
+        active_signals: ``1 + eps^2 d``: so many random-sign signals, active at once along random directions, leave a
+            matched filter an error of variance ``(n - 1)/d <= eps^2`` each. This, not the number of directions, is
+            linear in d.
+        welch: ``d (1 - eps^2) / (1 - d eps^2)`` where ``eps^2 < 1/d``: no more directions than that (the Welch bound
+            solved for N). Above, None: it bounds nothing.
+    """
+
+    published: float
+    log10_random_code: float
+    active_signals: float
+    welch: float | None
+
+
+def capacity(d: int, eps: float) -> Capacity:
+    """The counts for cosines up to eps in d dimensions.
+
+    Args:
+        d: dimension, >= 1.
+        eps: largest tolerated ``|cos|``, in (0, 1).
+
+    Raises:
+        UsageError: d or eps outside these.
+
+    Reference: Welch 1974; the bound on ``P(|cos| >= eps)`` is proved in docs/statements/T5.md.
+
+    Example:
+        >>> capacity(100, 0.5).published
+        400.0
+    """
+    if d < 1 or not 0.0 < eps < 1.0:
+        raise UsageError(f"d={d}, eps={eps}", expected="d >= 1 and eps in (0, 1)", do="pass for example eps=0.1")
+    square = eps**2
+    return Capacity(
+        published=d / square,
+        log10_random_code=-(d - 1) / 4 * math.log10(1 - square),
+        active_signals=1 + square * d,
+        welch=d * (1 - square) / (1 - d * square) if d * square < 1 else None,
+    )

@@ -1,0 +1,162 @@
+"""Recovery: how faithfully superposed signals can be read out again, by method and by their number."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.analysis.crowding.dictionary import Kind, check_kind, dictionary
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream import Stream
+from virtual_weights.stream.question import Question
+
+METHODS = {
+    "matched": "D^T x: each direction's own projection",
+    "least_squares": "D^+ x: the shortest coefficients that give x",
+    "known_support": "least squares over the active directions alone: somebody says which they are",
+    "sparse": "orthogonal matching pursuit with n coefficients (scikit-learn)",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Recovery(Question):
+    """n of the model's directions carry a random sign at once; which method finds the coefficients again?
+
+    ``x = D c`` for a dictionary ``D`` (d, m) of the model's own unit directions and ``c`` with n entries +-1. The
+    **fidelity** of an estimate is the share of the active signals that are among its n largest entries, with the right
+    sign. It is in [0, 1] and no scaling of the estimate changes it: 1 is recovery, n/(2 m) is chance.
+
+    Invariant under scaling of a direction and, with RMSNorm folded, under rotation of the stream.
+
+    Attributes:
+        kind: which directions, see ``dictionary``.
+        size: m, how many of them, chosen by the seed.
+        most: largest number of signals; numbers double from 1.
+        trials: seeded choices of signals for each number.
+        seed: of all choices.
+        methods: names of ``METHODS``; None takes all that are installed.
+
+    Reference: Pati, Rezaiifar and Krishnaprasad 1993 (orthogonal matching pursuit); Donoho and Elad 2003 (coherence).
+    """
+
+    question: ClassVar[str] = "recovery"
+    kind: Kind = "out"
+    size: int = 1024
+    most: int = 256
+    trials: int = 8
+    seed: int = 0
+    methods: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        unknown = [name for name in self.methods or () if name not in METHODS]
+        if unknown or min(self.size, self.most, self.trials) < 1:
+            raise UsageError(
+                f"methods {unknown}, size {self.size}, most {self.most}, trials {self.trials}",
+                expected=f"some of {', '.join(METHODS)}, and numbers of at least 1",
+                do="leave them out for the defaults",
+            )
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """All parameters as plain values."""
+        return {**super().parameters, "methods": list(self._methods)}
+
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        if self.methods is not None:
+            return self.methods
+        return tuple(name for name in METHODS if name != "sparse" or find_spec("sklearn") is not None)
+
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+        """Superpose and recover.
+
+        Returns:
+            A Record over ``n``, a column of mean fidelity for every method.
+
+        Raises:
+            UsageError: the model has no such directions, or a method needs scikit-learn and it is not installed.
+        """
+        _, unit = dictionary(stream, self.kind, self.size, self.seed)
+        columns = unit.T.to(accumulate)
+        counts = [n for n in (2**i for i in range(32)) if n <= min(self.most, len(unit))]
+        methods = {name: _method(name, columns) for name in self._methods}
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {name: torch.zeros(len(counts), dtype=accumulate) for name in methods}
+        for i, n in enumerate(counts):
+            truth = torch.stack([_signals(len(unit), n, generator) for _ in range(self.trials)], 1)
+            for name, method in methods.items():
+                found[name][i] = _fidelity(truth, method(columns @ truth, truth)).mean()
+            if progress is not None:
+                progress(i + 1, len(counts))
+        return Record(
+            self.question,
+            (Axis("n", tuple(map(str, counts))),),
+            tuple(Column(name, values, "1, in [0, 1]", METHODS[name]) for name, values in found.items()),
+            parameters=self.parameters,
+            stamp={"norm": stream.norm_stamp, "directions": len(unit), "dimension": stream.d_model},
+            provenance=stream.provenance,
+        )
+
+
+def _signals(size: int, n: int, generator: torch.Generator) -> Tensor:
+    truth = torch.zeros(size, dtype=accumulate)
+    at = torch.randperm(size, generator=generator)[:n]
+    truth[at] = torch.randint(2, (n,), generator=generator).to(accumulate) * 2 - 1
+    return truth
+
+
+def _fidelity(truth: Tensor, estimate: Tensor) -> Tensor:
+    """Of every column the share of its signals that are found; an entry of 0 finds none."""
+    n = int((truth[:, 0] != 0).sum())
+    at = estimate.abs().topk(n, dim=0).indices
+    return (estimate.gather(0, at).sign() * truth.gather(0, at) > 0).to(accumulate).mean(0)
+
+
+def _method(name: str, columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """From superpositions (d, trials) and the truth (m, trials), only its support to be used, to estimates."""
+    if name == "matched":
+        return lambda x, truth: columns.T @ x
+    if name == "least_squares":
+        inverse = torch.linalg.pinv(columns)
+        return lambda x, truth: inverse @ x
+    return _sparse(columns) if name == "sparse" else lambda x, truth: _supported(columns, x, truth)
+
+
+def _supported(columns: Tensor, x: Tensor, truth: Tensor) -> Tensor:
+    estimate = torch.zeros_like(truth)
+    for i in range(truth.shape[1]):
+        at = truth[:, i].nonzero()[:, 0]
+        estimate[at, i] = torch.linalg.lstsq(columns[:, at], x[:, i : i + 1], driver="gelsd").solution[:, 0]
+    return estimate
+
+
+def _sparse(columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    if find_spec("sklearn") is None:
+        raise UsageError(
+            "sparse recovery needs scikit-learn, which is not installed",
+            expected="the extra 'recovery' of this package",
+            do="pip install 'virtual-weights[recovery]', or leave the method out",
+        )
+    from sklearn.linear_model import orthogonal_mp
+
+    matrix = columns.numpy()
+
+    def pursue(x: Tensor, truth: Tensor) -> Tensor:
+        n = min(int((truth[:, 0] != 0).sum()), len(columns))
+        with warnings.catch_warnings():
+            # directions that depend on each other end the pursuit early: the fidelity shows it
+            warnings.filterwarnings("ignore", "Orthogonal matching pursuit ended prematurely", RuntimeWarning)
+            found = orthogonal_mp(matrix, x.numpy(), n_nonzero_coefs=n)
+        return torch.from_numpy(found).reshape(truth.shape).to(accumulate)
+
+    return pursue

@@ -1,0 +1,1 @@
+"""Questions about blocks in sequence, each linear at an operating point."""

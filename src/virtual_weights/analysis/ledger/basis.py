@@ -1,0 +1,157 @@
+"""The basis of a trained stream: whether its coordinates are special, as the architecture does not ask them to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.analysis.maps.circuits import HeadRole, frames, rank_cut
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream import Stream
+from virtual_weights.stream.question import Question
+from virtual_weights.stream.turned import random_turn
+
+_CHUNK = 8192  # directions at once: a vocabulary never is as a whole
+
+
+@final
+@dataclass(frozen=True)
+class Basis(Question):
+    """Kurtosis and energy of what is written and read, coordinate by coordinate of the stream.
+
+    For a direction v in R^d the **kurtosis** over coordinates is ``d sum v_i^4 / (sum v_i^2)^2``: 3 n/(n + 2) on
+    average for a direction without preferred basis in n dimensions (n = d, or d - 1 where LayerNorm's centring is
+    folded; what is written is then centred too), d for one along an axis, 1 where all coordinates are equal in size.
+    What coordinate i contributes to it is ``d^2 v_i^4 / |v|^4``, and to the energy ``d v_i^2 / |v|^2``; both are
+    averaged over all directions, each counting alike: columns of MLPs and embeddings, rows of MLPs and the unembedding
+    (norm folded), and singular directions of heads' circuits, free of their inner bases. The mean over coordinates is
+    the mean kurtosis.
+
+    Beside it the same after a random rotation of the stream, as ``rotate`` makes it: what is left is the
+    architecture's. Nothing here is invariant under rotation: that is the question.
+
+    Attributes:
+        massive: a coordinate whose energy is above this multiple of the mean is called massive.
+        seed: of the rotation.
+
+    Reference: Elhage, Lasenby and Olah 2023, "Privileged Bases in the Transformer Residual Stream".
+    """
+
+    question: ClassVar[str] = "basis"
+    massive: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.massive > 1.0:
+            raise UsageError(f"massive={self.massive}", expected="a multiple above 1", do="pass for example massive=3")
+
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+        """Go through all writers and readers.
+
+        Args:
+            stream: the model.
+            progress: called with (components done, components in all).
+
+        Returns:
+            A Record over ``coordinate`` with ``write_energy``, ``write_kurtosis``, ``read_energy``, ``read_kurtosis``,
+            the two kurtoses ``..._turned``, and ``massive`` (0 or 1).
+        """
+        turn = random_turn(stream, self.seed)
+        sides = {"write": _Sum(stream.d_model, turn), "read": _Sum(stream.d_model, turn)}
+        centred = stream.folded and stream.spec.norm == "layer"  # no reader sees the mean of what is written
+        parts = list(dict.fromkeys((c.kind, c.label.layer) for c in stream.components))
+        for done, (kind, layer) in enumerate(parts, 1):
+            for side, rows in _directions(stream, kind, layer):
+                sides[side].add(rows, centred=centred and side == "write")
+            if progress is not None:
+                progress(done, len(parts))
+        columns = [column for side, total in sides.items() for column in total.columns(side)]
+        energy = torch.fmax(*(sides[side].energy for side in ("write", "read")))
+        flag = Column(
+            "massive", (energy > self.massive).double(), "0 or 1", f"energy above {self.massive} times the mean"
+        )
+        free = stream.d_model - centred
+        return Record(
+            self.question,
+            (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),
+            (*columns, flag),
+            parameters=self.parameters,
+            stamp={"norm": stream.norm_stamp, "gaussian": 3 * free / (free + 2)},
+            provenance=stream.provenance,
+        )
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """Mean kurtosis of writes and reads (None where there are none), before and after the rotation, and the massive."""
+    names = ("write_kurtosis", "write_kurtosis_turned", "read_kurtosis", "read_kurtosis_turned")
+    means = {name: float(record.numbers(name).mean()) for name in names}
+    found: dict[str, Any] = {name: mean if mean == mean else None for name, mean in means.items()}
+    found["gaussian"] = record.stamp["gaussian"]
+    energy = torch.fmax(record.numbers("write_energy"), record.numbers("read_energy"))
+    order = torch.argsort(energy, descending=True)
+    massive = [int(i) for i in order if bool(record.numbers("massive")[i])]
+    found["massive"] = [{"coordinate": i, "energy": float(energy[i])} for i in massive]
+    return found
+
+
+class _Sum:
+    """Running means over directions, each of length 1."""
+
+    def __init__(self, d: int, turn: Tensor) -> None:
+        self._d, self._turn, self._count = d, turn, 0
+        self._squares, self._fourth, self._turned = (torch.zeros(d, dtype=accumulate) for _ in range(3))
+
+    def add(self, rows: Tensor, *, centred: bool = False) -> None:
+        for chunk in rows.split(_CHUNK):
+            chunk = chunk.to(accumulate)
+            chunk = chunk - chunk.mean(1, keepdim=True) if centred else chunk
+            size = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
+            unit = (chunk / size)[size[:, 0] > 0]
+            self._count += len(unit)
+            squares = unit.square()
+            self._squares += squares.sum(0)
+            self._fourth += squares.square().sum(0)
+            self._turned += (unit @ self._turn.T).square().square().sum(0)
+
+    @property
+    def energy(self) -> Tensor:
+        return self._d * self._squares / (self._count or torch.nan)
+
+    def columns(self, side: str) -> Iterator[Column]:
+        scale = self._d**2 / (self._count or torch.nan)
+        what = "written" if side == "write" else "read"
+        yield Column(f"{side}_energy", self.energy, "1 (ratio)", f"share of what is {what} here, over 1/d")
+        yield Column(f"{side}_kurtosis", scale * self._fourth, "1", f"contribution to the kurtosis of what is {what}")
+        yield Column(f"{side}_kurtosis_turned", scale * self._turned, "1", "the same after a random rotation")
+
+
+def _directions(stream: Stream, kind: str, layer: int | None) -> Iterator[tuple[str, Tensor]]:
+    """What components of a kind write and read, as rows."""
+    if kind == "head":
+        assert layer is not None
+        cut = rank_cut(stream)
+        roles: tuple[HeadRole, ...] = ("O", "Q", "K", "V")
+        for role in roles:
+            basis = frames(stream, role, [layer], cut).basis
+            yield ("write" if role == "O" else "read"), basis.flatten(0, 1)
+    elif kind == "mlp":
+        yield "write", stream.write("mlp", layer)[0].T
+        if stream.spec.gated:
+            yield "read", stream.read("gate", layer).maps[0]
+        yield "read", stream.read("up" if stream.spec.gated else "in", layer).maps[0]
+    elif kind == "embed":
+        yield "write", stream.write("embed")[0].T
+    elif kind == "pos":
+        yield "write", stream.write("pos")[0].T
+    elif kind == "unembed":
+        yield "read", stream.read("unembed").maps[0]
+    else:
+        bias = stream.weight("o_bias" if kind == "attn_bias" else "down_bias", layer)
+        assert bias is not None
+        yield "write", bias[None]

@@ -1,0 +1,1 @@
+"""Heads, MLPs and embeddings as maps on the stream: the ingredients of every question."""

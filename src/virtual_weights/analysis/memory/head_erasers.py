@@ -1,0 +1,181 @@
+"""Heads as memory management: whether OV copies what it reads, turns it, or subtracts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import MissingTensorError, UsageError
+from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg.decompose import eigen
+from virtual_weights.linalg.numerics import converted
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream import Stream
+from virtual_weights.stream.question import Question
+
+_COLUMNS = {
+    "negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|: share of what the head would erase"),
+    "copying": ("1, in [-1, 1]", "sum Re / sum |.| of OV's eigenvalues: 1 copies, -1 erases"),
+    "complex_share": ("1, in [0, 1]", "sum |Im| / sum |.|: share of what the head turns"),
+    "most_negative": ("1 / (1 / s)", "least real part, where below 0"),
+    "most_positive": ("1 / (1 / s)", "largest real part, where above 0"),
+    "trace": ("1 / (1 / s)", "tr OV = sum of eigenvalues"),
+    "trace_z": ("standard deviations", "tr OV sqrt(d) / ||OV||_F: against Haar orientation of reads to writes"),
+    "kept": ("1 (factor), >= 0", "min |1 + eigenvalue / s|: what the head leaves of the direction that it clears best"),
+    "token_copying": ("1, in [-1, 1]", "sum Re / sum |.| of the eigenvalues of W_U OV W_E"),
+    "token_negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|, of W_U OV W_E"),
+}
+
+
+@final
+@dataclass(frozen=True)
+class HeadErasers(Question):
+    """Eigenvalues of every head's OV circuit, in the stream and between tokens.
+
+    ``OV = W_O W_V`` has the eigenvalues of the (k, k) matrix ``W_V W_O`` and d - k zeros. A direction with eigenvalue
+    ``l`` that a head attends to at its own position becomes ``1 + l/s`` times itself: positive real parts copy,
+    negative ones erase, -1 clears, imaginary parts turn. In token space ``W_U W_O W_V W_E`` (tokens by tokens) has the
+    eigenvalues of ``W_V (W_E W_U) W_O``, again (k, k).
+
+    Nulls: ``trace_z`` keeps OV's singular values and turns reads against writes at random, so that tr OV has mean 0 and
+    variance ``||OV||_F^2 / d``. For the shares, which no closed form gives, ``stamp["null"]`` has mean and standard
+    deviation over seeded heads with independent Gaussian maps (in token space between the model's own embeddings); they
+    do not depend on the size of the maps. A head whose OV is nilpotent or 0 has no shares and is absent.
+
+    Invariant under re-basing of heads and, with RMSNorm folded, under rotation of the stream. The signs say what a head
+    does to what it attends to; where it attends is not in these figures.
+
+    Attributes:
+        scalar: the norm scalar s that ``kept`` assumes, > 0.
+        draws: how many random heads in the null, >= 2.
+        seed: seed of the draws.
+
+    Reference: Elhage et al. 2021 (copying from the eigenvalues of ``W_U OV W_E``).
+    """
+
+    question: ClassVar[str] = "head_erasers"
+    scalar: float = 1.0
+    draws: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scalar > 0.0 or self.draws < 2:
+            raise UsageError(
+                f"norm scalar {self.scalar}, {self.draws} draws",
+                expected="a norm scalar > 0 and at least 2 draws",
+                do="pass for example scalar=1.0, draws=100",
+            )
+
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+        """Look at every head.
+
+        Args:
+            stream: the model.
+            progress: called with (layers done, layers in all).
+
+        Returns:
+            A Record over ``head``. The token columns are there where the checkpoint holds both embeddings.
+
+        Raises:
+            UsageError: the checkpoint holds no attention head.
+        """
+        if not stream.attention_layers:
+            raise UsageError(
+                "this checkpoint holds no attention head",
+                expected="at least one layer with an output projection",
+                do="open a checkpoint with its attention tensors",
+            )
+        tokens = token_circuit(stream)
+        parts: list[dict[str, Tensor]] = []
+        for layer in stream.attention_layers:
+            value = stream.read("V", layer).maps.to(accumulate).repeat_interleave(stream.spec.group, 0)
+            parts.append(self._layer(value, stream.write("head", layer).to(accumulate), tokens))
+            if progress is not None:
+                progress(len(parts), len(stream.attention_layers))
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Record(
+            self.question,
+            (Axis("head", tuple(str(c.label) for c in stream.heads)),),
+            tuple(Column(name, values, *_COLUMNS[name]) for name, values in columns.items()),
+            parameters=self.parameters,
+            stamp={
+                "norm": stream.norm_stamp,
+                "gauge": "circuits: free of heads' inner bases",
+                "norm_scalar": self.scalar,
+                "attention": "to itself = 1",
+                "null": self._null(stream.spec.d_head, stream.d_model, tokens),
+            },
+            provenance=stream.provenance,
+        )
+
+    def _layer(self, value: Tensor, out: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+        core = value @ out
+        found = eigen(core)
+        real, shares = found.real, _shares(found)
+        ov = ((value @ value.mT) * (out.mT @ out)).sum((1, 2)).sqrt()
+        trace = core.diagonal(dim1=1, dim2=2).sum(1)
+        least, most, none = real.amin(1), real.amax(1), float("nan")
+        columns = {
+            "negative_share": shares["negative_share"],
+            "copying": shares["copying"],
+            "complex_share": found.imag.abs().sum(1) / found.abs().sum(1),
+            "most_negative": torch.where(least < 0, least, none),
+            "most_positive": torch.where(most > 0, most, none),
+            "trace": trace,
+            "trace_z": trace * out.shape[1] ** 0.5 / ov,
+            "kept": (1 + found / self.scalar).abs().amin(1),
+        }
+        if tokens is not None:
+            between = _shares(eigen(value @ tokens @ out))
+            columns |= {"token_copying": between["copying"], "token_negative_share": between["negative_share"]}
+        return columns
+
+    def _null(self, k: int, d: int, tokens: Tensor | None) -> dict[str, Any]:
+        """Mean and deviation of the shares of random heads."""
+        drawn = list(self._random_heads(k, d, tokens))
+        null: dict[str, Any] = {"draws": self.draws}
+        for name in drawn[0]:
+            values = torch.stack([each[name] for each in drawn])
+            null[name] = {"mean": float(values.mean()), "std": float(values.std())}
+        return null
+
+    def _random_heads(self, k: int, d: int, tokens: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.draws):
+            value = torch.randn(k, d, generator=generator, dtype=accumulate)
+            out = torch.randn(d, k, generator=generator, dtype=accumulate)
+            drawn = _shares(eigen(value @ out))
+            if tokens is not None:
+                between = _shares(eigen(value @ tokens @ out))
+                drawn |= {f"token_{name}": share for name, share in between.items()}
+            yield drawn
+
+
+def token_circuit(stream: Stream) -> Tensor | None:
+    """``W_E W_U``, (d, d) float64: through which the eigenvalues of tokens-by-tokens circuits are taken.
+
+    ``W_E`` (d, tokens) writes embeddings, ``W_U`` (tokens, d) reads them with the final norm folded as the stream says;
+    their product is summed over chunks of tokens. None where a partial checkpoint lacks one of them.
+
+    ``W_U A W_E`` and ``A W_E W_U`` have the same eigenvalues but zeros, for any A on the stream.
+    """
+    try:
+        embed, unembed = stream.write("embed")[0], stream.read("unembed").maps[0]
+    except MissingTensorError:
+        return None
+    step = max(1, converted // (8 * stream.d_model))
+    circuit = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate)
+    for start in range(0, embed.shape[1], step):
+        cut = slice(start, start + step)
+        circuit.addmm_(embed[:, cut].to(accumulate), unembed[cut].to(accumulate))
+    return circuit
+
+
+def _shares(values: Tensor) -> dict[str, Tensor]:
+    """Shares of eigenvalues (..., k): NaN where all are 0."""
+    total, real = values.abs().sum(-1), values.real
+    return {"negative_share": real.clamp(max=0).abs().sum(-1) / total, "copying": real.sum(-1) / total}

@@ -1,0 +1,218 @@
+"""Neurons as memory management: whether what a neuron writes strengthens or weakens what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg.null import cosine_tail
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream import Stream
+from virtual_weights.stream.question import Question
+
+_COLUMNS = {
+    "cosine": ("1, in [-1, 1]", "cos(w_in, w_out); w_in is the up row where the MLP is gated"),
+    "gain": ("1 / (slope / s)", "-<w_in, w_out>: clearing gain per unit slope at norm scalar 1; 1 clears <w_in, x>"),
+    "gate_cosine": ("1, in [-1, 1]", "cos(w_gate, w_out)"),
+    "gate_gain": ("1 / (slope / s)", "-<w_gate, w_out>: clearing gain on what the gate reads"),
+    "gate_up_cosine": ("1, in [-1, 1]", "cos(w_gate, w_up)"),
+}
+
+
+@final
+@dataclass(frozen=True)
+class Neurons(Question):
+    """Cosines between what each neuron reads and what it writes, its clearing gain and its class.
+
+    A neuron adds ``w_out a`` to the stream, ``a = f(<w_in, x>/s)`` or, gated, ``a = f(<w_gate, x>/s) <w_up, x>/s``.
+    This changes ``<w_in, x>`` by ``<w_in, w_out> a``, so where ``a = slope <w_in, x>/s`` the **clearing gain** is
+    ``g = -<w_in, w_out> slope / s``: between 0 and 1 it attenuates, 1 clears (``w_out = -w_in/||w_in||^2`` where
+    slope/s = 1), 2 reflects, a negative one strengthens. The slope of a gated neuron is its activated gate.
+
+    Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and turn round where
+    it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise. A
+    neuron that reads or writes nothing has no cosine and is absent.
+
+    Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
+    draws pairs of neurons by their order). The cosines are invariant under scaling of a neuron's maps by positive
+    factors, the gains under a factor moved from one map to the other.
+
+    Attributes:
+        threshold: cosine that divides the classes, in (0, 1).
+        shuffles: how many draws of the shuffled null: outputs shifted by a random number of neurons within their layer.
+        seed: seed of these draws.
+
+    Reference: Gerstner and Schuetze 2025 (input-output functionality of gated neurons).
+    """
+
+    question: ClassVar[str] = "neurons"
+    threshold: float = 0.5
+    shuffles: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0 or self.shuffles < 0:
+            raise UsageError(
+                f"threshold {self.threshold}, {self.shuffles} shuffles",
+                expected="a cosine in (0, 1) and at least 0 shuffles",
+                do="pass for example threshold=0.5",
+            )
+
+    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+        """Look at every neuron.
+
+        Args:
+            stream: the model.
+            progress: called with (layers done, layers in all).
+
+        Returns:
+            A Record over ``neuron`` with columns ``cosine``, ``gain``; where gated ``gate_cosine``, ``gate_gain``,
+            ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` says what independent random directions and
+            what the model's own, shuffled, would give; ``census`` sums it up.
+
+        Raises:
+            UsageError: the checkpoint holds no MLP.
+        """
+        layers = [c.label.layer for c in stream.components if c.kind == "mlp" and c.label.layer is not None]
+        if not layers:
+            raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
+        generator = torch.Generator().manual_seed(self.seed)
+        parts: list[dict[str, Tensor]] = []
+        shuffled: list[Tensor] = []
+        for done, layer in enumerate(layers, 1):
+            rows = _rows(stream, layer)
+            parts.append(_cosines(rows))
+            shuffled += list(self._shuffled(rows, generator))
+            if progress is not None:
+                progress(done, len(layers))
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        counts = [len(part["cosine"]) for part in parts]
+        return Record(
+            self.question,
+            (
+                Axis(
+                    "neuron", tuple(f"L{layer}N{i}" for layer, n in zip(layers, counts, strict=True) for i in range(n))
+                ),
+            ),
+            (
+                *(Column(name, values, *_COLUMNS[name]) for name, values in columns.items()),
+                Column("class", _classes(columns["cosine"], self.threshold), "", "by cosine and threshold"),
+                Column("layer", torch.tensor(layers).repeat_interleave(torch.tensor(counts)), "layers", "the neuron's"),
+            ),
+            parameters=self.parameters,
+            stamp={
+                "norm": stream.norm_stamp,
+                "gauge": "neurons: their own basis",
+                "classes_by": "up" if stream.spec.gated else "in",
+                "norm_scalar": 1.0,
+                "slope": 1.0,
+                "null": self._null(shuffled, stream.d_model),
+            },
+            provenance=stream.provenance,
+        )
+
+    def _shuffled(self, rows: dict[str, Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+        """For each draw what neurons with another's output give: how many, weakening, strengthening, squares."""
+        read, out = _unit(rows["in"]), _unit(rows["out"])
+        if len(read) < 2:
+            return
+        for _ in range(self.shuffles):
+            shift = int(torch.randint(1, len(read), (), generator=generator))
+            cosine = (read * out.roll(shift, 0)).sum(1)
+            cosine = cosine[~cosine.isnan()]
+            below, above = (cosine < -self.threshold).sum(), (cosine > self.threshold).sum()
+            yield torch.stack([torch.tensor(len(cosine)), below, above, cosine.square().sum()])
+
+    def _null(self, shuffled: list[Tensor], d: int) -> dict[str, Any]:
+        null: dict[str, Any] = {"dimension": d, "tail": cosine_tail(self.threshold, d), "mean_square": 1 / d}
+        count, below, above, squares = (
+            (float(x) for x in torch.stack(shuffled).double().sum(0)) if shuffled else (0.0,) * 4
+        )
+        if count:
+            null["shuffled"] = {
+                "draws": self.shuffles,
+                "weakening_share": below / count,
+                "strengthening_share": above / count,
+                "mean_square": squares / count,
+            }
+        return null
+
+
+def census(record: Record) -> dict[str, Any]:
+    """Count the classes of a Neurons record, in all and by layer, beside what the nulls would give.
+
+    Returns:
+        ``count`` (neurons that have a cosine), ``weakening``, ``strengthening``, ``between``, ``absent``,
+        ``threshold``, ``mean_square`` (of the cosine), ``null`` and ``by_layer``. Where gated also ``gate`` and
+        ``gate_up``, the counts below and above the threshold of these cosines. In ``null``: ``dimension``, ``tail``,
+        ``weakening`` and ``strengthening`` (expected counts for independent uniform directions), their deviation
+        ``std``, ``mean_square`` = 1/d, and ``shuffled``: expected counts when outputs change places within a layer.
+    """
+    threshold, null = float(record.parameters["threshold"]), dict(record.stamp["null"])
+    cosine, layer = record.numbers("cosine"), record.numbers("layer")
+    found = _counted(cosine, threshold)
+    n, p = found["count"], null["tail"]
+    null |= {"weakening": n * p, "strengthening": n * p, "std": (n * p * (1 - p)) ** 0.5}
+    if "shuffled" in null:
+        shares = null["shuffled"]
+        null["shuffled"] = {**shares, **{name: n * shares[f"{name}_share"] for name in ("weakening", "strengthening")}}
+    present = {column.name for column in record.columns}
+    return {
+        **found,
+        "absent": int(cosine.isnan().sum()),
+        "threshold": threshold,
+        "mean_square": float(cosine.square().nanmean()) if n else None,
+        **{
+            name.removesuffix("_cosine"): _counted(record.numbers(name), threshold)
+            for name in ("gate_cosine", "gate_up_cosine")
+            if name in present
+        },
+        "null": null,
+        "by_layer": [{"layer": int(i), **_counted(cosine[layer == i], threshold)} for i in layer.unique()],
+    }
+
+
+def _counted(cosine: Tensor, threshold: float) -> dict[str, int]:
+    count, below, above = (int(x.sum()) for x in (~cosine.isnan(), cosine < -threshold, cosine > threshold))
+    return {"count": count, "weakening": below, "strengthening": above, "between": count - below - above}
+
+
+def _rows(stream: Stream, layer: int) -> dict[str, Tensor]:
+    """What each neuron reads and writes, as rows (n, d) float64."""
+    rows = {
+        "in": stream.read("up" if stream.spec.gated else "in", layer).maps[0].to(accumulate),
+        "out": stream.write("mlp", layer)[0].T.to(accumulate),
+    }
+    if stream.spec.gated:
+        rows["gate"] = stream.read("gate", layer).maps[0].to(accumulate)
+    return rows
+
+
+def _cosines(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    unit = {name: _unit(each) for name, each in rows.items()}
+    found = {"cosine": (unit["in"] * unit["out"]).sum(1), "gain": -(rows["in"] * rows["out"]).sum(1)}
+    if "gate" in rows:
+        found["gate_cosine"] = (unit["gate"] * unit["out"]).sum(1)
+        found["gate_gain"] = -(rows["gate"] * rows["out"]).sum(1)
+        found["gate_up_cosine"] = (unit["gate"] * unit["in"]).sum(1)
+    return found
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows at length 1; a zero row has no direction and becomes NaN."""
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def _classes(cosine: Tensor, threshold: float) -> tuple[str | None, ...]:
+    def named(c: float) -> str | None:
+        if c != c:
+            return None
+        return "strengthening" if c > threshold else "weakening" if c < -threshold else "between"
+
+    return tuple(named(c) for c in cosine.tolist())

@@ -1,0 +1,1 @@
+"""Questions about every pair of a writer and a reader."""

@@ -1,0 +1,1 @@
+"""Questions about what becomes of what was written: erased, persisting, worth erasing."""

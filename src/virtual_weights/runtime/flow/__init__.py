@@ -1,0 +1,1 @@
+"""Questions about what flows: averages over text, behaviour of heads, one prompt taken apart."""
