@@ -71,10 +71,10 @@ def process(command: list[str], limit: float) -> dict[str, Any]:
         out.seek(0)
         err.seek(0)
         lines, complaint = out.read().decode().strip().splitlines(), err.read().decode()[-2000:]
-    found = {"process": wall, "peak_mb": usage.ru_maxrss / 1024, "code": child.returncode}
+    figures = {"process": wall, "peak_mb": usage.ru_maxrss / 1024, "code": child.returncode}
     if child.returncode == 0:
-        return found | {k: v for k, v in json.loads(lines[-1]).items() if k != "edges"}
-    return found | {"complaint": complaint}
+        return figures | {k: v for k, v in json.loads(lines[-1]).items() if k != "edges"}
+    return figures | {"complaint": complaint}
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:

@@ -71,8 +71,8 @@ def main() -> None:
         size = write(folder, options.layers)
         print(json.dumps({"bytes": size, "written_in_s": time.perf_counter() - began}), file=sys.stderr, flush=True)
         command = [*COMMAND, "composition", str(folder), "--port", options.port, "--partial", "--top", "3", "--json"]
-        found = process([*command, *options.arguments], options.limit)
-        print(json.dumps({"layers": options.layers, **found}))
+        figures = process([*command, *options.arguments], options.limit)
+        print(json.dumps({"layers": options.layers, **figures}))
     finally:
         shutil.rmtree(folder)
 

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 
 import virtual_weights as vw
-from virtual_weights.runtime import load, observe
-from virtual_weights.runtime.running.text import batches, texts, token_ids, tokenizer_of
 
 
-def chunks(stream: vw.Stream, tokens: int) -> list[torch.Tensor]:
+def default_text(stream: vw.Stream, tokens: int) -> vw.Run:
     """The default text."""
-    return list(batches(token_ids(texts(), tokenizer_of(stream)), 256, 4, tokens))
+    return vw.Run.on_text(stream, None, tokens, 256, batch=4)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -37,39 +35,41 @@ def seconds(work: Callable[[], Any]) -> float:
 @torch.no_grad()
 def compare(name: str, tokens: int) -> None:
     """Both in turn; ratios are of neighbours in time."""
-    stream = vw.open(name)
-    model: Any = load(stream)
-    text = chunks(stream, tokens)
+    run = default_text(vw.open(name), tokens)
+    model: Any = run.module
+    batches = list(run.batches())
 
     def plain(attention: str) -> Callable[[], None]:
-        def run() -> None:
+        def forward() -> None:
             model.set_attn_implementation(attention)
-            for batch in text:
+            for batch in batches:
                 model(batch.clamp(min=0), use_cache=False)
             model.set_attn_implementation("eager")
 
-        return run
+        return forward
 
-    model(text[0])
+    def observed() -> None:
+        vw.Observation().moments(run)
+
+    model(batches[0].clamp(min=0))
     for _ in range(3):
-        eager, own, sdpa = (seconds(w) for w in (plain("eager"), lambda: observe(stream, text, model), plain("sdpa")))
-        told = f"plain {eager:.2f} s, observed {own:.2f} s, plain with sdpa {sdpa:.2f} s"
-        print(f"{told}: {own / eager:.2f} times, {own / sdpa:.2f} times", flush=True)
+        eager, observing, sdpa = (seconds(work) for work in (plain("eager"), observed, plain("sdpa")))
+        times = f"plain {eager:.2f} s, observed {observing:.2f} s, plain with sdpa {sdpa:.2f} s"
+        print(f"{times}: {observing / eager:.2f} times, {observing / sdpa:.2f} times", flush=True)
 
 
 def memory(name: str, tokens: int) -> None:
     """Peak resident memory as tokens go by."""
-    stream = vw.open(name)
-    model, text, told = load(stream), chunks(stream, tokens), [0]
+    run, next_line = default_text(vw.open(name), tokens), [0]
 
-    def tick(done: int) -> None:
-        if done >= told[0]:
-            told[0] += tokens // 10
+    def report(done: float, total: float) -> None:
+        if done >= next_line[0]:
+            next_line[0] += tokens // 10
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(f"{done:>7} tokens: peak {peak} MB", flush=True)
+            print(f"{done:>7} of {total} tokens: peak {peak} MB", flush=True)
 
-    took = seconds(lambda: observe(stream, text, model, progress=tick))
-    print(f"{sum(int((b >= 0).sum()) for b in text)} tokens in {took:.0f} s")
+    duration = seconds(lambda: vw.Observation().moments(run, report))
+    print(f"{run.count} tokens in {duration:.0f} s")
 
 
 if __name__ == "__main__":

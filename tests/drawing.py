@@ -16,5 +16,5 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 def drawn_by_node(path: Path) -> dict[str, Any]:
     """Sections, texts and marks of the page, as told by ``golden/page_dom.cjs``."""
     script = Path(__file__).parent / "golden" / "page_dom.cjs"
-    done = subprocess.run(["node", str(script), str(path)], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    process = subprocess.run(["node", str(script), str(path)], check=True, capture_output=True, text=True)
+    return json.loads(process.stdout)

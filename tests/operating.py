@@ -8,8 +8,8 @@ import torch
 from tiny_models import flow, norms_in_full_precision
 from torch import Tensor, nn
 
-from virtual_weights.stream import Stream, scale
-from virtual_weights.stream.operating_point import OperatingPoint, gate_factor
+from virtual_weights.stream import OperatingPoint, Stream
+from virtual_weights.stream.operating_point import gate_factor
 
 _NORMS = {
     "llama": ("model.layers.{l}.input_layernorm", "model.layers.{l}.post_attention_layernorm", "model.norm"),
@@ -32,7 +32,7 @@ def operate(model: nn.Module, stream: Stream, tokens: Tensor) -> tuple[Operating
     kind = {"mistral": "llama", "qwen2": "llama"}.get(model.config.model_type, model.config.model_type)
     modules, layers = dict(model.named_modules()), range(model.config.num_hidden_layers)
     attention, mlp, final = _NORMS[kind]
-    sites = {"final": final}
+    sites = {"unembed": final}
     for i in layers:
         sites |= {f"L{i}.attn": attention.format(l=i), f"L{i}.mlp": mlp.format(l=i)}
     states: dict[str, Tensor] = {}
@@ -45,15 +45,15 @@ def operate(model: nn.Module, stream: Stream, tokens: Tensor) -> tuple[Operating
         attentions = model(tokens[None], output_attentions=True).attentions
     for hook in hooks:
         hook.remove()
-    seen, act = flow(model, tokens), modules[_ACTIVATION[kind]]
+    reads, act = flow(model, tokens).reads, modules[_ACTIVATION[kind]]
     gates = {
-        i: act(seen.reads["gate", i]) if stream.spec.gated else gate_factor(act, seen.reads["in", i]) for i in layers
+        f"L{i}.mlp": act(reads["gate", i]) if stream.spec.gated else gate_factor(act, reads["in", i]) for i in layers
     }
     point = OperatingPoint(
         stream.source.fingerprint,
         tokens,
-        {site: scale(x, stream.spec.norm, stream.spec.norm_eps) for site, x in states.items()},
-        {i: p[0] for i, p in enumerate(attentions)},
+        {site: stream.scale(x) for site, x in states.items()},
+        {f"L{i}.attn": p[0] for i, p in enumerate(attentions)},
         gates,
     )
-    return point, states["final"]
+    return point, states["unembed"]

@@ -1,4 +1,4 @@
-"""Models with a known stream: channels, ranks, erasers and unused dimensions that a test has put there itself."""
+"""Models with a known stream: groups, ranks, erasers and unused dimensions that a test has put there itself."""
 
 from __future__ import annotations
 

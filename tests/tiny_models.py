@@ -127,7 +127,7 @@ _READS = {
 def flow(model: nn.Module, tokens: Tensor) -> Flow:
     """Run transformers on one prompt and note what its own modules receive and give, before rotary."""
     kind = {"mistral": "llama", "qwen2": "llama"}.get(model.config.model_type, model.config.model_type)
-    seen, hooks, modules = Flow(), [], dict(model.named_modules())
+    signals, hooks, modules = Flow(), [], dict(model.named_modules())
     inner, mlp, embed = _PARTS[kind]
 
     def note_input(store: dict[int, Tensor], layer: int) -> Any:
@@ -137,32 +137,34 @@ def flow(model: nn.Module, tokens: Tensor) -> Flow:
         return lambda module, args, out: store.__setitem__(key, out.reshape(-1, *out.shape[-1:]).detach())
 
     for layer in range(model.config.num_hidden_layers):
-        hooks.append(modules[inner.format(l=layer)].register_forward_pre_hook(note_input(seen.attention_inner, layer)))
-        hooks.append(modules[mlp.format(l=layer)].register_forward_pre_hook(note_input(seen.mlp_inner, layer)))
+        hooks.append(
+            modules[inner.format(l=layer)].register_forward_pre_hook(note_input(signals.attention_inner, layer))
+        )
+        hooks.append(modules[mlp.format(l=layer)].register_forward_pre_hook(note_input(signals.mlp_inner, layer)))
         for port, name in _READS[kind].items():
-            hooks.append(modules[name.format(l=layer)].register_forward_hook(note_output(seen.reads, (port, layer))))
-    hooks.append(modules[embed].register_forward_hook(note_output(seen.embeds, "embed")))
+            hooks.append(modules[name.format(l=layer)].register_forward_hook(note_output(signals.reads, (port, layer))))
+    hooks.append(modules[embed].register_forward_hook(note_output(signals.embeds, "embed")))
     if kind == "gpt2":
-        hooks.append(modules["transformer.wpe"].register_forward_hook(note_output(seen.embeds, "pos")))
+        hooks.append(modules["transformer.wpe"].register_forward_hook(note_output(signals.embeds, "pos")))
     with torch.no_grad(), norms_in_full_precision():
-        seen.logits = model(tokens[None]).logits[0]
+        signals.logits = model(tokens[None]).logits[0]
     for hook in hooks:
         hook.remove()
-    _split(seen, model, kind)
-    return seen
+    _split(signals, model, kind)
+    return signals
 
 
-def _split(seen: Flow, model: nn.Module, kind: str) -> None:
+def _split(signals: Flow, model: nn.Module, kind: str) -> None:
     """Take fused QKV outputs apart exactly as transformers' own forward does."""
     heads = model.config.num_attention_heads
-    for port, layer in [key for key in seen.reads if key[0] == "QKV"]:
-        fused = seen.reads.pop((port, layer))
+    for port, layer in [key for key in signals.reads if key[0] == "QKV"]:
+        fused = signals.reads.pop((port, layer))
         if kind == "gpt2":
             parts = fused.split(model.config.hidden_size, dim=-1)
         else:
             parts = [p.flatten(1) for p in fused.view(len(fused), heads, -1).chunk(3, dim=-1)]
         for name, part in zip("QKV", parts, strict=True):
-            seen.reads[name, layer] = part
+            signals.reads[name, layer] = part
 
 
 @contextmanager
@@ -176,13 +178,13 @@ def norms_in_full_precision() -> Iterator[None]:
         return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
     classes = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
-    kept = [c.forward for c in classes]
+    forwards = [c.forward for c in classes]
     for c in classes:
         c.forward = forward
     try:
         yield
     finally:
-        for c, original in zip(classes, kept, strict=True):
+        for c, original in zip(classes, forwards, strict=True):
             c.forward = original
 
 

@@ -4,36 +4,13 @@
 >>> stream = vw.open("smollm2-135m")  # doctest: +SKIP
 >>> edges = vw.Composition(port="K")(stream)  # doctest: +SKIP
 >>> edges.top(10)  # doctest: +SKIP
+
+What there is stands in ``__init__.pyi``. A name is imported when it is first used: this import alone costs nothing.
 """
 
-from virtual_weights.analysis import Channel, Composition, Overlap
-from virtual_weights.errors import VirtualWeightsError
-from virtual_weights.linalg import LinearMap, Spectrum, Subspace, eigenvalues, principal_angles, svd
-from virtual_weights.record import Record
-from virtual_weights.statements import Statements
-from virtual_weights.stream import Head, Mlp, OperatingPoint, Stream, virtual_weight
-from virtual_weights.stream import open_stream as open
+import lazy_loader
+
 from virtual_weights.version import VERSION
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = VERSION
-
-__all__ = [
-    "Channel",
-    "Composition",
-    "Head",
-    "LinearMap",
-    "Mlp",
-    "OperatingPoint",
-    "Overlap",
-    "Record",
-    "Spectrum",
-    "Statements",
-    "Stream",
-    "Subspace",
-    "VirtualWeightsError",
-    "eigenvalues",
-    "open",
-    "principal_angles",
-    "svd",
-    "virtual_weight",
-]

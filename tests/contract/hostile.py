@@ -1,6 +1,6 @@
 """Broken and hostile checkpoints by name, each made in a folder, with the error it must give.
 
-``CASES[name](folder)`` writes the checkpoint and tells how to open it. The bytes are written by hand:
+``CASES[name](folder)`` writes the checkpoint and returns how to open it. The bytes are written by hand:
 a writer library would refuse to write most of them.
 """
 
@@ -32,7 +32,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """How to meet a checkpoint's defect.
+    """How a checkpoint's defect shows.
 
     Attributes:
         reference: what to open.

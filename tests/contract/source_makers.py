@@ -20,13 +20,13 @@ Maker = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Source]
 
 def example() -> dict[str, Tensor]:
     """Types and ranks that every format holds; the large one has more bytes than its fingerprint samples."""
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     return {
-        "a.weight": torch.randn(5, 64, generator=made),
-        "b.weight": torch.randn(3, 4, 32, generator=made).half(),
-        "c.bias": torch.randn(7, generator=made),
-        "d.weight": torch.randn(6, 32, generator=made).bfloat16(),
-        "large": torch.randn(400, 256, generator=made),
+        "a.weight": torch.randn(5, 64, generator=generator),
+        "b.weight": torch.randn(3, 4, 32, generator=generator).half(),
+        "c.bias": torch.randn(7, generator=generator),
+        "d.weight": torch.randn(6, 32, generator=generator).bfloat16(),
+        "large": torch.randn(400, 256, generator=generator),
     }
 
 
@@ -40,10 +40,10 @@ def as_safetensors_file(folder: Path, tensors: Mapping[str, Tensor], config: Map
 def as_shards(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Source:
     folder.mkdir(parents=True)
     names = sorted(tensors)
-    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    for shard, held in parts.items():
-        save_file({name: tensors[name] for name in held}, folder / shard)
-    weight_map = {name: shard for shard, held in parts.items() for name in held}
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, folder / shard)
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
     return open_source(str(folder))
@@ -86,10 +86,10 @@ def write(writer: gguf.GGUFWriter) -> None:
 def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
     """Quantised rows of arbitrary bytes whose half-precision scales are finite."""
     _, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    made = np.random.default_rng(seed)
-    raw = made.integers(0, 256, (rows, blocks, nbytes), dtype=np.uint8)
-    for at in SCALES[kind.name]:
-        raw[..., at : at + 2] = made.uniform(-1, 1, (rows, blocks, 1)).astype("<f2").view(np.uint8)
+    generator = np.random.default_rng(seed)
+    raw = generator.integers(0, 256, (rows, blocks, nbytes), dtype=np.uint8)
+    for begin in SCALES[kind.name]:
+        raw[..., begin : begin + 2] = generator.uniform(-1, 1, (rows, blocks, 1)).astype("<f2").view(np.uint8)
     return raw.reshape(rows, blocks * nbytes)
 
 

@@ -19,8 +19,8 @@ EVIL = "x' OR '1'='1"
 def pairs(port: str | None, scores: list[list[float]], question: str = "composition", **other: torch.Tensor) -> Record:
     values = torch.tensor(scores, dtype=torch.float64)
     readers = (*(f"L{i + 1}H0" for i in range(len(scores) - 1)), EVIL)
-    channels = tuple("kv0" for _ in readers) if port == "K" else ()
-    axes = (Axis("reader", readers, channels), Axis("writer", tuple(f"L0H{i}" for i in range(values.shape[1]))))
+    groups = tuple("kv0" for _ in readers) if port == "K" else ()
+    axes = (Axis("reader", readers, groups), Axis("writer", tuple(f"L0H{i}" for i in range(values.shape[1]))))
     columns = (Column("score", values), *(Column(name, tensor) for name, tensor in other.items()))
     return Record(question, axes, columns, {} if port is None else {"port": port})
 
@@ -54,12 +54,12 @@ def test_an_edge_is_json_and_names_its_record(atlas: Atlas):
         "question": "composition",
         "port": "K",
         "reader": "L2H0",
-        "reader_channel": "kv0",
+        "reader_group": "kv0",
         "writer": "L0H0",
         "score": 0.9,
         "z": None,
     }
-    assert "reader_channel" not in second
+    assert "reader_group" not in second
 
 
 def test_a_reader_may_name_its_port(atlas: Atlas):
@@ -169,7 +169,7 @@ def test_edges_tell_what_their_ends_do_where_heads_are_labelled(atlas: Atlas):
     assert edges(atlas, "L1H0.V") == []
 
 
-@pytest.mark.parametrize("question", ["delivered", "attribution"])
+@pytest.mark.parametrize("question", ["contribution", "attribution"])
 def test_what_flowed_is_asked_like_what_could(atlas: Atlas, question: str):
     atlas.put(
         pairs(
@@ -183,9 +183,9 @@ def test_what_flowed_is_asked_like_what_could(atlas: Atlas, question: str):
     assert edges(atlas, question=question, by="size", top=1)[0]["score"] == -0.7
 
 
-def test_a_proof_names_readers_by_port_and_has_labels_too(atlas: Atlas):
+def test_an_ablation_names_readers_by_port_and_has_labels_too(atlas: Atlas):
     atlas.put(Record("labels", (Axis("head", ("L2H0",)),), (Column("label", ("induction",)),)))
     columns = Column("effect_nats", torch.tensor([3.0])), Column("writer", ("L0.mlp",)), Column("reader", ("L2H0.K",))
-    atlas.put(Record("prove", (Axis("edge", ("L0.mlp -> L2H0.K",)),), columns))
-    (row,) = edges(atlas, "L2H0.K", question="prove")
+    atlas.put(Record("ablation", (Axis("edge", ("L0.mlp -> L2H0.K",)),), columns))
+    (row,) = edges(atlas, "L2H0.K", question="ablation")
     assert (row["effect_nats"], row["reader_label"], row["writer_label"]) == (3.0, "induction", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,111 +41,113 @@ def answer(arguments: list[Any], capsys: Capture) -> dict[str, Any]:
 
 @pytest.mark.parametrize("port", ["Q", "K", "V"])
 def test_composition_json_is_the_record(folder: Path, port: str, capsys: Capture) -> None:
-    found = answer(["composition", folder, "--port", port, "--top", 5, "--json"], capsys)
+    given = answer(["composition", folder, "--port", port, "--top", 5, "--json"], capsys)
     expected = list(vw.Composition(port)(vw.open(folder)).top(5).rows())
-    assert (found["model"], found["port"], found["rotary_offset"]) == (str(folder), port, None)
-    assert found["norm"] == "gain folded"
-    for edge, row in zip(found["edges"], expected, strict=True):
+    assert (given["model"], given["question"]) == (str(folder), "composition")
+    assert given["parameters"] == vw.Composition(port).parameters
+    assert given["stamp"]["norm"] == "gain folded"
+    for edge, row in zip(given["rows"], expected, strict=True):
         assert {k: edge[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")} == {
             k: row[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")
         }
 
 
-def test_heads_that_share_keys_are_shown_as_one_channel(folder: Path, capsys: Capture) -> None:
-    found = answer(["composition", folder, "--port", "K", "--top", 30, "--json"], capsys)
-    edge = found["edges"][0]
+def test_heads_that_share_keys_are_shown_as_one_group(folder: Path, capsys: Capture) -> None:
+    given = answer(["composition", folder, "--port", "K", "--top", 30, "--json"], capsys)
+    edge, groups = given["rows"][0], given["summary"]["groups"]
     layer, head = edge["reader"][1:].split("H")
     members = {f"L{layer}H{h}" for h in range(6) if h // 3 == int(head) // 3}
-    assert edge["channel"] == f"L{layer}.kv{int(head) // 3}"
+    assert edge["group"] == f"L{layer}.kv{int(head) // 3}"
     assert set(edge["shared_with"]) | {edge["reader"]} == members
-    assert len(found["channels"]) < 30
-    assert sum(len(c["readers"]) for c in found["channels"]) == 30
-    assert "channel" not in answer(["composition", folder, "--port", "Q", "--json"], capsys)["edges"][0]
+    assert len(groups) < 30
+    assert sum(len(group["readers"]) for group in groups) == 30
+    assert "group" not in answer(["composition", folder, "--port", "Q", "--json"], capsys)["rows"][0]
 
 
 def test_save_writes_the_matrix_with_its_labels(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "k.safetensors"
-    found = answer(
+    given = answer(
         ["composition", folder, "--port", "K", "--no-fold", "--rotary-offset", 2, "--save", path, "--json"], capsys
     )
-    assert (found["norm"], found["rotary_offset"]) == ("left out", 2)
+    assert (given["stamp"]["norm"], given["parameters"]["rotary_offset"]) == ("left out", 2)
     with safe_open(path, "pt") as file:
         score, metadata = file.get_tensor("score"), file.metadata()
     readers, writers = json.loads(metadata["readers"]), json.loads(metadata["writers"])
     assert score.shape == (18, 18)
-    edge = found["edges"][0]
+    edge = given["rows"][0]
     assert score[readers.index(edge["reader"]), writers.index(edge["writer"])].item() == edge["score"]
     assert torch.isnan(score[0]).all()
     assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
 
 
 def test_channel_json(folder: Path, capsys: Capture) -> None:
-    found = answer(["channel", folder, "L0H1", "L1H3.K", "--json"], capsys)
+    given = answer(["channel", folder, "L0H1", "L1H3.K", "--json"], capsys)
+    figures = given["summary"]
     stream = vw.open(folder)
     dense = stream["L1H3"].qk.dense().double() @ stream["L0H1"].ov.dense().double()
     gains = torch.linalg.svdvals(dense)
-    torch.testing.assert_close(torch.tensor(found["singular_values"], dtype=torch.float64), gains[:4])
-    assert found["numerical_rank"] == 4
-    assert found["strength"] == pytest.approx(float(dense.norm()))
-    assert 1 <= found["stable_rank"] <= found["numerical_rank"]
+    torch.testing.assert_close(torch.tensor([row["gain"] for row in given["rows"]], dtype=torch.float64), gains[:4])
+    assert figures["numerical_rank"] == 4
+    assert figures["strength"] == pytest.approx(float(dense.norm()))
+    assert 1 <= figures["stable_rank"] <= figures["numerical_rank"]
 
 
 def test_map_writes_atlas_and_report_and_resumes(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "atlas"
-    first = answer(["map", folder, "-o", out, "--json"], capsys)
+    first = answer(["map", folder, "-o", out, "--json"], capsys)["summary"]
     assert Path(first["report"]).read_text().startswith("<!doctype html>")
     assert set(first["composition"]) == {"Q", "K", "V"}
     assert first["neurons"]["count"] == 120
     assert sum(first["statements"].values()) == 25
     ledger = (out / "ledger.sqlite").stat().st_mtime_ns
-    again = answer(["map", folder, "-o", out, "--json"], capsys)
+    again = answer(["map", folder, "-o", out, "--json"], capsys)["summary"]
     assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger
     assert {name: again[name] for name in first if name != "seconds"} == {
         name: first[name] for name in first if name != "seconds"
     }
-    edges = answer(["edges", out, "--reader", "L2H1.K", "--top", 4, "--json"], capsys)["edges"]
+    edges = answer(["edges", out, "--reader", "L2H1.K", "--top", 4, "--json"], capsys)["rows"]
     stream = vw.open(folder)
     column = vw.Composition("K", writers="all")(stream)
     row = column.axis("reader").index("L2H1")
     best = column["score"][row].nan_to_num(-1).topk(4)
     assert [edge["writer"] for edge in edges] == [column.axis("writer").labels[int(i)] for i in best.indices]
     assert [edge["score"] for edge in edges] == pytest.approx(best.values.tolist())
-    found = answer(["edges", out, "--question", "neuron_edges", "--by", "magnitude", "--json"], capsys)["edges"]
-    assert found[0]["magnitude"] == max(edge["magnitude"] for edge in found)
+    pairs = answer(["edges", out, "--question", "neuron_edges", "--by", "magnitude", "--json"], capsys)["rows"]
+    assert pairs[0]["magnitude"] == max(edge["magnitude"] for edge in pairs)
     assert run(["edges", str(out), "--reader", "L9H9"]) == 2
     assert "no reader 'L9H9'" in capsys.readouterr().err
 
 
 def test_a_part_of_the_map_alone(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "atlas"
-    found = answer(["map", folder, "-o", out, "--only", "bandwidth,basis", "--json"], capsys)
-    assert set(found["bandwidth"]) == {"state", "oversubscription", "unread_dim"}
-    assert found["composition"] == {}
-    assert "statements" not in found
+    summary = answer(["map", folder, "-o", out, "--only", "bandwidth,basis", "--json"], capsys)["summary"]
+    assert set(summary["bandwidth"]) == {"state", "oversubscription", "unread_dim"}
+    assert summary["composition"] == {}
+    assert "statements" not in summary
     assert run(["map", str(folder), "-o", str(out), "--only", "everything"]) == 2
     assert "composition, overlap" in capsys.readouterr().err
 
 
 def test_a_map_with_norms_left_out_has_no_statements(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    found = answer(
+    given = answer(
         ["map", folder, "-o", tmp_path / "a", "--no-fold", "--only", "composition,statements", "--json"], capsys
     )
-    assert "statements" not in found
-    assert found["norm"] == "left out"
+    assert "statements" not in given["summary"]
+    assert given["stamp"]["norm"] == "left out"
 
 
 def test_statements_json_and_words(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    found = answer(["statements", folder, "--samples", 8, "--json"], capsys)["statements"]
+    rows = answer(["statements", folder, "--samples", 8, "--json"], capsys)["rows"]
     ids = [*(f"L{i}" for i in range(1, 13)), *(f"T{i}" for i in range(1, 8)), *(f"C{i}" for i in range(1, 7))]
-    assert [row["id"] for row in found] == ids
-    assert all(row["verdict"] in ("holds", "holds under", "fails", "cannot tell") for row in found)
-    assert all(row["evidence"] or row["verdict"] == "cannot tell" for row in found)
+    assert [row["id"] for row in rows] == ids
+    assert all(row["verdict"] in ("holds", "holds under", "fails", "cannot tell") for row in rows)
+    assert all(row["evidence"] or row["verdict"] == "cannot tell" for row in rows)
     stream, point = vw.open(folder), tmp_path / "point.safetensors"
     model = tiny("llama-grouped-untied")
     operate(model, stream, torch.arange(9))[0].save(point)
-    run_on = answer(["statements", folder, "--only", "T7, L3", "--operating-point", point, "--json"], capsys)
-    assert {row["id"]: row["verdict"] for row in run_on["statements"]}["L3"] == "holds under"
-    assert run_on["run"] == "a prompt of 9 tokens"
+    run_on = answer(["statements", folder, "--only", "T7, L3", "--point", point, "--json"], capsys)
+    assert {row["id"]: row["verdict"] for row in run_on["rows"]}["L3"] == "holds under"
+    assert run_on["summary"]["run"] == "a prompt of 9 tokens"
     assert run(["statements", str(folder), "--only", "L4"]) == 0
     assert "verdict  FAILS" in capsys.readouterr().out
     assert run(["statements", str(folder), "--only", "L40"]) == 2
@@ -155,7 +158,7 @@ def test_tables_for_people(folder: Path, capsys: Capture) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     assert "V-composition" in out
-    assert "shared channel" in out
+    assert "key/value group" in out
 
 
 def test_progress_as_json_lines_stays_on_stderr(folder: Path, capsys: Capture) -> None:
@@ -163,7 +166,7 @@ def test_progress_as_json_lines_stays_on_stderr(folder: Path, capsys: Capture) -
     out, err = capsys.readouterr()
     json.loads(out)
     steps = [json.loads(line) for line in err.splitlines()]
-    assert steps[-1]["step"] == "K-composition"
+    assert steps[-1]["step"] == "composition K"
     assert steps[-1]["done"] == pytest.approx(steps[-1]["total"])
 
 
@@ -178,7 +181,7 @@ def test_progress_as_json_lines_stays_on_stderr(folder: Path, capsys: Capture) -
         (["composition", "MODEL", "--top", "0"], 2, "top"),
         (["composition", "MODEL", "--save", "x.txt"], 2, "suffix"),
         (["composition", "MODEL", "--save", "nowhere/x.safetensors"], 2, "no folder"),
-        (["composition", "MODEL", "--dtype", "float16"], 2, "float16"),
+        (["composition", "MODEL", "--compute-dtype", "float16"], 2, "float16"),
         (["channel", "MODEL", "L0H1", "L1H3"], 2, "reading port"),
         (["channel", "MODEL", "L2H1", "L1H3.K"], 2, "cannot reach"),
         (["channel", "MODEL", "L0H1", "bogus"], 2, "names no component"),
@@ -200,7 +203,7 @@ def test_interruption_is_130(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("virtual_weights.cli.composition.open_model", stop)
+    monkeypatch.setattr("virtual_weights.cli.verb.open_source", stop)
     assert run(["composition", str(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -212,7 +215,7 @@ def test_too_small_a_budget_is_5(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("virtual_weights.cli.composition.open_model", full)
+    monkeypatch.setattr("virtual_weights.cli.verb.open_source", full)
     assert run(["composition", str(folder)]) == 5
     assert "out of resources" in capsys.readouterr().err
 
@@ -237,40 +240,42 @@ def test_hostile_checkpoints_end_with_their_code_and_no_traceback(
 
 def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "atlas"
-    asked = ["map", folder, "-o", out, "--only", "composition,statements", "--repeated", "--tokens", 512, "--prove", 4]
+    asked = ["map", folder, "-o", out, "--only", "composition,statements", "--repeated", "--tokens", 512, "--ablate", 4]
     asked.append("--json")
-    found = answer(asked, capsys)
-    assert found["proved"]["asked"] == 4
+    ablation = answer(asked, capsys)["summary"]["ablation"]
+    assert ablation["edges"] == 4
     atlas = Atlas.open(out)
     kinds = Counter(entry["question"] for entry in atlas.ledger())
-    assert kinds["labels"] == kinds["prove"] == 1
-    assert (kinds["delivered"], kinds["attribution"]) == (6, 3)
-    proved = atlas.find("prove")
-    assert proved is not None
-    assert "random tokens" in proved.stamp["text"]
-    told = atlas.find("statements")
-    assert told is not None
-    verdicts = {row["statement"]: row["verdict"] for row in told.rows()}
+    ablated_edges = {row["edge"] for row in chain(*(atlas.get(key).rows() for key in atlas.keys("ablation")))}
+    assert kinds["labels"] == 1
+    assert kinds["ablation"] == len(ablated_edges) > 4
+    assert (kinds["contribution"], kinds["attribution"]) == (6, 3)
+    ablated = atlas.find("ablation")
+    assert ablated is not None
+    assert "random tokens" in ablated.stamp["text"]
+    record = atlas.find("statements")
+    assert record is not None
+    verdicts = {row["statement"]: row["verdict"] for row in record.rows()}
     assert verdicts["L3"] == "holds under"
-    assert "lifetime on 512 tokens" in told.stamp["run"]
-    assert (kinds["cleared"], kinds["lifetime"], kinds["frontier"]) == (1, 1, 1)
+    assert record.stamp["run"].endswith("512 tokens")
+    assert (kinds["erased"], kinds["persistence"], kinds["frontier"]) == (1, 1, 1)
     ledger = (out / "ledger.sqlite").stat().st_mtime_ns
-    assert answer(asked, capsys)["proved"] == found["proved"]
+    assert answer(asked, capsys)["summary"]["ablation"] == ablation
     assert (out / "ledger.sqlite").stat().st_mtime_ns == ledger
 
     (moments,) = out.glob("moments-*.safetensors")
     other = tmp_path / "other"
-    answer(["map", folder, "-o", other, "--only", "bandwidth", "--operating-point", moments, "--json"], capsys)
+    answer(["map", folder, "-o", other, "--only", "bandwidth", "--moments", moments, "--json"], capsys)
     atlas = Atlas.open(other)
-    assert Counter(entry["question"] for entry in atlas.ledger()) == {"bandwidth": 1, "delivered": 6}
-    told = answer(["edges", other, "--operating-point", moments, "--reader", "L2H1.K", "--json"], capsys)
-    assert told["question"] == "delivered"
-    assert told["edges"][0]["delivered"] > 0
-    found = answer(["edges", out, "--question", "delivered", "--reader", "L2H1.K", "--json"], capsys)["edges"]
-    assert [e["delivered"] for e in found] == pytest.approx([e["delivered"] for e in told["edges"]])
+    assert Counter(entry["question"] for entry in atlas.ledger()) == {"bandwidth": 1, "contribution": 6}
+    given = answer(["edges", other, "--moments", moments, "--reader", "L2H1.K", "--json"], capsys)
+    assert given["question"] == "contribution"
+    assert given["rows"][0]["contribution"] > 0
+    rows = answer(["edges", out, "--question", "contribution", "--reader", "L2H1.K", "--json"], capsys)["rows"]
+    assert [e["contribution"] for e in rows] == pytest.approx([e["contribution"] for e in given["rows"]])
     point = tmp_path / "other.safetensors"
     answer(["observe", folder, "-o", point, "--repeated", "--tokens", 64, "--length", 16, "--json"], capsys)
-    assert run(["edges", str(other), "--operating-point", str(point)]) == 2
-    assert "no edges of 'delivered' from moments" in capsys.readouterr().err
+    assert run(["edges", str(other), "--moments", str(point)]) == 2
+    assert "no edges of 'contribution' with moments" in capsys.readouterr().err
     assert run(["map", str(folder), "-o", str(other), "--repeated", "--text", "default"]) == 2
     assert "more than one source" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from virtual_weights.checkpoint import open_source
 from virtual_weights.errors import UnsafeCheckpointError, VirtualWeightsError
 
 
-def meet(case: Case) -> None:
+def open_and_read(case: Case) -> None:
     source = open_source(case.reference, offline=True)
     assert case.read is not None, "opening should have failed"
     source.read(case.read)
@@ -25,8 +25,8 @@ def test_a_hostile_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     case = CASES[name](tmp_path)
     begin = time.perf_counter()
     with pytest.raises(VirtualWeightsError) as caught:
-        meet(case)
-    taken = time.perf_counter() - begin
+        open_and_read(case)
+    duration = time.perf_counter() - begin
 
     error = caught.value
     assert type(error) is case.error
@@ -38,7 +38,7 @@ def test_a_hostile_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     assert message.count("\n  expected: ") == message.count("\n  to do: ") == 1
     assert all(line.isprintable() for line in message.split("\n")), "the message could steer a terminal"
     assert len(message) < 3000
-    assert taken < 2
+    assert duration < 2
     assert not (tmp_path / "code-was-run").exists()
 
 

@@ -34,9 +34,9 @@ def test_every_tensor_is_known_without_reading(source: Source) -> None:
 
 def test_read_gives_what_was_stored(source: Source) -> None:
     for name, tensor in example().items():
-        found = source.read(name)
-        assert found.dtype is tensor.dtype
-        assert torch.equal(found, tensor)
+        values = source.read(name)
+        assert values.dtype is tensor.dtype
+        assert torch.equal(values, tensor)
 
 
 @pytest.mark.parametrize(

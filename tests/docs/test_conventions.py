@@ -11,6 +11,7 @@ from pages import run_blocks
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "conventions.md",
+    "python.md",
     "composition.md",
     "channels.md",
     "neurons.md",
@@ -18,12 +19,12 @@ PAGES = (
     "superposition.md",
     "memory.md",
     "flow.md",
-    "lifetime.md",
+    "persistence.md",
     "frontier.md",
-    "cleared.md",
+    "erased.md",
     "basis.md",
     "linear.md",
-    "proof.md",
+    "ablation.md",
     "interoperate.md",
     "add-an-architecture.md",
 )
@@ -48,7 +49,7 @@ def test_what_the_readme_shows_is_so() -> None:
         ("stream.rotation(3).T @ head.k", "stream.rotation(3) @ head.k"),
         ('bare["L1H4.K"].dense() * gain', 'bare["L1H4.K"].dense()'),
         ("score[6:12, :6].isfinite()", "score[:6, 6:12].isfinite()"),
-        ("found.U @ found.S.diag() @ found.V.T", "found.V @ found.S.diag() @ found.U.T"),
+        ("svd.U @ svd.S.diag() @ svd.V.T", "svd.V @ svd.S.diag() @ svd.U.T"),
     ],
 )
 def test_a_wrong_convention_would_be_noticed(right: str, wrong: str) -> None:
@@ -65,8 +66,8 @@ def test_the_command_ends_with_the_exit_codes_of_the_page(tmp_path: Path, capfd:
     from virtual_weights.cli import run
 
     page = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
-    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
-    assert told == {0, 1, 2, 3, 4, 5, 130}
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert codes == {0, 1, 2, 3, 4, 5, 130}
     pickled = tmp_path / "model.bin"
     pickled.write_bytes(b"\x80\x04.")
     cases: list[tuple[list[str], int]] = [

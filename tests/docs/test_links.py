@@ -78,8 +78,8 @@ VERBS = (
     "superposition",
     "memory",
     "frontier",
-    "lifetime",
-    "cleared",
+    "persistence",
+    "erased",
     "basis",
     "rotate",
     "linear",
@@ -88,8 +88,8 @@ VERBS = (
     "trace",
     "labels",
     "observe",
-    "agree",
-    "prove",
+    "validate",
+    "ablate",
     "attribute",
     "model",
 )
@@ -146,8 +146,8 @@ def test_the_edges_of_the_readme_are_those_of_the_model() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| (L\d+H\d+) \| (L\d+H\d+) \| (\S+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     rows = vw.Composition(port="K")(vw.open("smollm2-135m")).top(5).rows()
-    found = [(r["writer"], r["reader"], r["reader_channel"], r["score"], r["null_ratio"]) for r in rows]
-    assert shown == [(w, r, c, f"{score:.4f}", f"{ratio:.3f}") for w, r, c, score, ratio in found]
+    edges = [(r["writer"], r["reader"], r["reader_group"], r["score"], r["null_ratio"]) for r in rows]
+    assert shown == [(w, r, g, f"{score:.4f}", f"{ratio:.3f}") for w, r, g, score, ratio in edges]
 
 
 @pytest.mark.real
@@ -161,9 +161,9 @@ def test_the_figures_of_the_composition_page_are_those_of_the_model() -> None:
     z = z[~z.isnan()]
     assert f"{100 * float((z > 3).double().mean()):.0f} % of the {len(z):,} pairs have `z > 3`" in text
     ratios = []
-    for layer in stream.attention_layers:
-        q, k = (stream.read(port, layer).maps.double() for port in ("Q", "K"))
-        k = k.repeat_interleave(stream.spec.group, 0)
+    for group in stream.groups.heads:
+        q, k = (stream.read(port, group).maps.double() for port in ("Q", "K"))
+        k = k.repeat_interleave(group.sharing, 0)
         square = ((q @ q.mT) * (k @ k.mT)).sum((1, 2))
         ratios.append(torch.linalg.matrix_norm(q) * torch.linalg.matrix_norm(k) / square.sqrt())
     assert f"at most {float(torch.cat(ratios).max()):.1f} over the heads" in text

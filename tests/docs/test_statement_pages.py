@@ -24,7 +24,10 @@ FLIPS = {
     "L6": ("symmetric = v + v.T", "symmetric = v"),  # not normal
     "L7": ("e[:, [0, 2]]", "e[:, [2, 3]]"),  # direct with the first
     "L8": ("d, k = 20, 4", "d, k = 20, 1"),  # lines, of which the bound is a proportion
-    "L9": ("[:4]\n    assert pursue(random(4) @ both[at], 4)", "[:24]\n    assert pursue(random(24) @ both[at], 24)"),
+    "L9": (
+        "[:4]\n    assert pursue(random(4) @ both[active], 4)",
+        "[:24]\n    assert pursue(random(24) @ both[active], 24)",
+    ),
     "L10": ("(positive @ gram)", "(signs @ gram)"),  # no common mean
     "L11": ("out = -gain * w / w.square().sum()", "out = -gain * w / w.norm()"),  # same direction, other gain
     "L12": ("best = (utility < price", "best = (utility > price"),  # keeps what it should erase
@@ -35,9 +38,9 @@ FLIPS = {
     "T5": ("% 2 == 0]", "< 8]"),  # both cosets: more lines, closer than eps
     "T6": ("best = torch.linalg.pinv(read)", "best = 2 * torch.linalg.pinv(read)"),  # reflects
     "T7": ("gate(z @ x) * (u @ x)", "(u @ x)"),  # no gate
-    "C1": ("seen = write @ torch.linalg.pinv(write)", "seen = 0 * eye"),  # layers that take it up
+    "C1": ("projector = write @ torch.linalg.pinv(write)", "projector = 0 * eye"),  # layers that take it up
     "C2": ("null(reads.flatten(0, 1))[0]", "null(reads[0])[0]"),  # unread by the first only
-    "C3": ("found = signal(5.0) + noise", "found = signal(0.2) + noise"),  # below the noise
+    "C3": ("noisy = signal(5.0) + noise", "noisy = signal(0.2) + noise"),  # below the noise
     "C4": ("(3, 5, 8)", "(3, 5, 9)"),  # more than d
     "C5": ("q_o @ (q_o.T @ q_r)", "0 * q_o @ (q_o.T @ q_r)"),  # left as it was
     "C6": ("torch.linalg.qr(directions(d)).Q", "directions(d)"),  # not orthogonal

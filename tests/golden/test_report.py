@@ -19,9 +19,9 @@ import virtual_weights as vw
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
 from virtual_weights.analysis.memory.erasure import Erasure
 from virtual_weights.analysis.memory.head_erasers import HeadErasers
-from virtual_weights.cli.manifest import manifest_of
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.report import page, payload, write_report
+from virtual_weights.survey import manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_matrices_survive_quantisation(records: list[Record], manifest: dict[str
         assert (drawn["readers"], drawn["writers"]) == (list(record.axes[0].labels), list(record.axes[1].labels))
 
 
-def test_edges_are_the_strongest_of_each_port_and_name_their_channel(
+def test_edges_are_the_strongest_of_each_port_and_name_their_group(
     records: list[Record], manifest: dict[str, Any]
 ) -> None:
     edges = payload(records, manifest)["edges"]

@@ -10,17 +10,18 @@ from drawing import drawn_by_node, needs_node
 from tiny_models import tiny
 
 import virtual_weights as vw
-from virtual_weights.analysis.pairs.contribution import Delivered
+from virtual_weights.analysis.pairs.contribution import Contribution
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.report import payload, write_report
-from virtual_weights.runtime.edges.ablation import Trial, prove
-from virtual_weights.runtime.edges.attribution import attribute
-from virtual_weights.runtime.flow.labels import labels
-from virtual_weights.runtime.flow.observation import observe
+from virtual_weights.runtime.edges.ablation import Ablation
+from virtual_weights.runtime.edges.attribution import Attribution
+from virtual_weights.runtime.flow.labels import Labels
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.running.run import Run
 
 NAN = float("nan")
 HEADS = tuple(f"L{layer}H{head}" for layer in range(3) for head in range(2))
-CHANNELS = tuple(f"L{layer}.kv0" for layer in range(3) for _ in range(2))
+GROUPS = tuple(f"L{layer}.kv0" for layer in range(3) for _ in range(2))
 MANIFEST: dict[str, Any] = {
     "model": "planted", "reference": "planted", "fingerprint": "f00d", "version": "0", "family": None, "norm": "none",
     "sizes": {"n_layers": 3, "n_heads": 2, "d_model": 16}, "components": [{"kind": "head", "label": h} for h in HEADS],
@@ -35,22 +36,22 @@ def pairs(question: str, port: str, writers: tuple[str, ...], seed: int, **units
     generator = torch.Generator().manual_seed(seed)
     later = torch.tensor([[w[1] < r[1] for w in writers] for r in HEADS])
     drawn = {name: torch.rand(6, len(writers), dtype=torch.float64, generator=generator) for name in units}
-    axes = Axis("reader", HEADS, CHANNELS if port != "Q" else ()), Axis("writer", writers)
+    axes = Axis("reader", HEADS, GROUPS if port != "Q" else ()), Axis("writer", writers)
     columns = tuple(Column(n, drawn[n].masked_fill(~later, NAN), unit) for n, unit in units.items())
     parameters = {"port": port, "sequences": 4, "metric": "next_token_loss"}
     return Record(question, axes, columns, parameters, {"tokens": 640})
 
 
-def proof(rows: list[tuple[str, str, str, float, str, str | None, str]]) -> Record:
-    """Effects with an interval of 0.1 either way; a row is kind, writer, reader, effect, verdict, channel, shared."""
-    kind, writer, reader, effect, verdict, channel, shared = zip(*rows, strict=True)
+def ablation(rows: list[tuple[str, str, str, float, str, str | None, str]]) -> Record:
+    """Effects with an interval of 0.1 either way; a row is kind, writer, reader, effect, verdict, group, shared."""
+    kind, writer, reader, effect, verdict, group, shared = zip(*rows, strict=True)
     found = torch.tensor(effect, dtype=torch.float64)
     numbers = {"effect_nats": found, "low": found - 0.1, "high": found + 0.1, "p": torch.full_like(found, 0.25)}
-    texts = {"verdict": verdict, "kind": kind, "writer": writer, "reader": reader, "channel": channel}
+    texts = {"verdict": verdict, "kind": kind, "writer": writer, "reader": reader, "group": group}
     columns = [Column(name, values) for name, values in (numbers | texts | {"shared_with": shared}).items()]
     edges = tuple(f"{w} -> {r}" for w, r in zip(writer, reader, strict=True))
     stamp = {"clean_loss": 2.5, "sequences": 4, "rule": "causal if larger than random"}
-    return Record("prove", (Axis("edge", edges),), tuple(columns), {}, stamp)
+    return Record("ablation", (Axis("edge", edges),), tuple(columns), {}, stamp)
 
 
 WEIGHTS = [
@@ -58,10 +59,10 @@ WEIGHTS = [
     for i, p in enumerate("KQV")
 ]
 FLOWED = [
-    *(pairs("delivered", port, HEADS, 10, delivered="squared logits", share="1") for port in "KQ"),
+    *(pairs("contribution", port, HEADS, 10, contribution="squared logits", share="1") for port in "KQ"),
     pairs("attribution", "K", HEADS, 20, attribution="nats", size="nats"),
 ]
-PROVED = proof(
+ABLATED = ablation(
     [
         ("asked", "L0H1", "L2H1.K", 3.0, "causal", "L2.kv0", "L2H0"),
         ("asked", "L0.mlp", "unembed", -0.5, "not shown", None, ""),
@@ -95,12 +96,12 @@ def of(record: Record, column: str, reader: str, writer: str) -> float:
     return float(record[column][HEADS.index(reader), record.axis("writer").index(writer)])  # type: ignore[index]
 
 
-def test_a_channel_comes_once_by_its_strongest_reader():
+def test_a_group_comes_once_by_its_strongest_reader():
     rows = told([*WEIGHTS, *FLOWED])
     for record in WEIGHTS:
         port, best = record.parameters["port"], {}
         for row in record.rows():
-            end = row["writer"], row["reader"] if port == "Q" else row["reader_channel"]
+            end = row["writer"], row["reader"] if port == "Q" else row["reader_group"]
             if "H" in row["writer"] and row["score"] > best.get(end, {"score": 0})["score"]:
                 best[end] = row
         wanted = sorted(best.values(), key=lambda row: -row["score"])
@@ -111,21 +112,21 @@ def test_a_channel_comes_once_by_its_strongest_reader():
         for row in found:
             layer = row["reader"][:2]
             shared = (None, []) if port == "Q" else (f"{layer}.kv0", [f"{layer}H0", f"{layer}H1"])
-            assert (row["channel"], row["shared"]) == shared
+            assert (row["group"], row["shared"]) == shared
 
 
-def test_a_port_shows_its_twenty_strongest_channels():
+def test_a_port_shows_its_twenty_strongest_groups():
     names = tuple(f"L{layer}H{head}" for layer in range(6) for head in range(6))
     scores = torch.rand(36, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    channels = tuple(f"{name[:2]}.kv{int(name[3]) // 3}" for name in names)
-    axes = Axis("reader", names, channels), Axis("writer", names)
+    groups = tuple(f"{name[:2]}.kv{int(name[3]) // 3}" for name in names)
+    axes = Axis("reader", names, groups), Axis("writer", names)
     record = Record(
         "composition", axes, tuple(Column(n, scores) for n in ("score", "strength", "null_ratio", "z")), {"port": "V"}
     )
-    flow = Record("delivered", axes, (Column("delivered", scores),), {"port": "V"})
+    flow = Record("contribution", axes, (Column("contribution", scores),), {"port": "V"})
     best: dict[tuple[str, str], float] = {}
     for row in record.rows():
-        end = row["writer"], row["reader_channel"]
+        end = row["writer"], row["reader_group"]
         best[end] = max(best.get(end, 0.0), row["score"])
     found = payload([record, flow], MANIFEST)["evidence"]["rows"]
     assert [row["score"] for row in found] == sorted(best.values(), reverse=True)[:20]
@@ -133,22 +134,22 @@ def test_a_port_shows_its_twenty_strongest_channels():
 
 def test_what_flowed_is_that_of_the_reader_named_and_ranked_among_its_writers():
     rows = told([*WEIGHTS, *FLOWED])
-    delivered, _, attribution = FLOWED
+    contribution, _, attribution = FLOWED
     for (port, writer, reader), row in rows.items():
         if port != "K":
             continue
-        assert row["delivered"] == of(delivered, "delivered", reader, writer)
-        assert row["share"] == of(delivered, "share", reader, writer)
+        assert row["contribution"] == of(contribution, "contribution", reader, writer)
+        assert row["share"] == of(contribution, "share", reader, writer)
         assert row["attribution"] == of(attribution, "attribution", reader, writer)
-        others = [of(delivered, "delivered", reader, w) for w in HEADS if w[1] < reader[1]]
-        assert (row["rank"], row["of"]) == (1 + sum(x > row["delivered"] for x in others), len(others))
+        others = [of(contribution, "contribution", reader, w) for w in HEADS if w[1] < reader[1]]
+        assert (row["rank"], row["of"]) == (1 + sum(x > row["contribution"] for x in others), len(others))
     assert {row["rank"] for row in rows.values() if row["port"] == "K"} >= {1, 2, 3, 4}
 
 
 def test_removal_is_held_against_the_random_edges_of_its_own_kind():
-    rows = {key: row for key, row in told([*WEIGHTS, *FLOWED, PROVED]).items() if row["effect"] is not None}
+    rows = {key: row for key, row in told([*WEIGHTS, *FLOWED, ABLATED]).items() if row["effect"] is not None}
     (keys, mlp) = sorted(rows.values(), key=lambda row: row["port"])
-    assert (keys["port"], keys["writer"], keys["channel"], keys["shared"]) == ("K", "L0H1", "L2.kv0", ["L2H0", "L2H1"])
+    assert (keys["port"], keys["writer"], keys["group"], keys["shared"]) == ("K", "L0H1", "L2.kv0", ["L2H0", "L2H1"])
     assert (keys["effect"], keys["low"], keys["high"], keys["verdict"]) == (3.0, 2.9, 3.1, "causal")
     assert keys["random"] == {"low": -0.01, "high": 0.02, "count": 2}
     assert keys["score"] == max(of(WEIGHTS[0], "score", reader, "L0H1") for reader in ("L2H0", "L2H1"))
@@ -159,21 +160,21 @@ def test_what_is_not_known_is_absent_and_never_zero():
     assert payload(WEIGHTS, MANIFEST)["evidence"] is None, "nothing was run"
     rows = told([*WEIGHTS, *FLOWED])
     values = [row for row in rows.values() if row["port"] == "V"]
-    text = ("delivered", "share", "rank", "of", "attribution", "effect", "low", "high", "p", "verdict", "random")
+    text = ("contribution", "share", "rank", "of", "attribution", "effect", "low", "high", "p", "verdict", "random")
     assert values
     assert all(row[name] is None for row in values for name in text)
-    holed = pairs("delivered", "K", HEADS, 10, delivered="squared logits", share="1")
+    holed = pairs("contribution", "K", HEADS, 10, contribution="squared logits", share="1")
     for column in holed.columns:
         column.values[HEADS.index("L2H0") :, 0] = NAN  # type: ignore[index]
     keys = [row for row in told([WEIGHTS[0], holed]).values() if row["writer"] == "L0H0"]
-    assert [row["delivered"] is None for row in keys] == [row["channel"] == "L2.kv0" for row in keys]
-    (row,) = (row for row in keys if row["channel"] == "L2.kv0")
-    assert all(row[name] is None for name in ("delivered", "share", "rank", "of"))
-    (removed, mlp) = told([PROVED]).values()
+    assert [row["contribution"] is None for row in keys] == [row["group"] == "L2.kv0" for row in keys]
+    (row,) = (row for row in keys if row["group"] == "L2.kv0")
+    assert all(row[name] is None for name in ("contribution", "share", "rank", "of"))
+    (removed, mlp) = told([ABLATED]).values()
     assert removed["shared"] == ["L2H1", "L2H0"]
-    assert all(row[name] is None for row in (removed, mlp) for name in ("score", "z", "delivered", "attribution"))
-    one = proof([("asked", "L0H0", "L1H0.Q", 0.0, "not shown", None, "")])
-    bare = Record("prove", one.axes, tuple(_without_interval(c) for c in one.columns), {}, one.stamp)
+    assert all(row[name] is None for row in (removed, mlp) for name in ("score", "z", "contribution", "attribution"))
+    one = ablation([("asked", "L0H0", "L1H0.Q", 0.0, "not shown", None, "")])
+    bare = Record("ablation", one.axes, tuple(_without_interval(c) for c in one.columns), {}, one.stamp)
     (row,) = told([bare]).values()
     assert (row["effect"], row["low"], row["random"]) == (0.0, None, None)
 
@@ -186,27 +187,28 @@ def test_real_records_fit():
     model = tiny("llama-grouped-untied")
     stream = vw.open(model)
     tokens = torch.randint(0, 37, (3, 12), generator=torch.Generator().manual_seed(0))
-    moments = observe(stream, [tokens], model)
-    proved = prove(stream, [("L0H1", "L2H4.K"), ("L1.mlp", "unembed")], tokens, Trial(random=2), model)
-    flowed = Delivered("K", moments)(stream), *attribute(stream, tokens, model=model).values()
-    found = payload(
-        [vw.Composition("K")(stream), *flowed, proved, labels(stream, model, tokens.repeat(1, 2))], MANIFEST
-    )
+    run = Run.on_tokens(stream, tokens, model=model)
+    ablated = Ablation([("L0H1", "L2H4.K"), ("L1.mlp", "unembed")], random=2)(run)
+    flowed = Contribution("K", Observation().moments(run))(stream), *(Attribution(port)(run) for port in "QKV")
+    labels = Labels()(Run.on_tokens(stream, tokens.repeat(1, 2), first=12, model=model))
+    found = payload([vw.Composition("K")(stream), *flowed, ablated, labels], MANIFEST)
     assert [table["labels"] for table in found["labels"]] == [[str(c.label) for c in stream.heads]]
     rows = found["evidence"]["rows"]
     asked = [row for row in rows if row["effect"] is not None]
-    assert [row["effect"] for row in asked] == [row["effect_nats"] for row in proved.rows()][:2]
+    assert [row["effect"] for row in asked] == [row["effect_nats"] for row in ablated.rows()][:2]
     assert asked[0]["shared"] == ["L2H3", "L2H4", "L2H5"]
-    assert all(asked[0][name] is not None for name in ("score", "z", "delivered", "share", "rank", "attribution", "p"))
+    assert all(
+        asked[0][name] is not None for name in ("score", "z", "contribution", "share", "rank", "attribution", "p")
+    )
     top = [row for row in rows if row["port"] == "K"]
     assert len(top) >= 20
-    assert found["evidence"]["stamps"]["delivered"]["tokens"] == tokens.numel()
+    assert found["evidence"]["stamps"]["contribution"]["tokens"] == tokens.numel()
 
 
 @needs_node
 def test_the_page_puts_them_side_by_side(tmp_path: Path):
     path = tmp_path / "report.html"
-    write_report(path, [*WEIGHTS, *FLOWED, PROVED, SAID], MANIFEST)
+    write_report(path, [*WEIGHTS, *FLOWED, ABLATED, SAID], MANIFEST)
     shown = drawn_by_node(path)
     assert shown["sections"][:2] == ["stream", "evidence"]
     assert shown["bad"] == []
@@ -230,11 +232,11 @@ def test_the_page_puts_them_side_by_side(tmp_path: Path):
     assert float(keys["interval"]["x1"]) < at["keys"] < float(keys["interval"]["x2"])
     assert float(mlp["band"]["x"]) > at["keys"], "one scale for all: the random MLP did more"
     for effect in (2.0, -2.0):
-        write_report(path, [proof([("asked", "L0H0", "L1H0.Q", effect, "causal", None, "")])], MANIFEST)
+        write_report(path, [ablation([("asked", "L0H0", "L1H0.Q", effect, "causal", None, "")])], MANIFEST)
         marks = drawn_by_node(path)["effects"][1]["marks"]
         assert 0 < float(marks["zero"]["x1"]) < 158, "0 is on the scale though nothing is there"
         assert (float(marks["circle"]["cx"]) > float(marks["zero"]["x1"])) == (effect > 0)
-    write_report(path, [PROVED], MANIFEST)
+    write_report(path, [ABLATED], MANIFEST)
     alone = drawn_by_node(path)
     assert (alone["sections"], alone["bad"]) == (["evidence", "others", "guide"], [])
 

@@ -33,11 +33,11 @@ def read(stream: vw.Stream, name: str, port: str) -> Tensor:
 def basis(matrix: Tensor, energy: float | None) -> Tensor:
     """Orthonormal columns of the column space, or of its leading part with this share of the energy."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept = s > 1e-5 * s[0]
+    mask = s > 1e-5 * s[0]
     if energy is not None:
         share = s.square().cumsum(0) / s.square().sum()
-        kept = torch.arange(len(s)) <= int((share < energy - 1e-12).sum())
-    return u[:, kept]
+        mask = torch.arange(len(s)) <= int((share < energy - 1e-12).sum())
+    return u[:, mask]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,15 +45,15 @@ def test_every_edge_equals_its_dense_product(name: str) -> None:
     stream = vw.open(tiny(name, dtype=torch.float64))
     places = {str(c.label): c for c in stream.components}
     for port in ports(stream):
-        found = vw.Composition(port, writers="all")(stream)
-        readers, writers = (found.axis(side).labels for side in ("reader", "writer"))
+        record = vw.Composition(port, writers="all")(stream)
+        readers, writers = (record.axis(side).labels for side in ("reader", "writer"))
         assert set(writers) == {label for label, c in places.items() if c.writes is not None}
         assert [places[w].writes for w in writers] == sorted(places[w].writes for w in writers)
         for i, reader in enumerate(readers):
             left = read(stream, reader, port)
             for j, writer in enumerate(writers):
                 right = written(stream, writer)
-                strength, score = (float(found[c][i, j]) for c in ("strength", "score"))
+                strength, score = (float(record[c][i, j]) for c in ("strength", "score"))
                 if places[writer].writes > places[reader].reads:
                     assert strength != strength
                     continue
@@ -70,25 +70,25 @@ def test_every_overlap_equals_its_dense_twin(name: str, energy: float | None) ->
     stream = vw.open(tiny(name, dtype=torch.float64))
     places = {str(c.label): c for c in stream.components}
     for port in ports(stream):
-        found = vw.Overlap(port, writers="all", energy=energy)(stream)
-        for i, reader in enumerate(found.axis("reader").labels):
+        record = vw.Overlap(port, writers="all", energy=energy)(stream)
+        for i, reader in enumerate(record.axis("reader").labels):
             reader = reader.removesuffix(f".{port}")
             left = basis(read(stream, reader, port).T, energy)
-            for j, writer in enumerate(found.axis("writer").labels):
+            for j, writer in enumerate(record.axis("writer").labels):
                 if places[writer].writes > places[reader].reads:
-                    assert found["overlap"][i, j].isnan()
+                    assert record["overlap"][i, j].isnan()
                     continue
                 right = basis(written(stream, writer), energy)
                 expected = (left.T @ right).square().sum() / min(left.shape[1], right.shape[1])
-                assert float(found["overlap"][i, j]) == pytest.approx(float(expected), abs=1e-6), (reader, writer)
+                assert float(record["overlap"][i, j]) == pytest.approx(float(expected), abs=1e-6), (reader, writer)
 
 
 def test_heads_alone_are_the_same_edges() -> None:
     stream = vw.open(tiny("llama-grouped-untied"))
     alone, every = vw.Composition("K")(stream), vw.Composition("K", writers="all")(stream)
-    at = [every.axis("writer").index(label) for label in alone.axis("writer").labels]
+    order = [every.axis("writer").index(label) for label in alone.axis("writer").labels]
     for column in alone.columns:
-        torch.testing.assert_close(every[column.name][:, at], alone[column.name], equal_nan=True)
+        torch.testing.assert_close(every[column.name][:, order], alone[column.name], equal_nan=True)
 
 
 @pytest.mark.parametrize("question", [vw.Composition, vw.Overlap])
@@ -114,12 +114,12 @@ def test_a_planted_edge_is_first_and_its_transpose_is_not() -> None:
         blocks[0].down_proj.weight.copy_(a @ blocks[0].down_proj.weight[:3])
         for i, read_space in enumerate((b, a, b)):
             blocks[i].up_proj.weight.copy_(blocks[i].up_proj.weight[:, :3] @ read_space.T / gains[i])
-    found = vw.Composition("up", writers="all")(vw.open(model))
-    column = found["score"][:, found.axis("writer").index("L0.mlp")]
+    record = vw.Composition("up", writers="all")(vw.open(model))
+    column = record["score"][:, record.axis("writer").index("L0.mlp")]
     assert column[0].isnan()
     assert float(column[1]) > 0.5, "the planted edge"
     assert float(column[2]) < 1e-6, "reads what the other reads, not what it writes"
-    assert found.top(1, "z")["writer"] == ("L0.mlp",)
+    assert record.top(1, "z")["writer"] == ("L0.mlp",)
 
 
 def test_memory_only_cuts_the_work() -> None:

@@ -12,33 +12,33 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
-from virtual_weights.analysis.ledger.gram_sum import tally
-from virtual_weights.analysis.maps.circuits import circuits, rank_cut
+from virtual_weights.analysis.maps.circuits import head_circuits, rank_cut
+from virtual_weights.linalg import gram_sum
 from virtual_weights.stream import Stream
 
 
 def dense_writers(stream: Stream, state: int) -> list[Tensor]:
-    found = [stream[str(c.label)] for c in stream.components if c.writes is not None and c.writes <= state]
-    return [_dense(x, "write") for x in found]
+    components = [stream[str(c.label)] for c in stream.components if c.writes is not None and c.writes <= state]
+    return [_dense(x, "write") for x in components]
 
 
 def dense_readers(stream: Stream, state: int, *, unembed: bool = True) -> list[Tensor]:
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
     for c in stream.components:
         if c.reads is None or c.reads < state or (c.kind == "unembed" and not unembed):
             continue
         part = stream[str(c.label)]
         if c.kind == "head":
-            found.append(part.qk.dense().double().T)
+            maps.append(part.qk.dense().double().T)
             if c.label.index % stream.spec.group == 0:
-                served = [stream[f"L{c.label.layer}H{c.label.index + i}"] for i in range(stream.spec.group)]
-                found.append(torch.cat([head.qk.dense().double() for head in served]))
-                found.append(torch.cat([head.ov.dense().double() for head in served]))
+                heads = [stream[f"L{c.label.layer}H{c.label.index + i}"] for i in range(stream.spec.group)]
+                maps.append(torch.cat([head.qk.dense().double() for head in heads]))
+                maps.append(torch.cat([head.ov.dense().double() for head in heads]))
         elif c.kind == "mlp":
-            found += [m.dense().double() for m in (part.gate, part.up) if m is not None]
+            maps += [m.dense().double() for m in (part.gate, part.up) if m is not None]
         else:
-            found.append(part.dense().double())
-    return found
+            maps.append(part.dense().double())
+    return maps
 
 
 def _dense(part: object, side: str) -> Tensor:
@@ -120,7 +120,8 @@ def test_centring_hides_the_constant_direction(name: str) -> None:
 def test_unchanged_when_heads_are_rebased(name: str) -> None:
     model = tiny(name, dtype=torch.float64)
     before, after = vw.open(model), vw.open(rebased(model, seed=3))
-    assert not torch.allclose(circuits(before, "O", 1), before.write("head", 1).mT)  # raw maps would not do
+    raw, thin = before.write("L1.attn").mT, head_circuits(before, "O", before.groups["L1.attn"])
+    assert not torch.allclose(thin, raw)  # raw maps would not do
     _same(Bandwidth()(before), Bandwidth()(after))
 
 
@@ -153,11 +154,11 @@ def test_ranks_count_singular_values_above_the_cut(rows: int) -> None:
     graded = torch.zeros(rows, 4, dtype=torch.float64)
     graded[[0, 1, 2], [0, 1, 2]] = torch.tensor([1.0, 1e-2, 1e-3], dtype=torch.float64)
     for cut, rank in ((0.1, 1), (0.005, 2), (0.0005, 3)):
-        found = tally([graded[None]], 4, cut)
-        assert (found.ranks, found.count, found.spectrum.numerical_rank(cut)) == (rank, 1, rank)
-        used, unused = found.split(cut)
+        total = gram_sum([graded[None]], 4, cut)
+        assert (total.ranks, total.count, total.spectrum.numerical_rank(cut)) == (rank, 1, rank)
+        used, unused = total.split(cut)
         assert (used.rank, unused.rank) == (rank, 4 - rank)
-    nothing = tally([torch.zeros(1, rows, 4)], 4, 0.1)
+    nothing = gram_sum([torch.zeros(1, rows, 4)], 4, 0.1)
     assert (nothing.ranks, nothing.count, nothing.split(0.1)[1].rank) == (0, 1, 4)
 
 
@@ -178,11 +179,11 @@ def test_tokens_nearest_to_a_direction_with_sign() -> None:
     stream = vw.open(tiny("llama-grouped-untied", dtype=torch.float64))
     rows, columns = stream.read("unembed").maps[0], stream.write("embed")[0]
     directions = torch.stack([rows[5] * 3, -rows[30]], 1)
-    found = in_tokens(stream, directions, count=2)
-    assert [(f[0].token, round(f[0].cosine, 9)) for f in found] == [(5, 1.0), (30, -1.0)]
+    nearest = in_tokens(stream, directions, count=2)
+    assert [(f[0].token, round(f[0].cosine, 9)) for f in nearest] == [(5, 1.0), (30, -1.0)]
     cosines = rows @ rows[5] / rows.norm(dim=1) / rows[5].norm()
-    assert found[0][1].token == cosines.abs().argsort(descending=True)[1]
-    assert found[0][1].cosine == pytest.approx(float(cosines[found[0][1].token]))
+    assert nearest[0][1].token == cosines.abs().argsort(descending=True)[1]
+    assert nearest[0][1].cosine == pytest.approx(float(cosines[nearest[0][1].token]))
     assert in_tokens(stream, columns[:, 7:8], side="embed", count=1)[0][0].token == 7
 
 

@@ -36,10 +36,10 @@ def test_the_ledger_of_the_page() -> None:
 @pytest.mark.real
 def test_the_subspaces_of_the_page() -> None:
     record = Subspaces("O", "K")(vw.open("smollm2-135m"))
-    told = figures(record)
-    assert f"Among the {told.pairs:,} pairs" in PAGE
-    assert told.independent == 0
-    assert f"median tightness is {told.median_tightness:.2f}" in PAGE
+    summary = figures(record)
+    assert f"Among the {summary.pairs:,} pairs" in PAGE
+    assert summary.independent == 0
+    assert f"median tightness is {summary.median_tightness:.2f}" in PAGE
     top = next(record.top(1).rows())
     assert (top["first"], top["second"]) == ("L16H0.O", "L17H3.K")
     assert f"The largest overlap, {top['overlap']:.2f}, {top['null_ratio']:.1f} times chance" in PAGE

@@ -92,14 +92,14 @@ def test_pairs_are_each_once_or_those_that_reach() -> None:
     assert Subspaces("O", "V")(parallel).stamp["pairs"] == Subspaces("K", "O")(parallel).stamp["pairs"] == 4 * 8 + 4 * 4
     record = Subspaces("O", "K")(stream)
     assert record.axis("second").labels[:2] == ("L0H0.K", "L0H3.K")
-    assert record.axis("second").channels[:2] == ("L0.kv0", "L0.kv1")
+    assert record.axis("second").groups[:2] == ("L0.kv0", "L0.kv1")
 
 
 def test_one_layer_has_pairs_of_readers_but_none_that_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "one-layer", ("llama", {**SHAPES["llama-full"][1], "num_hidden_layers": 1}))
     stream = vw.open(tiny("one-layer"))
-    told = figures(Subspaces("O", "K")(stream))
-    assert (told.pairs, told.mean_overlap, told.least_angle, told.independent) == (0, None, None, None)
+    summary = figures(Subspaces("O", "K")(stream))
+    assert (summary.pairs, summary.mean_overlap, summary.least_angle, summary.independent) == (0, None, None, None)
     assert figures(Subspaces("Q", "K")(stream)).pairs == 36
 
 

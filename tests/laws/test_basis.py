@@ -27,30 +27,30 @@ def kurtosis(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2", "neox-sequential-no-attention-bias"])
 def test_kurtosis_equals_its_dense_twin(name: str) -> None:
     stream = vw.open(tiny(name, dtype=torch.float64))
-    written, read = [], []
+    columns, rows = [], []
     for component in stream.components:
         label, kind = component.label, component.kind
         part = stream[str(label)]
         if kind == "head":
-            written.append(torch.linalg.svd(part.ov.dense())[0][:, : stream.spec.d_head].T)
-            read.append(torch.linalg.svd(part.qk.T.dense())[2][: stream.spec.d_head])
+            columns.append(torch.linalg.svd(part.ov.dense())[0][:, : stream.spec.d_head].T)
+            rows.append(torch.linalg.svd(part.qk.T.dense())[2][: stream.spec.d_head])
             if label.index % stream.spec.group == 0:
-                own = [stream[f"L{label.layer}H{label.index + i}"] for i in range(stream.spec.group)]
+                heads = [stream[f"L{label.layer}H{label.index + i}"] for i in range(stream.spec.group)]
                 for circuit in ("K", "V"):
-                    stacked = torch.cat([head.circuit(circuit).dense() for head in own])
-                    read.append(torch.linalg.svd(stacked)[2][: stream.spec.d_head])
+                    stacked = torch.cat([head.circuit(circuit).dense() for head in heads])
+                    rows.append(torch.linalg.svd(stacked)[2][: stream.spec.d_head])
         elif kind == "mlp":
-            written.append(part.out.dense().T)
-            read += [part.up.dense()] + ([part.gate.dense()] if part.gate is not None else [])
+            columns.append(part.out.dense().T)
+            rows += [part.up.dense()] + ([part.gate.dense()] if part.gate is not None else [])
         elif kind == "unembed":
-            read.append(part.dense())
+            rows.append(part.dense())
         else:
-            written.append(part.dense().T)
-    found, together = summary(Basis()(stream)), torch.cat(written)
-    together = together - together.mean(1, keepdim=True) if stream.spec.norm == "layer" else together
-    assert found["write_kurtosis"] == pytest.approx(float(kurtosis(together).mean()), rel=1e-6)
+            columns.append(part.dense().T)
+    means, writes = summary(Basis()(stream)), torch.cat(columns)
+    writes = writes - writes.mean(1, keepdim=True) if stream.spec.norm == "layer" else writes
+    assert means["write_kurtosis"] == pytest.approx(float(kurtosis(writes).mean()), rel=1e-6)
     # heads' queries: QK has q's directions on its left
-    assert found["read_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(read)).mean()), rel=1e-6)
+    assert means["read_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(rows)).mean()), rel=1e-6)
 
 
 def test_heads_inner_bases_do_not_matter() -> None:
@@ -70,12 +70,12 @@ def test_a_planted_basis_is_seen_and_lost_under_rotation() -> None:
             layer.mlp.down_proj.weight[axes, torch.arange(40)] = torch.randn(40, dtype=torch.float64)
             layer.mlp.up_proj.weight.copy_(torch.randn(40, D, dtype=torch.float64))
     record = Basis(massive=4.0)(vw.open(model))
-    found = summary(record)
-    assert found["write_kurtosis"] == pytest.approx(D)
-    assert found["write_kurtosis_turned"] == pytest.approx(found["gaussian"], rel=0.4)
-    assert found["read_kurtosis"] == pytest.approx(3, abs=1)
-    assert [each["coordinate"] for each in found["massive"]] == [5]
-    assert found["massive"][0]["energy"] == pytest.approx(D * 11 / 40)
+    means = summary(record)
+    assert means["write_kurtosis"] == pytest.approx(D)
+    assert means["write_kurtosis_turned"] == pytest.approx(means["gaussian"], rel=0.4)
+    assert means["read_kurtosis"] == pytest.approx(3, abs=1)
+    assert [row["coordinate"] for row in means["massive"]] == [5]
+    assert means["massive"][0]["energy"] == pytest.approx(D * 11 / 40)
     assert float(record["write_energy"].mean()) == pytest.approx(1)
 
 
@@ -85,16 +85,18 @@ def test_a_random_model_has_no_basis() -> None:
         for name, weight in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 weight.fill_(1)  # a gain of its own for every coordinate is a basis
-    found = summary(Basis()(vw.open(model)))
+    means = summary(Basis()(vw.open(model)))
     for side in ("write", "read"):
-        assert found[f"{side}_kurtosis"] == pytest.approx(found[f"{side}_kurtosis_turned"], rel=0.1)
+        assert means[f"{side}_kurtosis"] == pytest.approx(means[f"{side}_kurtosis_turned"], rel=0.1)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("llama-full").save_pretrained(tmp_path / "m")
     assert run(["basis", str(tmp_path / "m"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["write_kurtosis"] == pytest.approx(summary(Basis()(vw.open(tmp_path / "m")))["write_kurtosis"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["summary"]["write_kurtosis"] == pytest.approx(
+        summary(Basis()(vw.open(tmp_path / "m")))["write_kurtosis"]
+    )
     assert run(["basis", str(tmp_path / "m")]) == 0
     assert "mean kurtosis" in capsys.readouterr().out
     assert run(["basis", str(tmp_path / "m"), "--massive", "0.5"]) == 2
@@ -118,10 +120,10 @@ def test_a_side_that_is_not_there_is_absent(
 ) -> None:
     model = tiny("llama-grouped-untied")
     model.config.save_pretrained(tmp_path)
-    held = {name: x.clone() for name, x in model.state_dict().items() if any(part in name for part in parts)}
-    save_file(held, tmp_path / "model.safetensors")
+    tensors = {name: x.clone() for name, x in model.state_dict().items() if any(part in name for part in parts)}
+    save_file(tensors, tmp_path / "model.safetensors")
     assert run(["basis", str(tmp_path), "--partial", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    there = {name for name in told if "_kurtosis" in name and told[name] is not None}
-    assert there == {f"{side}_kurtosis", f"{side}_kurtosis_turned"}
+    figures = json.loads(capsys.readouterr().out)["summary"]
+    present = {name for name in figures if "_kurtosis" in name and figures[name] is not None}
+    assert present == {f"{side}_kurtosis", f"{side}_kurtosis_turned"}
     assert run(["basis", str(tmp_path), "--partial"]) == 0

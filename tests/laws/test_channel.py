@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import virtual_weights as vw
 from virtual_weights.analysis.channels import channel_tokens
-from virtual_weights.analysis.channels.channel import circuit, circuit_summary
+from virtual_weights.analysis.channels.channel import Circuit, summary
 from virtual_weights.analysis.channels.channel_tokens import ChannelTokens, blocks_of, directions_of, random_reach
 from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile, mean_qk
-from virtual_weights.analysis.pairs.component_composition import ComponentComposition
+from virtual_weights.analysis.pairs.composition import ComponentComposition
 from virtual_weights.cli.channel import channel
 from virtual_weights.linalg import SVD, haar_orthogonal
 
@@ -304,20 +304,21 @@ def told(folder: Path, *arguments: str) -> str:
 
 
 def test_the_command_says_what_the_records_say(folder: Path) -> None:
-    asked = ("L0H1", "L1H3.K", "--tokens", "2", "--blocks", "2", "--components", "--offsets", "0:6:2")
-    found, stream = json.loads(told(folder, *asked, "--json")), vw.open(folder)
+    asked = ("L0H1", "L1H3.K", "--nearest", "2", "--blocks", "2", "--components", "--offsets", "0:6:2")
+    given, stream = json.loads(told(folder, *asked, "--json")), vw.open(folder)
+    more = {answer["question"]: answer for answer in given["more"]}
     record = ChannelTokens("L0H1", "L1H3.K", 2, 2)(stream)
-    assert [row["cosine"] for row in found["tokens"]] == record["cosine"].tolist()
-    assert [row["directions"] for row in found["tokens"]] == ["1"] * 16 + ["2"] * 16, "4 ends, 2 sides, 2 tokens"
+    tokens = more["channel_tokens"]["rows"]
+    assert [row["cosine"] for row in tokens] == record["cosine"].tolist()
+    assert [row["directions"] for row in tokens] == ["1"] * 16 + ["2"] * 16, "4 ends, 2 sides, 2 tokens"
     components = ComponentComposition("L0H1", "L1H3.K")(stream).top(4, "z")
-    assert [row["component"] for row in found["components"]] == list(components["component"])
+    assert [row["component"] for row in more["component_composition"]["rows"]] == list(components["component"])
     profile = OffsetProfile("L0H1", "L1H3.K", (0, 2, 4))(stream)
-    assert [row["strength"] for row in found["offsets"]["profile"]] == profile["strength"].tolist()
-    assert found["offsets"]["root_mean_square"] == profile.stamp["root_mean_square"]
-    assert found["offsets"]["mean_circuit"]["kept"] == MeanCircuit("L1H3", (0, 2, 4))(stream).stamp["kept"]
-    assert found["strength"] == pytest.approx(profile["strength"][0].item())
-    plain = json.loads(told(folder, "L0H1", "L1H3.K", "--json"))
-    assert not {"tokens", "components", "offsets"} & set(plain)
+    assert [row["strength"] for row in more["offset_profile"]["rows"]] == profile["strength"].tolist()
+    assert more["offset_profile"]["summary"]["root_mean_square"] == profile.stamp["root_mean_square"]
+    assert more["mean_circuit"]["summary"]["kept"] == MeanCircuit("L1H3", (0, 2, 4))(stream).stamp["kept"]
+    assert given["summary"]["strength"] == pytest.approx(profile["strength"][0].item())
+    assert "more" not in json.loads(told(folder, "L0H1", "L1H3.K", "--json"))
     text = told(folder, *asked)
     assert "in tokens" in text
     assert "singular components" in text
@@ -326,14 +327,14 @@ def test_the_command_says_what_the_records_say(folder: Path) -> None:
 
 def test_the_command_takes_a_circuit_or_a_writer_alone(folder: Path) -> None:
     stream = vw.open(folder)
-    alone = json.loads(told(folder, "L1H3.qk", "--tokens", "1", "--rotary-offset", "2", "--json"))
-    figures, gains = circuit_summary(stream, "L1H3.qk", 2)
-    assert {name: alone[name] for name in figures} == figures
-    assert alone["singular_values"] == gains.tolist()
-    assert figures["strength"] == pytest.approx(float(circuit(stream, "L1H3.qk", 2).dense().norm()))
-    assert {row["end"] for row in alone["tokens"]} == {"query", "key"}
+    alone = json.loads(told(folder, "L1H3.qk", "--nearest", "1", "--rotary-offset", "2", "--json"))
+    record = Circuit("L1H3.qk", 2)(stream)
+    assert alone["summary"] == summary(record)
+    assert [row["gain"] for row in alone["rows"]] == record["gain"].tolist()
+    assert alone["summary"]["strength"] == pytest.approx(float(stream["L1H3"].qk_at(2).dense().norm()))
+    assert {row["end"] for row in alone["more"][0]["rows"]} == {"query", "key"}
     everyone = json.loads(told(folder, "L0H1", "--components", "--json"))
-    assert len(everyone["components"]) == 4 * 12 * 3
+    assert (everyone["question"], len(everyone["rows"])) == ("component_composition", 4 * 12 * 3)
     for wrong in (["L0H1"], ["L0H1", "--offsets", "0:4"], ["L0H1", "L1H3.K", "--offsets", "0-4"]):
         done = CliRunner().invoke(app, [str(folder), *wrong])
         assert isinstance(done.exception, vw.VirtualWeightsError)

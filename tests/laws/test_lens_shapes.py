@@ -11,23 +11,19 @@ from torch import Tensor
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime import load
-from virtual_weights.runtime.flow.observation import activation
-from virtual_weights.runtime.running.hooks import Kind, watching
+from virtual_weights.runtime import Run
+from virtual_weights.runtime.running.activations import Activations, prompted
+from virtual_weights.runtime.running.hooks import activation
 from virtual_weights.stream.lens_shapes import in_lens_shapes
 
 TOKENS = torch.tensor([3, 17, 5, 5, 30, 1, 22])
 LN = {"Q": "ln1", "K": "ln1", "V": "ln1", "gate": "ln2", "in": "ln2"}
+MLP = {True: (("gate", "gate"), ("in", "up")), False: (("in", "in"),)}  # TransformerLens's name of a map, and our port
 
 
-def seen_in(name: str) -> tuple[vw.Stream, dict[tuple[Kind, int], Tensor], Tensor]:
+def activations_of(name: str) -> Activations:
     model: Any = tiny(name, seed=2)
-    stream, seen = vw.open(model), dict[tuple[Kind, int], Tensor]()
-    kinds: list[Kind] = ["state", "inner", "neurons", "mlp", "embed", "Q", "K", "V", "in"]
-    kinds += (["gate"] if stream.spec.gated else []) + (["pos"] if stream.model.has("pos") else [])
-    with torch.no_grad(), watching(load(stream, model), stream, kinds, lambda k, i, x: seen.update({(k, i): x[0]})):
-        logits = model(TOKENS[None]).logits[0]
-    return stream, seen, logits
+    return prompted(Run.on_prompt(vw.open(model), TOKENS, model=model))
 
 
 def normed(stream: vw.Stream, state: Tensor, weights: dict[str, Tensor], place: str) -> Tensor:
@@ -40,7 +36,8 @@ def normed(stream: vw.Stream, state: Tensor, weights: dict[str, Tensor], place: 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
-    stream, seen, logits = seen_in(name)
+    activations = activations_of(name)
+    stream, signals = activations.stream, activations.signals
     weights, spec = in_lens_shapes(stream, folded=folded), stream.spec
     close = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -49,30 +46,30 @@ def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
         return torch.einsum("td,...dk->t...k", x, weights[key]) + bias
 
     for layer in range(spec.n_layers):
-        for port in ("Q", "K", "V", *(["gate"] if spec.gated else []), "in"):
+        for lens, port in (*zip("QKV", "QKV", strict=True), *MLP[spec.gated]):
             place = "attn" if port in "QKV" else "mlp"
-            at = layer if spec.parallel else 2 * layer + (place == "mlp")
-            x = normed(stream, seen["state", at], weights, f"blocks.{layer}.{LN[port]}")
-            found = read(x, f"blocks.{layer}.{place}.W_{port}")
-            torch.testing.assert_close(found, seen[port, layer], **close)  # type: ignore[index]
-        inner, neurons = seen["inner", layer], seen["neurons", layer]
+            state = layer if spec.parallel else 2 * layer + (place == "mlp")
+            x = normed(stream, signals["state", state], weights, f"blocks.{layer}.{LN[lens]}")
+            values = read(x, f"blocks.{layer}.{place}.W_{lens}")
+            torch.testing.assert_close(values, signals[port, f"L{layer}.{place}"], **close)  # type: ignore[index]
+        inner, neurons = signals["inner", f"L{layer}.attn"], signals["inner", f"L{layer}.mlp"][:, 0]
         attention = torch.einsum("thk,hkd->td", inner, weights[f"blocks.{layer}.attn.W_O"])
         mlp = neurons @ weights[f"blocks.{layer}.mlp.W_out"]
-        torch.testing.assert_close(mlp, seen["mlp", layer], **close)
+        torch.testing.assert_close(mlp, signals["written", f"L{layer}.mlp"], **close)
         added = attention + weights.get(f"blocks.{layer}.attn.b_O", torch.zeros(()))
         if spec.parallel:
             added = added + mlp + weights.get(f"blocks.{layer}.mlp.b_out", torch.zeros(()))
-        at = layer if spec.parallel else 2 * layer
-        torch.testing.assert_close(seen["state", at + 1] - seen["state", at], added, **close)
+        state = layer if spec.parallel else 2 * layer
+        torch.testing.assert_close(signals["state", state + 1] - signals["state", state], added, **close)
         act = activation(spec.activation)
-        own = act(seen["gate", layer]) * seen["in", layer] if spec.gated else act(seen["in", layer])
-        torch.testing.assert_close(neurons, own)
+        first, *rest = (signals[port, f"L{layer}.mlp"] for _, port in MLP[spec.gated])  # type: ignore[index]
+        torch.testing.assert_close(neurons, act(first) * rest[0] if spec.gated else act(first))
     embedded = weights["embed.W_E"][TOKENS]
     if "pos_embed.W_pos" in weights:
         embedded = embedded + weights["pos_embed.W_pos"][: len(TOKENS)]
-    torch.testing.assert_close(embedded, seen["state", 0])
-    x = normed(stream, seen["state", stream.states - 1], weights, "ln_final")
-    torch.testing.assert_close(read(x, "unembed.W_U"), logits, **close)
+    torch.testing.assert_close(embedded, signals["state", 0])
+    x = normed(stream, signals["state", stream.states - 1], weights, "ln_final")
+    torch.testing.assert_close(read(x, "unembed.W_U"), activations.logits, **close)
     assert any("ln" in key for key in weights) == (not folded)
 
 

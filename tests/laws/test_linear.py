@@ -14,7 +14,7 @@ from torch import Tensor
 
 import virtual_weights as vw
 from virtual_weights.analysis.depth.frozen import Convention, frozen_blocks
-from virtual_weights.analysis.depth.linear import LinearComposition
+from virtual_weights.analysis.depth.linear_composition import LinearComposition
 from virtual_weights.analysis.depth.paths import Paths, discrepancy
 from virtual_weights.stream.operating_point import OperatingPoint
 
@@ -30,13 +30,13 @@ def _at_point(name: str, seed: int = 0) -> tuple[vw.Stream, OperatingPoint]:
 
 def _twins(stream: vw.Stream, point: OperatingPoint | Convention) -> list[Tensor]:
     """Every block over all tokens, (T d, T d), component by component from the definition."""
-    found: dict[int, Tensor] = {}
+    blocks: dict[int, Tensor] = {}
     n, d = 1 if isinstance(point, Convention) else len(point.tokens), stream.d_model
     for component in stream.components:
         if component.kind not in ("head", "mlp"):
             continue
         layer, part = component.label.layer, stream[str(component.label)]
-        t = found.setdefault(component.reads, torch.zeros(n * d, n * d, dtype=torch.float64))
+        t = blocks.setdefault(component.reads, torch.zeros(n * d, n * d, dtype=torch.float64))
         for to in range(n):
             for of in range(n):
                 s, p, g = 1.0, float(to == of), torch.ones(stream.spec.d_mlp, dtype=torch.float64)
@@ -44,14 +44,18 @@ def _twins(stream: vw.Stream, point: OperatingPoint | Convention) -> list[Tensor
                     s, g = point.scalar, g * point.gate
                 else:
                     s = point.scalars[f"L{layer}.{'attn' if component.kind == 'head' else 'mlp'}"][of]
-                    p = point.patterns[layer][component.label.index, to, of] if component.kind == "head" else p
-                    g = point.gates[layer][to]
+                    p = (
+                        point.patterns[f"L{layer}.attn"][component.label.index, to, of]
+                        if component.kind == "head"
+                        else p
+                    )
+                    g = point.gates[f"L{layer}.mlp"][to]
                 if component.kind == "head":
                     one = p * part.o.dense() @ part.v.dense() / s
                 else:
                     one = p * part.out.dense() @ g.diag() @ part.up.dense() / s
                 t[to * d : (to + 1) * d, of * d : (of + 1) * d] += one
-    return [found[i] for i in sorted(found)]
+    return [blocks[i] for i in sorted(blocks)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -88,14 +92,14 @@ def _check(record: vw.Record, twins: list[Tensor]) -> None:
     for i, t in enumerate(twins):
         composition, path = (eye + t) @ composition, t @ path
         for map, dense in (("block", t), ("composition", composition), ("update", composition - eye), ("path", path)):
-            at, s = (record.axis("map").index(map), i), torch.linalg.svdvals(dense)
-            assert record["stable_rank"][at] == pytest.approx(float((s / s[0]).square().sum()), rel=1e-6)
+            cell, s = (record.axis("map").index(map), i), torch.linalg.svdvals(dense)
+            assert record["stable_rank"][cell] == pytest.approx(float((s / s[0]).square().sum()), rel=1e-6)
             p = s.square() / s.square().sum()
-            assert record["entropy_rank"][at] == pytest.approx(math.exp(-float((p * p.log()).sum())), rel=1e-6)
-            assert record["log10_largest"][at] == pytest.approx(math.log10(s[0]), abs=1e-8)
-            rank = int(record["rank"][at])
-            assert rank <= record["bound"][at]
-            assert record["log10_smallest"][at] == pytest.approx(math.log10(s[rank - 1]), abs=1e-3)
+            assert record["entropy_rank"][cell] == pytest.approx(math.exp(-float((p * p.log()).sum())), rel=1e-6)
+            assert record["log10_largest"][cell] == pytest.approx(math.log10(s[0]), abs=1e-8)
+            rank = int(record["rank"][cell])
+            assert rank <= record["bound"][cell]
+            assert record["log10_smallest"][cell] == pytest.approx(math.log10(s[rank - 1]), abs=1e-3)
         step = eye + t
         assert record["condition"][0, i] == pytest.approx(float(step.norm() * torch.linalg.inv(step).norm()), rel=1e-6)
         assert record["certified_rank"][1, i] == record["rank"][1, i] == len(eye)
@@ -159,8 +163,8 @@ def test_paths_of_all_orders_sum_to_the_total(name: str) -> None:
         source = next(c for c in stream.components if str(c.label) == writer)
         target = next(c for c in stream.components if reader.startswith(str(c.label)))
         between = range(source.writes, target.reads)
-        asked = Paths(writer, reader, order=len(between) + 1, top=10**6, point=point, token=3, source=1)
-        record = asked(stream)
+        question = Paths(writer, reader, order=len(between) + 1, top=10**6, point=point, token=3, source=1)
+        record = question(stream)
         product = torch.eye(len(TOKENS) * d, dtype=torch.float64)
         for t in (_twins(stream, point)[i] for i in between):
             product = product + t @ product
@@ -191,20 +195,20 @@ def _passing(stream: vw.Stream, position: int) -> int:
 
 def test_a_path_is_the_product_along_it() -> None:
     stream, point = _at_point("llama-grouped-untied")
-    at = Paths("L0H1", "L2H2.K", order=3, top=10**6, point=point, token=2, offset=1)(stream)
+    frozen = Paths("L0H1", "L2H2.K", order=3, top=10**6, point=point, token=2, offset=1)(stream)
     one = Paths("L0H1", "L2H2.K", order=3, top=10**6, scalar=2.0, gate=0.5)(stream)
     i, j, k, mlp = (stream[name] for name in ("L0H1", "L1H3", "L2H2", "L1.mlp"))
     ov, qk = i.ov.dense(), k.qk.dense()
     twice = mlp.out.dense() @ mlp.up.dense() @ j.ov.dense()
-    found = one["strength"][one.axis("path").index("L0H1 > L1H3 > L1.mlp > L2H2.K")]
-    assert found == pytest.approx(float((qk @ twice @ ov).norm()) * 0.5 / 2**3)
-    s, p, g = point.scalars, point.patterns[1][3], point.gates[1][2]
+    strength = one["strength"][one.axis("path").index("L0H1 > L1H3 > L1.mlp > L2H2.K")]
+    assert strength == pytest.approx(float((qk @ twice @ ov).norm()) * 0.5 / 2**3)
+    s, p, g = point.scalars, point.patterns["L1.attn"][3], point.gates["L1.mlp"][2]
     # from token 2 to token 2: attention of one component in between goes to itself alone, as all is causal
     twice = mlp.out.dense() * g @ mlp.up.dense() @ j.ov.dense() * p[2, 2] / s["L1.attn"][2] / s["L1.mlp"][2]
     direct = k.qk_at(1).dense() / s["L2.attn"][2]
-    found = at["strength"][at.axis("path").index("L0H1 > L1H3 > L1.mlp > L2H2.K")]
-    assert found == pytest.approx(float((direct @ twice @ ov).norm()))
-    assert at.stamp["totals"]["direct"] == pytest.approx(float((direct @ ov).norm()))
+    strength = frozen["strength"][frozen.axis("path").index("L0H1 > L1H3 > L1.mlp > L2H2.K")]
+    assert strength == pytest.approx(float((direct @ twice @ ov).norm()))
+    assert frozen.stamp["totals"]["direct"] == pytest.approx(float((direct @ ov).norm()))
     assert len(Paths("L0H1", "L2H2.K", top=3)(stream).axis("path").labels) == 3
 
 
@@ -236,8 +240,8 @@ def _same_everywhere(one: torch.nn.Module, other: torch.nn.Module, between: tupl
         stream = vw.open(model)
         point, _ = operate(model if rerun else one, stream, TOKENS)
         linear = [LinearComposition(), LinearComposition(point)]
-        asked = [*linear, Paths(*between), Paths(*between, point=point, source=0)]
-        records.append([question(stream) for question in asked])
+        questions = [*linear, Paths(*between), Paths(*between, point=point, source=0)]
+        records.append([question(stream) for question in questions])
     for before, after in zip(*records, strict=True):
         assert before.axes == after.axes
         for column in before.columns:
@@ -267,7 +271,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 def test_bounds_on_time_and_memory_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, point = _at_point("gpt2")
-    monkeypatch.setattr("virtual_weights.analysis.depth.linear.LIMIT", 4 * 24 - 1)
+    monkeypatch.setattr("virtual_weights.analysis.depth.linear_composition.LIMIT", 4 * 24 - 1)
     with pytest.raises(vw.VirtualWeightsError, match="96 dimensions"):
         LinearComposition(point, token=None)(stream)
     monkeypatch.setattr("virtual_weights.analysis.depth.paths.MOST_PATHS", 7)

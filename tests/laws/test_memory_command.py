@@ -38,27 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_json_is_the_records(folder: Path) -> None:
-    found = answer(folder, "--top", 4, "--threshold", 0.3, "--norm-scalar", 2, "--component", "L1H2", "--json")
+    given = answer(folder, "--top", 4, "--threshold", 0.3, "--norm-scalar", 2, "--component", "L1H2", "--json")
     stream = vw.open(folder)
-    assert (found["model"], found["norm"]) == (str(folder), "gain folded")
-    assert found["neurons"] == census(Neurons(0.3)(stream))
+    assert (given["model"], given["question"], given["stamp"]["norm"]) == (str(folder), "neurons", "gain folded")
+    assert {**given["summary"], "by_layer": given["rows"]} == census(Neurons(0.3)(stream))
+    of_heads, of_pairs, of_component = given["more"]
     heads = HeadErasers(2.0)(stream)
-    assert [row["head"] for row in found["heads"]["erasers"]] == list(heads.top(4, "negative_share")["head"])
-    assert [row["head"] for row in found["heads"]["copiers"]] == list(heads.top(4, "token_copying")["head"])
-    assert found["heads"]["erasers"][0]["kept"] == heads.top(1, "negative_share")["kept"][0]
-    assert found["heads"]["null"] == heads.stamp["null"]
+    assert [row["head"] for row in of_heads["rows"]] == list(heads.top(4, "negative_share")["head"])
+    assert [row["head"] for row in of_heads["summary"]["copiers"]] == list(heads.top(4, "token_copying")["head"])
+    assert of_heads["rows"][0]["kept"] == heads.top(1, "negative_share")["kept"][0]
+    assert of_heads["stamp"]["null"] == heads.stamp["null"]
     pairs = Erasure(2.0)(stream).top(4, "erasure")
-    assert [(row["writer"], row["eraser"]) for row in found["erasure"]] == list(
+    assert [(row["writer"], row["eraser"]) for row in of_pairs["rows"]] == list(
         zip(pairs["writer"], pairs["reader"], strict=True)
     )
-    assert [row["erasure"] for row in found["erasure"]] == pairs["erasure"].tolist()
+    assert [row["erasure"] for row in of_pairs["rows"]] == pairs["erasure"].tolist()
     spectrum = Clearing("L1H2", 2.0)(stream)
-    assert [row["kept"] for row in found["component"]["spectrum"]] == spectrum["kept"].tolist()[:4]
+    assert [row["kept"] for row in of_component["rows"]] == spectrum["kept"].tolist()[:4]
 
 
 def test_pairs_can_be_ordered_by_what_is_free_of_the_norm_scalar(folder: Path) -> None:
     orders = [
-        answer(folder, "--by", by, "--json", "--norm-scalar", s)["erasure"] for by in ("z", "erasure") for s in (1, 3)
+        answer(folder, "--by", by, "--json", "--norm-scalar", s)["more"][1]["rows"]
+        for by in ("z", "erasure")
+        for s in (1, 3)
     ]
     assert [row["z"] for row in orders[0]] == sorted((row["z"] for row in orders[0]), reverse=True)
     assert [row["writer"] for row in orders[0]] == [row["writer"] for row in orders[1]]
@@ -77,28 +80,28 @@ def test_people_see_tables(name: str, tmp_path: Path) -> None:
     assert "Column" not in done.stdout
 
 
-def test_a_model_without_neurons_or_without_heads_says_null(tmp_path: Path) -> None:
+def test_a_model_without_neurons_or_without_heads_answers_for_what_is_there(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     model = tiny("llama-grouped-untied")
-    for gone, key in (("mlp", "neurons"), ("self_attn", "heads")):
+    for gone, questions in (("mlp", ["head_erasers", "erasure"]), ("self_attn", ["neurons"])):
         where = tmp_path / gone
         model.config.save_pretrained(where)
         held = {name: tensor.clone() for name, tensor in model.state_dict().items() if gone not in name}
         save_file(held, where / "model.safetensors")
-        found = answer(where, "--partial", "--json")
-        assert found[key] is None
-        assert found["neurons" if key == "heads" else "heads"] is not None
-        assert bool(found["erasure"]) == (key == "neurons")
+        given = answer(where, "--partial", "--json")
+        answers = [given, *given.get("more", [])]
+        assert [part["question"] for part in answers] == questions
+        assert all(part["rows"] for part in answers)
 
 
 @pytest.mark.real
 def test_the_real_model_has_the_classes_that_were_counted_independently() -> None:
-    found = answer("smollm2-135m", "--json", "--top", 5)
-    neurons = found["neurons"]
+    given = answer("smollm2-135m", "--json", "--top", 5)
+    neurons, (heads, erasure) = given["summary"], given["more"]
     assert (neurons["count"], neurons["weakening"], neurons["strengthening"]) == (46080, 2207, 3871)
     assert neurons["null"]["weakening"] < 1e-20
-    assert torch.tensor([row["weakening"] for row in neurons["by_layer"]]).argmax() == 18
-    assert found["heads"]["erasers"][0]["negative_share"] > 0.99
-    assert found["heads"]["copiers"][0]["token_copying"] > 0.99
-    assert {row["eraser"] for row in found["erasure"]} == {"L29H0"}
+    assert torch.tensor([row["weakening"] for row in given["rows"]]).argmax() == 18
+    assert heads["rows"][0]["negative_share"] > 0.99
+    assert heads["summary"]["copiers"][0]["token_copying"] > 0.99
+    assert {row["eraser"] for row in erasure["rows"]} == {"L29H0"}

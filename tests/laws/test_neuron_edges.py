@@ -12,11 +12,13 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
+from virtual_weights.analysis.maps.neuron_side import NeuronSide, neuron_side
 from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import BINS, NeuronEdges, NeuronNeuron, NeuronSide, neuron_side
+from virtual_weights.analysis.pairs.neuron_neuron import BINS, NeuronCosines, NeuronNeuron, NeuronReaders
 from virtual_weights.atlas import Atlas, edges
 from virtual_weights.linalg import haar_moments
 from virtual_weights.record import Record
+from virtual_weights.stream.question import asking
 
 MODELS = ("llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary")
 
@@ -62,14 +64,14 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "ragged":
         monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_heads._TILE_BYTES", 4 * 7 * 24)
         monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_neuron._TILE_BYTES", 4 * 7 * 40)
-        groups = NeuronSide.groups
-        monkeypatch.setattr(NeuronSide, "groups", lambda self, memory: groups(self, 1))
+        batches = NeuronSide.batches
+        monkeypatch.setattr(NeuronSide, "batches", lambda self, memory: batches(self, 1))
 
 
 def test_layers_held_at_once_fit_into_memory() -> None:
     side = neuron_side(vw.open(tiny("llama-full")), "up")
     one = 4 * 24 * 40
-    assert [[[p.layer for p in group] for group in side.groups(n)] for n in (1, 2 * one, 3 * one)] == [
+    assert [[[part.mlp.layer for part in batch] for batch in side.batches(n)] for n in (1, 2 * one, 3 * one)] == [
         [[0], [1], [2]],
         [[0, 1], [2]],
         [[0, 1, 2]],
@@ -112,7 +114,7 @@ def test_neurons_into_heads_equal_their_dense_twins(name: str) -> None:
         agree(record, strength, own, square, stream.d_model)
         assert torch.equal(record["score"].isnan(), ~reach)
         shared = port != "Q" and stream.spec.group > 1
-        assert record.axis("head").channels == (tuple(c.channel for c in stream.heads) if shared else ())
+        assert record.axis("head").groups == (tuple(c.kv_group for c in stream.heads) if shared else ())
 
 
 def dense_cosines(stream: vw.Stream, port: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +136,11 @@ def brute(cosine: Tensor, top: int) -> dict[int, list[float]]:
     return rows
 
 
+def three(stream: vw.Stream, port: str, top: int) -> list[Record]:
+    """The writers of every reader, the readers of every writer, and the histogram, of one pass."""
+    return asking(stream)([table(port, top) for table in (NeuronNeuron, NeuronReaders, NeuronCosines)])
+
+
 def by(record: Record, side: str, labels: list[str]) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     for name, score, rank in zip(record[side], record["score"].tolist(), record["rank"].tolist(), strict=True):
@@ -150,8 +157,8 @@ def test_the_strongest_edges_are_those_of_brute_force(name: str, top: int) -> No
     labels = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(stream.spec.d_mlp)]
     for port in neuron_ports(stream):
         cosine, product, _ = dense_cosines(stream, port)
-        found = NeuronNeuron(port, top).all(stream)
-        for record, side, dense in ((found.readers, "reader", cosine), (found.writers, "writer", cosine.T)):
+        readers, writers, _ = three(stream, port, top)
+        for record, side, dense in ((readers, "reader", cosine), (writers, "writer", cosine.T)):
             expected, got = brute(dense, top), by(record, side, labels)
             assert list(got) == list(expected), "in order, and only those that have a partner"
             for i, scores in expected.items():
@@ -169,7 +176,7 @@ def test_the_histogram_counts_every_reaching_pair_once(name: str) -> None:
     stream = vw.open(tiny(name))
     for port in neuron_ports(stream):
         cosine, _, reach = dense_cosines(stream, port)
-        record = NeuronNeuron(port).all(stream).histogram
+        record = NeuronCosines(port)(stream)
         there = cosine[reach]
         assert int(record["count"].sum()) == record.stamp["pairs"] == int(reach.sum())
         assert record["count"].dtype == torch.int64
@@ -183,7 +190,7 @@ def test_the_histogram_counts_every_reaching_pair_once(name: str) -> None:
 
 def test_expected_counts_are_those_of_random_directions() -> None:
     """d = 24: the model's own rows are Gaussian, so its histogram is its null, up to chance."""
-    record = NeuronNeuron("in").all(vw.open(tiny("gpt2"), fold=False)).histogram
+    record = NeuronCosines("in")(vw.open(tiny("gpt2"), fold=False))
     count, expected = record["count"].double(), record["expected"]
     wide = expected.reshape(-1, 10).sum(1)
     assert float((count.reshape(-1, 10).sum(1) - wide).abs().sum()) < 0.05 * record.stamp["pairs"]
@@ -195,10 +202,10 @@ def test_expected_counts_are_those_of_random_directions() -> None:
 def tables(stream: vw.Stream) -> list[Tensor]:
     """What may not move: scores of all pairs, and the sorted signed cosines."""
     port = neuron_ports(stream)[-1]
-    found: NeuronEdges = NeuronNeuron(port, 4).all(stream)
+    readers, writers, _ = three(stream, port, 4)
     heads = [HeadNeuron(port)(stream), *(NeuronHead(p)(stream) for p in ("Q", "K", "V"))]
     names = ("score", "strength", "z")
-    return [found.readers["score"], found.writers["score"], *(record[name] for record in heads for name in names)]
+    return [readers["score"], writers["score"], *(record[name] for record in heads for name in names)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -220,11 +227,11 @@ def test_neurons_without_direction_have_no_edge() -> None:
         model.model.layers[2].mlp.up_proj.weight[5] = 0
         model.model.layers[0].self_attn.o_proj.weight[:, 4:8] = 0
     stream = vw.open(model)
-    found = NeuronNeuron("up", 200).all(stream)
-    assert found.histogram.stamp["pairs"] == 40 * 40 * 3 - 80 - 80 + 1
-    assert not {"L0N3"} & {*found.readers["writer"], *found.writers["writer"]}
-    assert not {"L2N5"} & {*found.readers["reader"], *found.writers["reader"]}
-    assert len(found.readers["reader"]) == len(found.writers["reader"]) == 40 * 40 * 3 - 80 - 80 + 1
+    readers, writers, cosines = three(stream, "up", 200)
+    assert cosines.stamp["pairs"] == 40 * 40 * 3 - 80 - 80 + 1
+    assert not {"L0N3"} & {*readers["writer"], *writers["writer"]}
+    assert not {"L2N5"} & {*readers["reader"], *writers["reader"]}
+    assert len(readers["reader"]) == len(writers["reader"]) == 40 * 40 * 3 - 80 - 80 + 1
     heads = HeadNeuron("up")(stream)
     assert heads["score"][85].isnan().all()
     assert heads["score"][:, 1].isnan().all()
@@ -237,9 +244,9 @@ def test_a_cosine_of_zero_is_an_edge_all_the_same() -> None:
         for layer in model.model.layers:
             layer.mlp.up_proj.weight[:, 0] = 0
             layer.mlp.down_proj.weight[1:] = 0
-    found = NeuronNeuron("up", 50).all(vw.open(model))
-    assert found.readers["score"].tolist() == [0.0] * (40 * 40 + 40 * 50)
-    assert found.writers["rank"].tolist() == [*range(1, 51)] * 40 + [*range(1, 41)] * 40
+    readers, writers, _ = three(vw.open(model), "up", 50)
+    assert readers["score"].tolist() == [0.0] * (40 * 40 + 40 * 50)
+    assert writers["rank"].tolist() == [*range(1, 51)] * 40 + [*range(1, 41)] * 40
 
 
 @pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2"])
@@ -257,10 +264,10 @@ def test_one_neuron_or_head_is_the_same_cut_out_of_all(name: str) -> None:
     into = NeuronHead("K", writer="L0N7")(stream)
     torch.testing.assert_close(into["score"][:, 0], from_neurons["score"][:, w], equal_nan=True)
     cosine, _, _ = dense_cosines(stream, port)
-    alone = NeuronNeuron(port, 6, reader="L2N7").all(stream)
-    assert set(alone.readers["reader"]) == {"L2N7"}
-    assert alone.readers["score"].tolist() == pytest.approx(brute(cosine, 6)[n], abs=1e-6)
-    out = NeuronNeuron(port, 6, writer="L0N7").all(stream).writers
+    alone = NeuronNeuron(port, 6, reader="L2N7")(stream)
+    assert set(alone["reader"]) == {"L2N7"}
+    assert alone["score"].tolist() == pytest.approx(brute(cosine, 6)[n], abs=1e-6)
+    out = NeuronReaders(port, 6, writer="L0N7")(stream)
     assert out["score"].tolist() == pytest.approx(brute(cosine.T, 6)[w], abs=1e-6)
     assert out.axis("edge").labels == tuple("123456")
 
@@ -276,8 +283,8 @@ def test_progress_ends_where_all_is_done() -> None:
 
 def test_an_atlas_keeps_them_and_answers(tmp_path: Path) -> None:
     stream = vw.open(tiny("llama-full"))
-    atlas, found = Atlas.create(tmp_path, stream.provenance), NeuronNeuron("up", 5).all(stream)
-    for record in (found.readers, found.writers, found.histogram, HeadNeuron("up")(stream), NeuronHead("K")(stream)):
+    atlas, tables = Atlas.create(tmp_path, stream.provenance), three(stream, "up", 5)
+    for record in (*tables, HeadNeuron("up")(stream), NeuronHead("K")(stream)):
         kept = atlas.get(atlas.put(record))
         for column in record.columns:
             other = kept[column.name]
@@ -286,8 +293,8 @@ def test_an_atlas_keeps_them_and_answers(tmp_path: Path) -> None:
             else:
                 assert other == column.values
     rows = edges(atlas, "L2N7.up", question="neuron_edges", by="magnitude", top=5)
-    there = [i for i, name in enumerate(found.readers["reader"]) if name == "L2N7"]
-    assert [row["writer"] for row in rows] == [found.readers["writer"][i] for i in there]
+    there = [i for i, name in enumerate(tables[0]["reader"]) if name == "L2N7"]
+    assert [row["writer"] for row in rows] == [tables[0]["writer"][i] for i in there]
 
 
 def test_the_smallest_and_the_wrong() -> None:

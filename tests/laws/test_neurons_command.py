@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import virtual_weights as vw
 from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron, NeuronReaders
 from virtual_weights.cli.neurons import neurons
 
 app = typer.Typer()
@@ -27,8 +27,13 @@ def answer(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def ends(found: dict[str, Any]) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
-    return [(t["from"], t["to"], t["port"], [(e["writer"], e["reader"]) for e in t["edges"]]) for t in found["tables"]]
+def tables(given: dict[str, Any]) -> list[dict[str, Any]]:
+    return [given, *given.get("more", [])]
+
+
+def ends(given: dict[str, Any]) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
+    of = ((table["summary"], table["rows"]) for table in tables(given))
+    return [(s["from"], s["to"], s["port"], [(e["writer"], e["reader"]) for e in rows]) for s, rows in of]
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +44,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_model(folder: Path) -> None:
-    found, stream = answer(folder, "--top", 4), vw.open(folder)
+    given, stream = answer(folder, "--top", 4), vw.open(folder)
     pairs, heads = NeuronNeuron("up")(stream).top(4, "magnitude"), HeadNeuron("up")(stream).top(4)
-    assert ends(found) == [
+    assert ends(given) == [
         ("neuron", "neuron", "up", list(zip(pairs["writer"], pairs["reader"], strict=True))),
         ("head", "neuron", "up", list(zip(heads["head"], heads["neuron"], strict=True))),
     ]
-    assert [e["score"] for e in found["tables"][0]["edges"]] == pairs["score"].tolist()
-    assert min(e["score"] for e in found["tables"][0]["edges"]) < 0 < max(pairs["score"]), "signed, by magnitude"
-    assert found["tables"][0]["pairs"] == 3 * 40 * 40
-    assert (found["model"], found["norm"], found["provenance"]) == (str(folder), "gain folded", stream.provenance)
+    assert [e["score"] for e in given["rows"]] == pairs["score"].tolist()
+    assert min(e["score"] for e in given["rows"]) < 0 < max(pairs["score"]), "signed, by magnitude"
+    assert given["summary"]["pairs"] == 3 * 40 * 40
+    assert (given["model"], given["stamp"]["norm"]) == (str(folder), "gain folded")
+    assert given["provenance"] == stream.provenance
 
 
 def test_one_reader_or_one_writer(folder: Path) -> None:
     stream = vw.open(folder)
-    found = answer(folder, "--reader", "L2N5.gate", "--top", 3)
-    assert [t[:3] for t in ends(found)] == [("neuron", "neuron", "gate"), ("head", "neuron", "gate")]
-    assert {reader for t in ends(found) for _, reader in t[3]} == {"L2N5"}
-    best = NeuronNeuron("gate", 3, writer="L0N9").all(stream).writers
+    given = answer(folder, "--reader", "L2N5.gate", "--top", 3)
+    assert [t[:3] for t in ends(given)] == [("neuron", "neuron", "gate"), ("head", "neuron", "gate")]
+    assert {reader for t in ends(given) for _, reader in t[3]} == {"L2N5"}
+    best = NeuronReaders("gate", 3, writer="L0N9")(stream)
     (only,) = ends(answer(folder, "--writer", "L0N9.out", "--port", "gate", "--top", 3))
     assert only[3] == [("L0N9", reader) for reader in best["reader"]]
     (only,) = ends(answer(folder, "--writer", "0.3", "--top", 3))
@@ -66,15 +72,15 @@ def test_one_reader_or_one_writer(folder: Path) -> None:
         "up",
         [("L0H3", n) for n in HeadNeuron("up", writer="L0H3")(stream).top(3)["neuron"]],
     )
-    tables = answer(folder, "--reader", "L2H4", "--top", 2)["tables"]
-    assert [t["port"] for t in tables] == ["Q", "K", "V"]
+    by_port = tables(answer(folder, "--reader", "L2H4", "--top", 2))
+    assert [table["summary"]["port"] for table in by_port] == ["Q", "K", "V"]
     best_k = NeuronHead("K", "L2H4")(stream).top(2)
-    assert [(e["writer"], e["score"]) for e in tables[1]["edges"]] == list(
+    assert [(e["writer"], e["score"]) for e in by_port[1]["rows"]] == list(
         zip(best_k["neuron"], best_k["score"].tolist(), strict=True)
     )
-    assert ["channel" in t["edges"][0] for t in tables] == [False, True, True]
-    (one,) = answer(folder, "--reader", "L2N5", "--writer", "L1N6")["tables"]
-    assert [(e["writer"], e["reader"]) for e in one["edges"]] == [("L1N6", "L2N5")]
+    assert ["group" in table["rows"][0] for table in by_port] == [False, True, True]
+    (one,) = tables(answer(folder, "--reader", "L2N5", "--writer", "L1N6"))
+    assert [(e["writer"], e["reader"]) for e in one["rows"]] == [("L1N6", "L2N5")]
 
 
 def test_tables_for_people(folder: Path) -> None:
@@ -95,8 +101,8 @@ def test_tables_for_people(folder: Path) -> None:
         (("--reader", "L2N5", "--port", "K"), "no edges of single neurons"),
         (("--port", "unembed"), "no edges of single neurons"),
         (("--port", "in"), "no port 'in'"),
-        (("--writer", "L1.mlp"), "no such end"),
-        (("--writer", "L1N3.up"), "no such end"),
+        (("--writer", "L1.mlp"), "cannot be that end"),
+        (("--writer", "L1N3.up"), "cannot be that end"),
         (("--reader", "L9N3"), "no neuron 'L9N3'"),
         (("--writer", "L0H9"), "no head 'L0H9'"),
         (("--reader", "who"), "names no component"),

@@ -1,4 +1,4 @@
-"""Laws of the Record: order, absence, channels, strict JSON, safe HTML, long tables."""
+"""Laws of the Record: order, absence, groups, strict JSON, safe HTML, long tables."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from virtual_weights.record import Axis, Column, Record
 NAN = math.nan
 
 
-def pairs(scores: list[list[float]], channels: tuple[str, ...] = (), **other: torch.Tensor) -> Record:
+def pairs(scores: list[list[float]], groups: tuple[str, ...] = (), **other: torch.Tensor) -> Record:
     values = torch.tensor(scores, dtype=torch.float64)
-    readers = Axis("reader", tuple(f"R{i}" for i in range(values.shape[0])), channels)
+    readers = Axis("reader", tuple(f"R{i}" for i in range(values.shape[0])), groups)
     writers = Axis("writer", tuple(f"W{i}" for i in range(values.shape[1])))
     columns = (Column("score", values, "1"), *(Column(name, tensor) for name, tensor in other.items()))
     return Record("composition", (readers, writers), columns, {"port": "K"})
@@ -84,12 +84,12 @@ def test_a_table_led_by_text_still_drops_absent_rows():
     assert [row["part"] for row in record.rows()] == ["a"]
 
 
-def test_channels_stand_beside_their_labels():
-    record = pairs([[1.0], [2.0]], channels=("g0", "g0"))
+def test_groups_stand_beside_their_labels():
+    record = pairs([[1.0], [2.0]], groups=("g0", "g0"))
     row = next(record.rows())
-    assert row == {"reader": "R0", "reader_channel": "g0", "writer": "W0", "score": 1.0}
-    assert list(row) == ["reader", "reader_channel", "writer", "score"]
-    assert record.top(1)["reader_channel"] == ("g0",)
+    assert row == {"reader": "R0", "reader_group": "g0", "writer": "W0", "score": 1.0}
+    assert list(row) == ["reader", "reader_group", "writer", "score"]
+    assert record.top(1)["reader_group"] == ("g0",)
 
 
 def test_json_is_strict():
@@ -150,7 +150,7 @@ def test_an_unknown_label_is_refused_with_some_known_ones():
         lambda: Record("q", (Axis("a", ("x",)),), (Column("v", torch.ones(1, dtype=torch.complex64)),)),
         lambda: Record("q", (Axis("a", ("x", "y"), ("g",)),), ()),
     ],
-    ids=["shape", "name twice", "complex", "channels for some"],
+    ids=["shape", "name twice", "complex", "groups for some"],
 )
 def test_a_record_that_contradicts_itself_is_our_own_bug(build):
     with pytest.raises(AssertionError):
@@ -158,11 +158,11 @@ def test_a_record_that_contradicts_itself_is_our_own_bug(build):
 
 
 def test_parquet_holds_the_rows_under_their_names(tmp_path):
-    record = pairs([[NAN, 0.5], [0.25, 0.125]], channels=("g0", "g0"), z=torch.tensor([[1.0, NAN], [2.0, 3.0]]))
+    record = pairs([[NAN, 0.5], [0.25, 0.125]], groups=("g0", "g0"), z=torch.tensor([[1.0, NAN], [2.0, 3.0]]))
     record.to_parquet(tmp_path / "edges.parquet")
     with duckdb.connect() as database:
-        found = database.read_parquet(str(tmp_path / "edges.parquet"))
-        rows = [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+        table = database.read_parquet(str(tmp_path / "edges.parquet"))
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.fetchall()]
     assert rows == list(record.rows())
 
 
@@ -179,8 +179,8 @@ def test_parquet_keeps_the_kinds_of_a_table(tmp_path):
     record = Record("q", (Axis("part", ("a", "b", "c")),), columns)
     record.to_parquet(tmp_path / "t.parquet")
     with duckdb.connect() as database:
-        found = database.read_parquet(str(tmp_path / "t.parquet"))
-        types, rows = [str(t) for t in found.types], found.fetchall()
+        table = database.read_parquet(str(tmp_path / "t.parquet"))
+        types, rows = [str(t) for t in table.types], table.fetchall()
     assert types == ["VARCHAR", "FLOAT", "BIGINT", "BOOLEAN", "VARCHAR", "BOOLEAN", "VARCHAR", "VARCHAR"]
     assert rows[0] == ("a", pytest.approx(0.1, rel=1e-2), 2**40, True, "late", True, "1", None)
     assert rows[1][4:] == (None, None, '"one"', None)
@@ -195,14 +195,14 @@ def test_parquet_keeps_text_that_comes_late(tmp_path):
         assert database.read_parquet(str(tmp_path / "t.parquet")).fetchall()[-1] == (str(n - 1), "x")
 
 
-def test_select_keeps_values_with_their_labels_and_channels():
+def test_select_keeps_values_with_their_labels_and_groups():
     axes = (Axis("reader", ("a", "b", "c"), ("x", "y", "y")), Axis("writer", ("p", "q")))
     record = Record("pairs", axes, (Column("score", torch.arange(6.0).view(3, 2)),), {"port": "K"})
-    chosen = record.select("reader", ("c", "a"))
-    assert (chosen.axis("reader").labels, chosen.axis("reader").channels) == (("c", "a"), ("y", "x"))
-    assert chosen["score"].tolist() == [[4, 5], [0, 1]]
-    assert chosen.select("writer", ["q"])["score"].tolist() == [[5], [1]]
-    assert chosen.parameters == {"port": "K"}
+    selection = record.select("reader", ("c", "a"))
+    assert (selection.axis("reader").labels, selection.axis("reader").groups) == (("c", "a"), ("y", "x"))
+    assert selection["score"].tolist() == [[4, 5], [0, 1]]
+    assert selection.select("writer", ["q"])["score"].tolist() == [[5], [1]]
+    assert selection.parameters == {"port": "K"}
     table = Record("list", (Axis("row", ("1", "2")),), (Column("name", ("one", "two")),))
     assert table.select("row", ["2"])["name"] == ("two",)
     with pytest.raises(UsageError, match="no reader 'z'"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap, welch
-from virtual_weights.analysis.crowding.dictionary import dictionary
+from virtual_weights.analysis.crowding.directions import directions
 from virtual_weights.analysis.crowding.interference import Interference
 from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
 
@@ -37,7 +37,7 @@ def test_coherence_equals_its_dense_twin(kind: str) -> None:
     for layer in range(3):
         mlp = stream[f"L{layer}.mlp"]
         if kind == "ov":
-            heads = [stream[str(c.label)].ov.dense() for c in stream.heads_of(layer)]
+            heads = [stream[label].ov.dense() for label in stream.groups[f"L{layer}.attn"].labels]
             rows += [torch.linalg.svd(ov)[0][:, 0] for ov in heads]
         else:
             map = {"out": mlp.out.T, "in": mlp.up, "gate": mlp.gate}[kind]
@@ -46,14 +46,14 @@ def test_coherence_equals_its_dense_twin(kind: str) -> None:
     cosines = (unit @ unit.T).abs()
     pairs = cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)]
     record = Coherence(kind)(stream)
-    found = gap(record)
-    assert found["largest"] == pytest.approx(float(pairs.max()), abs=1e-6)
-    assert found["mean_square"] == pytest.approx(float(pairs.square().mean()), abs=1e-6)
-    assert found["frame_potential"] == pytest.approx(float(cosines.square().sum()), rel=1e-5)
+    figures = gap(record)
+    assert figures["largest"] == pytest.approx(float(pairs.max()), abs=1e-6)
+    assert figures["mean_square"] == pytest.approx(float(pairs.square().mean()), abs=1e-6)
+    assert figures["frame_potential"] == pytest.approx(float(cosines.square().sum()), rel=1e-5)
     assert int(record["count"].sum()) == int(record["random"].sum()) == len(pairs)
-    names, own = dictionary(stream, kind)
-    i, j = (names.index(name) for name in found["largest_pair"])
-    assert abs(float(own[i] @ own[j])) == pytest.approx(found["largest"], abs=1e-6)
+    names, unit_rows = directions(stream, kind)
+    i, j = (names.index(name) for name in figures["largest_pair"])
+    assert abs(float(unit_rows[i] @ unit_rows[j])) == pytest.approx(figures["largest"], abs=1e-6)
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +79,8 @@ def test_known_frames() -> None:
     assert welch(D, D) == 0.0
     few = torch.zeros(120, D, dtype=torch.float64)
     few[:D] = frame(1).T
-    found = gap(Coherence("out")(vw.open(writing(few))))
-    assert (found["directions"], found["largest"]) == (D, pytest.approx(0, abs=1e-6))
+    figures = gap(Coherence("out")(vw.open(writing(few))))
+    assert (figures["directions"], figures["largest"]) == (D, pytest.approx(0, abs=1e-6))
 
 
 @given(st.integers(2, 60), st.integers(2, 40), st.integers(0, 10**6))
@@ -96,11 +96,11 @@ def test_gauges() -> None:
     model = tiny("llama-grouped-untied", dtype=torch.float64)
     first, *others = (vw.open(m) for m in (model, rebased(model, 1), rotated(model, 2)))
     for kind in ("out", "in", "gate", "ov"):
-        own = gap(Coherence(kind)(first))
+        before = gap(Coherence(kind)(first))
         for other in others:
-            found = gap(Coherence(kind)(other))
+            after = gap(Coherence(kind)(other))
             for name in ("largest", "mean_square", "frame_potential"):
-                assert found[name] == pytest.approx(own[name], rel=1e-4)
+                assert after[name] == pytest.approx(before[name], rel=1e-4)
     for question in (Interference(most=64), Recovery(size=40, most=16, methods=("matched", "least_squares"))):
         for other in others:
             for column in question(first).columns:
@@ -109,11 +109,11 @@ def test_gauges() -> None:
 
 @pytest.mark.parametrize(("d", "eps"), [(24, 0.5), (576, 0.1), (4096, 0.03)])
 def test_capacity_counts(d: int, eps: float) -> None:
-    found = capacity(d, eps)
-    assert found.published == pytest.approx(d / eps**2)
-    assert found.active_signals == pytest.approx(1 + d * eps**2)
-    if found.welch is not None:
-        assert welch(math.floor(found.welch), d) <= eps <= welch(math.ceil(found.welch) + 1, d)
+    counts = capacity(d, eps)
+    assert counts.published == pytest.approx(d / eps**2)
+    assert counts.active_signals == pytest.approx(1 + d * eps**2)
+    if counts.welch is not None:
+        assert welch(math.floor(counts.welch), d) <= eps <= welch(math.ceil(counts.welch) + 1, d)
 
 
 def test_the_random_code_is_there_as_promised() -> None:
@@ -128,12 +128,12 @@ def test_the_random_code_is_there_as_promised() -> None:
 
 
 def test_interference_of_random_directions_has_both_powers() -> None:
-    found = Interference(most=1024, trials=8)(vw.open(wide_random()))
-    powers = found.stamp["exponents"]
+    record = Interference(most=1024, trials=8)(vw.open(wide_random()))
+    powers = record.stamp["exponents"]
     assert powers["total"]["low"] - 0.05 < 2 < powers["total"]["high"] + 0.05
     assert powers["error"]["low"] - 0.05 < 1 < powers["error"]["high"] + 0.05
-    torch.testing.assert_close(found["total"], found["random_total"], rtol=0.1, atol=0.0)
-    torch.testing.assert_close(found["error"], found["random_error"], rtol=0.4, atol=0.0)
+    torch.testing.assert_close(record["total"], record["random_total"], rtol=0.1, atol=0.0)
+    torch.testing.assert_close(record["error"], record["random_error"], rtol=0.4, atol=0.0)
 
 
 def wide_random() -> nn.Module:
@@ -161,8 +161,8 @@ def test_recovery_knows_orthogonal_directions_and_repeated_ones() -> None:
 def test_sparse_recovery_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("virtual_weights.analysis.crowding.recovery.find_spec", lambda name: None)
     stream = vw.open(tiny("llama-full"))
-    found = Recovery(size=40, most=8)(stream)
-    assert [column.name for column in found.columns] == ["matched", "least_squares", "known_support"]
+    record = Recovery(size=40, most=8)(stream)
+    assert [column.name for column in record.columns] == ["matched", "least_squares", "known_support"]
     with pytest.raises(vw.VirtualWeightsError, match="scikit-learn") as error:
         Recovery(methods=("sparse",))(stream)
     assert "pip install" in str(error.value)

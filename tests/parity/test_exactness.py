@@ -32,14 +32,14 @@ def test_the_law_fails_when_the_norm_is_left_out(name: str) -> None:
 def test_rotary_offset_gives_the_attention_logits_of_transformers(name: str) -> None:
     """``x_q^T QK(D) x_k`` summed with constants equals rotated q . rotated k at every offset."""
     model = tiny(name, dtype=torch.float64)
-    stream, seen = vw.open(model), flow(model, TOKENS)
+    stream, signals = vw.open(model), flow(model, TOKENS)
     module = model.get_submodule({"gpt_neox": "gpt_neox"}.get(model.config.model_type, "model"))
     places = torch.arange(len(TOKENS))[None]
     cos, sin = module.rotary_emb(torch.zeros(1, dtype=torch.float64), places)
     k = stream.spec.d_head
     for head in (0, stream.spec.n_heads - 1):
-        q = seen.reads["Q", 1].unflatten(-1, (-1, k))[:, head]
-        key = seen.reads["K", 1].unflatten(-1, (-1, k))[:, head // stream.spec.group]
+        q = signals.reads["Q", 1].unflatten(-1, (-1, k))[:, head]
+        key = signals.reads["K", 1].unflatten(-1, (-1, k))[:, head // stream.spec.group]
         turned = _apply(model, q, key, cos, sin)
         logits = turned[0] @ turned[1].T
         for offset in (0, 1, 4):

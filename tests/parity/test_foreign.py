@@ -19,14 +19,15 @@ from tiny_models import SHAPES, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.checkpoint.live_module import twin, unwrapped
+from virtual_weights.checkpoint.mapping_source import twin, unwrapped
 from virtual_weights.errors import CheckpointError, UsageError
 from virtual_weights.record import Record
-from virtual_weights.runtime import load, module_name
-from virtual_weights.runtime.edges.ablation import Trial, prove
-from virtual_weights.runtime.flow.observation import observe
-from virtual_weights.runtime.flow.trace import passage, trace
-from virtual_weights.runtime.running.hooks import watching
+from virtual_weights.runtime import Run
+from virtual_weights.runtime.edges.ablation import Ablation
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.flow.trace import Trace
+from virtual_weights.runtime.running import load, module_name
+from virtual_weights.runtime.running.hooks import places, watching
 from virtual_weights.stream.lens_shapes import in_lens_shapes
 
 TOKENS = torch.randint(0, 37, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -56,10 +57,10 @@ class Wrapper(nn.Module):
 
 def standing_in(library: str, *names: str) -> type:
     """A class of a peer: its module's name and the names of its bases, the last one first."""
-    found: type = Envoy if library.startswith("nnsight") else nn.Module
+    peer: type = Envoy if library.startswith("nnsight") else nn.Module
     for name in names:
-        found = type(name, (found,), {"__module__": library})
-    return found
+        peer = type(name, (peer,), {"__module__": library})
+    return peer
 
 
 LanguageModel = standing_in("nnsight.modeling.language", "Envoy", "LanguageModel")
@@ -71,9 +72,9 @@ def bridged(model: nn.Module) -> Any:
     """Every map, norm, attention, MLP and block wrapped, innermost first; a bias of zeros on the unembedding."""
     modules = dict(model.named_modules())
     for name in sorted(modules, key=lambda n: -n.count(".")):
-        above, _, own = name.rpartition(".")
-        if name and not isinstance(modules[name], nn.ModuleList) and (above or own == "lm_head"):
-            setattr(modules[above], own, Wrapper(modules[name]))
+        above, _, last = name.rpartition(".")
+        if name and not isinstance(modules[name], nn.ModuleList) and (above or last == "lm_head"):
+            setattr(modules[above], last, Wrapper(modules[name]))
     head: Any = modules["lm_head"]
     del head.bias
     head.register_buffer("bias", torch.zeros(37))
@@ -132,21 +133,22 @@ def test_it_is_measured_as_the_plain_model_is(wrapping: str, name: str, tmp_path
         assert torch.equal(opened.source.read(tensor), stream.source.read(tensor))
 
     exact = {"rtol": 0, "atol": 0, "equal_nan": True}
-    ours, own = observe(opened, [TOKENS], other), observe(stream, [TOKENS], plain)
+    runs = [Run.on_tokens(s, TOKENS, model=m) for s, m in ((opened, other), (stream, plain))]
+    moments = [Observation().moments(run) for run in runs]
     for part in ("mean", "states", "attention", "neurons"):
-        torch.testing.assert_close(getattr(ours, part), getattr(own, part), **exact)
+        torch.testing.assert_close(getattr(moments[0], part), getattr(moments[1], part), **exact)
     port = "L1H2.K"
-    found = [trace(passage(s, TOKENS[0], m), port) for s, m in ((opened, other), (stream, plain))]
-    torch.testing.assert_close(columns(found[0]), columns(found[1]), **exact)
-    assert found[0].stamp["error"] < 1e-5
-    edges, trial = [("L0H1", port), ("L0.mlp", "L1.mlp.in" if not stream.spec.gated else "L1.mlp.up")], Trial(random=3)
-    proofs = [columns(prove(s, edges, TOKENS, trial, m)) for s, m in ((opened, other), (stream, plain))]
-    for column, values in proofs[1].items():
+    traces = [Trace(port)(run.prompt()) for run in runs]
+    torch.testing.assert_close(columns(traces[0]), columns(traces[1]), **exact)
+    assert traces[0].stamp["error"] < 1e-5
+    edges = [("L0H1", port), ("L0.mlp", "L1.mlp.in" if not stream.spec.gated else "L1.mlp.up")]
+    effects = [columns(Ablation(edges, random=3)(run)) for run in runs]
+    for column, values in effects[1].items():
         if isinstance(values, Tensor):
-            torch.testing.assert_close(proofs[0][column], values, **exact)
+            torch.testing.assert_close(effects[0][column], values, **exact)
         else:
-            assert proofs[0][column] == values
-    assert proofs[1]["effect_nats"].abs().max() > 1e-4
+            assert effects[0][column] == values
+    assert effects[1]["effect_nats"].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -199,9 +201,9 @@ def test_weights_that_transformer_lens_changed_are_refused() -> None:
     processed = bridged(tiny("gpt2"))
     processed.__dict__["_weights_processed"] = True
     stream = vw.open(tiny("gpt2"))
-    for changed, said in ((processed, "folded or centred"), (HookedTransformer(), "HookedTransformer keeps")):
+    for changed, message in ((processed, "folded or centred"), (HookedTransformer(), "HookedTransformer keeps")):
         for use in (vw.open, lambda model: load(stream, model)):
-            with pytest.raises(CheckpointError, match=rf"{said}[\s\S]*to do: [\s\S]*TransformerBridge"):
+            with pytest.raises(CheckpointError, match=rf"{message}[\s\S]*to do: [\s\S]*TransformerBridge"):
                 use(changed)  # type: ignore[operator]
 
 
@@ -209,7 +211,10 @@ def test_attention_without_pattern_is_refused_where_it_is_watched_by_hand() -> N
     model: Any = tiny("gpt2")
     stream = vw.open(model)
     model.set_attn_implementation("sdpa")
-    with watching(model, stream, ("pattern",), lambda *_: None), pytest.raises(UsageError, match="keeps no pattern"):
+    with (
+        watching(model, stream, places(stream, "pattern"), lambda *_: None),
+        pytest.raises(UsageError, match="keeps no pattern"),
+    ):
         model(TOKENS)
 
 
@@ -242,11 +247,11 @@ def test_what_the_page_shows_of_a_peer_is_so(library: str, tmp_path: Path) -> No
     tiny("gpt2", seed=3).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     page = tmp_path / "page.py"  # nnsight reads the source of what it traces
-    shown = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    page.write_text(next(block for block in shown if library in block), encoding="utf-8")
-    known = {"vw": vw, "torch": torch, "trace": trace, "passage": passage, "prove": prove, "folder": str(tmp_path)}
+    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    page.write_text(next(block for block in blocks if library in block), encoding="utf-8")
+    names = {"vw": vw, "torch": torch, "Run": Run, "Trace": Trace, "Ablation": Ablation, "folder": str(tmp_path)}
+    names |= {"module_name": module_name, "in_lens_shapes": in_lens_shapes, "tokens": TOKENS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        more = {"module_name": module_name, "in_lens_shapes": in_lens_shapes, "tokens": TOKENS}
-        ran = runpy.run_path(str(page), known | more)
-    assert ran["proof"].axis("edge").labels[0] == "L0H1 -> L1H2.K"
+        results = runpy.run_path(str(page), names)
+    assert results["effects"].axis("edge").labels[0] == "L0H1 -> L1H2.K"

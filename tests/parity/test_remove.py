@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime import module_of
-from virtual_weights.runtime.edges.edge import Edge, affected, next_token_loss
-from virtual_weights.runtime.edges.removal import Removal, removed
+from virtual_weights.runtime.edges.edge import Edge, Removal, affected, next_token_loss, removed
+from virtual_weights.runtime.running.hooks import module_of
 from virtual_weights.stream import Stream
+from virtual_weights.stream.group import READINGS
 
 TOKENS = torch.randint(0, 37, (3, 7), generator=torch.Generator().manual_seed(5))
 WRITERS = ("L0H1", "L0.mlp", "L0N3", "embed")
@@ -42,14 +42,14 @@ def seen_by(model: nn.Module, places: dict[str, nn.Module]) -> tuple[dict[str, T
 def contribution(model: nn.Module, stream: Stream, writer: str) -> Tensor:
     """What a writer writes: the output of its layer's module less that without the writer's own inner part."""
     if writer in ("embed", "pos"):
-        _, gave, _ = seen_by(model, {"it": module_of(model, stream, writer)})
+        _, gave, _ = seen_by(model, {"it": module_of(model, stream, writer, writer)})
         return gave["it"].expand(len(TOKENS), -1, -1)
-    module = module_of(model, stream, "o" if "H" in writer else "down", 0)
+    module = module_of(model, stream, *(("o", "L0.attn") if "H" in writer else ("down", "L0.mlp")))
     inner = seen_by(model, {"it": module})[0]["it"]
     k = stream.spec.d_head
-    own = {"L0H1": slice(k, 2 * k), "L0.mlp": slice(None), "L0N3": slice(3, 4)}[writer]
+    columns = {"L0H1": slice(k, 2 * k), "L0.mlp": slice(None), "L0N3": slice(3, 4)}[writer]
     emptied = inner.clone()
-    emptied[..., own] = 0
+    emptied[..., columns] = 0
     with torch.no_grad():
         return module(inner) - module(emptied)
 
@@ -58,10 +58,8 @@ def recomputed(
     model: nn.Module, stream: Stream, edge: Edge, wrote: Tensor, instead: Tensor | None, move: bool
 ) -> tuple[Tensor, int]:
     """The output of the reader's module if the port read x less the writer, by the norm's and the module's weights."""
-    norm_role = {"head": "attn_norm", "unembed": "final_norm"}.get(edge.reader.kind, "mlp_norm")
-    layer = edge.reader.layer
-    norm: Any = module_of(model, stream, norm_role, layer)
-    module: Any = module_of(model, stream, edge.role, layer)
+    norm: Any = module_of(model, stream, "norm", edge.target)
+    module: Any = module_of(model, stream, READINGS[edge.port], edge.target)
     x = seen_by(model, {"norm": norm})[0]["norm"]
     without = x - wrote + (wrote.mean((0, 1)) if instead is None else instead)
 
@@ -104,11 +102,11 @@ def worst(name: str, dtype: torch.dtype, how: Removal) -> float:
     errors = []
     thorough = dtype == torch.float64 and how.replacement == "mean" and how.scalars == "held"
     writers = WRITERS if thorough else ("L0H1", "embed")
-    for writer in (*writers, *(("pos",) if thorough and stream.model.has("pos") else ())):
+    for writer in (*writers, *(("pos",) if thorough and stream.model.has("pos", "pos") else ())):
         wrote = contribution(model, stream, writer)
         for reader in readers(stream):
             edge = Edge.of(stream, writer, reader)
-            module = module_of(model, stream, edge.role, edge.reader.layer)
+            module = module_of(model, stream, READINGS[edge.port], edge.target)
             instead = torch.stack([wrote[1], wrote[2], wrote[0]]) if how.replacement == "resample" else None
             expected, width = recomputed(model, stream, edge, wrote, instead, how.scalars == "move")
             _, clean, before = seen_by(model, {"port": module})
@@ -155,29 +153,29 @@ def test_a_mean_of_the_whole_text_and_a_fraction() -> None:
     stream = vw.open(model).to(torch.float64)
     edge = Edge.of(stream, "L0H1", "L2H2.K")
     wrote = contribution(model, stream, "L0H1")
-    port = {"port": module_of(model, stream, "k", 2)}
+    port = {"port": module_of(model, stream, "k", "L2.attn")}
     clean = seen_by(model, port)[1]["port"]
     other = torch.linspace(-1, 1, 24, dtype=torch.float64)
     with removed(model, stream, [edge], Removal(means={"L0H1": other})), norms_in_full_precision():
-        found = seen_by(model, port)[1]["port"]
+        without = seen_by(model, port)[1]["port"]
     instead = other.expand_as(wrote)
     with norms_in_full_precision():
         expected, _ = recomputed(model, stream, edge, wrote, instead, move=False)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert torch.allclose(without, expected, rtol=0, atol=1e-6)
     with removed(model, stream, [edge], Removal(fraction=0.25, means={"L0H1": other})):
         quarter = seen_by(model, port)[1]["port"]
-    assert torch.allclose(quarter - clean, (found - clean) / 4, rtol=0, atol=1e-6)
+    assert torch.allclose(quarter - clean, (without - clean) / 4, rtol=0, atol=1e-6)
 
 
-def test_an_edge_says_which_heads_share_its_channel() -> None:
+def test_an_edge_says_which_heads_share_its_group() -> None:
     stream = vw.open(tiny("llama-grouped-untied"))
     edge = Edge.of(stream, "L0H1", "L2H4.K")
-    assert (edge.channel, edge.shared_with, str(edge)) == ("L2.kv1", ("L2H3", "L2H5"), "L0H1 -> L2H4.K")
+    assert (edge.kv_group, edge.shared_with, str(edge)) == ("L2.kv1", ("L2H3", "L2H5"), "L0H1 -> L2H4.K")
     assert edge.key == Edge.of(stream, "L0H1", "L2H3.K").key != Edge.of(stream, "L0H1", "L2H3.V").key
-    assert Edge.of(stream, "L0H1", "L2H4.Q").channel is None
+    assert Edge.of(stream, "L0H1", "L2H4.Q").kv_group is None
     write = affected(stream, edge)
     assert write is not None
-    assert (write.place, write.columns) == (("inner", 2), slice(12, 24))
+    assert (write.place, write.components) == (("inner", "L2.attn"), slice(3, 6))
 
 
 @pytest.mark.parametrize(
@@ -223,12 +221,12 @@ def test_nothing_is_left_behind() -> None:
     """No hook stays, and who looked at the port before the removal keeps what it saw."""
     model = tiny("gpt2")
     stream = vw.open(model)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def note(_module: nn.Module, _given: object, output: Tensor) -> None:
-        seen.append(output)
+        outputs.append(output)
 
-    hook = module_of(model, stream, "k", 2).register_forward_hook(note)
+    hook = module_of(model, stream, "k", "L2.attn").register_forward_hook(note)
     with torch.no_grad():
         before = model(TOKENS).logits
         with removed(model, stream, [Edge.of(stream, "L0H1", "L2H2.K")]):
@@ -237,7 +235,7 @@ def test_nothing_is_left_behind() -> None:
     hook.remove()
     assert torch.equal(before, after)
     assert not torch.equal(before, without)
-    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(outputs[0], outputs[1])
 
 
 def test_the_loss_is_that_of_transformers() -> None:
@@ -246,5 +244,5 @@ def test_the_loss_is_that_of_transformers() -> None:
         out = model(TOKENS, labels=TOKENS)
     assert torch.allclose(next_token_loss(out.logits, TOKENS).mean(), out.loss, rtol=1e-5, atol=0)
     late = next_token_loss(out.logits, TOKENS, 4)
-    own = out.logits.log_softmax(-1)[1, [3, 4, 5], TOKENS[1, [4, 5, 6]]]
-    assert torch.allclose(late[1], -own.mean(), rtol=1e-5, atol=0)
+    logs = out.logits.log_softmax(-1)[1, [3, 4, 5], TOKENS[1, [4, 5, 6]]]
+    assert torch.allclose(late[1], -logs.mean(), rtol=1e-5, atol=0)

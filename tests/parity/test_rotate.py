@@ -36,11 +36,11 @@ def rotated(
     stretch = torch.logspace(-skew, skew, len(turn), dtype=torch.float64)
     turned = Turned(stream, turn * stretch, fold)
     write_checkpoint(folder, turned.files, dtype, config_of(turned, dtype), {})
-    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     return loaded.eval()
 
 
@@ -48,9 +48,9 @@ def rotated(
 def test_a_rotated_model_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         model = tiny(name, dtype=dtype)
-        own = logits(model)
+        expected = logits(model)
         turned = logits(rotated(model, tmp_path / str(dtype), dtype))
-        assert float((own - turned).norm() / own.norm()) < bound
+        assert float((expected - turned).norm() / expected.norm()) < bound
     stored = load_file(tmp_path / "torch.float64" / "model.safetensors")
     ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
     embed = next(value for key, value in stored.items() if key.endswith(ends))
@@ -60,10 +60,10 @@ def test_a_rotated_model_gives_the_same_logits(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2", "neox-parallel-partial-rotary"])
 def test_without_folding_or_without_a_rotation_it_is_another_model(name: str, tmp_path: Path) -> None:
     model = tiny(name, dtype=torch.float64)
-    own = logits(model)
+    expected = logits(model)
     for label, options in {"gains": {"fold": False}, "skew": {"skew": 0.3}}.items():
         other = logits(rotated(model, tmp_path / label, torch.float64, **options))
-        assert float((own - other).norm() / own.norm()) > 1e-2, label
+        assert float((expected - other).norm() / expected.norm()) > 1e-2, label
 
 
 def test_layer_norm_needs_its_mean_direction_kept(tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_the_command_keeps_shards_tokenizer_and_configuration(
     shards = len(list(source.glob("*.safetensors")))
     assert shards > 2
     assert run(["rotate", str(source), str(out), "--seed", "4", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["files"] == shards == len(list(out.glob("*.safetensors")))
-    assert told["copied"] == ["generation_config.json", "tokenizer.json"]
-    assert any("unembedding" in change for change in told["changed"])
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    assert summary["files"] == shards == len(list(out.glob("*.safetensors")))
+    assert summary["copied"] == ["generation_config.json", "tokenizer.json"]
+    assert any("unembedding" in change for change in summary["changed"])
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
-    own = logits(model)
-    assert float((logits(loaded) - own).norm() / own.norm()) < 1e-4
+    expected = logits(model)
+    assert float((logits(loaded) - expected).norm() / expected.norm()) < 1e-4
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
     assert {k: v for k, v in after.items() if k not in ("tie_word_embeddings", "dtype")} == {
         k: v for k, v in before.items() if k not in ("tie_word_embeddings", "dtype")
@@ -116,8 +116,8 @@ def test_a_shift_is_carried_where_the_gain_is_nothing(
         for key, parameter in model.named_parameters():
             if key.endswith(("ln_1.weight", "ln_f.weight", "input_layernorm.weight", "final_layer_norm.weight")):
                 parameter[3] = gain
-    own, turned = logits(model), logits(rotated(model, tmp_path / "out", dtype))
-    assert float((own - turned).norm() / own.norm()) < (1e-10 if dtype is torch.float64 else 1e-5)
+    expected, turned = logits(model), logits(rotated(model, tmp_path / "out", dtype))
+    assert float((expected - turned).norm() / expected.norm()) < (1e-10 if dtype is torch.float64 else 1e-5)
 
 
 def gguf(name: str, without: tuple[str, ...] = (), **keys: object) -> tuple[nn.Module, MappingSource]:
@@ -125,8 +125,8 @@ def gguf(name: str, without: tuple[str, ...] = (), **keys: object) -> tuple[nn.M
     model = tiny(name, dtype=torch.float64)
     config, tensors = model.config, dict[str, Tensor]()
     for key, weight in model.state_dict().items():
-        for own, other in _GGUF.items():
-            key = key.replace(own, other)
+        for hf, spelled in _GGUF.items():
+            key = key.replace(hf, spelled)
         if any(part in key for part in ("attn_q.", "attn_k.")):
             pairs = weight.unflatten(0, (-1, 2, config.head_dim // 2))
             weight = pairs.transpose(1, 2).reshape(weight.shape).clone()
@@ -169,12 +169,12 @@ def test_a_gguf_model_keeps_its_biases_and_its_context(name: str, tmp_path: Path
     model, source = gguf(name)
     loaded = rotated(vw.open(source), tmp_path / "out", torch.float64)
     assert loaded.config.max_position_embeddings == 4096
-    own, turned = logits(model), logits(loaded)
-    assert float((own - turned).norm() / own.norm()) < 1e-10
+    expected, turned = logits(model), logits(loaded)
+    assert float((expected - turned).norm() / expected.norm()) < 1e-10
 
 
 @pytest.mark.parametrize(
-    ("without", "keys", "said"),
+    ("without", "keys", "message"),
     [
         (("attn_output.bias",), {}, r"9 of the 12 biases that attention_bias turns on: blk\.0\.attn_q\.bias"),
         (("1.ffn_down.bias",), {}, "8 of the 9 biases that mlp_bias turns on"),
@@ -182,23 +182,23 @@ def test_a_gguf_model_keeps_its_biases_and_its_context(name: str, tmp_path: Path
     ],
 )
 def test_what_transformers_cannot_be_told_is_refused_by_name(
-    without: tuple[str, ...], keys: dict[str, object], said: str, tmp_path: Path
+    without: tuple[str, ...], keys: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     _, source = gguf("llama-biases-wide-heads", without, **keys)
-    with pytest.raises(ArchitectureError, match=said):
+    with pytest.raises(ArchitectureError, match=message):
         rotated(vw.open(source), tmp_path / "out", torch.float64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rotary_factors_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
     _, source = gguf("llama-grouped-untied")
-    held = {name: source.read(name) for name in source.tensors} | {"rope_freqs.weight": torch.ones(2)}
+    tensors = {name: source.read(name) for name in source.tensors} | {"rope_freqs.weight": torch.ones(2)}
     with pytest.raises(ArchitectureError, match=r"rope_freqs\.weight"):
-        rotated(vw.open(MappingSource(held, source.config, "gguf")), tmp_path / "out", torch.float64)
+        rotated(vw.open(MappingSource(tensors, source.config, "gguf")), tmp_path / "out", torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "written"),
+    ("stored", "options", "written"),
     [
         (torch.float64, (), "float64"),
         (torch.bfloat16, (), "float32"),
@@ -206,9 +206,9 @@ def test_rotary_factors_of_their_own_are_refused_by_name(tmp_path: Path) -> None
     ],
 )
 def test_precision_is_kept_unless_another_is_asked_for(
-    own: torch.dtype, asked: tuple[str, ...], written: str, tmp_path: Path
+    stored: torch.dtype, options: tuple[str, ...], written: str, tmp_path: Path
 ) -> None:
-    tiny("llama-full", dtype=own).save_pretrained(tmp_path / "source")
-    assert run(["rotate", str(tmp_path / "source"), str(tmp_path / "out"), *asked, "--json"]) == 0
+    tiny("llama-full", dtype=stored).save_pretrained(tmp_path / "source")
+    assert run(["rotate", str(tmp_path / "source"), str(tmp_path / "out"), *options, "--json"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
     assert {str(x.dtype) for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {f"torch.{written}"}

@@ -23,11 +23,11 @@ def test_scores_are_those_of_transformer_lens(name: str, port: str) -> None:
         weights = {k.removeprefix(prefix): file.get_tensor(k) for k in names if k.startswith(prefix)}
         expected = file.get_tensor(f"{name}/scores/{port}").double()
         config = json.loads(file.metadata()["configs"])[name]
-    found = vw.Composition(port)(vw.open(weights, config=config, fold=False))["score"]
-    reach = ~torch.isnan(found)
+    score = vw.Composition(port)(vw.open(weights, config=config, fold=False))["score"]
+    reach = ~torch.isnan(score)
     assert reach.sum() > 0
     assert torch.equal(expected != 0, reach)
-    torch.testing.assert_close(found[reach], expected[reach], rtol=0, atol=1e-5)
+    torch.testing.assert_close(score[reach], expected[reach], rtol=0, atol=1e-5)
     if port != "Q":
         folded = vw.Composition(port)(vw.open(weights, config=config))["score"]
         assert (folded[reach] - expected[reach]).abs().max() > 1e-3

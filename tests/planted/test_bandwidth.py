@@ -109,9 +109,9 @@ def test_ranks_of_writers_and_readers_are_the_planted_ones() -> None:
 def test_live_needs_more_than_two_large_spaces() -> None:
     """Half the stream is written, the other half read: nothing passes, although neither half is small."""
     model, never, _ = planted(2, 12, 0, 0)
-    seen = torch.eye(D, dtype=torch.float64) - never @ never.T
-    written = torch.linalg.svd(seen)[0][:, :12]
-    model = plant(model, never_written=never, unread_from={0: written})
+    projection = torch.eye(D, dtype=torch.float64) - never @ never.T
+    complement = torch.linalg.svd(projection)[0][:, :12]
+    model = plant(model, never_written=never, unread_from={0: complement})
     record = Bandwidth()(vw.open(model))
     assert record["written_dim"].tolist() == [12] * 7
     assert record["read_dim"].tolist() == [12] * 7

@@ -15,7 +15,7 @@ from torch import Tensor
 import virtual_weights as vw
 from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
 from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile
-from virtual_weights.analysis.pairs.component_composition import ComponentComposition
+from virtual_weights.analysis.pairs.composition import ComponentComposition
 
 tokens = st.integers(0, TOKENS - 1)
 

@@ -29,8 +29,8 @@ def test_a_clearing_neuron_is_found_with_its_gain(neuron: int, gain: float, seed
     assert record["gain"][[clearing, strengthening]].tolist() == pytest.approx([gain, -gain])
     assert (record["class"][clearing], record["class"][strengthening]) == ("weakening", "strengthening")
     assert record.top(1, largest=False)["neuron"] == (f"L1N{neuron}",)
-    kept = Clearing(f"L1N{neuron}")(stream)["kept"]
-    assert float(kept) == pytest.approx(abs(1 - gain))
+    rest = Clearing(f"L1N{neuron}")(stream)["kept"]
+    assert float(rest) == pytest.approx(abs(1 - gain))
     bare = Neurons()(vw.open(model, fold=False))
     assert float(bare["cosine"][clearing]) > -1 + 1e-4, "without the norm's gain the planted direction is another"
 
@@ -41,11 +41,11 @@ def test_planted_classes_are_counted_exactly() -> None:
         for neuron, sign in enumerate(signs):
             read = axes[:, neuron % D]
             plant_neuron(model, layer, neuron, read, sign * 0.8 * read + 0.6 * axes[:, (neuron + 1) % D])
-    found = census(Neurons()(vw.open(model)))
-    assert (found["weakening"], found["strengthening"], found["between"]) == (30, 35, 55)
-    assert [row["weakening"] for row in found["by_layer"]] == [30, 0, 0]
-    at_the_edge = census(Neurons(0.81)(vw.open(model)))
-    assert (at_the_edge["weakening"], at_the_edge["strengthening"]) == (0, 0)
+    counts = census(Neurons()(vw.open(model)))
+    assert (counts["weakening"], counts["strengthening"], counts["between"]) == (30, 35, 55)
+    assert [row["weakening"] for row in counts["by_layer"]] == [30, 0, 0]
+    edge = census(Neurons(0.81)(vw.open(model)))
+    assert (edge["weakening"], edge["strengthening"]) == (0, 0)
 
 
 def test_planted_heads_are_told_apart() -> None:
@@ -64,12 +64,12 @@ def test_planted_heads_are_told_apart() -> None:
     stream = vw.open(model)
     heads = HeadErasers(draws=2)(stream)
     names = ("negative_share", "copying", "complex_share", "trace", "kept", "most_negative", "most_positive")
-    found = {i: [pytest.approx(float(heads[n][6 + i]), abs=1e-8, nan_ok=True) for n in names] for i in range(4)}
+    rows = {i: [pytest.approx(float(heads[n][6 + i]), abs=1e-8, nan_ok=True) for n in names] for i in range(4)}
     nan = float("nan")
-    assert found[0] == [0, 1, 0, 4, 2, nan, 1]
-    assert found[1] == [1, -1, 0, -4, 0, -1, nan]
-    assert found[2][2:5] == [1, 0, 2**0.5]
-    assert found[3] == [1.5 / 4.5, 1.5 / 4.5, 0, 1.5, 0, -1, 2]
+    assert rows[0] == [0, 1, 0, 4, 2, nan, 1]
+    assert rows[1] == [1, -1, 0, -4, 0, -1, nan]
+    assert rows[2][2:5] == [1, 0, 2**0.5]
+    assert rows[3] == [1.5 / 4.5, 1.5 / 4.5, 0, 1.5, 0, -1, 2]
     assert heads.present().sum() == 4, "heads that write nothing have no shares"
     assert heads.top(1, "negative_share")["head"] == ("L1H1",)
     spectrum, (_, directions) = Clearing("L1H3")(stream), Clearing("L1H3").modes(stream)
@@ -131,10 +131,10 @@ def test_erasure_of_what_an_mlp_and_an_embedding_wrote() -> None:
     plant_head(model, 0, 3, -axes[:, :2] @ axes[:, :2].T)
     plant_head(model, 1, 3, -axes[:, :1] @ axes[:, :1].T)
     record = Erasure()(vw.open(model))
-    at = {name: record.axis("writer").index(name) for name in ("embed", "L0.mlp")}
+    columns = {name: record.axis("writer").index(name) for name in ("embed", "L0.mlp")}
     rows = [record.axis("reader").index(name) for name in ("L0H3", "L1H3")]
-    assert record["erasure"][rows, at["embed"]].tolist() == pytest.approx([1, 0], abs=1e-9)
-    assert record["erasure"][rows, at["L0.mlp"]].tolist() == pytest.approx([float("nan"), 1], nan_ok=True)
+    assert record["erasure"][rows, columns["embed"]].tolist() == pytest.approx([1, 0], abs=1e-9)
+    assert record["erasure"][rows, columns["L0.mlp"]].tolist() == pytest.approx([float("nan"), 1], nan_ok=True)
 
 
 def test_an_ungated_mlp_erases_with_its_slope() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
+from virtual_weights.stream.question import asking
 
 D, WIDTH = 24, 4
 
@@ -59,15 +60,17 @@ def test_a_planted_pair_of_neurons_is_first_with_its_sign(
     plant_read(model, port, 2, reader, sign * 3 * axes[:, 0])
     plant_write(model, 2, reader, 5 * axes[:, 1])
     plant_read(model, port, 0, writer, 5 * axes[:, 1])
-    found = NeuronNeuron(port, 3).all(vw.open(model))
-    for record in (found.readers, found.writers):
+    stream = vw.open(model)
+    questions = [table(port, 3) for table in (NeuronNeuron, NeuronReaders, NeuronCosines)]
+    *tables, cosines = asking(stream)(questions)
+    for record in tables:
         (best,) = record.top(1, "magnitude").rows()
         assert (best["reader"], best["writer"], best["rank"]) == (f"L2N{reader}", f"L0N{writer}", 1)
         assert best["score"] == pytest.approx(sign, abs=1e-6)
         assert best["strength"] == pytest.approx(6 * sign, rel=1e-6)
         assert best["z"] == pytest.approx(sign * D**0.5, rel=1e-6)
-    assert int(found.histogram["count"][-1 if sign > 0 else 0]) == 1
-    other = NeuronNeuron("gate" if port == "up" else "up", 1)(vw.open(model))
+    assert int(cosines["count"][-1 if sign > 0 else 0]) == 1
+    other = NeuronNeuron("gate" if port == "up" else "up", 1)(stream)
     assert float(other["magnitude"].max()) < 0.99, "the other port reads something else"
 
 
@@ -132,13 +135,13 @@ def test_a_planted_neuron_to_head_edge_is_first(port: str, head: int) -> None:
         assert heard == pytest.approx([0, 1], abs=1e-6), "through the other port it hears the other neuron"
 
 
-def test_query_heads_that_share_keys_are_one_channel() -> None:
-    """Three query heads share keys that read a: all three hear the neuron, and the axis calls them one channel."""
+def test_query_heads_that_share_keys_are_one_group() -> None:
+    """Three query heads share keys that read a: all three hear the neuron, and the axis calls them one group."""
     model, axes = tiny("llama-grouped-untied", dtype=torch.float64), frame(7)
     plant_head(model, 2, 1, "k", torch.outer(torch.tensor([1.0, 0, 0, 0], dtype=torch.float64), axes[:, 0]))
     plant_write(model, 1, 8, axes[:, 0])
     rows = list(NeuronHead("K")(vw.open(model)).top(3).rows())
-    assert {(row["head"], row["head_channel"], row["neuron"]) for row in rows} == {
+    assert {(row["head"], row["head_group"], row["neuron"]) for row in rows} == {
         (f"L2H{i}", "L2.kv1", "L1N8") for i in (3, 4, 5)
     }
     assert all(row["score"] == pytest.approx(1, abs=1e-6) for row in rows)

@@ -12,7 +12,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.analysis.depth.linear import LinearComposition, summary
+from virtual_weights.analysis.depth.linear_composition import LinearComposition, summary
 from virtual_weights.analysis.depth.paths import Paths, discrepancy
 from virtual_weights.cli import run
 from virtual_weights.errors import UsageError
@@ -63,15 +63,15 @@ def test_ranks_three_and_five(at_point: bool) -> None:
     stream = vw.open(model)
     point = operate(model, stream, TOKENS)[0] if at_point else None
     record = LinearComposition(point)(stream)
-    at = {name: i for i, name in enumerate(record.axis("map").labels)}
+    row = {name: i for i, name in enumerate(record.axis("map").labels)}
     ranks = record["rank"]
-    assert ranks[at["block"]].tolist() == [3, 5, 0, 0, 0, 0]
-    assert ranks[at["path"]].tolist() == [3, 3, 0, 0, 0, 0]
-    assert ranks[at["update"]].tolist() == [3, 8, 8, 8, 8, 8]
-    assert ranks[at["composition"]].tolist() == record["certified_rank"][at["composition"]].tolist() == [D] * 6
-    found = summary(record)
-    assert found["path"]["log10_largest"] is None
-    assert found["update"]["rank"] == 8
+    assert ranks[row["block"]].tolist() == [3, 5, 0, 0, 0, 0]
+    assert ranks[row["path"]].tolist() == [3, 3, 0, 0, 0, 0]
+    assert ranks[row["update"]].tolist() == [3, 8, 8, 8, 8, 8]
+    assert ranks[row["composition"]].tolist() == record["certified_rank"][row["composition"]].tolist() == [D] * 6
+    last = summary(record)
+    assert last["path"]["log10_largest"] is None
+    assert last["update"]["rank"] == 8
 
 
 def test_a_block_that_clears_takes_its_directions_from_the_composition() -> None:
@@ -92,11 +92,11 @@ def test_a_product_that_cancels_is_no_map() -> None:
     plant_head(model, 0, 2, a[:, :3], b[:, :3].T)
     plant_mlp(model, 0, frame(2)[:, :5], a[:, 3:8].T)
     plant_head(model, 1, 1, 1e3 * frame(3)[:, :4], frame(2)[:, :4].T)
-    found = LinearComposition()(vw.open(model))
-    assert found["rank"][3].tolist() == [3, 0, 0, 0, 0, 0]
-    assert found["stable_rank"][3, 1:].tolist() == [0] * 5
-    assert bool(found["log10_largest"][3, 1:].isnan().all())
-    assert found["rank"][2].tolist() == [3, 8, 12, 12, 12, 12]  # the update keeps all of them: 3 + 5 + 4
+    record = LinearComposition()(vw.open(model))
+    assert record["rank"][3].tolist() == [3, 0, 0, 0, 0, 0]
+    assert record["stable_rank"][3, 1:].tolist() == [0] * 5
+    assert bool(record["log10_largest"][3, 1:].isnan().all())
+    assert record["rank"][2].tolist() == [3, 8, 12, 12, 12, 12]  # the update keeps all of them: 3 + 5 + 4
 
 
 def test_what_is_left_of_a_cancellation_is_counted_without_its_rounding() -> None:
@@ -116,8 +116,8 @@ def test_orthogonal_blocks_at_known_gains() -> None:
     model, plane = silent(), frame(5)[:, :2]
     plant_head(model, 0, 1, 3 * plane, plane.T)
     plant_mlp(model, 0, 3 * plane, plane.T)
-    found = LinearComposition(every=2)(vw.open(model))
-    first = {str(row["map"]): row for row in found.rows() if row["block"] == "L0.mlp"}
+    record = LinearComposition(every=2)(vw.open(model))
+    first = {str(row["map"]): row for row in record.rows() if row["block"] == "L0.mlp"}
     assert 10 ** first["composition"]["log10_largest"] == pytest.approx(16)
     assert 10 ** first["composition"]["log10_smallest"] == pytest.approx(1)
     assert 10 ** first["path"]["log10_largest"] == pytest.approx(9)
@@ -130,11 +130,11 @@ def relay(backwards: bool = False) -> nn.Module:
     """L0H1 writes A, head L1H3 carries A to B, the values of L2H2 read B alone; L1H4 carries B to A, to no avail."""
     model, a, b = silent(), frame(6)[:, :2], frame(6)[:, 2:4]
     c = frame(6)[:, 4:6]
-    here, there = (b, a) if backwards else (a, b)
-    plant_head(model, 0, 1, here, c.T)
+    source, target = (b, a) if backwards else (a, b)
+    plant_head(model, 0, 1, source, c.T)
     plant_head(model, 1, 3, 2 * b, a.T)
     plant_head(model, 1, 4, 0.1 * a, b.T)
-    plant_head(model, 2, 2, c, there.T)
+    plant_head(model, 2, 2, c, target.T)
     return model
 
 
@@ -159,7 +159,7 @@ def test_a_relay_between_tokens_takes_the_attention_between_them() -> None:
     record = Paths("L0H1", "L2H2.V", point=point, token=3, source=1)(stream)
     assert record.axis("path").labels[0] == "L0H1 > L1H3 > L2H2.V"
     s = point.scalars
-    gain = 2 * float(point.patterns[1][3, 3, 1] / s["L1.attn"][1] / s["L2.attn"][3])
+    gain = 2 * float(point.patterns["L1.attn"][3, 3, 1] / s["L1.attn"][1] / s["L2.attn"][3])
     assert record["strength"][0] == pytest.approx(gain * 2**0.5)
     future = Paths("L0H1", "L2H2.V", point=point, token=1, source=3)(stream)
     assert float(future["strength"].max()) == 0
@@ -183,23 +183,23 @@ def test_the_commands_say_what_the_questions_do(tmp_path: Path, capsys: pytest.C
     point, _ = operate(model, stream, TOKENS)
     file = tmp_path / "point.safetensors"
     point.save(file)
-    options = ["--operating-point", str(file), "--token", "2", "--progress", "none", "--json"]
+    options = ["--point", str(file), "--position", "2", "--progress", "none", "--json"]
 
     assert run(["paths", str(tmp_path / "relay"), "L0H1", "L2H2.V", "--order", "3", "--top", "4", *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    answer = json.loads(capsys.readouterr().out)
     expected = Paths("L0H1", "L2H2.V", order=3, top=4, point=point, token=2)(stream)
-    assert found["paths"] == list(expected.rows())
-    assert found["stamp"]["point"] == point.identity == found["parameters"]["point"]
+    assert answer["rows"] == list(expected.rows())
+    assert answer["stamp"]["point"] == point.identity == answer["parameters"]["point"]
 
     assert run(["linear", str(tmp_path / "relay"), "--every", "2", *options]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == list(LinearComposition(point, 2, 2)(stream).rows())
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["rows"] == list(LinearComposition(point, 2, 2)(stream).rows())
 
     assert run(["linear", str(tmp_path / "relay"), "--progress", "none"]) == 0
     assert "what a run does is in no weight" in capsys.readouterr().out
     assert run(["paths", str(tmp_path / "relay"), "L0H1", "L2H2.V", "--progress", "none"]) == 0
     assert "L0H1 > L1H3 > L2H2.V" in capsys.readouterr().out
-    assert run(["linear", str(tmp_path / "relay"), "--operating-point", str(tmp_path / "none")]) == 3
+    assert run(["linear", str(tmp_path / "relay"), "--point", str(tmp_path / "none")]) == 3
     other = OperatingPoint("another", point.tokens, point.scalars, point.patterns, point.gates)
     other.save(file)
     assert run(["linear", str(tmp_path / "relay"), *options]) == UsageError.exit_code

@@ -1,9 +1,9 @@
-"""What runs on text found decides statements, and of another model or question nothing is taken."""
+"""What a run shows decides statements that the weights leave open."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from tiny_models import norms_in_full_precision, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
-from virtual_weights.cli import run
+from virtual_weights.cli import run as command
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.fate.erased import cleared
+from virtual_weights.runtime.flow.observation import operating_point
+from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements import STATEMENTS, Finding, Statements
-from virtual_weights.statements.evidence import Bench
+from virtual_weights.statements.evidence import Evidence
+from virtual_weights.stream import Question
+from virtual_weights.stream.question import asking
 
 CHECKS = {s.id: s.check for s in STATEMENTS}
 
@@ -37,112 +40,140 @@ def gated(closed: Tensor) -> nn.Module:
     return model
 
 
-def ran(model: nn.Module, tokens: int = 30) -> Record:
+def run_of(model: nn.Module, tokens: int = 30) -> Run:
+    return Run.on_tokens(vw.open(model), torch.arange(tokens)[None], model=model)
+
+
+def verdict(id: str, model: nn.Module, run: Run | None = None, *records: Record) -> Finding:
+    """By the weights, or by a run; records that are passed stand for what it would answer to their questions."""
+    stream = vw.open(model) if run is None else run.stream
+    measured = asking(stream) if run is None else asking(run, stream)
+    assumed = {record.question: record for record in records}
+
+    def answer(questions: Sequence[Question[Any]]) -> list[Record]:
+        return [assumed[q.question] if q.question in assumed else measured([q])[0] for q in questions]
+
     with norms_in_full_precision():
-        return cleared(vw.open(model), [torch.arange(tokens)[None]], model)
+        return CHECKS[id](Evidence(stream, answer, run))
 
 
-def verdict(id: str, model: nn.Module, *runs: Record) -> Finding:
-    return CHECKS[id](Bench(vw.open(model), runs={record.question: record for record in runs}))
-
-
-def lifetime(model: nn.Module, projections: list[list[float]]) -> Record:
+def persistence(projections: list[list[float]]) -> Record:
     axes = Axis("writer", tuple(f"L0H{i}" for i in range(len(projections)))), Axis("state", ("1", "2", "3", "4"))
-    values = torch.tensor(projections, dtype=torch.float64)
-    return Record("lifetime", axes, (Column("projection", values),), provenance=vw.open(model).provenance)
+    return Record("persistence", axes, (Column("projection", torch.tensor(projections, dtype=torch.float64)),))
 
 
-def frontier(model: nn.Module, erased: list[float], agreement: list[float]) -> Record:
-    """Made up, at prices 0, 1, 2, ...: what counts is who erases how much."""
+def frontier(erased: list[float], agreement: list[float]) -> Record:
+    """Made up, at prices 0, 1, 2, ...: what counts is how much is erased."""
     prices = torch.arange(len(erased)).double()
     columns = {"lambda": prices, "erased_by_optimal": torch.tensor(erased), "agreement": torch.tensor(agreement)}
     rest = ("optimal", "model", "keep_all", "erase_all", "erased_by_model")
     columns |= {name: prices * 0 + i for i, name in enumerate(rest)}
-    labels = tuple(f"{p:g}" for p in prices.tolist())
-    told = tuple(Column(name, values) for name, values in columns.items())
-    return Record("frontier", (Axis("price", labels),), told, provenance=vw.open(model).provenance)
+    axis = Axis("price", tuple(f"{p:g}" for p in prices.tolist()))
+    return Record("frontier", (axis,), tuple(Column(name, values) for name, values in columns.items()))
 
 
 def test_t7_by_a_run_on_text() -> None:
     half, never = torch.arange(TOKENS) % 2 == 0, torch.zeros(TOKENS, dtype=torch.bool)
-    found = {name: verdict("T7", gated(at), ran(gated(at))) for name, at in {"half": half, "all": never}.items()}
-    assert {name: each.verdict for name, each in found.items()} == {"half": "holds", "all": "fails"}
-    assert found["half"].evidence["conditional"] == found["half"].evidence["conditional_with_two_modes"] == 1
-    assert found["all"].evidence["unconditional"] == 1
-    assert found["half"].evidence["tokens"] == 30
-    assert found["half"].witnesses == ("L1N0: clears on 50% of tokens, coefficient 0.50 ± 0.50",)
-    assert verdict("T7", gated(half)).verdict == "cannot tell"
-    assert verdict("T7", gated(half), ran(gated(half), 6)).verdict == "cannot tell"
-    assert verdict("T7", blank(), ran(blank())).verdict == "cannot tell"
+    models = {"half": gated(half), "all": gated(never)}
+    findings = {name: verdict("T7", model, run_of(model)) for name, model in models.items()}
+    assert {name: finding.verdict for name, finding in findings.items()} == {"half": "holds", "all": "fails"}
+    figures = findings["half"].figures
+    assert figures["conditional"] == figures["conditional_with_two_modes"] == 1
+    assert findings["all"].figures["unconditional"] == 1
+    assert figures["tokens"] == 30
+    assert findings["half"].witnesses == ("L1N0: clears on 50% of tokens, coefficient 0.50 ± 0.50",)
+    assert verdict("T7", models["half"]).verdict == "cannot tell"
+    assert verdict("T7", models["half"], run_of(models["half"], 6)).verdict == "cannot tell"
+    assert verdict("T7", blank(), run_of(blank())).verdict == "cannot tell"
 
 
 def test_t6_counts_what_clears_while_the_model_runs() -> None:
     model = gated(torch.zeros(TOKENS, dtype=torch.bool))
-    bare, found = verdict("T6", model), verdict("T6", model, ran(model))
-    assert "unconditional_neurons" not in bare.evidence
-    assert (found.evidence["unconditional_neurons"], found.evidence["conditional_neurons"]) == (1, 0)
-    assert found.evidence["tokens_run"] == 30
-    assert found.witnesses[-1].startswith("L1N0: clears on 100.0% of tokens, coefficient 1.000")
+    bare, finding = verdict("T6", model), verdict("T6", model, run_of(model), persistence([[1, 1, 1, 1]]))
+    assert "unconditional_neurons" not in bare.figures
+    assert (finding.figures["unconditional_neurons"], finding.figures["conditional_neurons"]) == (1, 0)
+    assert finding.figures["tokens_run"] == 30
+    assert finding.witnesses[-2].startswith("L1N0: clears on 100.0% of tokens, coefficient 1.000")
     half = gated(torch.arange(TOKENS) % 2 == 0)
-    assert verdict("T6", half, ran(half)).evidence["conditional_neurons"] == 1
+    assert verdict("T6", half, run_of(half)).figures["conditional_neurons"] == 1
 
 
 def test_t6_follows_what_was_written() -> None:
     nan, model = float("nan"), gated(torch.zeros(TOKENS, dtype=torch.bool))
     kept, erased, late = [1, 1.1, 0.9, 0.8], [nan, 0.2, 0.9, 0.01], [nan, nan, nan, 0.1]
-    found = verdict("T6", model, lifetime(model, [kept, erased, late, [0.3, 0.6, 0.7, 0.8]]))
-    assert found.evidence["writers_followed"] == 3, "nothing comes after the last state"
-    assert found.evidence["share_of_writers_that_fall_below_half"] == pytest.approx(1 / 3)
-    assert found.witnesses[-1] == "L0H1: 0.010 of what it wrote is left at 4"
-    none = verdict("T6", model, lifetime(model, [late]))
-    assert none.evidence["writers_followed"] == 0
-    assert none.evidence["share_of_writers_that_fall_below_half"] is None
+    finding = verdict("T6", model, run_of(model), persistence([kept, erased, late, [0.3, 0.6, 0.7, 0.8]]))
+    assert finding.figures["writers_followed"] == 3, "nothing comes after the last state"
+    assert finding.figures["share_of_writers_that_fall_below_half"] == pytest.approx(1 / 3)
+    assert finding.witnesses[-1] == "L0H1: 0.010 of what it wrote is left at 4"
+    none = verdict("T6", model, run_of(model), persistence([late]))
+    assert none.figures["writers_followed"] == 0
+    assert none.figures["share_of_writers_that_fall_below_half"] is None
 
 
 def test_l12_by_measured_utility_and_interference() -> None:
     model = tiny("llama-full", dtype=torch.float64)
-    found = verdict("L12", model, frontier(model, [0.2, 0.5, 0.8], [0.4, 0.9, 0.3]))
-    assert found.verdict == "fails"
-    assert "where_the_model_stands" not in found.evidence
-    assert found.evidence["where_the_model_stands_price"] == 1
-    assert found.evidence["where_the_model_stands_agreement"] == pytest.approx(0.9)
-    assert found.evidence["measured_erased_by_optimal_at_price_2"] == pytest.approx(0.8)
-    assert found.evidence["writers"] == verdict("L12", model).evidence["writers"], "what weights say stays"
-    assert verdict("L12", model, frontier(model, [0.2, 0.2, 0.2], [0.4, 0.9, 0.3])).verdict == "holds"
-    assert verdict("L12", model, frontier(model, [0.2], [0.4])).verdict == "cannot tell"
-    assert verdict("L12", model).evidence["where_the_model_stands"] == "needs a run on text"
+    run = run_of(model)
+    finding = verdict("L12", model, run, frontier([0.2, 0.5, 0.8], [0.4, 0.9, 0.3]))
+    assert finding.verdict == "fails"
+    assert "where_the_model_stands" not in finding.figures
+    assert finding.figures["where_the_model_stands_price"] == 1
+    assert finding.figures["where_the_model_stands_agreement"] == pytest.approx(0.9)
+    assert finding.figures["measured_erased_by_optimal_at_price_2"] == pytest.approx(0.8)
+    assert finding.figures["writers"] == verdict("L12", model).figures["writers"], "what weights say stays"
+    assert verdict("L12", model, run, frontier([0.2, 0.2, 0.2], [0.4, 0.9, 0.3])).verdict == "holds"
+    assert verdict("L12", model, run, frontier([0.2], [0.4])).verdict == "cannot tell"
+    assert verdict("L12", model).figures["where_the_model_stands"] == "needs a run on text"
 
 
-def test_a_run_is_of_this_model_and_is_told() -> None:
+def test_l12_goes_by_the_weights_where_a_run_predicts_nothing() -> None:
+    model = tiny("llama-full", dtype=torch.float64)
+    single = Run.on_tokens(vw.open(model), torch.arange(9)[:, None], model=model)
+    assert verdict("L12", model, single) == verdict("L12", model)
+    assert verdict("L12", model, run_of(model)).figures["where_the_model_stands_agreement"] is not None
+
+
+def test_l3_takes_its_point_from_the_run_where_none_is_passed() -> None:
+    model = tiny("llama-full", dtype=torch.float64)
+    run = Run.on_tokens(vw.open(model), torch.arange(40)[None] % TOKENS, model=model)
+    with norms_in_full_precision():
+        point = operating_point(run.prompt(7))
+        findings = {tokens: Statements(("L3",), point=p)(run) for tokens, p in ((32, None), (7, point))}
+    for tokens, record in findings.items():
+        (row,) = record.rows()
+        assert row["verdict"] == "holds under"
+        assert json.loads(str(row["evidence"]))["tokens"] == tokens
+
+
+def test_the_record_says_what_was_run() -> None:
     model = gated(torch.arange(TOKENS) % 2 == 0)
-    stream, record, question = vw.open(model), ran(model), Statements(("T7",))
-    told = question(stream, runs={"cleared": record})
-    assert told.stamp["run"] == "cleared on 30 tokens of text"
-    assert question(stream).parameters == question.parameters
-    again, other = question(stream, runs={"cleared": ran(model)}), question(stream, runs={"cleared": ran(model, 29)})
-    assert told.parameters == again.parameters != other.parameters
-    stranger = replace(record, provenance={"fingerprint": "another"})
-    for wrong in ({"cleared": stranger}, {"lifetime": record}):
-        with pytest.raises(vw.VirtualWeightsError, match="this checkpoint"):
-            question(stream, runs=wrong)
+    run, question = run_of(model), Statements(("T7",))
+    record, bare = question(run), question(run.stream)
+    assert record.stamp["run"] == "token ids, 30 tokens"
+    assert (record.stamp["text"], record.stamp["tokens"]) == ("token ids", 30)
+    assert bare.stamp["run"] == "weights alone"
+    assert record.parameters == bare.parameters == question.parameters
+    assert run.identity == run_of(model).identity != run_of(model, 29).identity
+    point = operating_point(run.prompt(8))
+    passed = Statements(("T7",), point=point)
+    assert passed(run.stream).stamp["run"] == "a prompt of 8 tokens"
+    assert passed.parameters == {**question.parameters, "point": point.identity}
 
 
 def test_the_command_runs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("llama-grouped-untied").save_pretrained(tmp_path)
 
     def answer(*options: str) -> dict[str, Any]:
-        assert run(["statements", str(tmp_path), "--only", "T6,T7", *options, "--json"]) == 0
+        assert command(["statements", str(tmp_path), "--only", "T6,T7", *options, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    found = answer("--repeated", "--tokens", "32")
-    for name in ("cleared", "lifetime", "frontier"):
-        assert f"{name} on 32 tokens of text" in found["run"]
-    assert found["text"].startswith("random tokens")
-    evidence = found["statements"][0]["evidence"]
+    given = answer("--repeated", "--tokens", "32", "--length", "32")
+    assert given["stamp"]["run"].startswith("repeated random tokens")
+    assert given["stamp"]["run"].endswith("32 tokens")
+    evidence = given["rows"][0]["evidence"]
     assert evidence["tokens_run"] == 32
     assert evidence["writers_followed"] > 20
-    linear, policy = answer("--repeated", "--tokens", "32", "--only", "L3,L12")["statements"]
+    linear, policy = answer("--repeated", "--tokens", "32", "--length", "32", "--only", "L3,L12")["rows"]
     assert linear["verdict"] == "holds under"
     assert policy["evidence"]["where_the_model_stands_agreement"] is not None
-    assert answer()["run"] == "weights alone"
-    assert run(["statements", str(tmp_path), "--repeated", "--text", "a.txt"]) == 2
+    assert answer()["stamp"]["run"] == "weights alone"
+    assert command(["statements", str(tmp_path), "--repeated", "--text", "a.txt"]) == 2

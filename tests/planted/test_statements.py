@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.statements import STATEMENTS, Finding, Statements
-from virtual_weights.statements.evidence import Bench
+from virtual_weights.statements.evidence import Evidence
+from virtual_weights.stream.question import asking
 
 CHECKS = {s.id: s.check for s in STATEMENTS}
 
 
 def verdict(id: str, model: nn.Module, **options: object) -> Finding:
-    return CHECKS[id](Bench(vw.open(model), **options))
+    stream = vw.open(model)
+    return CHECKS[id](Evidence(stream, asking(stream), **options))
 
 
 def ordinary(seed: int = 0) -> nn.Module:
@@ -70,18 +72,18 @@ def test_l2_and_c4_and_l7_hold_where_little_is_written() -> None:
     """One head of four dimensions for each sixth of the stream, nothing else; then a second layer on top of it."""
     model, axes = blank(), frame(1)
     for head in range(HEADS):
-        own = axes[:, head * WIDTH : (head + 1) * WIDTH]
-        plant_head(model, 0, head, own @ axes[:, :WIDTH].T)
+        part = axes[:, head * WIDTH : (head + 1) * WIDTH]
+        plant_head(model, 0, head, part @ axes[:, :WIDTH].T)
     assert [verdict(id, model).verdict for id in ("L2", "C4", "L7")] == ["holds"] * 3
     plant_head(model, 1, 0, axes[:, :WIDTH] @ axes[:, :WIDTH].T)
-    found = [verdict(id, model) for id in ("L2", "C4", "L7")]
-    assert [each.verdict for each in found] == ["holds under", "holds under", "fails"]
+    findings = [verdict(id, model) for id in ("L2", "C4", "L7")]
+    assert [finding.verdict for finding in findings] == ["holds under", "holds under", "fails"]
     assert [
-        f.evidence[name]
-        for f, name in zip(found, ("largest_sum_of_ranks", "sum_of_dimensions", "sum_of_dimensions"), strict=True)
+        f.figures[name]
+        for f, name in zip(findings, ("largest_sum_of_ranks", "sum_of_dimensions", "sum_of_dimensions"), strict=True)
     ] == [28] * 3
-    assert found[2].evidence["dimension_of_the_sum"] == 24
-    assert found[2].evidence["direct_subset_found"] == 6
+    assert findings[2].figures["dimension_of_the_sum"] == 24
+    assert findings[2].figures["direct_subset_found"] == 6
 
 
 def test_l4_and_c2_hold_where_all_read_the_same() -> None:
@@ -89,7 +91,7 @@ def test_l4_and_c2_hold_where_all_read_the_same() -> None:
     assert [verdict(id, model).verdict for id in ("L4", "C2")] == ["fails", "fails"]
     confine(model, frame(2)[:, :WIDTH])
     assert [verdict(id, model).verdict for id in ("L4", "C2")] == ["holds", "holds"]
-    assert verdict("C2", model).evidence["dimension_of_the_intersection"] == WIDTH
+    assert verdict("C2", model).figures["dimension_of_the_intersection"] == WIDTH
 
 
 def test_l5_holds_where_the_heads_between_pass_everything_on() -> None:
@@ -98,9 +100,9 @@ def test_l5_holds_where_the_heads_between_pass_everything_on() -> None:
     copying = every_head(lambda axes, layer, head: (1 + layer + head) * axes[:, :4] @ axes[:, :4].T, model)
     assert verdict("L5", copying).verdict == "holds"
     turning = every_head(lambda axes, layer, head: axes[:, :4] @ axes[:, 2:6].T, ordinary())
-    found = verdict("L5", turning)
-    assert found.verdict == "fails"
-    assert found.evidence["triples_that_agree"] == 0
+    finding = verdict("L5", turning)
+    assert finding.verdict == "fails"
+    assert finding.figures["triples_that_agree"] == 0
 
 
 def test_l6_holds_where_all_circuits_are_symmetric_and_commute() -> None:
@@ -108,7 +110,7 @@ def test_l6_holds_where_all_circuits_are_symmetric_and_commute() -> None:
     assert verdict("L6", every_head(lambda axes, layer, head: axes[:, :4] @ gains @ axes[:, :4].T)).verdict == "holds"
     shifted = verdict("L6", every_head(lambda axes, layer, head: axes[:, 1:5] @ gains @ axes[:, :4].T))
     assert shifted.verdict == "fails"
-    assert shifted.evidence["least_largest_modulus_over_largest_gain"] == pytest.approx(0, abs=1e-2)
+    assert shifted.figures["least_largest_modulus_over_largest_gain"] == pytest.approx(0, abs=1e-2)
 
 
 def test_l8_is_proportional_for_heads_of_one_dimension() -> None:
@@ -117,9 +119,9 @@ def test_l8_is_proportional_for_heads_of_one_dimension() -> None:
         return torch.outer(write, read)
 
     assert verdict("L8", every_head(thin)).verdict == "holds"
-    found = verdict("L8", ordinary())
-    assert found.verdict == "holds under"
-    assert found.evidence["violations"] == 0
+    finding = verdict("L8", ordinary())
+    assert finding.verdict == "holds under"
+    assert finding.figures["violations"] == 0
 
 
 def test_l11_holds_where_what_is_efficient_clears() -> None:
@@ -127,9 +129,9 @@ def test_l11_holds_where_what_is_efficient_clears() -> None:
     weak(model, axes, 1.0)
     assert verdict("L11", model).verdict == "holds"
     plant_neuron(model, 1, 0, axes[:, 0], -5 * axes[:, 0])
-    found = verdict("L11", model)
-    assert found.verdict == "holds under"
-    assert found.witnesses[0].startswith("L1N0")
+    finding = verdict("L11", model)
+    assert finding.verdict == "holds under"
+    assert finding.witnesses[0].startswith("L1N0")
     assert verdict("L11", weak(blank(), axes, -1.0)).verdict == "cannot tell"
 
 
@@ -141,10 +143,10 @@ def weak(model: nn.Module, axes: Tensor, gain: float) -> nn.Module:
 
 
 def test_l12_holds_where_nobody_is_disturbed() -> None:
-    found = verdict("L12", ordinary())
-    assert found.verdict == "fails"
-    assert found.evidence["erased_as_written_at_price_0.9"] == 0
-    assert found.evidence["erased_as_corrected_at_price_0.9"] > found.evidence["erased_as_corrected_at_price_0.1"]
+    finding = verdict("L12", ordinary())
+    assert finding.verdict == "fails"
+    assert finding.figures["erased_as_written_at_price_0.9"] == 0
+    assert finding.figures["erased_as_corrected_at_price_0.9"] > finding.figures["erased_as_corrected_at_price_0.1"]
     model = ordinary()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -154,21 +156,21 @@ def test_l12_holds_where_nobody_is_disturbed() -> None:
 
 def test_t1_holds_where_no_head_is_thinner_than_the_stream() -> None:
     assert verdict("T1", one_wide_head()).verdict == "holds"
-    found = verdict("T1", ordinary())
-    assert found.verdict == "holds under"
-    assert found.evidence["largest_rank_of_a_path"] == WIDTH
-    assert found.evidence["least_rank_of_a_composed_stream"] == D
-    assert found.evidence["largest_rank_of_a_composed_update"] == 3 * WIDTH
+    finding = verdict("T1", ordinary())
+    assert finding.verdict == "holds under"
+    assert finding.figures["largest_rank_of_a_path"] == WIDTH
+    assert finding.figures["least_rank_of_a_composed_stream"] == D
+    assert finding.figures["largest_rank_of_a_composed_update"] == 3 * WIDTH
 
 
 def test_t1_knows_planted_ranks_and_a_dimension_that_is_cleared() -> None:
     """Ranks 3 and 4 along a path; a head that writes minus what it reads takes its three dimensions away."""
     ranks = (3, 4, 4)
     model = every_head(lambda axes, layer, head: -axes[:, : ranks[layer]] @ axes[:, : ranks[layer]].T)
-    found = verdict("T1", model)
-    assert found.evidence["least_rank"] == 3
-    assert found.evidence["largest_rank_of_a_path"] == 3
-    assert found.evidence["least_rank_of_a_composed_stream"] == D - 4
+    finding = verdict("T1", model)
+    assert finding.figures["least_rank"] == 3
+    assert finding.figures["largest_rank_of_a_path"] == 3
+    assert finding.figures["least_rank_of_a_composed_stream"] == D - 4
 
 
 def test_t2_at_a_cut_depends_on_the_gains() -> None:
@@ -182,17 +184,17 @@ def test_t2_at_a_cut_depends_on_the_gains() -> None:
             else torch.outer(axes[:, 2], axes[:, 0]) + small * torch.outer(axes[:, 3], axes[:, 1])
         )
     )
-    found = verdict("T2", model, samples=400)
-    assert found.verdict == "holds under"
-    assert found.evidence["above_the_bound"] > 0
+    finding = verdict("T2", model, samples=400)
+    assert finding.verdict == "holds under"
+    assert finding.figures["above_the_bound"] > 0
 
 
 def test_t3_and_c5_where_reads_are_orthogonal_to_writes() -> None:
     apart = every_head(lambda axes, layer, head: axes[:, :4] @ axes[:, 4 + 3 * head : 8 + 3 * head].T)
     assert verdict("T3", apart).verdict == "holds"
-    found = verdict("T3", ordinary())
-    assert found.verdict == "fails"
-    assert found.evidence["of_these_with_an_effect"] == found.evidence["pairs_that_meet_in_zero_alone"] > 0
+    finding = verdict("T3", ordinary())
+    assert finding.verdict == "fails"
+    assert finding.figures["of_these_with_an_effect"] == finding.figures["pairs_that_meet_in_zero_alone"] > 0
 
 
 def test_c5_goes_with_overlap_where_gains_are_equal_and_against_it_where_they_are_planted_so() -> None:
@@ -205,15 +207,15 @@ def test_c5_goes_with_overlap_where_gains_are_equal_and_against_it_where_they_ar
     assert verdict("C5", every_head(lambda a, layer, h: tilted(a, layer, h, 1.0))).verdict == "holds"
     against = verdict("C5", every_head(lambda a, layer, h: tilted(a, layer, h, 100.0**-h)))
     assert against.verdict == "holds under"
-    assert against.evidence["largest_share_left"] < 1e-9
+    assert against.figures["largest_share_left"] < 1e-9
 
 
 def test_t4_holds_under_a_condition_at_100_neurons_a_dimension() -> None:
     assert verdict("T4", ordinary()).verdict == "fails"
-    found = verdict("T4", one_wide_head(num_hidden_layers=2, intermediate_size=800))
-    assert found.verdict == "holds under"
-    assert found.evidence["neurons_before_per_dimension"] == 100
-    assert found.evidence["saving_of_a_map_through_d"] == pytest.approx(800 * 800 / (8 * 1592))
+    finding = verdict("T4", one_wide_head(num_hidden_layers=2, intermediate_size=800))
+    assert finding.verdict == "holds under"
+    assert finding.figures["neurons_before_per_dimension"] == 100
+    assert finding.figures["saving_of_a_map_through_d"] == pytest.approx(800 * 800 / (8 * 1592))
 
 
 def test_t6_needs_something_that_writes_against_what_it_reads() -> None:
@@ -222,8 +224,8 @@ def test_t6_needs_something_that_writes_against_what_it_reads() -> None:
     plant_neuron(model, 1, 0, axes[:, 0], axes[:, 0])
     assert verdict("T6", model).verdict == "fails"
     plant_neuron(model, 1, 1, axes[:, 0], -axes[:, 0])
-    found = verdict("T6", model)
-    assert (found.verdict, found.evidence["neurons_that_clear"]) == ("holds under", 1)
+    finding = verdict("T6", model)
+    assert (finding.verdict, finding.figures["neurons_that_clear"]) == ("holds under", 1)
     wide = flat(one_wide_head())
     with torch.no_grad():
         attention = wide.model.layers[1].self_attn
@@ -243,10 +245,10 @@ def test_c1_needs_an_edge_that_skips_a_layer() -> None:
     assert verdict("C1", model).verdict == "fails"
     axes = frame(0)
     plant_head(model, 2, 3, axes[:, 12:16] @ axes[:, :4].T)
-    found = verdict("C1", model)
-    assert found.verdict == "holds"
-    assert found.witnesses[0].endswith("2 layers, z " + found.witnesses[0].rsplit(" ", 1)[1])
-    assert "-> L2H3.V" in found.witnesses[0]
+    finding = verdict("C1", model)
+    assert finding.verdict == "holds"
+    assert finding.witnesses[0].endswith("2 layers, z " + finding.witnesses[0].rsplit(" ", 1)[1])
+    assert "-> L2H3.V" in finding.witnesses[0]
     assert verdict("C1", one_wide_head(num_hidden_layers=2)).verdict == "cannot tell"
 
 
@@ -266,9 +268,9 @@ def test_l3_needs_a_run_and_the_right_one() -> None:
     stream = vw.open(model)
     point, _ = operate(model, stream, torch.arange(12))
     assert verdict("L3", model).verdict == "cannot tell"
-    found = verdict("L3", model, point=point)
-    assert found.verdict == "holds under"
-    assert found.evidence["largest_relative_error_of_a_norm_scalar"] < 1e-10
+    finding = verdict("L3", model, point=point)
+    assert finding.verdict == "holds under"
+    assert finding.figures["largest_relative_error_of_a_norm_scalar"] < 1e-10
     other, _ = operate(model, stream, torch.arange(12).flip(0))
     mixed = replace(point, patterns=other.patterns, gates=other.gates)
     assert verdict("L3", model, point=mixed).verdict == "fails"
@@ -282,7 +284,7 @@ def test_l3_needs_a_run_and_the_right_one() -> None:
 def test_t7_tells_a_gate_that_listens_from_one_that_is_always_open() -> None:
     """A neuron writes against what it reads; its gate reads a direction that half of the tokens have, or all."""
     axes = frame(6)
-    verdicts = {}
+    findings = {}
     for kind in ("half", "all"):
         model = flat(blank())
         sign = torch.ones(37, dtype=torch.float64)
@@ -294,11 +296,11 @@ def test_t7_tells_a_gate_that_listens_from_one_that_is_always_open() -> None:
         plant_neuron(model, 1, 0, axes[:, 1], -axes[:, 1] / 10)
         stream = vw.open(model)
         point, _ = operate(model, stream, torch.arange(12))
-        verdicts[kind] = verdict("T7", model, point=point)
+        findings[kind] = verdict("T7", model, point=point)
         assert verdict("T7", model).verdict == "cannot tell"
-    assert {kind: found.verdict for kind, found in verdicts.items()} == {"half": "holds", "all": "fails"}
-    assert verdicts["half"].evidence["conditional"] == verdicts["all"].evidence["unconditional"] == 1
-    assert verdicts["half"].witnesses[0].startswith("L1N0: clears on 50% of tokens")
+    assert {kind: finding.verdict for kind, finding in findings.items()} == {"half": "holds", "all": "fails"}
+    assert findings["half"].figures["conditional"] == findings["all"].figures["unconditional"] == 1
+    assert findings["half"].witnesses[0].startswith("L1N0: clears on 50% of tokens")
 
 
 def test_every_statement_has_its_row_and_its_page() -> None:
@@ -345,8 +347,8 @@ def one_neuron_layers(neurons: int) -> nn.Module:
 
 def test_l9_and_c6_and_t5_know_orthogonal_directions() -> None:
     assert [verdict(id, orthogonal()).verdict for id in ("L9", "C6", "T5")] == ["holds", "fails", "holds under"]
-    found = [verdict(id, ordinary()) for id in ("L9", "C6", "T5")]
-    assert [each.verdict for each in found] == ["holds under", "holds", "fails"]
+    findings = [verdict(id, ordinary()) for id in ("L9", "C6", "T5")]
+    assert [finding.verdict for finding in findings] == ["holds under", "holds", "fails"]
     same = ordinary()
     with torch.no_grad():
         for layer in same.model.layers:
@@ -356,12 +358,12 @@ def test_l9_and_c6_and_t5_know_orthogonal_directions() -> None:
 
 def test_l10_needs_interference() -> None:
     model = one_neuron_layers(40)
-    found = verdict("L10", model)
-    assert found.verdict == "holds under"
-    assert found.evidence["total_over_pairs_exponent"] == pytest.approx(2, abs=0.2)
-    assert found.evidence["squared_error_of_a_signal_exponent"] == pytest.approx(1, abs=0.2)
+    finding = verdict("L10", model)
+    assert finding.verdict == "holds under"
+    assert finding.figures["total_over_pairs_exponent"] == pytest.approx(2, abs=0.2)
+    assert finding.figures["squared_error_of_a_signal_exponent"] == pytest.approx(1, abs=0.2)
     assert verdict("L10", orthogonal()).verdict == "cannot tell"
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.copy_(torch.block_diag(*[torch.ones(3, 5)] * 8).double())
-    assert verdict("L10", model).evidence["squared_error_of_a_signal_exponent"] > 0.5
+    assert verdict("L10", model).figures["squared_error_of_a_signal_exponent"] > 0.5

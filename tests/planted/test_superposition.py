@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import virtual_weights as vw
 from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap, welch
-from virtual_weights.analysis.crowding.dictionary import dictionary
+from virtual_weights.analysis.crowding.directions import directions
 from virtual_weights.analysis.crowding.interference import Interference
 from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
-from virtual_weights.cli.superposition import superposition
+from virtual_weights.cli.ledger import superposition
 
 app = typer.Typer()
 app.command()(superposition)
@@ -57,27 +57,29 @@ def answer(*arguments: object) -> dict[str, Any]:
 def test_a_code_of_more_than_d_over_eps_squared_directions() -> None:
     """The 120 neurons of a tiny model hold the lines of E_8: more than d/eps^2 = 92 at a coherence below eps = 0.51."""
     record = Coherence("out")(vw.open(writing(lattice())))
-    found, eps = gap(record), 0.51
-    assert found["directions"] == 120 > capacity(D, eps).published
-    assert found["largest"] == pytest.approx(0.5)
-    assert found["largest"] < eps
-    assert found["frame_potential"] == pytest.approx(120**2 / 8), "a tight frame of the 8 dimensions that it spans"
-    assert found["mean_square"] == pytest.approx((120**2 / 8 - 120) / (120 * 119))
+    figures, eps = gap(record), 0.51
+    assert figures["directions"] == 120 > capacity(D, eps).published
+    assert figures["largest"] == pytest.approx(0.5)
+    assert figures["largest"] < eps
+    assert figures["frame_potential"] == pytest.approx(120**2 / 8), "a tight frame of the 8 dimensions that it spans"
+    assert figures["mean_square"] == pytest.approx((120**2 / 8 - 120) / (120 * 119))
     count = record["count"]
     assert (int(count[0]), int(count[49:51].sum())) == (120 * 63 // 2, 120 * 56 // 2)
     assert int(count.sum()) == 120 * 119 // 2
-    assert found["random_largest"] > found["largest"] > found["welch"], "random lines are closer, none below Welch"
+    assert figures["random_largest"] > figures["largest"] > figures["welch"], (
+        "random lines are closer, none below Welch"
+    )
 
 
 def test_a_simplex_meets_welch() -> None:
     simplex = torch.eye(D + 1, dtype=torch.float64) - 1 / (D + 1)
     rows = simplex @ torch.linalg.svd(simplex)[0][:, :D]
-    found = gap(Coherence("out")(vw.open(writing(rows))))
-    assert found["directions"] == D + 1
+    figures = gap(Coherence("out")(vw.open(writing(rows))))
+    assert figures["directions"] == D + 1
     assert welch(D + 1, D) == pytest.approx(1 / D)
-    assert found["largest"] == pytest.approx(1 / D, abs=1e-6)
-    assert found["mean_square"] == pytest.approx(1 / D**2, abs=1e-6)
-    assert found["random_largest"] > 3 * found["welch"]
+    assert figures["largest"] == pytest.approx(1 / D, abs=1e-6)
+    assert figures["mean_square"] == pytest.approx(1 / D**2, abs=1e-6)
+    assert figures["random_largest"] > 3 * figures["welch"]
 
 
 def test_the_closest_pair_is_named_in_its_own_kind() -> None:
@@ -96,11 +98,11 @@ def test_the_closest_pair_is_named_in_its_own_kind() -> None:
     stream = vw.open(model)
     expected = {"out": (["L0N3", "L2N7"], 0.9), "in": (["L1N0", "L1N1"], 0.95), "ov": (["L0H2", "L2H5"], 0.8)}
     for kind, (pair, cosine) in expected.items():
-        found = gap(Coherence(kind)(stream))
-        assert (found["largest_pair"], found["largest"]) == (pair, pytest.approx(cosine, rel=1e-6)), kind
+        figures = gap(Coherence(kind)(stream))
+        assert (figures["largest_pair"], figures["largest"]) == (pair, pytest.approx(cosine, rel=1e-6)), kind
     with pytest.raises(vw.VirtualWeightsError, match="two or more"):
         Coherence("gate")(stream)
-    bare, _ = dictionary(vw.open(model, fold=False), "in")
+    bare, _ = directions(vw.open(model, fold=False), "in")
     assert bare == ("L0N3", "L1N0", "L1N1", "L2N7")
     unfolded = gap(Coherence("in")(vw.open(model, fold=False)))
     assert abs(unfolded["largest"] - 0.95) > 1e-4, "without the norm's gain other directions are read"
@@ -108,17 +110,17 @@ def test_the_closest_pair_is_named_in_its_own_kind() -> None:
 
 def test_a_sample_is_the_same_each_time_and_another_with_another_seed() -> None:
     stream = vw.open(writing(lattice()))
-    names, unit = dictionary(stream, "out", 30, seed=1)
-    again, same = dictionary(stream, "out", 30, seed=1)
-    other, _ = dictionary(stream, "out", 30, seed=2)
-    every, rows = dictionary(stream, "out")
+    names, unit = directions(stream, "out", 30, seed=1)
+    again, same = directions(stream, "out", 30, seed=1)
+    other, _ = directions(stream, "out", 30, seed=2)
+    every, rows = directions(stream, "out")
     assert names == again != other
     assert torch.equal(unit, same)
     assert len(set(names)) == 30 < len(every) == 120
-    at = [every.index(name) for name in names]
-    assert at == sorted(at), "in order of depth"
-    assert torch.equal(unit, rows[at])
-    assert dictionary(stream, "out", 500)[0] == every
+    places = [every.index(name) for name in names]
+    assert places == sorted(places), "in order of depth"
+    assert torch.equal(unit, rows[places])
+    assert directions(stream, "out", 500)[0] == every
 
 
 def test_interference_of_parallel_directions_is_all_there_is() -> None:
@@ -175,15 +177,18 @@ def test_what_each_method_recovers_of_coherent_and_of_orthogonal_directions() ->
 
 def test_the_command_shows_the_records(tmp_path: Path) -> None:
     tiny("llama-full").save_pretrained(tmp_path)
-    found = answer(tmp_path, "--kind", "in", "--sample", 50, "--seed", 3, "--json", "--progress", "none")
+    given = answer(tmp_path, "--kind", "in", "--sample", 50, "--seed", 3, "--json", "--progress", "none")
     stream = vw.open(tmp_path)
-    assert found["coherence"] == gap(Coherence("in", 50, 3)(stream))
-    assert found["coherence"]["directions"] == 50
+    figures, (interference, recovered) = given["summary"], given["more"]
+    counts = figures.pop("capacity")
+    assert figures == gap(Coherence("in", 50, 3)(stream)) | {"largest_pair": figures["largest_pair"]}
+    assert figures["directions"] == 50
     growth, recovery = Interference("in", seed=3)(stream), Recovery("in", seed=3)(stream)
-    assert found["interference"] == {"exponents": growth.stamp["exponents"], "by_n": list(growth.rows())}
-    assert found["recovery"] == {"directions": 120, "by_n": list(recovery.rows())}
-    assert found["capacity"]["eps"] == found["coherence"]["largest"]
-    assert answer(tmp_path, "--eps", 0.1, "--json")["capacity"]["published"] == pytest.approx(D / 0.01)
+    assert interference["summary"] == {"exponents": growth.stamp["exponents"]}
+    assert interference["rows"] == list(growth.rows())
+    assert (recovered["stamp"]["directions"], recovered["rows"]) == (120, list(recovery.rows()))
+    assert counts["eps"] == figures["largest"]
+    assert answer(tmp_path, "--eps", 0.1, "--json")["summary"]["capacity"]["published"] == pytest.approx(D / 0.01)
     shown = CliRunner().invoke(app, [str(tmp_path)], catch_exceptions=False, env={"COLUMNS": "200"}).output
     power = growth.stamp["exponents"]["total"]["random"]
     for told in ("Welch", "active at once", f"random directions {power:.3f}"):
@@ -194,14 +199,16 @@ def test_the_command_says_what_it_cannot_tell(tmp_path: Path) -> None:
     """18 heads are too few for a power, 24 axes have no cosines; a wrong eps is refused before anything is opened."""
     tiny("llama-full").save_pretrained(tmp_path / "heads")
     heads = answer(tmp_path / "heads", "--kind", "ov", "--json")
-    assert heads["interference"] is None
-    assert (heads["coherence"]["directions"], heads["recovery"]["directions"]) == (18, 18)
+    (recovery,) = heads["more"]
+    assert recovery["question"] == "recovery", "no interference"
+    assert (heads["summary"]["directions"], recovery["stamp"]["directions"]) == (18, 18)
     writing(torch.eye(D, dtype=torch.float64)).save_pretrained(tmp_path / "axes")
     axes = answer(tmp_path / "axes", "--json")
-    assert (axes["coherence"]["largest"], axes["capacity"], axes["interference"]) == (0.0, None, None)
+    assert (axes["summary"]["largest"], axes["summary"]["capacity"]) == (0.0, None)
+    assert [part["question"] for part in axes["more"]] == ["recovery"]
     writing(torch.eye(D, dtype=torch.float64)[:1].expand(4, D)).save_pretrained(tmp_path / "same")
     same = answer(tmp_path / "same", "--json")
-    assert same["capacity"]["eps"] == pytest.approx(1.0)
+    assert same["summary"]["capacity"]["eps"] == pytest.approx(1.0)
     for name in ("heads", "axes", "same"):
         kind = ["--kind", "ov"] if name == "heads" else []
         shown = CliRunner().invoke(app, [str(tmp_path / name), *kind], catch_exceptions=False).output

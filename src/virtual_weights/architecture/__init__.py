@@ -1,8 +1,7 @@
 """Tables: which tensor plays which role in which layout. Data; no tensors, no files."""
 
 from virtual_weights.architecture.families import FAMILIES
-from virtual_weights.architecture.hf_config import config_for
-from virtual_weights.architecture.resolve import Model, Placement, resolve
+from virtual_weights.architecture.resolve import Model, Placement, config_for, resolve
 from virtual_weights.architecture.table import Dialect, Family, ModelSpec, RotarySpec, Row, stored_shape
 
 __all__ = [

@@ -9,47 +9,50 @@ from virtual_weights.architecture.config import NEUTRAL_HF, divided, flags, inte
 from virtual_weights.architecture.table import OPTIONAL, UNTIED, Dialect, Family, ModelSpec, RotarySpec, Row
 from virtual_weights.errors import ArchitectureError
 
+_ATTN, _MLP = "L{l}.attn", "L{l}.mlp"
+_ATTN_BIAS, _MLP_BIAS = f"{_ATTN}.bias", f"{_MLP}.bias"
+
 _QKV = ("q", "k", "v")
 _QKV_BIAS = ("q_bias", "k_bias", "v_bias")
 
 _HF_ROWS = (
-    Row(("embed",), "wte.weight", "t d -> t d"),
-    Row(("pos",), "wpe.weight", "p d -> p d"),
-    Row(("attn_norm",), "h.{l}.ln_1.weight", "d -> d"),
-    Row(("attn_norm_bias",), "h.{l}.ln_1.bias", "d -> d"),
-    Row(_QKV, "h.{l}.attn.c_attn.weight", "d (three h k) -> three h k d"),
-    Row(_QKV_BIAS, "h.{l}.attn.c_attn.bias", "(three h k) -> three h k"),
-    Row(("o",), "h.{l}.attn.c_proj.weight", "(h k) d -> h d k"),
-    Row(("o_bias",), "h.{l}.attn.c_proj.bias", "d -> d"),
-    Row(("mlp_norm",), "h.{l}.ln_2.weight", "d -> d"),
-    Row(("mlp_norm_bias",), "h.{l}.ln_2.bias", "d -> d"),
-    Row(("up",), "h.{l}.mlp.c_fc.weight", "d n -> n d"),
-    Row(("up_bias",), "h.{l}.mlp.c_fc.bias", "n -> n"),
-    Row(("down",), "h.{l}.mlp.c_proj.weight", "n d -> d n"),
-    Row(("down_bias",), "h.{l}.mlp.c_proj.bias", "d -> d"),
-    Row(("final_norm",), "ln_f.weight", "d -> d"),
-    Row(("final_norm_bias",), "ln_f.bias", "d -> d"),
-    Row(("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
+    Row("embed", ("embed",), "wte.weight", "t d -> t d"),
+    Row("pos", ("pos",), "wpe.weight", "p d -> p d"),
+    Row(_ATTN, ("norm",), "h.{l}.ln_1.weight", "d -> d"),
+    Row(_ATTN, ("norm_bias",), "h.{l}.ln_1.bias", "d -> d"),
+    Row(_ATTN, _QKV, "h.{l}.attn.c_attn.weight", "d (three h k) -> three h k d"),
+    Row(_ATTN, _QKV_BIAS, "h.{l}.attn.c_attn.bias", "(three h k) -> three h k"),
+    Row(_ATTN, ("o",), "h.{l}.attn.c_proj.weight", "(h k) d -> h d k"),
+    Row(_ATTN_BIAS, ("bias",), "h.{l}.attn.c_proj.bias", "d -> d"),
+    Row(_MLP, ("norm",), "h.{l}.ln_2.weight", "d -> d"),
+    Row(_MLP, ("norm_bias",), "h.{l}.ln_2.bias", "d -> d"),
+    Row(_MLP, ("up",), "h.{l}.mlp.c_fc.weight", "d n -> n d"),
+    Row(_MLP, ("up_bias",), "h.{l}.mlp.c_fc.bias", "n -> n"),
+    Row(_MLP, ("down",), "h.{l}.mlp.c_proj.weight", "n d -> d n"),
+    Row(_MLP_BIAS, ("bias",), "h.{l}.mlp.c_proj.bias", "d -> d"),
+    Row("unembed", ("norm",), "ln_f.weight", "d -> d"),
+    Row("unembed", ("norm_bias",), "ln_f.bias", "d -> d"),
+    Row("unembed", ("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
 )
 
 _GGUF_ROWS = (
-    Row(("embed",), "token_embd.weight", "t d -> t d"),
-    Row(("pos",), "position_embd.weight", "p d -> p d"),
-    Row(("attn_norm",), "blk.{l}.attn_norm.weight", "d -> d"),
-    Row(("attn_norm_bias",), "blk.{l}.attn_norm.bias", "d -> d"),
-    Row(_QKV, "blk.{l}.attn_qkv.weight", "(three h k) d -> three h k d"),
-    Row(_QKV_BIAS, "blk.{l}.attn_qkv.bias", "(three h k) -> three h k"),
-    Row(("o",), "blk.{l}.attn_output.weight", "d (h k) -> h d k"),
-    Row(("o_bias",), "blk.{l}.attn_output.bias", "d -> d"),
-    Row(("mlp_norm",), "blk.{l}.ffn_norm.weight", "d -> d"),
-    Row(("mlp_norm_bias",), "blk.{l}.ffn_norm.bias", "d -> d"),
-    Row(("up",), "blk.{l}.ffn_up.weight", "n d -> n d"),
-    Row(("up_bias",), "blk.{l}.ffn_up.bias", "n -> n"),
-    Row(("down",), "blk.{l}.ffn_down.weight", "d n -> d n"),
-    Row(("down_bias",), "blk.{l}.ffn_down.bias", "d -> d"),
-    Row(("final_norm",), "output_norm.weight", "d -> d"),
-    Row(("final_norm_bias",), "output_norm.bias", "d -> d"),
-    Row(("unembed",), "output.weight", "t d -> t d", OPTIONAL),
+    Row("embed", ("embed",), "token_embd.weight", "t d -> t d"),
+    Row("pos", ("pos",), "position_embd.weight", "p d -> p d"),
+    Row(_ATTN, ("norm",), "blk.{l}.attn_norm.weight", "d -> d"),
+    Row(_ATTN, ("norm_bias",), "blk.{l}.attn_norm.bias", "d -> d"),
+    Row(_ATTN, _QKV, "blk.{l}.attn_qkv.weight", "(three h k) d -> three h k d"),
+    Row(_ATTN, _QKV_BIAS, "blk.{l}.attn_qkv.bias", "(three h k) -> three h k"),
+    Row(_ATTN, ("o",), "blk.{l}.attn_output.weight", "d (h k) -> h d k"),
+    Row(_ATTN_BIAS, ("bias",), "blk.{l}.attn_output.bias", "d -> d"),
+    Row(_MLP, ("norm",), "blk.{l}.ffn_norm.weight", "d -> d"),
+    Row(_MLP, ("norm_bias",), "blk.{l}.ffn_norm.bias", "d -> d"),
+    Row(_MLP, ("up",), "blk.{l}.ffn_up.weight", "n d -> n d"),
+    Row(_MLP, ("up_bias",), "blk.{l}.ffn_up.bias", "n -> n"),
+    Row(_MLP, ("down",), "blk.{l}.ffn_down.weight", "d n -> d n"),
+    Row(_MLP_BIAS, ("bias",), "blk.{l}.ffn_down.bias", "d -> d"),
+    Row("unembed", ("norm",), "output_norm.weight", "d -> d"),
+    Row("unembed", ("norm_bias",), "output_norm.bias", "d -> d"),
+    Row("unembed", ("unembed",), "output.weight", "t d -> t d", OPTIONAL),
 )
 
 
@@ -128,32 +131,32 @@ GPT2 = Family(
 def _hf_rows(qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None) -> tuple[Row, ...]:
     attention, mlp = "layers.{l}.self_attn.", "layers.{l}.mlp."
     rows = [
-        Row(("embed",), "embed_tokens.weight", "t d -> t d"),
-        Row(("attn_norm",), "layers.{l}.input_layernorm.weight", "d -> d"),
-        Row(("q",), attention + "q_proj.weight", "(h k) d -> h k d"),
-        Row(("k",), attention + "k_proj.weight", "(g k) d -> g k d"),
-        Row(("v",), attention + "v_proj.weight", "(g k) d -> g k d"),
-        Row(("o",), attention + "o_proj.weight", "d (h k) -> h d k"),
-        Row(("mlp_norm",), "layers.{l}.post_attention_layernorm.weight", "d -> d"),
-        Row(("gate",), mlp + "gate_proj.weight", "n d -> n d"),
-        Row(("up",), mlp + "up_proj.weight", "n d -> n d"),
-        Row(("down",), mlp + "down_proj.weight", "d n -> d n"),
-        Row(("final_norm",), "norm.weight", "d -> d"),
-        Row(("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
+        Row("embed", ("embed",), "embed_tokens.weight", "t d -> t d"),
+        Row(_ATTN, ("norm",), "layers.{l}.input_layernorm.weight", "d -> d"),
+        Row(_ATTN, ("q",), attention + "q_proj.weight", "(h k) d -> h k d"),
+        Row(_ATTN, ("k",), attention + "k_proj.weight", "(g k) d -> g k d"),
+        Row(_ATTN, ("v",), attention + "v_proj.weight", "(g k) d -> g k d"),
+        Row(_ATTN, ("o",), attention + "o_proj.weight", "d (h k) -> h d k"),
+        Row(_MLP, ("norm",), "layers.{l}.post_attention_layernorm.weight", "d -> d"),
+        Row(_MLP, ("gate",), mlp + "gate_proj.weight", "n d -> n d"),
+        Row(_MLP, ("up",), mlp + "up_proj.weight", "n d -> n d"),
+        Row(_MLP, ("down",), mlp + "down_proj.weight", "d n -> d n"),
+        Row("unembed", ("norm",), "norm.weight", "d -> d"),
+        Row("unembed", ("unembed",), "/lm_head.weight", "t d -> t d", UNTIED),
     ]
     if qkv_bias:
         rows += [
-            Row(("q_bias",), attention + "q_proj.bias", "(h k) -> h k", qkv_bias),
-            Row(("k_bias",), attention + "k_proj.bias", "(g k) -> g k", qkv_bias),
-            Row(("v_bias",), attention + "v_proj.bias", "(g k) -> g k", qkv_bias),
+            Row(_ATTN, ("q_bias",), attention + "q_proj.bias", "(h k) -> h k", qkv_bias),
+            Row(_ATTN, ("k_bias",), attention + "k_proj.bias", "(g k) -> g k", qkv_bias),
+            Row(_ATTN, ("v_bias",), attention + "v_proj.bias", "(g k) -> g k", qkv_bias),
         ]
     if o_bias:
-        rows.append(Row(("o_bias",), attention + "o_proj.bias", "d -> d", o_bias))
+        rows.append(Row(_ATTN_BIAS, ("bias",), attention + "o_proj.bias", "d -> d", o_bias))
     if mlp_bias:
         rows += [
-            Row(("gate_bias",), mlp + "gate_proj.bias", "n -> n", mlp_bias),
-            Row(("up_bias",), mlp + "up_proj.bias", "n -> n", mlp_bias),
-            Row(("down_bias",), mlp + "down_proj.bias", "d -> d", mlp_bias),
+            Row(_MLP, ("gate_bias",), mlp + "gate_proj.bias", "n -> n", mlp_bias),
+            Row(_MLP, ("up_bias",), mlp + "up_proj.bias", "n -> n", mlp_bias),
+            Row(_MLP_BIAS, ("bias",), mlp + "down_proj.bias", "d -> d", mlp_bias),
         ]
     return tuple(rows)
 
@@ -196,26 +199,26 @@ def _gguf_rows(permuted: bool, qkv_bias: str) -> tuple[Row, ...]:
     )
     block = "blk.{l}."
     return (
-        Row(("embed",), "token_embd.weight", "t d -> t d"),
-        Row(("attn_norm",), block + "attn_norm.weight", "d -> d"),
-        Row(("q",), block + "attn_q.weight", q),
-        Row(("k",), block + "attn_k.weight", k),
-        Row(("v",), block + "attn_v.weight", "(g k) d -> g k d"),
-        Row(("o",), block + "attn_output.weight", "d (h k) -> h d k"),
-        Row(("q_bias",), block + "attn_q.bias", q_bias, qkv_bias),
-        Row(("k_bias",), block + "attn_k.bias", k_bias, qkv_bias),
-        Row(("v_bias",), block + "attn_v.bias", "(g k) -> g k", qkv_bias),
-        Row(("o_bias",), block + "attn_output.bias", "d -> d", OPTIONAL),
-        Row(("mlp_norm",), block + "ffn_norm.weight", "d -> d"),
-        Row(("gate",), block + "ffn_gate.weight", "n d -> n d"),
-        Row(("up",), block + "ffn_up.weight", "n d -> n d"),
-        Row(("down",), block + "ffn_down.weight", "d n -> d n"),
-        Row(("gate_bias",), block + "ffn_gate.bias", "n -> n", OPTIONAL),
-        Row(("up_bias",), block + "ffn_up.bias", "n -> n", OPTIONAL),
-        Row(("down_bias",), block + "ffn_down.bias", "d -> d", OPTIONAL),
-        Row(("final_norm",), "output_norm.weight", "d -> d"),
-        Row(("unembed",), "output.weight", "t d -> t d", OPTIONAL),
-        Row(("rope_factors",), "rope_freqs.weight", "r -> r", OPTIONAL),
+        Row("embed", ("embed",), "token_embd.weight", "t d -> t d"),
+        Row(_ATTN, ("norm",), block + "attn_norm.weight", "d -> d"),
+        Row(_ATTN, ("q",), block + "attn_q.weight", q),
+        Row(_ATTN, ("k",), block + "attn_k.weight", k),
+        Row(_ATTN, ("v",), block + "attn_v.weight", "(g k) d -> g k d"),
+        Row(_ATTN, ("o",), block + "attn_output.weight", "d (h k) -> h d k"),
+        Row(_ATTN, ("q_bias",), block + "attn_q.bias", q_bias, qkv_bias),
+        Row(_ATTN, ("k_bias",), block + "attn_k.bias", k_bias, qkv_bias),
+        Row(_ATTN, ("v_bias",), block + "attn_v.bias", "(g k) -> g k", qkv_bias),
+        Row(_ATTN_BIAS, ("bias",), block + "attn_output.bias", "d -> d", OPTIONAL),
+        Row(_MLP, ("norm",), block + "ffn_norm.weight", "d -> d"),
+        Row(_MLP, ("gate",), block + "ffn_gate.weight", "n d -> n d"),
+        Row(_MLP, ("up",), block + "ffn_up.weight", "n d -> n d"),
+        Row(_MLP, ("down",), block + "ffn_down.weight", "d n -> d n"),
+        Row(_MLP, ("gate_bias",), block + "ffn_gate.bias", "n -> n", OPTIONAL),
+        Row(_MLP, ("up_bias",), block + "ffn_up.bias", "n -> n", OPTIONAL),
+        Row(_MLP_BIAS, ("bias",), block + "ffn_down.bias", "d -> d", OPTIONAL),
+        Row("unembed", ("norm",), "output_norm.weight", "d -> d"),
+        Row("unembed", ("unembed",), "output.weight", "t d -> t d", OPTIONAL),
+        Row("rotary", ("factors",), "rope_freqs.weight", "r -> r", OPTIONAL),
     )
 
 
@@ -299,27 +302,28 @@ QWEN2 = Family(
 
 _BLOCK = "layers.{l}."
 _ROWS = (
-    Row(("embed",), "embed_in.weight", "t d -> t d"),
-    Row(("attn_norm",), _BLOCK + "input_layernorm.weight", "d -> d"),
-    Row(("attn_norm_bias",), _BLOCK + "input_layernorm.bias", "d -> d"),
-    Row(("q", "k", "v"), _BLOCK + "attention.query_key_value.weight", "(h three k) d -> three h k d"),
+    Row("embed", ("embed",), "embed_in.weight", "t d -> t d"),
+    Row(_ATTN, ("norm",), _BLOCK + "input_layernorm.weight", "d -> d"),
+    Row(_ATTN, ("norm_bias",), _BLOCK + "input_layernorm.bias", "d -> d"),
+    Row(_ATTN, ("q", "k", "v"), _BLOCK + "attention.query_key_value.weight", "(h three k) d -> three h k d"),
     Row(
+        _ATTN,
         ("q_bias", "k_bias", "v_bias"),
         _BLOCK + "attention.query_key_value.bias",
         "(h three k) -> three h k",
         "attention_bias",
     ),
-    Row(("o",), _BLOCK + "attention.dense.weight", "d (h k) -> h d k"),
-    Row(("o_bias",), _BLOCK + "attention.dense.bias", "d -> d", "attention_bias"),
-    Row(("mlp_norm",), _BLOCK + "post_attention_layernorm.weight", "d -> d"),
-    Row(("mlp_norm_bias",), _BLOCK + "post_attention_layernorm.bias", "d -> d"),
-    Row(("up",), _BLOCK + "mlp.dense_h_to_4h.weight", "n d -> n d"),
-    Row(("up_bias",), _BLOCK + "mlp.dense_h_to_4h.bias", "n -> n"),
-    Row(("down",), _BLOCK + "mlp.dense_4h_to_h.weight", "d n -> d n"),
-    Row(("down_bias",), _BLOCK + "mlp.dense_4h_to_h.bias", "d -> d"),
-    Row(("final_norm",), "final_layer_norm.weight", "d -> d"),
-    Row(("final_norm_bias",), "final_layer_norm.bias", "d -> d"),
-    Row(("unembed",), "/embed_out.weight|/lm_head.weight", "t d -> t d", UNTIED),
+    Row(_ATTN, ("o",), _BLOCK + "attention.dense.weight", "d (h k) -> h d k"),
+    Row(_ATTN_BIAS, ("bias",), _BLOCK + "attention.dense.bias", "d -> d", "attention_bias"),
+    Row(_MLP, ("norm",), _BLOCK + "post_attention_layernorm.weight", "d -> d"),
+    Row(_MLP, ("norm_bias",), _BLOCK + "post_attention_layernorm.bias", "d -> d"),
+    Row(_MLP, ("up",), _BLOCK + "mlp.dense_h_to_4h.weight", "n d -> n d"),
+    Row(_MLP, ("up_bias",), _BLOCK + "mlp.dense_h_to_4h.bias", "n -> n"),
+    Row(_MLP, ("down",), _BLOCK + "mlp.dense_4h_to_h.weight", "d n -> d n"),
+    Row(_MLP_BIAS, ("bias",), _BLOCK + "mlp.dense_4h_to_h.bias", "d -> d"),
+    Row("unembed", ("norm",), "final_layer_norm.weight", "d -> d"),
+    Row("unembed", ("norm_bias",), "final_layer_norm.bias", "d -> d"),
+    Row("unembed", ("unembed",), "/embed_out.weight|/lm_head.weight", "t d -> t d", UNTIED),
 )
 
 

@@ -46,16 +46,21 @@ class Model:
     Attributes:
         family: name of the family's table.
         spec: sizes and choices.
-        placements: by (role, layer); layer is None for roles outside the blocks.
+        placements: by (role, group), such as ``("q", "L3.attn")`` or ``("norm", "unembed")``.
     """
 
     family: str
     spec: ModelSpec
-    placements: Mapping[tuple[str, int | None], Placement]
+    placements: Mapping[tuple[str, str], Placement]
 
-    def has(self, role: str, layer: int | None = None) -> bool:
-        """Whether the checkpoint holds this role."""
-        return (role, layer) in self.placements
+    def has(self, role: str, group: str) -> bool:
+        """Whether the checkpoint holds this role of a group."""
+        return (role, group) in self.placements
+
+    @property
+    def hf(self) -> Dialect:
+        """Transformers' own names and layouts of this family."""
+        return family_named(self.family).dialects["hf"]
 
 
 def resolve(
@@ -82,12 +87,12 @@ def resolve(
     spec = table.read_config(config)
     prefix = _prefix(table, shapes)
     _bound_layers(spec, shapes)
-    expected = {name: (row, layer) for row in table.rows for name, layer in _names(row, prefix, spec, shapes)}
+    expected = {name: (row, group) for row in table.rows for name, group in _names(row, prefix, spec, shapes)}
     _refuse_unknown(expected, shapes, table, family)
     _refuse_missing(expected, shapes, spec, partial=partial)
     axes = dict(spec.axes)
-    placements: dict[tuple[str, int | None], Placement] = {}
-    for name, (row, layer) in expected.items():
+    placements: dict[tuple[str, str], Placement] = {}
+    for name, (row, group) in expected.items():
         if name not in shapes or (row.when == UNTIED and spec.tied):
             continue
         wanted = stored_shape(row.layout, axes)
@@ -98,11 +103,16 @@ def resolve(
                 do="correct the configuration, or open the checkpoint that belongs to it",
             )
         for part, role in enumerate(row.roles):
-            placements[role, layer] = Placement(name, row.layout, part if len(row.roles) > 1 else None)
+            placements[role, group] = Placement(name, row.layout, part if len(row.roles) > 1 else None)
     always_tied = all(row.when != UNTIED for row in table.rows)
-    if (spec.tied or always_tied) and ("embed", None) in placements:
-        placements.setdefault(("unembed", None), placements["embed", None])
+    if (spec.tied or always_tied) and ("embed", "embed") in placements:
+        placements.setdefault(("unembed", "unembed"), placements["embed", "embed"])
     return Model(family.name, spec, placements)
+
+
+def family_named(name: str) -> Family:
+    """The table of a family."""
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def _family(config: Mapping[str, Any], dialect: str) -> Family:
@@ -165,14 +175,14 @@ def _bound_layers(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Non
         )
 
 
-def _names(row: Row, prefix: str, spec: ModelSpec, shapes: Mapping[str, Any]) -> list[tuple[str, int | None]]:
+def _names(row: Row, prefix: str, spec: ModelSpec, shapes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of a row's tensors; a leading slash means no prefix, a bar separates spellings."""
     spellings = [s[1:] if s.startswith("/") else prefix + s for s in row.name.split("|")]
     if row.when not in (ALWAYS, OPTIONAL, UNTIED) and row.when not in spec.flags:
         return []
     if row.per_layer:
-        return [(spellings[0].format(l=layer), layer) for layer in range(spec.n_layers)]
-    return [(next((s for s in spellings if s in shapes), spellings[-1]), None)]
+        return [(spellings[0].format(l=layer), row.group.format(l=layer)) for layer in range(spec.n_layers)]
+    return [(next((s for s in spellings if s in shapes), spellings[-1]), row.group)]
 
 
 def _refuse_unknown(
@@ -189,7 +199,7 @@ def _refuse_unknown(
 
 
 def _refuse_missing(
-    expected: Mapping[str, tuple[Row, int | None]], shapes: Mapping[str, Any], spec: ModelSpec, *, partial: bool
+    expected: Mapping[str, tuple[Row, str]], shapes: Mapping[str, Any], spec: ModelSpec, *, partial: bool
 ) -> None:
     absent = [
         name
@@ -207,3 +217,79 @@ def _refuse_missing(
 def _listed(names: list[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(sorted(names)[:_SHOWN]) + more
+
+
+_BIASES = {
+    "attention_bias": (*((role, "L{l}.attn") for role in ("q_bias", "k_bias", "v_bias")), ("bias", "L{l}.attn.bias")),
+    "mlp_bias": (("gate_bias", "L{l}.mlp"), ("up_bias", "L{l}.mlp"), ("bias", "L{l}.mlp.bias")),
+}
+"""Keys of Llama's configuration, and the biases (role, group) that each turns on in every layer, all or none."""
+
+
+def config_for(model: Model) -> dict[str, Any]:
+    """A configuration in transformers' vocabulary from a model's sizes and the biases that it holds.
+
+    Raises:
+        ArchitectureError: the model type is neither of Llama's family nor GPT-2, or the model has what transformers
+            cannot be told: rotary embedding of a part of each head, or some of the biases that one key turns on.
+    """
+    spec = model.spec
+    if spec.model_type == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": spec.n_layers,
+            "n_embd": spec.d_model,
+            "n_head": spec.n_heads,
+            "n_inner": spec.d_mlp,
+            "n_positions": spec.n_positions,
+            "vocab_size": spec.vocab,
+            "layer_norm_epsilon": spec.norm_eps,
+            "activation_function": spec.activation,
+            "tie_word_embeddings": spec.tied,
+        }
+    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+    if spec.model_type not in names:
+        raise ArchitectureError(
+            f"no configuration of transformers is known for a model of type {spec.model_type!r}",
+            expected=f"one of {', '.join([*names, 'gpt2'])}",
+            do="start from the safetensors form of this model, which has its config.json",
+        )
+    assert spec.rotary is not None
+    if spec.rotary.dim != spec.d_head:
+        raise ArchitectureError(
+            f"rotary embedding turns {spec.rotary.dim} of {spec.d_head} dimensions of a head",
+            expected=f"all of them, as {names[spec.model_type]} of transformers does",
+            do="start from the safetensors form of this model, which has its config.json",
+        )
+    biases = {key: _biased(model, key, roles) for key, roles in _BIASES.items()} if spec.model_type == "llama" else {}
+    kind = {"rope_type": "default", **spec.rotary.scaling}
+    return {
+        "model_type": spec.model_type,
+        "architectures": [names[spec.model_type]],
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.d_model,
+        "intermediate_size": spec.d_mlp,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.d_head,
+        "vocab_size": spec.vocab,
+        "rms_norm_eps": spec.norm_eps,
+        "hidden_act": spec.activation,
+        "rope_parameters": {**kind, "rope_theta": spec.rotary.base},
+        **biases,
+        "tie_word_embeddings": spec.tied,
+    }
+
+
+def _biased(model: Model, key: str, roles: tuple[tuple[str, str], ...]) -> bool:
+    places = [(role, group.format(l=layer)) for layer in range(model.spec.n_layers) for role, group in roles]
+    present = [place for place in places if model.has(*place)]
+    if 0 < len(present) < len(places):
+        named = ", ".join(model.placements[place].tensor for place in present[:6])
+        raise ArchitectureError(
+            f"{len(present)} of the {len(places)} biases that {key} turns on: {named}",
+            expected=f"all or none of {', '.join(role for role, _ in roles)} in every layer",
+            do="start from the safetensors form of this model, which has its config.json",
+        )
+    return bool(present)

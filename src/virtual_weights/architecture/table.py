@@ -27,6 +27,15 @@ ALWAYS = "always"
 """A row whose tensor every model of the family has."""
 UNTIED = "untied"
 """A row whose tensor exists unless input and output embedding are one."""
+_LAYER = re.compile(r"^L(\d+)")
+
+
+def layer_of(group: str) -> int | None:
+    """The layer that a group's id names: 3 of ``"L3.attn"``, None of ``"embed"``."""
+    match = _LAYER.match(group)
+    return int(match[1]) if match else None
+
+
 OPTIONAL = "optional"
 """A row whose tensor may be there or not, without any word in the configuration."""
 
@@ -36,12 +45,15 @@ class Row:
     """One tensor of a checkpoint.
 
     Attributes:
-        roles: the role it plays; several for a fused tensor.
+        group: whose it is, ``{l}`` standing for the layer: ``"L{l}.attn"``, ``"L{l}.mlp"``, ``"L{l}.attn.bias"``,
+            ``"embed"``, ``"unembed"`` (the last norm too) and so on.
+        roles: the role it plays there; several for a fused tensor.
         name: its name without the dialect's prefix, ``{l}`` standing for the layer.
         layout: einops pattern from stored axes to canonical axes.
         when: ``ALWAYS``, ``UNTIED``, ``OPTIONAL`` or the name of a flag of the configuration.
     """
 
+    group: str
     roles: tuple[str, ...]
     name: str
     layout: str
@@ -51,6 +63,10 @@ class Row:
     def per_layer(self) -> bool:
         """Whether there is one such tensor in every layer."""
         return "{l}" in self.name
+
+    def groups(self, n_layers: int) -> list[str]:
+        """The groups that have such a tensor."""
+        return [self.group.format(l=layer) for layer in range(n_layers)] if self.per_layer else [self.group]
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,17 @@ class Dialect:
     prefixes: tuple[str, ...] = ("",)
     required_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+
+    def row(self, role: str, group: str) -> Row | None:
+        """The row of a role in a group; None where the dialect has none."""
+        template = _LAYER.sub("L{l}", group)
+        return next((row for row in self.rows if row.group == template and role in row.roles), None)
+
+    def spelled(self, row: Row, group: str) -> str:
+        """The full name of a row's tensor in a group: the last of its spellings, with the first prefix."""
+        spelling = row.name.split("|")[-1]
+        name = spelling[1:] if spelling.startswith("/") else self.prefixes[0] + spelling
+        return name.format(l=layer_of(group))
 
 
 @dataclass(frozen=True)

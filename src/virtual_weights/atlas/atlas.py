@@ -68,7 +68,7 @@ def _database(path: Path) -> Generator[sqlite3.Connection]:
         ) from error
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; it grows when an older reader could not read it."""
 
 MANIFEST, RECORDS, LEDGER = "manifest.json", "records", "ledger.sqlite"
@@ -158,7 +158,7 @@ class Atlas:
                 path, f"its {MANIFEST} cannot be read ({error!r})", "compute it anew elsewhere"
             ) from error
         if layout != FORMAT or not isinstance(fingerprint, str):
-            raise _unreadable(path, f"it has format {layout!r}", "use the version of this package that wrote it")
+            raise _unreadable(path, f"it has format {layout!r}", "map the model again into another folder")
         return cls(path, manifest)
 
     @property
@@ -190,10 +190,10 @@ class Atlas:
         Raises:
             UsageError: the record is of another checkpoint, or its parameters are no plain JSON.
         """
-        found = record.provenance.get("fingerprint", self.fingerprint)
-        if found != self.fingerprint:
+        fingerprint = record.provenance.get("fingerprint", self.fingerprint)
+        if fingerprint != self.fingerprint:
             raise UsageError(
-                f"a {record.question} record of checkpoint {found} cannot enter this atlas",
+                f"a {record.question} record of checkpoint {fingerprint} cannot enter this atlas",
                 expected=f"records of {self.fingerprint}",
                 do="make another atlas for it; one atlas holds one checkpoint",
             )
@@ -227,8 +227,8 @@ class Atlas:
         Example:
             >>> atlas.find("composition", port="K")  # doctest: +SKIP
         """
-        found = self.keys(question, **parameters)
-        return self.get(found[-1]) if found else None
+        keys = self.keys(question, **parameters)
+        return self.get(keys[-1]) if keys else None
 
     def keys(self, question: str | None = None, /, **parameters: Any) -> tuple[str, ...]:
         """Addresses of the stored records, oldest first.
@@ -270,8 +270,8 @@ class Atlas:
 
 
 def _fits(header: Header, question: str | None, parameters: Mapping[str, Any]) -> bool:
-    own = header.parameters
-    same = all(name in own and canonical(own[name]) == canonical(value) for name, value in parameters.items())
+    stored = header.parameters
+    same = all(name in stored and canonical(stored[name]) == canonical(value) for name, value in parameters.items())
     return same and question in (None, header.question)
 
 

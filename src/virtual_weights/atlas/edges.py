@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT")
 _ROW = "file_row_number"
+_SLICES = ("port", "reader", "writer")  # parameters that say which pairs a record is about
 
 
 def edges(  # noqa: PLR0913 - which edges, by keyword only
@@ -26,7 +27,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
     question: str = "composition",
     by: str | None = None,
     top: int = 20,
-    moments: str | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The strongest stored edges of a reader, a writer, or all.
 
@@ -37,36 +38,38 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
         question: name of a question whose records are over (reader, writer), or tables with these two columns.
         by: the numeric column to order by, largest first; None takes the first of the question's columns.
         top: how many at most.
-        moments: of ``"delivered"``, only what was computed from the moments of this identity.
+        where: conventions of the records to ask, by name, such as ``{"rotary_offset": 2, "norm": "left out"}``; needed
+            where the atlas holds answers to the question under several.
 
     Returns:
         One dictionary per edge: ``key`` of its record, question, port, reader and writer (with
-        ``reader_channel``, ``writer_channel`` where several names are one channel) and the question's
+        ``reader_group``, ``writer_group`` where several names are one group) and the question's
         numeric columns. Where the atlas holds labels of heads, ``writer_label`` and ``reader_label``: what each
         end does, None for what is no head or does none of it. Equal values of one record stay in its order; a
         pair that cannot reach is not there.
 
     Raises:
-        UsageError: no such label or column, nothing stored for the question, or ``top`` below 1.
+        UsageError: no such label or column, nothing stored for the question, answers under several conventions of
+            which none was chosen, or ``top`` below 1.
         RecordError: a table of pairs cannot be read.
     """
     if top < 1:
         raise UsageError(f"top={top}", expected="1 or more", do="pass how many edges to list")
-    pairs = _pairs(atlas, question, moments)
+    pairs = _pairs(atlas, question, where or {})
     named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
-    asked = {side: _End(label, *label.rpartition(".")[::2]) for side, label in named.items()}
+    ends = {side: _End(label, *label.rpartition(".")[::2]) for side, label in named.items()}
     first = next(iter(pairs.values())).columns
     by = by or next(column.name for column in first if column.kind.startswith("torch"))
     tables = [str(atlas.edge_table(key)) for key in pairs]
-    told = atlas.keys("labels")[-1:]
+    labels = atlas.keys("labels")[-1:]
     import duckdb  # here, since importing the package is cheap by promise
 
     try:
         with duckdb.connect() as database:
-            found = _strongest(database, tables, asked, by, top)
-            for side, end in ({} if found else asked).items():
+            rows = _strongest(database, tables, ends, by, top)
+            for side, end in ({} if rows else ends).items():
                 _check_known(database, tables, pairs.values(), side, end)
-            return _labelled(database, str(atlas.table(told[0])), found) if told else found
+            return _labelled(database, str(atlas.table(labels[0])), rows) if labels else rows
     except duckdb.Error as error:
         raise RecordError(
             f"a table of pairs or of labels in {atlas.path} cannot be read: {error}",
@@ -75,18 +78,42 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
         ) from error
 
 
-def _pairs(atlas: Atlas, question: str, moments: str | None) -> dict[str, Header]:
-    """The stored records of a question over pairs, by key."""
-    keys = atlas.keys(question) if moments is None else atlas.keys(question, moments=moments)
-    pairs = {key: header for key in keys if (header := atlas.header(key)).is_pairs}
+def conventions(header: Header) -> dict[str, Any]:
+    """What a record of pairs was computed under: its parameters and norm, but for what says which pairs it is about."""
+    chosen = {name: value for name, value in header.parameters.items() if name not in _SLICES}
+    return {**chosen, **{name: header.stamp[name] for name in ("norm", "run") if name in header.stamp}}
+
+
+def _pairs(atlas: Atlas, question: str, where: Mapping[str, Any]) -> dict[str, Header]:
+    """The stored records of a question over pairs, by key, all under one convention."""
+    headers = {key: header for key in atlas.keys(question) if (header := atlas.header(key)).is_pairs}
+    pairs = {key: header for key, header in headers.items() if where.items() <= conventions(header).items()}
     if not pairs:
-        stored = atlas.keys()
+        keys = atlas.keys()
+        stored = sorted({atlas.header(key).question for key in keys})
+        chosen = " with " + ", ".join(f"{name}={value}" for name, value in where.items()) if where else ""
         raise UsageError(
-            f"this atlas has no edges of {question!r}" + (f" from moments {moments[:12]}..." if moments else ""),
-            expected=f"one of {sorted({atlas.header(key).question for key in stored})}",
-            do="compute it first, for example with vweights map",
+            f"this atlas has no edges of {question!r}{chosen}",
+            expected=" or ".join(_options(headers.values())) if headers else f"one of {stored}",
+            do="choose among these" if headers else "compute it first, for example with vweights map",
+        )
+    options = _options(pairs.values())
+    if options:
+        raise UsageError(
+            f"this atlas has edges of {question!r} under several conventions",
+            expected=f"one of them: {'; '.join(options)}",
+            do="choose with where={...} in Python, or --where NAME=VALUE",
         )
     return pairs
+
+
+def _options(headers: Iterable[Header]) -> list[str]:
+    """The conventions in which records differ, each with the values that it has."""
+    values: dict[str, dict[str, None]] = {}
+    for header in headers:
+        for name, value in conventions(header).items():
+            values.setdefault(name, {})[f"{name}={'none' if value is None else value}"] = None
+    return [", ".join(choices) for choices in values.values() if len(choices) > 1]
 
 
 @dataclass(frozen=True)
@@ -119,7 +146,7 @@ def _check_known(
 
 
 def _strongest(
-    database: DuckDBPyConnection, tables: list[str], asked: Mapping[str, _End], by: str, top: int
+    database: DuckDBPyConnection, tables: list[str], ends: Mapping[str, _End], by: str, top: int
 ) -> list[dict[str, Any]]:
     """The query as expressions: what the user says is a value in it, never text of it."""
     from duckdb import ColumnExpression as Col
@@ -129,11 +156,11 @@ def _strongest(
     numeric = [n for n, t in zip(pairs.columns, pairs.types, strict=True) if str(t) in _NUMBERS and n != _ROW]
     if by not in numeric:
         raise UsageError(f"edges have no number {by!r}", expected=f"one of {numeric}", do="name one of these with by=")
-    found = pairs.filter(Col(by).isnotnull())
-    for side, end in asked.items():
+    present = pairs.filter(Col(by).isnotnull())
+    for side, end in ends.items():
         with_port = (Col(side) == Const(end.stem)) & (Col("port") == Const(end.port))
-        found = found.filter((Col(side) == Const(end.label)) | with_port)
-    ranked = found.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
+        present = present.filter((Col(side) == Const(end.label)) | with_port)
+    ranked = present.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
     return [_plain(dict(zip(ranked.columns, row, strict=True))) for row in ranked.fetchall()]
 
 
@@ -152,6 +179,6 @@ def _labelled(database: DuckDBPyConnection, table: str, rows: list[dict[str, Any
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON can say it, without the columns that say nothing about it."""
-    silent = {name for name, value in row.items() if name == _ROW or (name.endswith("_channel") and value is None)}
+    silent = {name for name, value in row.items() if name == _ROW or (name.endswith("_group") and value is None)}
     finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
     return {name: value for name, value in finite.items() if name not in silent}

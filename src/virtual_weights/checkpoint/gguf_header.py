@@ -9,16 +9,31 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 from virtual_weights.checkpoint.folder import check_name
 from virtual_weights.checkpoint.pinned_file import PinnedFile
 from virtual_weights.checkpoint.source import TensorInfo
 from virtual_weights.errors import MalformedCheckpointError
 
+MAGIC = b"GGUF"
+MAX_HEADER = 256 << 20
+MAX_PAIRS = 65_536
+MAX_ARRAY_ITEMS = 4_000_000  # of all arrays together; a large vocabulary with its merges has one million
+MAX_ARRAY_DEPTH = 4
+SMALL_ARRAY = 4_096  # larger arrays are vocabularies: they stay in the file until they are needed
+MAX_TENSORS = 250_000
+MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 1 << 20
 
+_AHEAD = 1 << 20
+_COUNT, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@final
 @dataclass(frozen=True)
 class BlockType:
     """How a tensor's values are stored.
@@ -74,208 +89,41 @@ GGUF_TYPES: Mapping[int, BlockType] = {
 }
 
 
-MAX_HEADER = 256 << 20
-_AHEAD = 1 << 20
-_COUNT, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
-
-
-class HeaderCursor:
-    """Reads on from the start of a file; every length is held against the bytes that remain.
-
-    Args:
-        file: the file.
-    """
-
-    def __init__(self, file: PinnedFile) -> None:
-        self._file = file
-        self._buffer = bytearray()
-        self._position = 0
-
-    @property
-    def position(self) -> int:
-        """How many bytes have been taken."""
-        return self._position
-
-    @property
-    def path(self) -> Path:
-        """The file, for errors."""
-        return self._file.path
-
-    def take(self, length: int, what: str) -> bytes:
-        """Take the next bytes.
-
-        Raises:
-            MalformedCheckpointError: the file, or what a header may take of it, ends before.
-        """
-        self.skip(length, what)
-        return bytes(memoryview(self._buffer)[self._position - length : self._position])
-
-    def skip(self, length: int, what: str) -> None:
-        """Pass over the next bytes; raises as ``take`` does."""
-        end = self._position + length
-        if end > len(self._buffer):
-            self._fetch(end, length, what)
-        self._position = end
-
-    def _fetch(self, end: int, length: int, what: str) -> None:
-        if end > self._file.size:
-            left = self._file.size - self._position
-            raise malformed_gguf(self.path, f"{what} claims {length:,} bytes", f"at most the {left:,} that remain")
-        if end > MAX_HEADER:
-            raise malformed_gguf(self.path, f"its header passes {MAX_HEADER:,} bytes at {what}", "a smaller header")
-        have = len(self._buffer)
-        self._buffer += self._file.read(have, min(max(end - have, _AHEAD), self._file.size - have))
-
-    def type_id(self, what: str) -> int:
-        """Take an unsigned 32-bit integer."""
-        return int(_TYPE.unpack(self.take(4, what))[0])
-
-    def count(self, what: str) -> int:
-        """Take an unsigned 64-bit integer."""
-        return int(_COUNT.unpack(self.take(8, what))[0])
-
-    def string(self, what: str) -> str:
-        """Take a length and that many bytes of UTF-8."""
-        raw = self.take(self.count(what), what)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise malformed_gguf(self.path, f"{what} is not UTF-8: {raw[:50]!r}", "text in UTF-8") from error
-
-    def skip_strings(self, count: int, what: str) -> None:
-        """Pass over that many strings."""
-        for _ in range(count):
-            # inlined from `count` and `skip`: a vocabulary has half a million of these
-            if self._position + 8 > len(self._buffer):
-                self._fetch(self._position + 8, 8, what)
-            end = self._position + 8 + _COUNT.unpack_from(self._buffer, self._position)[0]
-            if end > len(self._buffer):
-                self._fetch(end, end - self._position, what)
-            self._position = end
-
-
-def malformed_gguf(path: Path, what: str, expected: str) -> MalformedCheckpointError:
-    """The error of a GGUF file that contradicts its format."""
-    return MalformedCheckpointError(
-        f"{str(path)!r} is not a sound GGUF file: {what}",
-        expected=expected,
-        do="fetch the file again; if it stays so, it was written wrongly or truncated",
-    )
-
-
-MAX_PAIRS = 65_536
-MAX_ARRAY_ITEMS = 4_000_000  # of all arrays together; a large vocabulary with its merges has one million
-MAX_ARRAY_DEPTH = 4
-SMALL_ARRAY = 4_096  # larger arrays are vocabularies: they stay in the file until asked for
-
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
-
-
+@final
 @dataclass(frozen=True)
 class LargeArray:
-    """An array that was passed over: its item type, how many there are, and where they begin."""
+    """An array that was passed over: the type of its items, how many there are, and where they lie in the file."""
 
-    kind: int
+    item_type: int
     count: int
     offset: int
     nbytes: int
 
-
-@dataclass
-class _Budget:
-    """How many array items the rest of the header may still have."""
-
-    items: int
-
-
-def read_metadata(cursor: HeaderCursor, count: int) -> dict[str, Any]:
-    """Read that many key-value pairs.
-
-    Returns:
-        Values by key: numbers, booleans, strings, lists of these, or a LargeArray.
-
-    Raises:
-        MalformedCheckpointError: a count or length that cannot be, an unknown type, a key twice.
-    """
-    if count > MAX_PAIRS:
-        raise malformed_gguf(cursor.path, f"it claims {count:,} metadata keys", f"at most {MAX_PAIRS:,}")
-    metadata: dict[str, Any] = {}
-    budget = _Budget(MAX_ARRAY_ITEMS)
-    for _ in range(count):
-        key = cursor.string("a metadata key")
-        check_name(key, cursor.path.name)
-        if key in metadata:
-            raise malformed_gguf(cursor.path, f"the metadata key {key!r} occurs twice", "every key once")
-        what = f"the value of {key!r}"
-        metadata[key] = _value(cursor, cursor.type_id(what), what, budget, 0)
-    return metadata
+    def read(self, file: PinnedFile) -> list[Any]:
+        """Read its strings or numbers; a string that is not UTF-8 shows its bytes in hexadecimal."""
+        raw = file.read(self.offset, self.nbytes)
+        if self.item_type != _STRING:
+            return list(struct.unpack(f"<{self.count}{_SCALARS[self.item_type]}", raw))
+        strings: list[str] = []
+        position = 0
+        for _ in range(self.count):
+            begin = position + _COUNT.size
+            position = begin + _COUNT.unpack_from(raw, position)[0]
+            strings.append(raw[begin:position].decode("utf-8", errors="backslashreplace"))
+        return strings
 
 
-def large_strings(raw: bytes, count: int) -> list[str]:
-    """Decode the bytes of a large array of strings; what is no UTF-8 shows in hexadecimal."""
-    strings: list[str] = []
-    position = 0
-    for _ in range(count):
-        (length,) = struct.unpack_from("<Q", raw, position)
-        position += 8 + length
-        strings.append(raw[position - length : position].decode("utf-8", errors="backslashreplace"))
-    return strings
-
-
-def large_numbers(raw: bytes, kind: int, count: int) -> list[Any]:
-    """Decode the bytes of a large array of numbers."""
-    return list(struct.unpack(f"<{count}{_SCALARS[kind]}", raw))
-
-
-def _value(cursor: HeaderCursor, kind: int, what: str, budget: _Budget, depth: int) -> Any:
-    if kind == _STRING:
-        return cursor.string(what)
-    if kind == _ARRAY:
-        return _array(cursor, what, budget, depth + 1)
-    if kind not in _SCALARS:
-        raise malformed_gguf(cursor.path, f"{what} has the type {kind}", "one of GGUF's types 0 to 12")
-    form = "<" + _SCALARS[kind]
-    return struct.unpack(form, cursor.take(struct.calcsize(form), what))[0]
-
-
-def _array(cursor: HeaderCursor, what: str, budget: _Budget, depth: int) -> Any:
-    kind, count = cursor.type_id(what), cursor.count(what)
-    if depth > MAX_ARRAY_DEPTH:
-        raise malformed_gguf(cursor.path, f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH}", "flat arrays")
-    if count > budget.items:
-        raise malformed_gguf(
-            cursor.path, f"{what} claims {count:,} items", f"at most {MAX_ARRAY_ITEMS:,} in all arrays together"
-        )
-    budget.items -= count
-    if kind not in (_STRING, _ARRAY) and kind not in _SCALARS:
-        raise malformed_gguf(cursor.path, f"{what} has items of type {kind}", "one of GGUF's types 0 to 12")
-    if count <= SMALL_ARRAY or kind == _ARRAY:
-        return [_value(cursor, kind, what, budget, depth) for _ in range(count)]
-    begin = cursor.position
-    if kind == _STRING:
-        cursor.skip_strings(count, what)
-    else:
-        cursor.skip(count * struct.calcsize("<" + _SCALARS[kind]), what)
-    return LargeArray(kind, count, begin, cursor.position - begin)
-
-
-MAGIC = b"GGUF"
-MAX_TENSORS = 250_000
-MAX_DIMENSIONS = 4
-MAX_ALIGNMENT = 1 << 20
-
-
+@final
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor, how its values are stored, and where its bytes begin in the file."""
 
     info: TensorInfo
-    kind: BlockType
-    type_id: int
+    block_type: BlockType
     offset: int
 
 
+@final
 @dataclass(frozen=True)
 class GgufHeader:
     """Metadata by key (large arrays still in the file) and every tensor by name."""
@@ -287,84 +135,213 @@ class GgufHeader:
 def read_gguf_header(file: PinnedFile) -> GgufHeader:
     """Read and check the header of a GGUF file.
 
+    Returns:
+        The header; its metadata are numbers, booleans, strings, lists of these, or a LargeArray.
+
     Raises:
         MalformedCheckpointError: the header contradicts the format or the file.
     """
-    cursor = HeaderCursor(file)
+    cursor = _HeaderCursor(file)
     if cursor.take(4, "the magic number") != MAGIC:
-        raise malformed_gguf(file.path, "it does not begin with GGUF", "the four letters GGUF")
+        raise _malformed(file, "it does not begin with GGUF", "the four letters GGUF")
     _check_version(cursor)
     tensor_count, pair_count = cursor.count("the tensor count"), cursor.count("the metadata count")
     if tensor_count > MAX_TENSORS:
-        raise malformed_gguf(file.path, f"it claims {tensor_count:,} tensors", f"at most {MAX_TENSORS:,}")
-    metadata = read_metadata(cursor, pair_count)
-    alignment = _alignment(cursor, metadata)
-    relative = _read_infos(cursor, tensor_count, alignment)
+        raise _malformed(file, f"it claims {tensor_count:,} tensors", f"at most {MAX_TENSORS:,}")
+    metadata = _read_metadata(cursor, pair_count)
+    alignment = _alignment(file, metadata)
+    relative = _read_tensors(cursor, tensor_count, alignment)
     start = -(-cursor.position // alignment) * alignment
-    tensors = {
-        name: GgufTensor(item.info, item.kind, item.type_id, start + item.offset) for name, item in relative.items()
-    }
+    tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in relative.items()}
     _check_extents(file, tensors)
     return GgufHeader(metadata, tensors)
 
 
-def _check_version(cursor: HeaderCursor) -> None:
+@final
+class _HeaderCursor:
+    """Reads on from the start of a file and checks every length against what remains.
+
+    Attributes:
+        file: the file.
+        position: how many bytes have been taken.
+    """
+
+    def __init__(self, file: PinnedFile) -> None:
+        self.file = file
+        self.position = 0
+        self._buffer = bytearray()
+        self._array_items_left = MAX_ARRAY_ITEMS
+
+    def take(self, length: int, what: str) -> bytes:
+        """Take the next bytes.
+
+        Raises:
+            MalformedCheckpointError: the file, or what a header may take of it, ends before.
+        """
+        self.skip(length, what)
+        return bytes(memoryview(self._buffer)[self.position - length : self.position])
+
+    def skip(self, length: int, what: str) -> None:
+        """Pass over the next bytes; raises as ``take`` does."""
+        end = self.position + length
+        if end > len(self._buffer):
+            self._fetch(end, length, what)
+        self.position = end
+
+    def type_id(self, what: str) -> int:
+        """Take an unsigned 32-bit integer."""
+        return int(_TYPE.unpack(self.take(_TYPE.size, what))[0])
+
+    def count(self, what: str) -> int:
+        """Take an unsigned 64-bit integer."""
+        return int(_COUNT.unpack(self.take(_COUNT.size, what))[0])
+
+    def item_count(self, what: str) -> int:
+        """Take how many items an array has, and deduct it from what all arrays together may have."""
+        count = self.count(what)
+        if count > self._array_items_left:
+            allowed = f"at most {MAX_ARRAY_ITEMS:,} in all arrays together"
+            raise _malformed(self.file, f"{what} claims {count:,} items", allowed)
+        self._array_items_left -= count
+        return count
+
+    def string(self, what: str) -> str:
+        """Take a length and that many bytes of UTF-8."""
+        raw = self.take(self.count(what), what)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _malformed(self.file, f"{what} is not UTF-8: {raw[:50]!r}", "text in UTF-8") from error
+
+    def name(self, what: str) -> str:
+        """Take a string that is safe to print."""
+        name = self.string(what)
+        check_name(name, self.file.path.name)
+        return name
+
+    def skip_strings(self, count: int, what: str) -> None:
+        """Pass over that many strings."""
+        for _ in range(count):
+            # inlined from `count` and `skip`: a vocabulary has half a million of these
+            if self.position + 8 > len(self._buffer):
+                self._fetch(self.position + 8, 8, what)
+            end = self.position + 8 + _COUNT.unpack_from(self._buffer, self.position)[0]
+            if end > len(self._buffer):
+                self._fetch(end, end - self.position, what)
+            self.position = end
+
+    def _fetch(self, end: int, length: int, what: str) -> None:
+        if end > self.file.size:
+            left = self.file.size - self.position
+            raise _malformed(self.file, f"{what} claims {length:,} bytes", f"at most the {left:,} that remain")
+        if end > MAX_HEADER:
+            raise _malformed(self.file, f"its header passes {MAX_HEADER:,} bytes at {what}", "a smaller header")
+        begin = len(self._buffer)
+        self._buffer += self.file.read(begin, min(max(end - begin, _AHEAD), self.file.size - begin))
+
+
+def _check_version(cursor: _HeaderCursor) -> None:
     raw = cursor.take(4, "the version")
     version, swapped = int.from_bytes(raw, "little"), int.from_bytes(raw, "big")
     if version in (2, 3):
         return
     if swapped in (2, 3):
-        raise malformed_gguf(cursor.path, "it is big-endian", "a little-endian file, as nearly all are")
-    raise malformed_gguf(cursor.path, f"it has version {version}", "version 2 or 3")
+        raise _malformed(cursor.file, "it is big-endian", "a little-endian file, as nearly all are")
+    raise _malformed(cursor.file, f"it has version {version}", "version 2 or 3")
 
 
-def _alignment(cursor: HeaderCursor, metadata: dict[str, Any]) -> int:
+def _read_metadata(cursor: _HeaderCursor, count: int) -> dict[str, Any]:
+    if count > MAX_PAIRS:
+        raise _malformed(cursor.file, f"it claims {count:,} metadata keys", f"at most {MAX_PAIRS:,}")
+    metadata: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.name("a metadata key")
+        if key in metadata:
+            raise _malformed(cursor.file, f"the metadata key {key!r} occurs twice", "every key once")
+        what = f"the value of {key!r}"
+        metadata[key] = _read_value(cursor, cursor.type_id(what), what)
+    return metadata
+
+
+def _read_value(cursor: _HeaderCursor, value_type: int, what: str, depth: int = 0) -> Any:
+    if value_type == _STRING:
+        return cursor.string(what)
+    if value_type == _ARRAY:
+        return _read_array(cursor, what, depth + 1)
+    if value_type not in _SCALARS:
+        raise _malformed(cursor.file, f"{what} has the type {value_type}", "one of GGUF's types 0 to 12")
+    form = "<" + _SCALARS[value_type]
+    return struct.unpack(form, cursor.take(struct.calcsize(form), what))[0]
+
+
+def _read_array(cursor: _HeaderCursor, what: str, depth: int) -> list[Any] | LargeArray:
+    item_type, count = cursor.type_id(what), cursor.item_count(what)
+    if depth > MAX_ARRAY_DEPTH:
+        raise _malformed(cursor.file, f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH}", "flat arrays")
+    if item_type not in (_STRING, _ARRAY, *_SCALARS):
+        raise _malformed(cursor.file, f"{what} has items of type {item_type}", "one of GGUF's types 0 to 12")
+    if count <= SMALL_ARRAY or item_type == _ARRAY:
+        return [_read_value(cursor, item_type, what, depth) for _ in range(count)]
+    begin = cursor.position
+    if item_type == _STRING:
+        cursor.skip_strings(count, what)
+    else:
+        cursor.skip(count * struct.calcsize("<" + _SCALARS[item_type]), what)
+    return LargeArray(item_type, count, begin, cursor.position - begin)
+
+
+def _alignment(file: PinnedFile, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise malformed_gguf(
-            cursor.path, f"its alignment is {alignment!r:.50}", f"a power of two up to {MAX_ALIGNMENT:,}"
-        )
+        raise _malformed(file, f"its alignment is {alignment!r:.50}", f"a power of two up to {MAX_ALIGNMENT:,}")
     return alignment
 
 
-def _read_infos(cursor: HeaderCursor, count: int, alignment: int) -> dict[str, GgufTensor]:
+def _read_tensors(cursor: _HeaderCursor, count: int, alignment: int) -> dict[str, GgufTensor]:
+    """Every tensor by name, its offset counted from where the data begin."""
     tensors: dict[str, GgufTensor] = {}
     for _ in range(count):
-        name = cursor.string("a tensor name")
-        check_name(name, cursor.path.name)
+        name = cursor.name("a tensor name")
         if name in tensors:
-            raise malformed_gguf(cursor.path, f"the tensor {name!r} occurs twice", "every name once")
-        tensors[name] = _read_info(cursor, name, alignment)
+            raise _malformed(cursor.file, f"the tensor {name!r} occurs twice", "every name once")
+        tensors[name] = _read_tensor(cursor, name, alignment)
     return tensors
 
 
-def _read_info(cursor: HeaderCursor, name: str, alignment: int) -> GgufTensor:
+def _read_tensor(cursor: _HeaderCursor, name: str, alignment: int) -> GgufTensor:
     dimensions = cursor.type_id(f"the dimensions of {name!r}")
     if dimensions > MAX_DIMENSIONS:
-        raise malformed_gguf(cursor.path, f"{name!r} has {dimensions:,} dimensions", f"at most {MAX_DIMENSIONS}")
+        raise _malformed(cursor.file, f"{name!r} has {dimensions:,} dimensions", f"at most {MAX_DIMENSIONS}")
     # the file names the fastest axis first; rows first is the reverse
     shape = tuple(cursor.count(f"the shape of {name!r}") for _ in range(dimensions))[::-1]
     type_id, offset = cursor.type_id(f"the type of {name!r}"), cursor.count(f"the offset of {name!r}")
-    kind = GGUF_TYPES.get(type_id)
-    if kind is None:
+    block_type = GGUF_TYPES.get(type_id)
+    if block_type is None:
         known = ", ".join(known.name for known in GGUF_TYPES.values())
-        raise malformed_gguf(cursor.path, f"{name!r} has the tensor type {type_id}", f"one of {known}")
-    if 0 in shape or (kind.quantised and (not shape or shape[-1] % kind.values)):
-        raise malformed_gguf(
-            cursor.path, f"{name!r} has the shape {shape} as {kind.name}", f"rows of a multiple of {kind.values}"
-        )
+        raise _malformed(cursor.file, f"{name!r} has the tensor type {type_id}", f"one of {known}")
+    if 0 in shape or (block_type.quantised and (not shape or shape[-1] % block_type.values)):
+        rows = f"rows of a multiple of {block_type.values}"
+        raise _malformed(cursor.file, f"{name!r} has the shape {shape} as {block_type.name}", rows)
     if offset % alignment:
-        raise malformed_gguf(cursor.path, f"{name!r} begins at {offset:,}", f"a multiple of {alignment}")
-    nbytes = math.prod(shape) // kind.values * kind.nbytes
-    return GgufTensor(TensorInfo(shape, kind.name, nbytes), kind, type_id, offset)
+        raise _malformed(cursor.file, f"{name!r} begins at {offset:,}", f"a multiple of {alignment}")
+    nbytes = math.prod(shape) // block_type.values * block_type.nbytes
+    return GgufTensor(TensorInfo(shape, block_type.name, nbytes), block_type, offset)
 
 
 def _check_extents(file: PinnedFile, tensors: dict[str, GgufTensor]) -> None:
-    reached, before = 0, ""
+    previous_end, previous = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         end = tensor.offset + tensor.info.nbytes
-        if tensor.offset < reached:
-            raise malformed_gguf(file.path, f"{name!r} overlaps {before!r}", "tensors that share no byte")
+        if tensor.offset < previous_end:
+            raise _malformed(file, f"{name!r} overlaps {previous!r}", "tensors that share no byte")
         if end > file.size:
-            raise malformed_gguf(file.path, f"{name!r} ends at byte {end:,} of {file.size:,}", "data inside the file")
-        reached, before = end, name
+            raise _malformed(file, f"{name!r} ends at byte {end:,} of {file.size:,}", "data inside the file")
+        previous_end, previous = end, name
+
+
+def _malformed(file: PinnedFile, what: str, expected: str) -> MalformedCheckpointError:
+    return MalformedCheckpointError(
+        f"{str(file.path)!r} is not a sound GGUF file: {what}",
+        expected=expected,
+        do="fetch the file again; if it stays so, it was written wrongly or truncated",
+    )

@@ -11,14 +11,16 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
-from virtual_weights.checkpoint.catalog import Progress, silent
 from virtual_weights.checkpoint.folder import INDEX, pin_inside, read_index
 from virtual_weights.errors import MissingTensorError, OfflineError, UnsafeCheckpointError, UsageError
+from virtual_weights.progress import Progress, silent
 
 _REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
+@final
 @dataclass(frozen=True)
 class HubModel:
     """A model of the hub at a revision; None is the hub's default."""
@@ -49,7 +51,7 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
     Args:
         model: which.
         offline: look into the cache only.
-        progress: told (files done, files in all, file name).
+        progress: called with (weight files done, weight files in all).
 
     Returns:
         The snapshot's folder, whose name is the commit.
@@ -59,7 +61,7 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
         MissingTensorError: the hub has no such model, revision or safetensors file, or keeps it from us.
         UnsafeCheckpointError: the index names a file outside the model.
     """
-    tell = progress or silent
+    report = progress or silent
     with _quiet_bars(progress is not None):
         fetch = _fetcher(model, offline)
         config = fetch("config.json")
@@ -69,10 +71,10 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
         fetch("tokenizer.json")
         shards = ["model.safetensors"] if fetch(INDEX) is None else _shards(folder)
         for done, shard in enumerate(shards):
-            tell(done, len(shards), shard)
+            report(done, len(shards))
             if fetch(shard) is None:
                 raise _missing(model, f"has no {shard}")
-        tell(len(shards), len(shards), model.repo)
+        report(len(shards), len(shards))
     return folder
 
 
@@ -108,7 +110,7 @@ def _fetcher(model: HubModel, offline: bool) -> Callable[[str], Path | None]:
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
             raise _missing(model, "is not on the hub, or not for us") from error
         except errors.HFValidationError as error:
-            raise _missing(model, f"is no name of a hub ({error})") from error
+            raise _missing(model, f"is not a valid name on the hub ({error})") from error
         except (errors.HfHubHTTPError, OSError) as error:
             raise _unreachable(model, offline, error) from error
         except Exception as error:
@@ -124,7 +126,7 @@ def _fetcher(model: HubModel, offline: bool) -> Callable[[str], Path | None]:
 
 @contextmanager
 def _quiet_bars(quiet: bool) -> Generator[None]:
-    """Keep the hub's own bars off while progress is told elsewhere."""
+    """Keep the hub's bars off while progress is reported elsewhere."""
     from huggingface_hub import utils
 
     change = quiet and not utils.are_progress_bars_disabled()
@@ -146,9 +148,9 @@ def _missing(model: HubModel, what: str) -> MissingTensorError:
 
 
 def _unreachable(model: HubModel, offline: bool, error: Exception) -> OfflineError:
-    why = "is not wholly in the hub's cache, and fetching is forbidden" if offline else f"cannot be fetched: {error}"
+    reason = "is not wholly in the hub's cache, and fetching is forbidden" if offline else f"cannot be fetched: {error}"
     return OfflineError(
-        f"{model.repo} (revision {model.revision or 'main'}) {why}",
+        f"{model.repo} (revision {model.revision or 'main'}) {reason}",
         expected="the model in the cache, or a hub that can be reached",
         do="fetch it once where the hub can be reached, or open a local folder",
     )

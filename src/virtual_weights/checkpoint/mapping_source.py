@@ -1,34 +1,25 @@
-"""A checkpoint that is in memory already."""
+"""Weights in this process: a mapping of tensors, or a live module of transformers, nnsight or TransformerLens."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from copy import deepcopy
+from itertools import chain
+from typing import Any, Protocol, TypeGuard, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from virtual_weights.checkpoint.source import (
-    STORAGE_DTYPES,
-    AtRest,
-    Source,
-    TensorInfo,
-    check_finite,
-    find_tensor,
-    fingerprint,
-    row_span,
-)
-from virtual_weights.errors import UsageError
-
-_DTYPE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+from virtual_weights.checkpoint.source import DTYPE_NAMES, AtRest, Source, TensorInfo
+from virtual_weights.errors import CheckpointError, UsageError
 
 
+@final
 class MappingSource(Source):
-    """Tensors in memory under the names of a dialect; they are held, not copied, until they are read.
+    """Tensors in memory under the names of a dialect, referred to and copied only when they are read.
 
-    Whoever changes a tensor in place changes the source; its fingerprint, taken anew each time, shows it.
+    Whoever changes a tensor in place changes the source; its fingerprint, computed at every access, shows it.
 
     Args:
         tensors: by name; on any device.
@@ -38,7 +29,7 @@ class MappingSource(Source):
         allow_non_finite: do not refuse NaN and infinity.
 
     Raises:
-        UsageError: a value is no dense tensor with data, or the configuration is not plain JSON.
+        UsageError: a value is not a dense tensor with data, or the configuration is not plain JSON.
 
     Example:
         >>> source = MappingSource({"w": torch.eye(2)}, {"model_type": "none"})
@@ -55,53 +46,27 @@ class MappingSource(Source):
         reference: str = "<state dict>",
         allow_non_finite: bool = False,
     ) -> None:
-        self._held = {name: _checked(name, tensor) for name, tensor in tensors.items()}
-        self._config = MappingProxyType(_plain(config))
-        self._dialect = dialect
-        self._reference = reference
-        self._allow_non_finite = allow_non_finite
-        self._tensors = MappingProxyType({name: _info(tensor) for name, tensor in self._held.items()})
-
-    @property
-    def reference(self) -> str:
-        return self._reference
-
-    @property
-    def dialect(self) -> str:
-        return self._dialect
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._tensors
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self._dialect, self._config, self._tensors, self._read_bytes)
+        self._values = {name: _checked(name, tensor) for name, tensor in tensors.items()}
+        infos = {name: _info(tensor) for name, tensor in self._values.items()}
+        super().__init__(reference, dialect, _plain(config), infos, allow_non_finite=allow_non_finite)
 
     @property
     def at_rest(self) -> AtRest:
-        return AtRest((tuple(self._tensors),), {}, None)
+        return AtRest((tuple(self.tensors),), {}, None)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        info = find_tensor(self._tensors, name)
-        span = row_span(name, info.shape, rows)
-        held = self._held[name] if span is None else self._held[name][span[0] : span[1]]
-        tensor = torch.empty(held.shape, dtype=held.dtype).copy_(held)
-        return tensor if self._allow_non_finite else check_finite(tensor, name, span[0] if span else 0)
-
-    def token_texts(self) -> tuple[str, ...] | None:
+    def token_texts(self) -> None:
         return None
 
-    def _read_bytes(self, name: str, begin: int, end: int) -> bytes:
-        held = self._held[name]
+    def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
+        values = self._values[name][first_row : first_row + shape[0]] if shape else self._values[name]
+        return torch.empty(shape, dtype=values.dtype).copy_(values)
+
+    def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
+        values = self._values[name]
         # whole elements only: the sampled spans need not begin at one
-        first, last = begin // held.itemsize, -(-end // held.itemsize)
-        part = held.reshape(-1)[first:last].contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        return part[begin - first * held.itemsize : end - first * held.itemsize]
+        first, last = begin // values.itemsize, -(-end // values.itemsize)
+        elements = values.reshape(-1)[first:last].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        return elements[begin - first * values.itemsize : end - first * values.itemsize]
 
 
 def _checked(name: object, tensor: Any) -> Tensor:
@@ -111,17 +76,17 @@ def _checked(name: object, tensor: Any) -> Tensor:
             expected="names to torch tensors",
             do="pass a state dict, or its part that holds tensors",
         )
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _DTYPE_NAMES:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
         raise UsageError(
             f"{name!r} is a tensor of type {tensor.dtype}, layout {tensor.layout}, on {tensor.device}",
-            expected=f"dense tensors with data, of type {', '.join(_DTYPE_NAMES.values())}",
+            expected=f"dense tensors with data, of type {', '.join(DTYPE_NAMES.values())}",
             do="load the weights (a model on the meta device has none), dense and not quantised by torch",
         )
     return tensor.detach()
 
 
 def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype], tensor.numel() * tensor.itemsize)
+    return TensorInfo(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], tensor.numel() * tensor.itemsize)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,3 +105,128 @@ def _name_of_dtype(value: Any) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     raise TypeError(f"a {type(value).__name__}")
+
+
+_WRAPPED = "_original_component"  # where a component of a bridge keeps the module that it wraps
+
+
+class NnsightModel(Protocol):
+    """An nnsight model, as far as it is used here; it is not a torch module itself."""
+
+    _module: nn.Module
+
+
+def open_module(
+    module: nn.Module | NnsightModel, config: Mapping[str, Any] | None = None, *, allow_non_finite: bool = False
+) -> MappingSource:
+    """See a live module as a source, without copying a tensor.
+
+    Args:
+        module: a transformers model, a TransformerLens ``TransformerBridge``, an nnsight ``LanguageModel``, or, with
+            ``config``, any module with Hugging Face's tensor names.
+        config: replaces the module's own configuration.
+        allow_non_finite: do not refuse NaN and infinity.
+
+    Raises:
+        UsageError: a module of another kind without ``config``, or an nnsight model without weights.
+        CheckpointError: a TransformerLens model whose weights are no longer those of the checkpoint.
+    """
+    reference = f"<{type(module).__name__} in memory>"
+    module = unwrapped(module)
+    config = _transformers_config(module) if config is None else config
+    return MappingSource(module.state_dict(), config, reference=reference, allow_non_finite=allow_non_finite)
+
+
+def is_model(thing: object) -> TypeGuard[nn.Module | NnsightModel]:
+    """Whether ``unwrapped`` accepts this: a torch module, or an nnsight model."""
+    return isinstance(thing, nn.Module) or derives_from(thing, "nnsight", "Envoy", "NNsight")
+
+
+def derives_from(thing: object, library: str, *names: str) -> bool:
+    """Whether an object's class, or one that it derives from, is a library's class of one of these names."""
+    return any(base.__name__ in names and base.__module__.split(".")[0] == library for base in type(thing).__mro__)
+
+
+def unwrapped(model: nn.Module | NnsightModel) -> nn.Module:
+    """The module that holds the weights under the checkpoint's own names and runs by itself.
+
+    Args:
+        model: any torch module, which is returned as it is; an nnsight ``LanguageModel``, whose module is returned; or
+            a TransformerLens ``TransformerBridge``, of whose ``original_model`` a twin without wrappers is returned.
+            The twin shares the bridge's tensors, but neither its hooks nor its attention, which bypasses the fused
+            maps.
+
+    Returns:
+        The module. No tensor is copied and ``model`` is left as it was.
+
+    Raises:
+        UsageError: an nnsight model whose weights are not loaded yet.
+        CheckpointError: a TransformerLens model whose weights are no longer those of the checkpoint.
+    """
+    if derives_from(model, "nnsight", "Envoy", "NNsight"):
+        return unwrapped(_dispatched(model))
+    assert isinstance(model, nn.Module)
+    if derives_from(model, "transformer_lens", "HookedTransformer"):
+        raise _changed_by_transformer_lens(model, "keeps weights in its own names, folded and rearranged")
+    return _unbridged(model) if derives_from(model, "transformer_lens", "TransformerBridge") else model
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of the modules on the same tensors: switching or hooking something in it leaves the original alone."""
+    return deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
+
+
+def _transformers_config(module: nn.Module) -> Mapping[str, Any]:
+    if not derives_from(module, "transformers", "PreTrainedModel"):
+        raise UsageError(
+            f"a {type(module).__name__} does not carry a configuration that is known here",
+            expected="a transformers model, what nnsight or TransformerLens wraps around one, or `config` beside it",
+            do="pass config={...} with the fields of the model's config.json",
+        )
+    return json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+
+
+def _dispatched(model: object) -> nn.Module:
+    module: Any = vars(model).get("_module", vars(model).get("_model"))
+    parameters = list(module.parameters())
+    if parameters and all(parameter.is_meta for parameter in parameters):
+        raise UsageError(
+            f"the weights of this nnsight {type(model).__name__} are not loaded yet",
+            expected="a dispatched model",
+            do="call its dispatch(), or make it with dispatch=True",
+        )
+    return module
+
+
+def _unbridged(bridge: nn.Module) -> nn.Module:
+    model = vars(bridge).get("original_model")
+    if not isinstance(model, nn.Module):
+        raise _changed_by_transformer_lens(bridge, "holds no transformers model")
+    if vars(bridge).get("_weights_processed"):
+        raise _changed_by_transformer_lens(bridge, "has folded or centred its weights in place")
+    plain = twin(model)
+    for module in list(plain.modules()):
+        for name, child in list(module.named_children()):
+            module.add_module(name, _innermost(child))
+    for module in plain.modules():
+        # the bridge gives every unembedding a buffer of zeros as bias; a parameter would be the model's own
+        bias = dict(module.named_buffers(recurse=False)).get("bias") if isinstance(module, nn.Linear) else None
+        if bias is not None and not bias.any():
+            del module.bias
+            module.register_parameter("bias", None)
+    return plain
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while (wrapped := dict(module.named_children()).get(_WRAPPED)) is not None:
+        module = wrapped
+    return module
+
+
+def _changed_by_transformer_lens(module: nn.Module, change: str) -> CheckpointError:
+    return CheckpointError(
+        f"the TransformerLens {type(module).__name__} {change}",
+        expected="weights as the checkpoint has them; folding is done and recorded here",
+        do="give the checkpoint itself, the transformers model, or a TransformerBridge before "
+        "enable_compatibility_mode (or with no_processing=True)",
+    )

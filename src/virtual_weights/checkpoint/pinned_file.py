@@ -10,6 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from virtual_weights.errors import (
 )
 
 
+@final
 @dataclass(frozen=True)
 class PinnedFile:
     """A file by path, with what it was when it was pinned.
@@ -80,7 +82,7 @@ def pin(path: Path) -> PinnedFile:
         CheckpointError: the system does not let us read it.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError as error:
         raise MissingTensorError(
             f"there is no file {str(path)!r}",
@@ -89,33 +91,27 @@ def pin(path: Path) -> PinnedFile:
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UnsafeCheckpointError(
             f"{str(path)!r} is not a regular file",
             expected="a regular file; reading a pipe or a device may block or do harm",
             do="put the file itself there",
         )
-    return PinnedFile(path, found.st_size, _stamp(found))
+    return PinnedFile(path, status.st_size, _stamp(status))
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+def read_tensor(file: PinnedFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Read a dense tensor from a byte range straight into its own fresh memory.
 
-
-def _changed(path: Path) -> MalformedCheckpointError:
-    return MalformedCheckpointError(
-        f"{str(path)!r} changed after it was opened",
-        expected="a checkpoint that nobody writes to while it is read",
-        do="wait until the writing is over and open it again",
-    )
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{str(path)!r} cannot be read: {error.strerror or error}",
-        expected="a file that this user may read",
-        do="check the permissions and the disk",
-    )
+    Raises:
+        MalformedCheckpointError: the file changed or shrank since it was pinned.
+        ResourceError: there is no memory for it.
+    """
+    tensor = allocate(shape, torch.uint8 if dtype is torch.bool else dtype)
+    if tensor.numel():
+        file.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, offset)
+    # any byte but 0 means true; a torch.bool made of other bytes than 0 and 1 misbehaves
+    return tensor != 0 if dtype is torch.bool else tensor
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -134,15 +130,21 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         ) from error
 
 
-def read_tensor(file: PinnedFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Read a dense tensor from a byte range straight into its own fresh memory.
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
-    Raises:
-        MalformedCheckpointError: the file changed or shrank since it was pinned.
-        ResourceError: there is no memory for it.
-    """
-    tensor = allocate(shape, torch.uint8 if dtype is torch.bool else dtype)
-    if tensor.numel():
-        file.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, offset)
-    # any byte but 0 means true; a torch.bool made of other bytes than 0 and 1 misbehaves
-    return tensor != 0 if dtype is torch.bool else tensor
+
+def _changed(path: Path) -> MalformedCheckpointError:
+    return MalformedCheckpointError(
+        f"{str(path)!r} changed after it was opened",
+        expected="a checkpoint that nobody writes to while it is read",
+        do="wait until the writing is over and open it again",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} cannot be read: {error.strerror or error}",
+        expected="a file that this user may read",
+        do="check the permissions and the disk",
+    )

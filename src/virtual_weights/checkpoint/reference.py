@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from virtual_weights.checkpoint.catalog import Progress, built_in, locate
+from virtual_weights.checkpoint.catalog import built_in, locate
 from virtual_weights.checkpoint.folder import INDEX
 from virtual_weights.checkpoint.gguf_header import MAGIC
 from virtual_weights.checkpoint.gguf_source import open_gguf
 from virtual_weights.checkpoint.hub import fetch_snapshot, parse_hub_reference
-from virtual_weights.checkpoint.live_module import NnsightModel, is_model, open_module
-from virtual_weights.checkpoint.mapping_source import MappingSource
+from virtual_weights.checkpoint.mapping_source import MappingSource, NnsightModel, is_model, open_module
 from virtual_weights.checkpoint.pinned_file import pin
 from virtual_weights.checkpoint.safetensors_source import open_safetensors_file, open_safetensors_index
-from virtual_weights.checkpoint.source import Source
+from virtual_weights.checkpoint.source import Opening, Source
 from virtual_weights.errors import CheckpointError, MissingTensorError, UnsafeCheckpointError, UsageError
+from virtual_weights.progress import Progress
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
-_READ = "a folder or file of safetensors, or a .gguf file"
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """How to open, apart from what."""
-
-    reference: str
-    config: Mapping[str, Any] | None
-    allow_non_finite: bool
-
-    def options(self) -> dict[str, Any]:
-        """As keywords of the functions that open files."""
-        return {"reference": self.reference, "config": self.config, "allow_non_finite": self.allow_non_finite}
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
+_FORMATS = "a folder or file of safetensors, or a .gguf file"
 
 
 def open_source(
@@ -52,13 +38,12 @@ def open_source(
     Args:
         reference: a built-in name, a folder, a ``.safetensors`` file (``config.json`` beside it), an index
             of shards, a ``.gguf`` file, ``hf://org/name@revision``, a state dict (with ``config``), a
-            transformers model, a TransformerLens bridge, an nnsight model, or a source, which is returned as it
-            is.
+            transformers model, a TransformerLens bridge, an nnsight model, or a source, which is returned as it is.
             A string that is a built-in name means that; write ``./name`` for a folder called so.
         offline: never fetch anything.
         allow_non_finite: do not refuse NaN and infinity.
-        progress: told (done, total, what) while something is fetched.
-        config: replaces the checkpoint's own configuration.
+        progress: called with (done, total) while something is fetched.
+        config: replaces the checkpoint's configuration.
 
     Returns:
         The source.
@@ -67,7 +52,7 @@ def open_source(
         CheckpointError: it cannot be read, or contradicts its format.
         UnsafeCheckpointError: opening it could do harm: a pickle, or a name that leaves its folder.
         OfflineError: it must be fetched, and that is forbidden or failed.
-        UsageError: something else than these was given.
+        UsageError: something other than these was given.
 
     Example:
         >>> import torch
@@ -83,16 +68,16 @@ def open_source(
     if not isinstance(reference, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
             f"a {type(reference).__name__} is no checkpoint",
-            expected=f"a built-in name, {_READ}, hf://org/name, a state dict or a module",
+            expected=f"a built-in name, {_FORMATS}, hf://org/name, a state dict or a module",
             do="pass one of these",
         )
     if isinstance(reference, str) and reference in {model.name for model in built_in()}:
         path = locate(reference, offline=offline, progress=progress)
-        return open_gguf(path, **_Wish(reference, config, allow_non_finite).options())
+        return open_gguf(path, Opening(reference, config, allow_non_finite))
     if isinstance(reference, str) and reference.startswith("hf:"):
         model = parse_hub_reference(reference)
         folder = fetch_snapshot(model, offline=offline, progress=progress)
-        return _open_folder(folder, _Wish(f"hf://{model.repo}@{folder.name}", config, allow_non_finite))
+        return _open_folder(folder, Opening(f"hf://{model.repo}@{folder.name}", config, allow_non_finite))
     return _open_path(str(reference), config, allow_non_finite)
 
 
@@ -109,58 +94,60 @@ def _open_state_dict(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | 
 def _open_path(reference: str, config: Mapping[str, Any] | None, allow_non_finite: bool) -> Source:
     path = Path(reference).expanduser().absolute()
     try:
-        found = path.exists()
+        exists = path.exists()
     except OSError as error:
         raise CheckpointError(
-            f"{reference!r:.200} cannot be reached: {error}", expected=_READ, do="check the path and its permissions"
+            f"{reference!r:.200} cannot be reached: {error}",
+            expected=_FORMATS,
+            do="check the path and its permissions",
         ) from error
-    if not found:
+    if not exists:
         raise _unknown(reference)
-    wish = _Wish(str(path), config, allow_non_finite)
-    return _open_folder(path, wish) if path.is_dir() else _open_file(path, wish)
+    opening = Opening(str(path), config, allow_non_finite)
+    return _open_folder(path, opening) if path.is_dir() else _open_file(path, opening)
 
 
-def _open_file(path: Path, wish: _Wish) -> Source:
-    if path.name.endswith(_PICKLED):
+def _open_file(path: Path, opening: Opening) -> Source:
+    if path.name.endswith(_PICKLE_SUFFIXES):
         raise _pickled(path)
     file = pin(path)
     if path.name.endswith(".index.json"):
-        return open_safetensors_index(path, **wish.options())
+        return open_safetensors_index(path, opening)
     if path.suffix == ".safetensors":
-        return open_safetensors_file(path, **wish.options())
+        return open_safetensors_file(path, opening)
     start = file.read(0, min(4, file.size))
     if path.suffix == ".gguf" or start == MAGIC:
-        return open_gguf(path, **wish.options())
+        return open_gguf(path, opening)
     if start[:1] == b"\x80":  # how every pickle of protocol 2 and later begins
         raise _pickled(path)
     raise CheckpointError(
-        f"{str(path)!r} is in no format that is read here (it begins with {start!r})",
-        expected=_READ,
+        f"{str(path)!r} is in no format that can be read (it begins with {start!r})",
+        expected=_FORMATS,
         do="convert the checkpoint to safetensors, or open the folder that holds it",
     )
 
 
-def _open_folder(folder: Path, wish: _Wish) -> Source:
-    """As transformers chooses: the one file before the index; then whatever single file there is."""
+def _open_folder(folder: Path, opening: Opening) -> Source:
+    """Choose as transformers does: the one file before the index; then whatever single file there is."""
     if (folder / "model.safetensors").exists():
-        return open_safetensors_file(folder / "model.safetensors", **wish.options())
+        return open_safetensors_file(folder / "model.safetensors", opening)
     if (folder / INDEX).exists():
-        return open_safetensors_index(folder / INDEX, **wish.options())
+        return open_safetensors_index(folder / INDEX, opening)
     names = sorted(path.name for path in folder.iterdir())
     readable = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if len(readable) == 1:
-        return _open_file(folder / readable[0], wish)
+        return _open_file(folder / readable[0], opening)
     if readable:
         raise MissingTensorError(
             f"{str(folder)!r} holds several checkpoints: {', '.join(readable[:10])}",
             expected=f"one file, or {INDEX}, which says how they belong together",
             do="open one of the files by its path, or fetch the index",
         )
-    if any(name.endswith(_PICKLED) for name in names):
+    if any(name.endswith(_PICKLE_SUFFIXES) for name in names):
         raise _pickled(folder)
     raise MissingTensorError(
         f"{str(folder)!r} holds no checkpoint (it holds {', '.join(names[:10]) or 'nothing'})",
-        expected=_READ,
+        expected=_FORMATS,
         do="open the folder with the weights in it",
     )
 
@@ -168,7 +155,7 @@ def _open_folder(folder: Path, wish: _Wish) -> Source:
 def _pickled(path: Path) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
         f"{str(path)!r} holds pickled weights, which can run any code when they are opened",
-        expected=_READ,
+        expected=_FORMATS,
         do="take the safetensors version of the model, or convert it where its origin is trusted: "
         "load it with transformers and call save_pretrained",
     )
@@ -176,8 +163,8 @@ def _pickled(path: Path) -> UnsafeCheckpointError:
 
 def _unknown(reference: str) -> MissingTensorError:
     names = [model.name for model in built_in()]
-    near = get_close_matches(reference, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    near_names = get_close_matches(reference, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near_names)}? " if near_names else ""
     hub = f"a model of the hub is written hf://{reference}; " if reference.count("/") == 1 else ""
     return MissingTensorError(
         f"there is no checkpoint {reference!r:.200}",

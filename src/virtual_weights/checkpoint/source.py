@@ -4,115 +4,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.errors import MissingTensorError, NonFiniteError, UsageError
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor without reading it.
-
-    Attributes:
-        shape: its shape as stored, rows first (GGUF's reversed order is undone).
-        dtype: the storage type by its own name (``"F32"``, ``"BF16"``, ``"Q4_K"``).
-        nbytes: how many bytes it takes at rest.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class AtRest:
-    """How a checkpoint lies on the disk, for whoever writes another one like it.
-
-    Attributes:
-        files: names of tensors, file by file; one group where nothing is divided.
-        companions: further files of the checkpoint (tokenizer, generation settings) by their bare names.
-        path: the folder of a checkpoint in safetensors, or the GGUF file; None for one in memory.
-    """
-
-    files: tuple[tuple[str, ...], ...]
-    companions: Mapping[str, Path]
-    path: Path | None
-
-
-class Source(ABC):
-    """Names to tensors of one checkpoint; knows files and formats, not models.
-
-    A source opens cheaply, reads nothing until asked, and never changes. ``config`` is the
-    configuration in the vocabulary of the format: the fields of ``config.json``, or the metadata
-    of a GGUF file under its own dotted keys.
-    """
-
-    @property
-    @abstractmethod
-    def reference(self) -> str:
-        """The name under which a user can open this checkpoint again."""
-
-    @property
-    @abstractmethod
-    def dialect(self) -> str:
-        """Whose tensor names these are: ``"hf"``, ``"gguf"`` or ``"transformer_lens"``."""
-
-    @property
-    @abstractmethod
-    def config(self) -> Mapping[str, Any]:
-        """The configuration, as plain JSON values."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name, without reading any."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A hex sha256 of the dialect, the configuration and every tensor's name, type, shape and content.
-
-        Content is sampled, since hashing 16 GB at each start would cost more than most questions: all
-        bytes of a tensor up to 192 KiB, else its first, middle and last 64 KiB as stored. A change that
-        leaves all samples alone is therefore not seen. File names, times and the division into shards
-        do not count, so that the same weights have the same fingerprint wherever they lie.
-        """
-
-    @property
-    @abstractmethod
-    def at_rest(self) -> AtRest:
-        """Division into files, and what lies beside them."""
-
-    @abstractmethod
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or some of its first axis, in storage dtype (block-quantised types: float32).
-
-        Args:
-            name: one of ``tensors``.
-            rows: a contiguous slice of the first axis, step 1; None reads all.
-
-        Returns:
-            A tensor on the CPU that does not alias the file.
-
-        Raises:
-            MissingTensorError: there is no such name (near names are listed).
-            UsageError: the slice is empty, stepped, counts from the end, or leaves the tensor.
-            NonFiniteError: a value is NaN or infinite and that was not allowed.
-            MalformedCheckpointError: the file changed or shrank after it was opened.
-        """
-
-    @abstractmethod
-    def token_texts(self) -> tuple[str, ...] | None:
-        """The text of every token id, or None when the checkpoint carries no tokenizer."""
-
 
 STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -135,40 +38,193 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = {
 }
 """Every storage type that torch holds as it is, by its name in the safetensors format."""
 
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 
-def find_tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
-    """Look up a tensor.
+_SAMPLE_BYTES = 64 * 1024
+_VALUES_AT_ONCE = 1 << 22
 
-    Raises:
-        MissingTensorError: there is no such name; near names are listed.
+
+@final
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        shape: its shape as stored, rows first (GGUF's reversed order is undone).
+        dtype: the storage type by its own name (``"F32"``, ``"BF16"``, ``"Q4_K"``).
+        nbytes: how many bytes it takes at rest.
     """
-    info = tensors.get(name)
-    if info is not None:
-        return info
-    near = get_close_matches(str(name), tensors, n=3, cutoff=0.5)
-    raise MissingTensorError(
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    def begin_of(self, row: int) -> int:
+        """The byte at which a row begins, counted from the tensor's first."""
+        return row * self.nbytes // self.shape[0] if row else 0
+
+
+@final
+@dataclass(frozen=True)
+class AtRest:
+    """How a checkpoint lies on the disk, for whoever writes another one like it.
+
+    Attributes:
+        files: names of tensors, file by file; one group where nothing is divided.
+        companions: further files of the checkpoint (tokenizer, generation settings) by their bare names.
+        path: the folder of a checkpoint in safetensors, or the GGUF file; None for one in memory.
+    """
+
+    files: tuple[tuple[str, ...], ...]
+    companions: Mapping[str, Path]
+    path: Path | None
+
+
+@final
+@dataclass(frozen=True)
+class Opening:
+    """The options with which a checkpoint file or folder is opened.
+
+    Attributes:
+        reference: the name under which it can be opened again.
+        config: replaces the checkpoint's configuration; None keeps it.
+        allow_non_finite: do not refuse NaN and infinity.
+    """
+
+    reference: str
+    config: Mapping[str, Any] | None
+    allow_non_finite: bool
+
+
+class Source(ABC):
+    """Names to tensors of one checkpoint; knows files and formats, not models.
+
+    A source opens cheaply, reads no tensor before it is asked to, and never changes. A format adds how it reads rows
+    and stored bytes; looking up, checking and hashing are the same for all.
+
+    Args:
+        reference, dialect, config, tensors: as the properties of these names; the configuration in plain JSON values.
+        allow_non_finite: do not refuse NaN and infinity.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        dialect: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        *,
+        allow_non_finite: bool,
+    ) -> None:
+        self._reference = reference
+        self._dialect = dialect
+        self._config = MappingProxyType(dict(config))
+        self._tensors = MappingProxyType(dict(tensors))
+        self._allow_non_finite = allow_non_finite
+
+    @property
+    def reference(self) -> str:
+        """The name under which a user can open this checkpoint again."""
+        return self._reference
+
+    @property
+    def dialect(self) -> str:
+        """Whose tensor names these are: ``"hf"``, ``"gguf"`` or ``"transformer_lens"``."""
+        return self._dialect
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration in the vocabulary of the format: ``config.json``, or GGUF's metadata by dotted keys."""
+        return self._config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, without reading any."""
+        return self._tensors
+
+    @property
+    def fingerprint(self) -> str:
+        """A hex sha256 of the dialect, the configuration and every tensor's name, type, shape and content.
+
+        Content is sampled, since hashing 16 GB at each start would cost more than most questions: all
+        bytes of a tensor up to 192 KiB, else its first, middle and last 64 KiB as stored. A change that
+        leaves all samples alone is therefore not seen. File names, times and the division into shards
+        do not count, so that the same weights have the same fingerprint wherever they lie.
+        """
+        total = sha256(_canonical(["virtual-weights 1", self._dialect, self._config]))
+        for name, info in sorted(self._tensors.items()):
+            content = sha256()
+            for begin, end in _sampled_spans(info.nbytes):
+                content.update(self._stored_bytes(name, begin, end))
+            total.update(_canonical([name, info.dtype, info.shape, content.hexdigest()]))
+        return total.hexdigest()
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read one tensor, or some of its first axis, in storage dtype (block-quantised types: float32).
+
+        Args:
+            name: one of ``tensors``.
+            rows: a contiguous slice of the first axis, step 1; None reads all.
+
+        Returns:
+            A tensor on the CPU that does not alias the file.
+
+        Raises:
+            MissingTensorError: there is no such name (near names are listed).
+            UsageError: the slice is empty, stepped, counts from the end, or leaves the tensor.
+            NonFiniteError: a value is NaN or infinite and that was not allowed.
+            MalformedCheckpointError: the file changed or shrank after it was opened.
+        """
+        if name not in self._tensors:
+            raise _missing(name, self._tensors)
+        first_row, shape = _span(name, self._tensors[name].shape, rows)
+        tensor = self._read(name, first_row, shape)
+        if not self._allow_non_finite:
+            _check_finite(tensor, name, first_row)
+        return tensor
+
+    @property
+    @abstractmethod
+    def at_rest(self) -> AtRest:
+        """Division into files, and what lies beside them."""
+
+    @abstractmethod
+    def token_texts(self) -> tuple[str, ...] | None:
+        """The text of every token id, or None when the checkpoint carries no tokenizer."""
+
+    @abstractmethod
+    def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor, or a span of its rows, into fresh memory of the CPU.
+
+        Args:
+            name: one of ``tensors``.
+            first_row: the first row of the span; 0 for a whole tensor.
+            shape: of what is read: the tensor's, with the number of rows of the span.
+        """
+
+    @abstractmethod
+    def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes [begin, end) of a tensor as stored."""
+
+
+def _missing(name: str, tensors: Mapping[str, TensorInfo]) -> MissingTensorError:
+    near_names = get_close_matches(str(name), tensors, n=3, cutoff=0.5) or sorted(tensors)[:3]
+    return MissingTensorError(
         f"there is no tensor {name!r} among {len(tensors)}",
-        expected=f"one of the checkpoint's names, such as {', '.join(map(repr, near or sorted(tensors)[:3]))}",
+        expected=f"one of the checkpoint's names, such as {', '.join(map(repr, near_names))}",
         do="take a name from the source's `tensors`",
     )
 
 
-def row_span(name: str, shape: tuple[int, ...], rows: slice | None) -> tuple[int, int] | None:
-    """Check a slice of the first axis.
-
-    Returns:
-        (start, stop) with 0 <= start < stop <= shape[0], or None when everything is asked for.
-
-    Raises:
-        UsageError: the slice is empty, stepped, counts from the end, or leaves the tensor.
-    """
+def _span(name: str, shape: tuple[int, ...], rows: slice | None) -> tuple[int, tuple[int, ...]]:
+    """First row and shape of what a slice of the first axis selects; refuses all but 0 <= start < stop <= rows."""
     if rows is None:
-        return None
+        return 0, shape
     length = shape[0] if shape else 0
     start = 0 if rows.start is None else rows.start
     stop = length if rows.stop is None else rows.stop
     if rows.step in (None, 1) and 0 <= start < stop <= length:
-        return start, stop
+        return start, (stop - start, *shape[1:])
     raise UsageError(
         f"rows {rows.start}:{rows.stop}:{rows.step} of {name!r}, whose shape is {shape}",
         expected=f"0 <= start < stop <= {length}, step 1",
@@ -176,76 +232,21 @@ def row_span(name: str, shape: tuple[int, ...], rows: slice | None) -> tuple[int
     )
 
 
-BLOCK = 64 * 1024
-
-
-def fingerprint(
-    dialect: str,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    read_bytes: Callable[[str, int, int], bytes],
-) -> str:
-    """Hash what ``Source.fingerprint`` promises.
-
-    Args:
-        dialect: whose names these are.
-        config: plain JSON values.
-        tensors: every tensor by name.
-        read_bytes: gives bytes [begin, end) of a tensor as stored.
-
-    Returns:
-        A hex sha256.
-    """
-    total = sha256(_canonical(["virtual-weights 1", dialect, config]))
-    for name in sorted(tensors):
-        info = tensors[name]
-        content = sha256()
-        for begin, end in sampled_spans(info.nbytes):
-            content.update(read_bytes(name, begin, end))
-        total.update(_canonical([name, info.dtype, info.shape, content.hexdigest()]))
-    return total.hexdigest()
-
-
-def sampled_spans(nbytes: int) -> tuple[tuple[int, int], ...]:
-    """The byte ranges of a tensor that count: all of it up to three blocks, else start, middle and end."""
-    if nbytes <= 3 * BLOCK:
-        return ((0, nbytes),) if nbytes else ()
-    return tuple((begin, begin + BLOCK) for begin in (0, (nbytes - BLOCK) // 2, nbytes - BLOCK))
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict).encode("ascii")
-
-
-_CHUNK = 1 << 22
-
-
-def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> Tensor:
-    """Return the tensor as it is.
-
-    Args:
-        tensor: what was read.
-        name: its name, for the error.
-        first_row: which row of the named tensor its first row is.
-
-    Raises:
-        NonFiniteError: a value is NaN or infinite; the error says which.
-    """
+def _check_finite(tensor: Tensor, name: str, first_row: int) -> None:
     if not tensor.is_floating_point():
-        return tensor
+        return
     flat = tensor.reshape(-1)
-    for begin in range(0, flat.numel(), _CHUNK):
-        chunk = flat[begin : begin + _CHUNK]
+    for begin in range(0, flat.numel(), _VALUES_AT_ONCE):
+        chunk = flat[begin : begin + _VALUES_AT_ONCE]
         if chunk.dtype.itemsize == 1:
             chunk = chunk.float()  # torch compares no float8
         # both ends of the range are NaN if any value is: one pass, nothing allocated
         if not torch.stack(torch.aminmax(chunk)).isfinite().all():
-            bad = begin + int((~chunk.isfinite()).nonzero()[0])
-            raise _refusal(tensor, bad, name, first_row)
-    return tensor
+            offender = begin + int((~chunk.isfinite()).nonzero()[0])
+            raise _non_finite(tensor, offender, name, first_row)
 
 
-def _refusal(tensor: Tensor, flat_index: int, name: str, first_row: int) -> NonFiniteError:
+def _non_finite(tensor: Tensor, flat_index: int, name: str, first_row: int) -> NonFiniteError:
     value = float(tensor.reshape(-1)[flat_index])
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), tensor.shape)]
     if index:
@@ -255,3 +256,15 @@ def _refusal(tensor: Tensor, flat_index: int, name: str, first_row: int) -> NonF
         expected="finite weights",
         do="repair the checkpoint, or allow non-finite values if they are meant",
     )
+
+
+def _sampled_spans(nbytes: int) -> tuple[tuple[int, int], ...]:
+    """The byte ranges of a tensor that count: all of it up to three samples, else start, middle and end."""
+    if nbytes <= 3 * _SAMPLE_BYTES:
+        return ((0, nbytes),) if nbytes else ()
+    begins = (0, (nbytes - _SAMPLE_BYTES) // 2, nbytes - _SAMPLE_BYTES)
+    return tuple((begin, begin + _SAMPLE_BYTES) for begin in begins)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict).encode("ascii")

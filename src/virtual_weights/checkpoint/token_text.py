@@ -1,7 +1,7 @@
 """The text that each token id stands for, for display.
 
 Byte-level vocabularies spell bytes as printable letters, SentencePiece spells a space as ``▁`` and a
-byte as ``<0x0A>``. Both are undone; bytes that are no whole UTF-8 character show in hexadecimal.
+byte as ``<0x0A>``. Both are undone; bytes that do not form a UTF-8 character show in hexadecimal.
 The vocabulary is read as plain JSON: no tokenizer is built from a stranger's file.
 """
 
@@ -55,14 +55,14 @@ def texts_of_gguf(model: str, tokens: Iterable[str], literal: Iterable[bool]) ->
         literal: for each token, whether it is a control or user-defined one, which is spelled as it is.
     """
     text = {"gpt2": byte_level_text, "none": str, "rwkv": str}.get(model, sentencepiece_text)
-    return tuple(token if plain else text(token) for token, plain in zip(tokens, literal, strict=True))
+    return tuple(token if as_is else text(token) for token, as_is in zip(tokens, literal, strict=True))
 
 
 def texts_of_tokenizer_json(file: PinnedFile) -> tuple[str, ...]:
     """Texts of a ``tokenizer.json``; an id that no token has is the empty text.
 
     Raises:
-        MalformedCheckpointError: it is no such file.
+        MalformedCheckpointError: it is not such a file.
     """
     content = read_json_object(file, MAX_TOKENIZER)
     model, added = content.get("model"), content.get("added_tokens") or []
@@ -90,20 +90,20 @@ def _model_ids(vocab: Any) -> dict[int, str]:
 
 
 def _text_rule(content: Mapping[str, Any]) -> Callable[[str], str]:
-    """Which spelling the decoder undoes."""
-    kinds = set(_kinds([content.get("decoder"), content.get("pre_tokenizer")]))
-    if "ByteLevel" in kinds:
+    """How the decoder spells bytes and spaces, as a function that undoes it."""
+    types = set(_types([content.get("decoder"), content.get("pre_tokenizer")]))
+    if "ByteLevel" in types:
         return byte_level_text
-    return sentencepiece_text if kinds & {"Metaspace", "ByteFallback"} else str
+    return sentencepiece_text if types & {"Metaspace", "ByteFallback"} else str
 
 
-def _kinds(nodes: Iterable[Any]) -> Iterable[str]:
+def _types(nodes: Iterable[Any]) -> Iterable[str]:
     for node in nodes:
         if isinstance(node, dict):
             yield str(node.get("type"))
-            yield from _kinds(value for value in node.values() if isinstance(value, (dict, list)))
+            yield from _types(value for value in node.values() if isinstance(value, (dict, list)))
         elif isinstance(node, list):
-            yield from _kinds(node)
+            yield from _types(node)
 
 
 def _letter_bytes() -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from virtual_weights.checkpoint.source import STORAGE_DTYPES
+from virtual_weights.checkpoint.folder import INDEX
+from virtual_weights.checkpoint.source import DTYPE_NAMES
 from virtual_weights.errors import UsageError
+from virtual_weights.progress import Progress
 from virtual_weights.record.durable import write_folder
-
-_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
 
 
 @final
@@ -35,7 +35,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     config: Mapping[str, Any],
     companions: Mapping[str, Path],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a checkpoint folder that transformers can load, whole or not at all.
 
@@ -70,38 +70,34 @@ def _fill(
     files: Sequence[Mapping[str, Planned]],
     dtype: torch.dtype,
     config: Mapping[str, Any],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    total, done, places, size = sum(map(len, files)), 0, dict[str, str](), 0
-    for i, tensors in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
-        with (folder / name).open("wb") as file:
-            size += file.write(_header(tensors, dtype)) and sum(map(_count, tensors.values())) * dtype.itemsize
-            for tensor, planned in tensors.items():
-                made = planned.make().to(dtype).contiguous()
-                assert tuple(made.shape) == planned.shape, f"{tensor}: {tuple(made.shape)}, planned {planned.shape}"
-                file.write(made.flatten().view(torch.uint8).numpy().data)
-                places[tensor], done = name, done + 1
+    total, size, weight_map = sum(map(len, files)), 0, dict[str, str]()
+    for number, tensors in enumerate(files, 1):
+        shard = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        with (folder / shard).open("wb") as file:
+            file.write(_header(tensors, dtype))
+            for name, planned in tensors.items():
+                tensor = planned.make().to(dtype).contiguous()
+                assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)}, planned {planned.shape}"
+                size += file.write(tensor.flatten().view(torch.uint8).numpy().data)
+                weight_map[name] = shard
                 if progress is not None:
-                    progress(done, total)
+                    progress(len(weight_map), total)
     if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _header(tensors: Mapping[str, Planned], dtype: torch.dtype) -> bytes:
     """The head of a safetensors file: length, then JSON padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    begin = 0
     for name, planned in tensors.items():
-        end = at + _count(planned) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(planned.shape), "data_offsets": [at, end]}
-        at = end
+        end = begin + math.prod(planned.shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _count(planned: Planned) -> int:
-    return int(torch.Size(planned.shape).numel())

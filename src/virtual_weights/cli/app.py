@@ -11,30 +11,20 @@ from typing import Any
 
 import typer
 
-from virtual_weights.cli.agree import agree
-from virtual_weights.cli.attribute import attribute_edges
-from virtual_weights.cli.bandwidth import bandwidth
-from virtual_weights.cli.basis import basis
+from virtual_weights.cli.ablate import ablate, attribute
 from virtual_weights.cli.channel import channel
-from virtual_weights.cli.cleared import cleared_on_text
-from virtual_weights.cli.composition import composition
-from virtual_weights.cli.edges import edges
-from virtual_weights.cli.frontier import erasure_frontier
-from virtual_weights.cli.labels import label_heads
-from virtual_weights.cli.lifetime import follow
-from virtual_weights.cli.linear import linear
-from virtual_weights.cli.map import map_model
+from virtual_weights.cli.composition import composition, subspaces
+from virtual_weights.cli.depth import linear, paths
+from virtual_weights.cli.fate import erased, frontier, persistence
+from virtual_weights.cli.ledger import bandwidth, basis, superposition
+from virtual_weights.cli.map import edges, map_model
 from virtual_weights.cli.memory import memory
-from virtual_weights.cli.model import model_commands
+from virtual_weights.cli.model import model_commands, rotate
 from virtual_weights.cli.neurons import neurons
-from virtual_weights.cli.observe import observe_model
-from virtual_weights.cli.paths import paths
-from virtual_weights.cli.prove import prove_edges
-from virtual_weights.cli.rotate import rotate
+from virtual_weights.cli.observe import labels, observe
 from virtual_weights.cli.statements import statements
-from virtual_weights.cli.subspaces import subspaces
-from virtual_weights.cli.superposition import superposition
-from virtual_weights.cli.trace import trace_prompt
+from virtual_weights.cli.trace import trace
+from virtual_weights.cli.validate import validate
 from virtual_weights.errors import VirtualWeightsError
 
 OUT_OF_RESOURCES, INTERRUPTED = 5, 130
@@ -43,35 +33,38 @@ COMMAND_LINE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="vweights",
-    help="Who talks to whom over a language model's residual stream: virtual weights from the checkpoint alone.",
+    help="Which components of a language model communicate over its residual stream, and how strongly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("map")(map_model)
-app.command("composition")(composition)
-app.command("edges")(edges)
-app.command("channel")(channel)
-app.command("subspaces")(subspaces)
-app.command("bandwidth")(bandwidth)
-app.command("superposition")(superposition)
-app.command("memory")(memory)
-app.command("basis")(basis)
-app.command("rotate")(rotate)
-app.command("statements")(statements)
-app.command("neurons")(neurons)
-app.command("linear")(linear)
-app.command("paths")(paths)
-app.command("attribute")(attribute_edges)
-app.command("prove")(prove_edges)
-app.command("observe")(observe_model)
-app.command("trace")(trace_prompt)
-app.command("frontier")(erasure_frontier)
-app.command("labels")(label_heads)
-app.command("cleared")(cleared_on_text)
-app.command("lifetime")(follow)
-app.command("agree")(agree)
+for command in (
+    edges,
+    composition,
+    channel,
+    neurons,
+    subspaces,
+    bandwidth,
+    superposition,
+    basis,
+    memory,
+    linear,
+    paths,
+    statements,
+    trace,
+    labels,
+    observe,
+    attribute,
+    ablate,
+    erased,
+    persistence,
+    frontier,
+    validate,
+    rotate,
+):
+    app.command(command.__name__)(command)
 app.add_typer(model_commands, name="model")
 
 
@@ -102,7 +95,8 @@ def run(arguments: Sequence[str]) -> int:
     except (MemoryError, OSError, RuntimeError) as error:
         if not _out_of_resources(error):
             raise
-        _complain(f"out of resources: {error}\n  to do: lower --memory-mb, use --dtype float32, or free memory or disk")
+        remedy = "lower --memory-mb, use --compute-dtype float32, or free memory or disk"
+        _complain(f"out of resources: {error}\n  to do: {remedy}")
         return OUT_OF_RESOURCES
 
 

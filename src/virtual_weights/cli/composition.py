@@ -1,99 +1,111 @@
-"""``vweights composition``: every pair of a writer and a reader of one port."""
+"""``vweights composition`` and ``subspaces``: every pair of a writer and a reader."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from safetensors.torch import save_file
 
-from virtual_weights.analysis import Composition
+from virtual_weights.analysis.maps.circuits import HeadRole
 from virtual_weights.analysis.pairs.alignment import beside
-from virtual_weights.analysis.pairs.contribution import Delivered
+from virtual_weights.analysis.pairs.composition import Composition
+from virtual_weights.analysis.pairs.contribution import Contribution
+from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
 from virtual_weights.cli import options as o
-from virtual_weights.cli.moments import FlowText, FlowTokens, MomentsFile, moments_of
-from virtual_weights.cli.opening import open_model
-from virtual_weights.cli.progress import steps
-from virtual_weights.cli.show import channels_of, edges_of, line, put_json, table
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream.moments import Moments
+from virtual_weights.survey.edges import edges_of, groups_of
+
+FlowText = Annotated[
+    str | None, typer.Option("--text", metavar="FILE", help="run the model on it and show what flows too; or 'default'")
+]
 
 
+@verb("no_fold", "partial", "offline", "allow_non_finite")
 def composition(
-    model: o.ModelArgument,
-    port: Annotated[o.PortName, typer.Option(help="the reader's port")] = o.PortName.K,
+    session: Session,
+    port: Annotated[o.PortName, typer.Option("--port", help="the reader's port")] = o.PortName.K,
     writers: o.WriterOption = o.WriterSet.heads,
     rotary_offset: o.RotaryOffset = None,
-    no_fold: o.NoFold = False,
-    top: o.Top = 20,
-    save: o.SaveFile = None,
-    operating_point: MomentsFile = None,
+    moments: o.Moments = None,
     text: FlowText = None,
-    tokens: FlowTokens = 4096,
-    dtype: o.ComputeDtype = "float64",
+    tokens: o.Tokens = 4096,
+    top: o.Top = 20,
+    save: o.Save = None,
+    compute_dtype: o.ComputeDtype = "float64",
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = 256,
-    partial: o.Partial = False,
-    offline: o.Offline = False,
-    allow_non_finite: o.AllowNonFinite = False,
-    as_json: o.AsJson = False,
-    progress: o.ProgressOption = o.ProgressMode.auto,
-) -> None:
-    """Composition of every writer with every later reader of a port, strongest first; with moments what flows, too."""
+    memory_mb: o.MemoryMb = None,
+) -> Answer:
+    """Composition of every writer with every later reader of a port, strongest first.
+
+    With moments or a text, also how much each connection carries.
+    """
     if save is not None and save.suffix != ".safetensors":
         raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="name the file so")
-    with steps(progress) as step:
-        stream = open_model(
-            model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
-        )
-        question = Composition(port.value, rotary_offset, dtype, device, memory_mb, writers.value)
-        record, by = question(stream, step(f"{port.value}-composition")), "score"
-        moments = moments_of(stream, operating_point, text, tokens, device, step)
-        if moments is not None:
-            flow = Delivered(port.value, moments, False, writers.value, rotary_offset, device, memory_mb)
-            found = flow(stream, step(f"{port.value}-delivered"))
-            record, by = beside(record, found, [c.name for c in found.columns]), "delivered"
+    if moments is not None and text is not None:
+        raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
+    memory = memory_mb or 256
+    question = Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
+    record, by = question(session.stream, session.step(f"composition {port.value}")), "score"
+    averages = _moments(session, moments, text, tokens, device)
+    if averages is not None:
+        flow = Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
+        contribution = flow(session.stream, session.step(f"contribution {port.value}"))
+        record = beside(record, contribution, [column.name for column in contribution.columns])
+        by = "contribution"
     if save is not None:
         save_matrices(record, save)
     edges = edges_of(record, top, by)
-    if as_json:
-        put_json(
-            {
-                "model": model,
-                "port": port.value,
-                "writers": writers.value,
-                "norm": record.stamp["norm"],
-                "rotary_offset": rotary_offset,
-                "by": by,
-                "edges": edges,
-                "channels": channels_of(edges),
-                "stamp": record.stamp,
-                "provenance": record.provenance,
-            }
-        )
-        return
-    show_edges(f"{port.value}-composition · {model} · norm {record.stamp['norm']}", record, edges)
-    if save is not None:
-        line(f"matrices written to {save}")
+    title = f"{port.value}-composition · {session.name} · norm {record.stamp['norm']}"
+    written = [] if save is None else [f"matrices written to {save}"]
+    summary = {"by": by, "groups": groups_of(edges)}
+    return Answer(record, edges, summary, [*edge_tables(title, record, edges), *written])
 
 
-def show_edges(title: str, record: Record, edges: list[dict[str, object]]) -> None:
-    """The strongest edges as a table, and below it the distinct channels where readers share one."""
-    names = [c.name for c in record.columns]
-    rows = [[e["writer"], e["reader"], e.get("channel"), *(e[n] for n in names)] for e in edges]
-    table(title, ["writer", "reader", "shared channel", *names], rows)
-    grouped = channels_of(edges)
-    if len(grouped) < len(edges):
-        channels = "one channel" if len(grouped) == 1 else f"{len(grouped)} channels"
-        line(f"{len(edges)} edges are {channels}, because query heads share key and value heads:")
-        table(
-            "",
-            ["writer", "channel", "readers", "score"],
-            [[g["writer"], g["channel"], " ".join(g["readers"]), g["score"]] for g in grouped],
-        )
+@verb("no_fold", "partial", "offline", "allow_non_finite")
+def subspaces(
+    session: Session,
+    roles: Annotated[str, typer.Option("--roles", metavar="A-B", help="two of Q, K, V, O, e.g. O-K or V-V")] = "O-K",
+    by: Annotated[str, typer.Option("--by", help="column to sort by, e.g. overlap, z, cosine, strength")] = "overlap",
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="keep directions with this share of the energy")
+    ] = None,
+    top: o.Top = 20,
+    device: o.Device = "cpu",
+    memory_mb: o.MemoryMb = None,
+) -> Answer:
+    """Overlap, smallest angle and interference bound of every pair of heads in two ROLES, largest first."""
+    question = Subspaces(*_roles(roles), energy=energy, device=device, memory_mb=memory_mb or 512)
+    record = question(session.stream, session.step(f"subspaces {roles}"))
+    rows = [{name: row[name] for name in row if name != "place"} for row in record.top(top, by=by).rows()]
+    summary = {name: value for name, value in asdict(figures(record)).items() if value is not None}
+    names = ["first", "second", *(c.name for c in record.columns if not c.name.startswith("rank_"))]
+    title = f"{roles.upper()} subspaces · {session.name} · norm {record.stamp['norm']}"
+    line = "; ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
+    return Answer(record, rows, summary, [Table(title, rows, names), line])
+
+
+def edge_tables(title: str, record: Record, edges: Sequence[dict[str, Any]]) -> list[Table | str]:
+    """The strongest edges as a table, and below it the distinct ones where readers share a key/value head."""
+    heads = {"writer": "writer", "reader": "reader", "group": "key/value group"}
+    shown: list[Table | str] = [Table(title, edges, heads | {c.name: c.name.replace("_", " ") for c in record.columns})]
+    merged = groups_of(edges)
+    if len(merged) < len(edges):
+        count = "one edge" if len(merged) == 1 else f"{len(merged)} edges"
+        shown.append(f"{len(edges)} rows are {count}, because query heads share key and value heads:")
+        shown.append(Table("", merged, {"writer": "writer", "group": "group", "readers": "readers", "score": "score"}))
+    return shown
 
 
 def save_matrices(record: Record, path: Path) -> None:
@@ -109,3 +121,22 @@ def save_matrices(record: Record, path: Path) -> None:
     matrices = {c.name: c.values.contiguous() for c in record.columns if not isinstance(c.values, tuple)}
     with replacing(path) as temporary:
         save_file(matrices, temporary, metadata)
+
+
+def _moments(session: Session, file: Path | None, text: str | None, tokens: int, device: str) -> Moments | None:
+    """The moments of a file or of a text; None where neither is named."""
+    if file is not None:
+        return Moments.load(file, session.stream)
+    if text is None:
+        return None
+    run = Run.on_text(session.stream, text, tokens, device=device)
+    return Observation().moments(run, session.step("observation"))
+
+
+def _roles(text: str) -> tuple[HeadRole, HeadRole]:
+    roles = text.upper().split("-")
+    if len(roles) != 2 or not set(roles) <= set(get_args(HeadRole)):
+        raise UsageError(
+            f"--roles {text}", expected="two of Q, K, V, O with a hyphen, e.g. O-K", do="correct the roles"
+        )
+    return cast(HeadRole, roles[0]), cast(HeadRole, roles[1])

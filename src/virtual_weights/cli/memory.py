@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +12,9 @@ from virtual_weights.analysis.memory.erasure import Erasure
 from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.analysis.memory.neurons import Neurons, census
 from virtual_weights.cli import options as o
-from virtual_weights.cli.opening import open_model
-from virtual_weights.cli.progress import steps
-from virtual_weights.cli.show import line, put_json, table
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, verb
+from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 
 _HEAD = (
@@ -31,120 +32,96 @@ _PAIR = ("writer", "eraser", "erasure", "baseline", "alignment", "z")
 _CLASSES = ("weakening", "between", "strengthening")
 
 
+@verb("no_fold", "partial", "offline", "allow_non_finite")
 def memory(
-    model: o.ModelArgument,
+    session: Session,
     threshold: Annotated[float, typer.Option("--threshold", help="cosine that divides the classes of neurons")] = 0.5,
-    scalar: Annotated[
-        float, typer.Option("--norm-scalar", metavar="S", help="norm scalar assumed of heads and MLPs")
-    ] = 1.0,
+    norm_scalar: o.NormScalar = 1.0,
     slope: Annotated[float, typer.Option("--slope", help="slope assumed of MLPs taken as linear")] = 1.0,
     component: Annotated[
         str | None,
         typer.Option("--component", metavar="NAME", help="show its clearing spectrum too, e.g. L5H3 or L5.mlp"),
     ] = None,
     by: Annotated[str, typer.Option("--by", help="order of the pairs: erasure, alignment or z")] = "erasure",
-    seed: Annotated[int, typer.Option("--seed", help="seed of the nulls")] = 0,
-    no_fold: o.NoFold = False,
-    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="how many heads and pairs to show")] = 10,
+    seed: o.Seed = 0,
+    top: o.Top = 10,
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = 512,
-    partial: o.Partial = False,
-    offline: o.Offline = False,
-    allow_non_finite: o.AllowNonFinite = False,
-    as_json: o.AsJson = False,
-    progress: o.ProgressOption = o.ProgressMode.auto,
-) -> None:
-    """Classes of neurons, heads that copy or erase, and who erases what whom wrote, from the weights alone."""
-    neurons = Neurons(threshold, seed=seed)
-    heads, pairs = HeadErasers(scalar, seed=seed), Erasure(scalar, slope, device, memory_mb)
-    with steps(progress) as step:
-        stream = open_model(
-            model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
+    memory_mb: o.MemoryMb = None,
+) -> Answer:
+    """Which neurons weaken or strengthen what they read, which heads copy or erase, and which erase what others wrote.
+
+    From the weights alone.
+    """
+    neurons, heads = Neurons(threshold, seed=seed), HeadErasers(norm_scalar, seed=seed)
+    pairs = Erasure(norm_scalar, slope, device=device, memory_mb=memory_mb or 512)
+    groups, answers = session.stream.groups, list[Answer]()
+    spectrum = None if component is None else session.ask(Clearing(component, norm_scalar, slope))
+    if groups.mlps:
+        answers.append(_neurons(session.name, session.ask(neurons)))
+    if groups.heads:
+        answers.append(_heads(session.ask(heads), top))
+    if groups.heads or any("in" in group.ports for group in groups.mlps):
+        answers.append(_pairs(session.ask(pairs), top, by))
+    if spectrum is not None:
+        answers.append(_spectrum(component or "", spectrum, top))
+    if not answers:
+        raise UsageError("this checkpoint holds no MLP and no head", expected="one of them", do="open all of it")
+    line = f"norm scalar {norm_scalar}, attention 1: what a run does is in no weight"
+    answers[-1] = replace(answers[-1], shown=[*answers[-1].shown, line])
+    first, *rest = answers
+    return replace(first, more=rest)
+
+
+def _neurons(model: str, record: Record) -> Answer:
+    """The census of a model's neurons; their rows are the layers."""
+    figures = census(record)
+    null, total, layers = figures["null"], figures["count"], figures.pop("by_layer")
+    rows = [{"neurons": "in all", **{name: figures[name] for name in _CLASSES}}]
+    rows += [{"neurons": f"layer {row['layer']}", **{name: row[name] for name in _CLASSES}} for row in layers]
+    title = f"{total} neurons by cos(w_in, w_out) at ±{figures['threshold']} · {model} · norm {record.stamp['norm']}"
+    shown: list[Table | str] = [
+        Table(title, rows),
+        f"mean square cosine {figures['mean_square'] or 0:.4g}; independent directions in {null['dimension']} "
+        f"dimensions: {null['mean_square']:.4g}, and {null['weakening']:.3g} neurons in each outer class",
+    ]
+    if "shuffled" in null:
+        shuffled = null["shuffled"]
+        shown.append(
+            f"the same outputs shuffled within their layers: mean square {shuffled['mean_square']:.4g}, "
+            f"{shuffled['weakening']:.3g} weakening and {shuffled['strengthening']:.3g} strengthening"
         )
-        spectrum = None if component is None else Clearing(component, scalar, slope)(stream)
-        has_mlps = any(c.kind == "mlp" for c in stream.components)
-        found: dict[str, Any] = {"model": model, "norm": stream.norm_stamp}
-        found["neurons"] = census(neurons(stream, step("neurons"))) if has_mlps else None
-        found["heads"] = _heads(heads(stream, step("heads")), top) if stream.heads else None
-        can_erase = bool(stream.heads) or (has_mlps and not stream.spec.gated)
-        found["erasure"] = _pairs(pairs(stream, step("erasure")), top, by) if can_erase else []
-    found["component"] = None if spectrum is None else {"name": component, "spectrum": list(spectrum.rows())[:top]}
-    found |= {
-        "parameters": {"norm_scalar": scalar, "slope": slope, "by": by, "seed": seed},
-        "provenance": stream.provenance,
-    }
-    if as_json:
-        put_json(found)
-    else:
-        _show(found)
+    return Answer(record, layers, figures, shown)
 
 
-def _heads(record: Record, top: int) -> dict[str, Any]:
+def _heads(record: Record, top: int) -> Answer:
+    """The heads that most erase, and those that most copy."""
     names = {column.name for column in record.columns}
-    return {
-        "count": int(record.present().sum()),
-        "null": record.stamp["null"],
-        "erasers": _plain(record.top(top, "negative_share")),
-        "copiers": _plain(record.top(top, "token_copying" if "token_copying" in names else "copying")),
-    }
+    copying = "token_copying" if "token_copying" in names else "copying"
+    best = {name: _plain(record.top(top, by)) for name, by in (("erasers", "negative_share"), ("copiers", copying))}
+    count = int(record.present().sum())
+    titles = {"erasers": "erase (negative share of OV's eigenvalues)", "copiers": "copy (between tokens)"}
+    shown: list[Table | str] = [
+        Table(f"the heads that most {titles[kind]}, of {count}", rows, [n for n in _HEAD if n in names | {"head"}])
+        for kind, rows in best.items()
+    ]
+    null = {name: figures for name, figures in record.stamp["null"].items() if name != "draws"}
+    shown.append("random heads: " + ", ".join(f"{name} {f['mean']:.3g} ± {f['std']:.2g}" for name, f in null.items()))
+    return Answer(record, best["erasers"], {"count": count, "copiers": best["copiers"]}, shown)
 
 
-def _pairs(record: Record, top: int, by: str) -> list[dict[str, Any]]:
+def _pairs(record: Record, top: int, by: str) -> Answer:
+    """Who erases what others wrote."""
     renamed = ({"eraser": row["reader"], **row} for row in record.top(top, by).rows())
-    return [{name: row[name] for name in _PAIR} for row in renamed]
+    rows = [{name: row[name] for name in _PAIR} for row in renamed]
+    title = f"the {len(rows)} pairs of largest {by} (erasure: share of what was written)"
+    return Answer(record, rows, {"by": by}, [Table(title, rows, _PAIR)])
+
+
+def _spectrum(component: str, record: Record, top: int) -> Answer:
+    rows = list(record.rows())[:top]
+    title = f"{component}: eigenvalues of its update nearest to -1"
+    return Answer(record, rows, {"component": component}, [Table(title, rows, ("kept", "real", "imaginary"))])
 
 
 def _plain(record: Record) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "place"} for row in record.rows()]
-
-
-def _show(found: dict[str, Any]) -> None:
-    if found["neurons"] is not None:
-        _show_neurons(found["model"], found["norm"], found["neurons"])
-    if found["heads"] is not None:
-        _show_heads(found["heads"])
-    rows = [[pair[name] for name in _PAIR] for pair in found["erasure"]]
-    table(
-        f"the {len(rows)} pairs of largest {found['parameters']['by']} (erasure: share of what was written)",
-        list(_PAIR),
-        rows,
-    )
-    if found["component"] is not None:
-        spectrum = found["component"]["spectrum"]
-        names = ["kept", "real", "imaginary"]
-        table(
-            f"{found['component']['name']}: eigenvalues of its update nearest to -1",
-            names,
-            [[r[n] for n in names] for r in spectrum],
-        )
-    line(f"norm scalar {found['parameters']['norm_scalar']}, attention 1: what a run does is in no weight")
-
-
-def _show_neurons(model: str, norm: str, neurons: dict[str, Any]) -> None:
-    null, total = neurons["null"], neurons["count"]
-    kinds = {"in all": neurons, **{f"layer {row['layer']}": row for row in neurons["by_layer"]}}
-    rows = [[name, *(row[each] for each in _CLASSES)] for name, row in kinds.items()]
-    title = f"{total} neurons by cos(w_in, w_out) at ±{neurons['threshold']} · {model} · norm {norm}"
-    table(title, ["neurons", *_CLASSES], rows)
-    line(
-        f"mean square cosine {neurons['mean_square']:.4g}; independent directions in {null['dimension']} dimensions: "
-        f"{null['mean_square']:.4g}, and {null['weakening']:.3g} neurons in each outer class"
-    )
-    if "shuffled" in null:
-        each = null["shuffled"]
-        line(
-            f"the same outputs shuffled within their layers: mean square {each['mean_square']:.4g}, "
-            f"{each['weakening']:.3g} weakening and {each['strengthening']:.3g} strengthening"
-        )
-
-
-def _show_heads(heads: dict[str, Any]) -> None:
-    for kind, title in (
-        ("erasers", "erase (negative share of OV's eigenvalues)"),
-        ("copiers", "copy (between tokens)"),
-    ):
-        names = [name for name in _HEAD if name in heads[kind][0]] if heads[kind] else list(_HEAD)
-        rows = [[row[name] for name in names] for row in heads[kind]]
-        table(f"the heads that most {title}, of {heads['count']}", names, rows)
-    null = {name: each for name, each in heads["null"].items() if name != "draws"}
-    line("random heads: " + ", ".join(f"{name} {each['mean']:.3g} ± {each['std']:.2g}" for name, each in null.items()))

@@ -1,15 +1,18 @@
-"""``vweights model fetch|list``: the models that come built in."""
+"""``vweights model fetch|list``, the models that come built in; ``vweights rotate``, a model in another basis."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from virtual_weights.checkpoint import built_in, is_cached, locate
+from virtual_weights.checkpoint.writing import write_checkpoint
 from virtual_weights.cli import options as o
-from virtual_weights.cli.progress import steps
-from virtual_weights.cli.show import line, put_json, table
+from virtual_weights.cli.show import Table, line, put_json, steps
+from virtual_weights.cli.verb import Session
+from virtual_weights.stream.turned import Turned, config_of, random_turn
 
 model_commands = typer.Typer(help="The models that come built in.", no_args_is_help=True)
 
@@ -20,8 +23,8 @@ def list_models(as_json: o.AsJson = False) -> None:
     rows = [{"name": m.name, "here": is_cached(m.name), "licence": m.licence, "about": m.about} for m in built_in()]
     if as_json:
         put_json({"models": rows})
-        return
-    table("built-in models", ["name", "here", "licence", "about"], [list(row.values()) for row in rows])
+    else:
+        Table("built-in models", rows).show()
 
 
 @model_commands.command("fetch")
@@ -29,13 +32,48 @@ def fetch(
     name: Annotated[str, typer.Argument(help="name of a built-in model")],
     offline: o.Offline = False,
     as_json: o.AsJson = False,
-    progress: o.ProgressOption = o.ProgressMode.auto,
+    progress: o.Progress = o.ProgressMode.auto,
 ) -> None:
     """Fetch a built-in model, check its sha256 and keep it in the cache."""
     with steps(progress) as step:
-        tick = step(f"fetch {name}")
-        path = locate(name, offline=offline, progress=lambda done, total, text: tick(done, total))
+        path = locate(name, offline=offline, progress=step(f"fetch {name}"))
     if as_json:
         put_json({"name": name, "path": str(path)})
+    else:
+        line(f"{name} is at {path}")
+
+
+def rotate(
+    model: o.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new checkpoint; new, or empty")],
+    seed: o.Seed = 0,
+    dtype: Annotated[
+        o.StoredDtype | None,
+        typer.Option("--dtype", help="of the new tensors; the source's, but float32 at least, where none is given"),
+    ] = None,
+    offline: o.Offline = False,
+    allow_non_finite: o.AllowNonFinite = False,
+    as_json: o.AsJson = False,
+    progress: o.Progress = o.ProgressMode.auto,
+) -> None:
+    """Write a rotated copy of a model: the same function in another basis, for transformers to load."""
+    with steps(progress) as step:
+        stream = Session(model, step, {"offline": offline, "allow_non_finite": allow_non_finite}).stream
+        wide = any(info.dtype == "F64" for info in stream.source.tensors.values())
+        dtype = dtype or (o.StoredDtype.float64 if wide else o.StoredDtype.float32)
+        turned = Turned(stream, random_turn(stream, seed))
+        files, config = turned.files, config_of(turned, dtype.torch)
+        companions = stream.source.at_rest.companions
+        write_checkpoint(out, files, dtype.torch, config, companions, step("rotate"))
+    summary = {"checkpoint": str(out), "tensors": sum(map(len, files)), "files": len(files)}
+    summary |= {"changed": turned.changed, "copied": sorted(companions)}
+    if as_json:
+        parameters = {"seed": seed, "dtype": dtype.value}
+        shape = {"model": model, "question": "rotate", "parameters": parameters, "stamp": {"norm": stream.norm_stamp}}
+        put_json({**shape, "provenance": stream.provenance, "summary": summary, "rows": []})
         return
-    line(f"{name} is at {path}")
+    line(f"{summary['tensors']} tensors in {summary['files']} files, turned with seed {seed}: {out}")
+    for change in turned.changed:
+        line(f"changed: {change}")
+    if not companions:
+        line("no tokenizer files were beside the source: take them from where the model was published")

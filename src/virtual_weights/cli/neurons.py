@@ -9,20 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import NeuronNeuron
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron
 from virtual_weights.cli import options as o
-from virtual_weights.cli.opening import open_model
-from virtual_weights.cli.progress import Tick, steps
-from virtual_weights.cli.show import line, put_json, table
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import UsageError
 from virtual_weights.stream import Stream
+from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
 from virtual_weights.stream.names import Label, parse
 
-_OF_HEADS, _OF_NEURONS = ("Q", "K", "V"), ("in", "up", "gate")
 
-
+@verb("no_fold", "partial", "offline", "allow_non_finite")
 def neurons(
-    model: o.ModelArgument,
+    session: Session,
     reader: Annotated[
         str | None, typer.Option("--reader", metavar="NAME", help="only edges into it, e.g. L18N5, L18N5.gate, L18H6.K")
     ] = None,
@@ -34,125 +33,103 @@ def neurons(
         typer.Option("--port", help="through which readers read; without: up or in, and Q, K and V of a named head"),
     ] = None,
     top: o.Top = 20,
-    no_fold: o.NoFold = False,
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = 512,
-    partial: o.Partial = False,
-    offline: o.Offline = False,
-    allow_non_finite: o.AllowNonFinite = False,
-    as_json: o.AsJson = False,
-    progress: o.ProgressOption = o.ProgressMode.auto,
-) -> None:
+    memory_mb: o.MemoryMb = None,
+) -> Answer:
     """The strongest edges between neurons, from heads into neurons and from neurons into heads."""
-    asked = _Asked(_end(reader), _end(writer, ("out", "O")), top, device, memory_mb)
-    with steps(progress) as step:
-        stream = open_model(
-            model, step("open"), fold=not no_fold, partial=partial, offline=offline, non_finite=allow_non_finite
-        )
-        tables: list[dict[str, Any]] = []
-        for each in _ports(stream, asked.reader, None if port is None else port.value):
-            tables += _tables(stream, asked, each, step(f"into {each}"))
-    found = {
-        "model": model,
-        "norm": stream.norm_stamp,
-        "reader": reader,
-        "writer": writer,
-        "tables": tables,
-        "provenance": stream.provenance,
-    }
-    if as_json:
-        put_json(found)
-    else:
-        _show(found)
+    ends = _Ends(_end(reader, (*HEAD_PORTS, *NEURON_PORTS)), _end(writer, ("out", "O")))
+    ports = ends.ports(session.stream, None if port is None else port.value)
+    cost = {"device": device, "memory_mb": memory_mb or 512}
+    answers = [_answer(session, ends, name, kinds, top, cost) for name in ports for kinds in ends.kinds(name)]
+    first, *rest = answers
+    return replace(first, more=rest)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Ends:
+    """What is asked about: a head or a neuron at either end, None for all."""
+
     reader: Label | None
     writer: Label | None
-    top: int
-    device: str
-    memory_mb: int
+
+    def ports(self, stream: Stream, port: str | None) -> tuple[str, ...]:
+        """The port that is named, or those that go with the reader."""
+        named = None if self.reader is None else self.reader.port
+        if named is not None and port not in (None, named):
+            raise UsageError(f"reader {self.reader} and port {port}", expected="one port", do="leave --port out")
+        if named or port:
+            return (str(named or port),)
+        if self.reader is not None and self.reader.kind == "head":
+            return HEAD_PORTS
+        return tuple(stream.groups.mlps[0].ports[-1:]) if stream.groups.mlps else ("in",)
+
+    def kinds(self, port: str) -> list[tuple[str, str]]:
+        """Which kinds of writer and reader fit a port and the ends that are named."""
+        into = "head" if port in HEAD_PORTS else "neuron" if port in NEURON_PORTS else None
+        kinds = [
+            (source, target)
+            for source, target in (("neuron", "neuron"), ("head", "neuron"), ("neuron", "head"))
+            if target == into and _fits(self.writer, source) and _fits(self.reader, target)
+        ]
+        if not kinds:
+            raise UsageError(
+                f"no edges of single neurons from {self.writer or 'anywhere'} to {self.reader or 'anywhere'} by {port}",
+                expected="a neuron or head into a neuron (in, up, gate), or a neuron into a head (Q, K, V)",
+                do="name other ends or another port; between heads use vweights composition",
+            )
+        return kinds
 
 
-def _end(name: str | None, ports: tuple[str, ...] = (*_OF_HEADS, *_OF_NEURONS)) -> Label | None:
+def _answer(session: Session, ends: _Ends, port: Any, kinds: tuple[str, str], top: int, cost: dict[str, Any]) -> Answer:
+    """The edges of one kind through one port."""
+    names = {"reader": _name(ends.reader), "writer": _name(ends.writer)}
+    summary: dict[str, Any] = {"from": kinds[0], "to": kinds[1], "port": port}
+    if kinds == ("neuron", "neuron"):
+        question = NeuronNeuron(port, top, **names, **cost)
+        record, cosines = session.survey.answers([question, NeuronCosines(port, top, **names, **cost)])
+        best = record.top(top, "magnitude")
+        summary |= {name: cosines.stamp[name] for name in ("pairs", "mean_square", "null_mean_square")}
+    else:
+        record = session.ask((HeadNeuron if kinds[1] == "neuron" else NeuronHead)(port, **names, **cost))
+        best = record.top(top, "score")
+    rows = [_edge(row, *kinds) for row in best.rows()]
+    title = f"{len(rows)} strongest edges from {kinds[0]} to {kinds[1]} by {port} · {session.name}"
+    table = Table(f"{title} · norm {record.stamp['norm']}", rows, None if rows else ("writer", "reader", "score"))
+    return Answer(record, rows, summary, [table, *_chance(summary)])
+
+
+def _chance(summary: dict[str, Any]) -> list[str]:
+    if not summary.get("pairs"):
+        return []
+    pairs = summary["pairs"]
+    return [
+        f"{pairs:,} pairs, mean square cosine {summary['mean_square']:.4g}; independent directions: "
+        f"{summary['null_mean_square']:.4g}, and the largest |z| of so many near {math.sqrt(2 * math.log(pairs)):.2g}"
+    ]
+
+
+def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
     """A named head or neuron, with a port that fits its side or none."""
     label = None if name is None else parse(name)
     if label is not None and (label.kind not in ("head", "neuron") or label.port not in (None, *ports)):
         raise UsageError(
-            f"{name!r} is no such end of an edge",
+            f"{name!r} cannot be that end of an edge",
             expected=f"a head or a neuron, with port {', '.join(ports)} or none",
             do="name for example L16H0 or L18N5; for MLPs and embeddings as wholes use vweights composition",
         )
     return label
 
 
-def _ports(stream: Stream, reader: Label | None, port: str | None) -> tuple[str, ...]:
-    """The port that is named, or those that go with the reader."""
-    own = None if reader is None else reader.port
-    if own is not None and port not in (None, own):
-        raise UsageError(f"reader {reader} and port {port}", expected="one port", do="leave --port out")
-    if own or port:
-        return (str(own or port),)
-    return _OF_HEADS if _kind(reader) == "head" else ("up",) if stream.spec.gated else ("in",)
-
-
-def _tables(stream: Stream, asked: _Asked, port: str, tick: Tick) -> list[dict[str, Any]]:
-    """The edges through one port, a table for each kind of ends that fits."""
-    into = "head" if port in _OF_HEADS else "neuron" if port in _OF_NEURONS else None
-    kinds = [
-        (source, target)
-        for source, target in (("neuron", "neuron"), ("head", "neuron"), ("neuron", "head"))
-        if target == into and _kind(asked.writer) in (None, source) and _kind(asked.reader) in (None, target)
-    ]
-    if not kinds:
-        raise UsageError(
-            f"no edges of single neurons from {asked.writer or 'anywhere'} to {asked.reader or 'anywhere'} by {port}",
-            expected="a neuron or head into a neuron (in, up, gate), or a neuron into a head (Q, K, V)",
-            do="name other ends or another port; between heads use vweights composition",
-        )
-    return [_table(stream, asked, port, ends, tick) for ends in kinds]
-
-
-def _table(stream: Stream, asked: _Asked, port: Any, ends: tuple[str, str], tick: Tick) -> dict[str, Any]:
-    reader, writer = _name(asked.reader), _name(asked.writer)
-    told: dict[str, Any] = {"from": ends[0], "to": ends[1], "port": port}
-    if ends == ("neuron", "neuron"):
-        each = NeuronNeuron(port, asked.top, reader, writer, asked.device, asked.memory_mb).all(stream, tick)
-        strongest = each.readers.top(asked.top, "magnitude")
-        names = ("pairs", "mean_square", "null_mean_square")
-        told |= {name: each.histogram.stamp[name] for name in names}
-    else:
-        question = HeadNeuron if ends[1] == "neuron" else NeuronHead
-        strongest = question(port, reader, writer, asked.device, asked.memory_mb)(stream, tick).top(asked.top, "score")
-    return told | {"edges": [_edge(row, *ends) for row in strongest.rows()]}
-
-
 def _edge(row: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     """One edge, whatever the record calls its ends."""
-    writer, reader = row.get("writer", row.get(source)), row.get("reader", row.get(target))
-    numbers = {name: row[name] for name in ("score", "strength", "z")}
-    channel = {"channel": row["head_channel"]} if "head_channel" in row else {}
-    return {"writer": writer, "reader": reader, **numbers, **channel}
+    edge = {"writer": row.get("writer", row.get(source)), "reader": row.get("reader", row.get(target))}
+    edge |= {name: row[name] for name in ("score", "strength", "z")}
+    return edge | ({"group": row["head_group"]} if "head_group" in row else {})
 
 
-def _kind(label: Label | None) -> str | None:
-    return None if label is None else label.kind
+def _fits(label: Label | None, kind: str) -> bool:
+    return label is None or label.kind == kind
 
 
 def _name(label: Label | None) -> str | None:
     return None if label is None else str(replace(label, port=None))
-
-
-def _show(found: dict[str, Any]) -> None:
-    for each in found["tables"]:
-        rows = each["edges"]
-        names = list(rows[0]) if rows else ["writer", "reader", "score"]
-        title = f"{len(rows)} strongest edges from {each['from']} to {each['to']} by {each['port']}"
-        table(f"{title} · {found['model']} · norm {found['norm']}", names, [[row[n] for n in names] for row in rows])
-        if each.get("pairs"):
-            line(
-                f"{each['pairs']:,} pairs, mean square cosine {each['mean_square']:.4g}; independent directions: "
-                f"{each['null_mean_square']:.4g}, and the largest |z| of so many near "
-                f"{math.sqrt(2 * math.log(each['pairs'])):.2g}"
-            )

@@ -1,10 +1,11 @@
-"""Maps, spectra, subspaces, nulls and the all-pairs kernel. This folder has never heard of a transformer.
+"""Maps, spectra, subspaces, nulls, statistics and the all-pairs kernel; nothing here knows transformers.
 
 Columns are vectors, a map has shape (out, in), right singular vectors are ``V``; decompositions are in float64.
 """
 
 from virtual_weights.linalg.decompose import (
     SVD,
+    Spectrum,
     eigenvalues,
     frobenius_norm,
     singular_values,
@@ -12,20 +13,35 @@ from virtual_weights.linalg.decompose import (
     svd,
     trace,
 )
-from virtual_weights.linalg.gram import Pairs, all_pairs
+from virtual_weights.linalg.gram import GramSum, Pairs, all_pairs, gram_sum
 from virtual_weights.linalg.linear_map import Centring, Dense, Diagonal, Identity, LinearMap, Product, Sum
-from virtual_weights.linalg.map_stack import MapStack, self_moments
 from virtual_weights.linalg.null import (
-    benjamini_hochberg,
     draw_null,
     haar_moments,
     haar_orthogonal,
     overlap_moments,
     spectrum_null_edge,
 )
-from virtual_weights.linalg.numerics import accumulate, tolerance
-from virtual_weights.linalg.pairing import Progress
-from virtual_weights.linalg.spectrum import Spectrum
+from virtual_weights.linalg.numerics import (
+    BELOW_ONE,
+    FLOAT64_ROUNDING,
+    FOLDED_RANK_CUT,
+    FOLDED_ROUNDING,
+    GRAM_CUT,
+    ORTHONORMAL,
+    PRODUCT_ROUNDING,
+    PROPORTIONAL,
+    SAME_DIRECTION,
+    SINGULAR,
+    SPREAD_ROUNDING,
+    THREE_DIGITS,
+    WORKSPACE_BYTES,
+    ZERO,
+    accumulate,
+    tolerance,
+)
+from virtual_weights.linalg.pairing import MapStack, self_moments
+from virtual_weights.linalg.statistics import CentralMoments, benjamini_hochberg, rank_correlation
 from virtual_weights.linalg.subspace import (
     Subspace,
     column_space,
@@ -38,16 +54,31 @@ from virtual_weights.linalg.subspace import (
 )
 
 __all__ = [
+    "BELOW_ONE",
+    "FLOAT64_ROUNDING",
+    "FOLDED_RANK_CUT",
+    "FOLDED_ROUNDING",
+    "GRAM_CUT",
+    "ORTHONORMAL",
+    "PRODUCT_ROUNDING",
+    "PROPORTIONAL",
+    "SAME_DIRECTION",
+    "SINGULAR",
+    "SPREAD_ROUNDING",
     "SVD",
+    "THREE_DIGITS",
+    "WORKSPACE_BYTES",
+    "ZERO",
+    "CentralMoments",
     "Centring",
     "Dense",
     "Diagonal",
+    "GramSum",
     "Identity",
     "LinearMap",
     "MapStack",
     "Pairs",
     "Product",
-    "Progress",
     "Spectrum",
     "Subspace",
     "Sum",
@@ -59,12 +90,14 @@ __all__ = [
     "draw_null",
     "eigenvalues",
     "frobenius_norm",
+    "gram_sum",
     "haar_moments",
     "haar_orthogonal",
     "intersection",
     "overlap",
     "overlap_moments",
     "principal_angles",
+    "rank_correlation",
     "row_space",
     "self_moments",
     "singular_values",

@@ -1,99 +1,109 @@
-"""Singular values, eigenvalues, norms and traces of a map through its factors, in float64.
+"""Spectra, eigenvalues, norms and traces of a map through its factors, in float64; how many directions it has.
 
 One algorithm: cut the chain at its narrowest dimension r (``halves``), QR of the two outer factors, and a small r x r
-core that carries all singular values. Nothing of shape (out, in) is formed for a chain of low rank.
+core that carries all singular values. Nothing of shape (out, in) is formed for a chain of low rank. Decompositions of
+tensors that other modules share follow at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.linear_map import LinearMap, halves
-from virtual_weights.linalg.numerics import accumulate
+from virtual_weights.linalg.numerics import accumulate, tolerance
 
-# torch.linalg is a C module without signatures: one cast here instead of unknown types everywhere
+
+@final
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Singular values of a map and the ranks that can be read from them.
+
+    Every count is dimensionless, 0 for the zero map, unchanged when the map is scaled, and lies between 1 and
+    ``numerical_rank()`` (up to rounding) otherwise. ``p = S^2 / sum(S^2)`` below.
+
+    Args:
+        S: (r,) singular values >= 0, in any order; kept descending in float64.
+
+    Example:
+        >>> round(Spectrum(torch.ones(3)).entropy_rank, 12)
+        3.0
+    """
+
+    S: Tensor
+
+    def __post_init__(self) -> None:
+        values = self.S.to(accumulate)
+        if values.ndim != 1 or not bool((values >= 0).all()):
+            raise UsageError(
+                f"a spectrum of shape {tuple(values.shape)} with a negative or NaN value, or not a vector",
+                expected="a vector of singular values >= 0",
+                do="pass singular_values(map)",
+            )
+        object.__setattr__(self, "S", values.sort(descending=True).values)
+
+    def numerical_rank(self, tol: float | None = None) -> int:
+        """Number of singular values above ``tol * S_1``; tol None is ``tolerance(float64, (r,))``."""
+        cut = tolerance(accumulate, self.S.shape) if tol is None else tol
+        return int((self.S > cut * self.S[:1]).sum())
+
+    @property
+    def stable_rank(self) -> float:
+        """``||S||^2 / S_1^2``: one strong direction hides weak ones (Rudelson and Vershynin 2007)."""
+        return float((self._unit**2).sum())
+
+    @property
+    def entropy_rank(self) -> float:
+        """``exp(H(p))``, H in nats (Roy and Vetterli 2007, on squared singular values)."""
+        return float((-torch.xlogy(self._share, self._share)).sum().exp()) if self._nonzero else 0.0
+
+    @property
+    def participation_ratio(self) -> float:
+        """``(sum S^2)^2 / sum S^4 = 1 / sum p^2``."""
+        return float(1.0 / (self._share**2).sum()) if self._nonzero else 0.0
+
+    def count_above(self, edge: float) -> int:
+        """Number of singular values above an absolute edge, such as that of the matched null."""
+        return int((self.S > edge).sum())
+
+    def energy_rank(self, fraction: float) -> int:
+        """Smallest number of directions that hold at least ``fraction`` of ``sum S^2``; fraction in [0, 1]."""
+        if not 0.0 <= fraction <= 1.0:
+            raise UsageError(f"energy fraction {fraction}", expected="a fraction in [0, 1]", do="pass e.g. 0.99")
+        if not self._nonzero or fraction == 0.0:
+            return 0
+        # the slack is the rounding of a cumulative sum: without it fraction 1 could ask for more than there is
+        enough = self._share.cumsum(0) >= fraction * (1.0 - tolerance(accumulate, self.S.shape))
+        return int(enough.to(torch.int8).argmax()) + 1
+
+    @property
+    def _nonzero(self) -> bool:
+        return self.S.numel() > 0 and float(self.S[0]) > 0.0
+
+    @property
+    def _unit(self) -> Tensor:
+        # relative to S_1 before squaring: no overflow, no underflow
+        return self.S / self.S[0] if self._nonzero else self.S
+
+    @property
+    def _share(self) -> Tensor:
+        energy = self._unit**2
+        return energy / energy.sum()
+
+
 _SMALL = 256  # sides of matrices too small to share between threads
-Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
-_qr = cast(Callable[..., Pair], torch.linalg.qr)
-_svd = cast(Callable[..., Triple], torch.linalg.svd)
-_cholesky = cast(Callable[..., Pair], torch.linalg.cholesky_ex)
-_eigh = cast(Callable[..., Pair], torch.linalg.eigh)
-
-
-def orthonormal(a: Tensor, *, complete: bool = False) -> Pair:
-    """``a = Q R``: Q with orthonormal columns, R upper triangular; ``complete`` makes Q square."""
-    return _qr(a, mode="complete" if complete else "reduced")
-
-
-def triangular(a: Tensor) -> Tensor:
-    """R of ``a = Q R``, without Q."""
-    return _qr(a, mode="r")[1]
-
-
-def singular(a: Tensor, *, full: bool = False) -> Triple:
-    """``a = U diag(S) Vh``, S descending; ``full`` makes U and Vh square."""
-    return _svd(a, full_matrices=full)
-
-
-def gains(a: Tensor) -> Tensor:
-    """Singular values of the last two axes, descending."""
-    with _one_thread(a):
-        return cast(Tensor, torch.linalg.svdvals(a))
-
-
-def eigen(a: Tensor) -> Tensor:
-    """Eigenvalues of a square matrix, complex, in no order."""
-    return cast(Tensor, torch.linalg.eigvals(a))
-
-
-def lengths(a: Tensor) -> Tensor:
-    """Euclidean norm of each column, without overflow."""
-    return cast(Tensor, torch.linalg.vector_norm(a, dim=0))
-
-
-@contextmanager
-def _one_thread(a: Tensor) -> Generator[None]:
-    """For a batch of small matrices: threads that share a small matrix wait for each other more than they work.
-
-    Where other processes use the cores too, that waiting made such batches five times slower.
-    """
-    threads = torch.get_num_threads()
-    if a.ndim < 3 or min(a.shape[-2:]) > _SMALL or a.device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def square_roots(metric: Tensor) -> Tensor:
-    """L with ``L^T L = metric`` for each symmetric positive semidefinite (k, k) matrix of a batch.
-
-    Cholesky where it exists; else the symmetric eigenvalues, those below 0 being rounding and dropped.
-    """
-    lower, failed = _cholesky(metric)
-    roots = lower.mT
-    semidefinite = failed > 0
-    if bool(semidefinite.any()):
-        values, vectors = _eigh(metric[semidefinite])
-        roots[semidefinite] = values.clamp(min=0.0).sqrt()[:, :, None] * vectors.mT
-    return roots
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class SVD:
-    """``map = U @ diag(S) @ V.T``: U (out, r) what is read, S (r,) the gains, descending, V (in, r) what is written."""
+    """``map = U @ diag(S) @ V.T``: U (out, r) outputs, S (r,) gains, descending, V (in, r) inputs."""
 
     U: Tensor
     S: Tensor
@@ -124,9 +134,9 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
     if rank is not None and rank < 0:
         raise UsageError(f"rank={rank}", expected="a rank >= 0, or None for all", do="pass how many to keep")
     left, right = halves(map, accumulate)
-    q_left, r_left = orthonormal(left)
-    q_right, r_right = orthonormal(right.T)
-    u, s, vh = singular(r_left @ r_right.T)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
     sign = _signs(u)
     return SVD(U=u * sign, S=s, V=v * sign)
@@ -145,7 +155,7 @@ def spectral_norm(map: LinearMap) -> float:
 
 def frobenius_norm(map: LinearMap) -> float:
     """``||map||_F = sqrt(sum of squared entries)``, through the r x r core."""
-    return float(lengths(_core(map).flatten()))
+    return float(torch.linalg.vector_norm(_core(map)))
 
 
 def eigenvalues(map: LinearMap) -> Tensor:
@@ -183,6 +193,53 @@ def trace(map: LinearMap) -> float:
     _require_square(map, "trace")
     left, right = halves(map, accumulate)
     return float((left * right.T).sum())
+
+
+def triangular(a: Tensor) -> Tensor:
+    """R of ``a = Q R``, without Q."""
+    return torch.linalg.qr(a, mode="r")[1]
+
+
+def gains(a: Tensor) -> Tensor:
+    """Singular values of the last two axes, descending."""
+    with _one_thread(a):
+        return torch.linalg.svdvals(a)
+
+
+def eigen(a: Tensor) -> Tensor:
+    """Eigenvalues of a square matrix, complex, in no order."""
+    return torch.linalg.eigvals(a)
+
+
+def square_roots(metric: Tensor) -> Tensor:
+    """L with ``L^T L = metric`` for each symmetric positive semidefinite (k, k) matrix of a batch.
+
+    Cholesky where it exists; else the symmetric eigenvalues, those below 0 being rounding and dropped.
+    """
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    roots = lower.mT
+    semidefinite = failed > 0
+    if bool(semidefinite.any()):
+        values, vectors = torch.linalg.eigh(metric[semidefinite])
+        roots[semidefinite] = values.clamp(min=0.0).sqrt()[:, :, None] * vectors.mT
+    return roots
+
+
+@contextmanager
+def _one_thread(a: Tensor) -> Generator[None]:
+    """For a batch of small matrices: threads that share a small matrix wait for each other more than they work.
+
+    Where other processes use the cores too, that waiting made such batches five times slower.
+    """
+    threads = torch.get_num_threads()
+    if a.ndim < 3 or min(a.shape[-2:]) > _SMALL or a.device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _core(map: LinearMap) -> Tensor:

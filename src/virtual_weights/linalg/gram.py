@@ -1,7 +1,8 @@
-"""The all-pairs kernel: ``||R_i O_j||_F^2`` for many readers and writers, without forming any product of theirs."""
+"""The all-pairs kernel, ``||R_i O_j||_F^2`` without forming any product, and sums of normalised Gram matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import ResourceError, UsageError
-from virtual_weights.linalg.map_stack import MapStack, self_moments
+from virtual_weights.linalg.decompose import Spectrum
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
 from virtual_weights.linalg.pair_forms import DirectForm, GramForm
-from virtual_weights.linalg.pairing import Pairing, Progress, pairing
-
-__all__ = ["Form", "MapStack", "Pairs", "all_pairs", "self_moments"]
+from virtual_weights.linalg.pairing import MapStack, Pairing, pairing
+from virtual_weights.linalg.subspace import Subspace
+from virtual_weights.progress import Progress, silent
 
 Form = Literal["gram", "direct"]
 
@@ -42,7 +44,7 @@ def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
     device: torch.device | str | None = None,
     memory: int = 512 * 2**20,
     form: Form | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Pairs:
     """``||R_i O_j||_F^2`` of every reader with every writer that reaches it.
 
@@ -83,16 +85,16 @@ def all_pairs(  # noqa: PLR0913 - two stacks; the rest says how, by keyword only
             do="give both stacks on the same stream; storage of any dtype is converted tile by tile",
         )
     home = readers.outer.device
-    chosen = torch.device(device) if device is not None else home
+    target = torch.device(device) if device is not None else home
     pairs = pairing(readers, writers)
     result = torch.full((readers.count, writers.count), float("nan"), dtype=torch.float64, device=home)
     if not pairs.groups:
         return Pairs(result, form or "gram", 0.0)
     plan = _plan(pairs, dtype, memory, form)
-    squared = plan.compute(chosen, progress).to(home).clamp_(min=0.0)  # a sum of squares: below zero is rounding
+    squared = plan.compute(target, progress).to(home).clamp_(min=0.0)  # a sum of squares: below zero is rounding
     row, column = pairs.readers.order, pairs.writers.order
-    hidden = writers.position.cpu()[column][None, :] > readers.position.cpu()[row][:, None]
-    result[row.to(home)[:, None], column.to(home)[None, :]] = squared.masked_fill_(hidden.to(home), float("nan"))
+    unreachable = writers.position.cpu()[column][None, :] > readers.position.cpu()[row][:, None]
+    result[row.to(home)[:, None], column.to(home)[None, :]] = squared.masked_fill_(unreachable.to(home), float("nan"))
     return Pairs(result, plan.name, plan.flops)
 
 
@@ -102,12 +104,78 @@ def _plan(pairs: Pairing, dtype: torch.dtype, memory: int, form: Form | None) ->
         plans.append(GramForm.within(pairs, dtype, memory))
     if form != "gram":
         plans.append(DirectForm.within(pairs, dtype, memory))
-    fitting = [plan for plan in plans if plan.needed <= memory]
-    if not fitting:
+    feasible = [plan for plan in plans if plan.needed <= memory]
+    if not feasible:
         least = min(plan.needed for plan in plans)
         raise ResourceError(
             f"{pairs.readers.count} readers by {pairs.writers.count} writers in {memory} bytes of workspace",
             expected=f"at least {least} bytes, for the smallest tiles",
             do="raise the memory budget, use float32, or give fewer readers at a time",
         )
-    return min(fitting, key=lambda plan: plan.flops)
+    return min(feasible, key=lambda plan: plan.flops)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GramSum:
+    """Several maps of R^d taken together; ``+`` takes two such sets together.
+
+    Attributes:
+        gram: ``sum_i G_i / tr G_i``, (d, d) float64, with ``G_i = C_i^T C_i``: each map counts 1, whatever its size,
+            so that a large map does not push small ones below the cut. Its range is the span of all maps.
+        ranks: sum of the maps' ranks.
+        count: number of maps, zero maps included.
+    """
+
+    gram: Tensor
+    ranks: int
+    count: int
+
+    def __add__(self, other: GramSum) -> GramSum:
+        return GramSum(self.gram + other.gram, self.ranks + other.ranks, self.count + other.count)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Singular values of the stacked normalised maps: roots of the Gram's eigenvalues."""
+        return Spectrum(torch.linalg.eigvalsh(self.gram).clamp_min(0).sqrt())
+
+    def split(self, cut: float) -> tuple[Subspace, Subspace]:
+        """The span of all maps and its orthogonal complement, at singular values above ``cut`` times the largest."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        spanning = values > max(cut**2 * float(values[-1]), 0.0)
+        return Subspace(vectors[:, spanning]), Subspace(vectors[:, ~spanning])
+
+
+def gram_sum(stacks: Iterable[Tensor], d: int, cut: float) -> GramSum:
+    """Sum over all maps in stacks (m, k, d); ranks count singular values above ``cut`` times a map's largest."""
+    total = GramSum(torch.zeros(d, d, dtype=accumulate), 0, 0)
+    for maps in stacks:
+        if maps.shape[1] < d:
+            total += _thin(maps, cut)
+        else:
+            for rows in maps:
+                total += _wide(rows, cut)
+    return total
+
+
+def _thin(maps: Tensor, cut: float) -> GramSum:
+    maps = maps.to(accumulate)
+    eigenvalues = torch.linalg.eigvalsh(maps @ maps.mT)
+    size = torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)
+    unit = torch.where(size > 0, maps / size, 0.0).flatten(0, 1)
+    return GramSum(unit.T @ unit, _rank(eigenvalues, cut), len(maps))
+
+
+def _wide(rows: Tensor, cut: float) -> GramSum:
+    d = rows.shape[1]
+    gram = torch.zeros(d, d, dtype=accumulate)
+    for chunk in rows.split(max(1, WORKSPACE_BYTES // (8 * d))):
+        chunk = chunk.to(accumulate)
+        gram.addmm_(chunk.T, chunk)
+    trace = gram.trace()
+    return GramSum(gram / trace if trace > 0 else gram, _rank(torch.linalg.eigvalsh(gram), cut), 1)
+
+
+def _rank(eigenvalues: Tensor, cut: float) -> int:
+    largest = eigenvalues[..., -1:].clamp_min(0)
+    return int((eigenvalues > cut**2 * largest).logical_and(largest > 0).sum())

@@ -242,7 +242,7 @@ class Product(LinearMap):
                 raise UsageError(
                     f"maps of shapes {left.shape} and {right.shape} were multiplied",
                     expected="the inner dimensions to agree: (out, m) @ (m, in)",
-                    do="transpose one of them (.T), or check that both speak of the same stream",
+                    do="transpose one of them (.T), or check that both are on the same stream",
                 )
         flat = [leaf for factor in factors for leaf in (factor.factors if isinstance(factor, Product) else (factor,))]
         object.__setattr__(self, "factors", tuple(flat))

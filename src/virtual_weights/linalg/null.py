@@ -1,6 +1,7 @@
 """The matched null: what ``||A U B||`` is when only the orientation U between two maps is random (Haar on O(d)).
 
-A score cannot be read without it. Both moments are closed form; draws are seeded and need only singular values.
+A score cannot be read without it. Both moments are closed form; draws are seeded and need only singular values. Of two
+vectors the null is the law of their cosine, whose tail is closed form too.
 """
 
 from __future__ import annotations
@@ -12,64 +13,11 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg.decompose import gains, orthonormal, singular_values
+from virtual_weights.linalg.decompose import gains, singular_values
 from virtual_weights.linalg.linear_map import LinearMap
-from virtual_weights.linalg.numerics import accumulate
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
 
-_LEAST = math.log(torch.finfo(accumulate).eps)
-
-
-def cosine_tail(threshold: float, d: int) -> float:
-    """``P(c > threshold)`` for the cosine c of two independent directions, at least one of them uniform in R^d.
-
-    c has density proportional to ``(1 - c^2)^((d - 3)/2)``: mean 0, mean square 1/d, ``c^2 ~ Beta(1/2, (d - 1)/2)``,
-    so with the regularised incomplete beta function I
-
-    ::
-
-        P(c > t) = I_(1 - t^2)((d - 1)/2, 1/2) / 2 = P(c < -t)
-
-    Args:
-        threshold: t in [0, 1).
-        d: dimension, >= 2.
-
-    Returns:
-        The probability, in [0, 1/2], to about 1e-12 relative however small it is (down to underflow).
-
-    Raises:
-        UsageError: a threshold outside [0, 1) or a dimension below 2.
-
-    Reference: Abramowitz and Stegun 26.5.4 (the series; every term is positive, so nothing cancels).
-
-    Example:
-        >>> round(cosine_tail(0.5, 3), 12)  # on the sphere of R^3 a cosine is uniform: Archimedes
-        0.25
-    """
-    if not 0.0 <= threshold < 1.0 or d < 2:
-        raise UsageError(
-            f"the tail beyond cosine {threshold} in {d} dimensions",
-            expected="a threshold in [0, 1) and at least 2 dimensions",
-            do="pass for example 0.5 and the width of the stream",
-        )
-    if threshold == 0.0:
-        return 0.5
-    square, half = threshold**2, (d - 1) / 2
-    # the side on which the series converges fast and the answer is no difference of nearly equal numbers
-    if square * d < 1.0:
-        return (1.0 - _regularised_beta(square, 0.5, half)) / 2
-    return _regularised_beta(1.0 - square, half, 0.5) / 2
-
-
-def _regularised_beta(x: float, a: float, b: float) -> float:
-    """``I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) * sum_n prod_(m < n) (a + b + m)/(a + 1 + m) x``."""
-    terms = max(64, math.ceil(_LEAST / math.log(x)))
-    n = torch.arange(terms, dtype=accumulate)
-    series = 1.0 + float(((a + b + n) / (a + 1.0 + n) * x).cumprod(0).sum())
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return math.exp(a * math.log(x) + b * math.log1p(-x) - math.log(a) - log_beta) * series
-
-
-_DRAW_BYTES = 64 * 2**20  # draws are made in batches of this size: enough for batched LAPACK, small beside a model
+_LOG_EPS = math.log(torch.finfo(accumulate).eps)
 
 
 def haar_moments(
@@ -149,7 +97,7 @@ def draw_null(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Tensor:
     Raises:
         UsageError: A and B do not meet in one R^d.
     """
-    return torch.cat([m.square().sum(dim=(1, 2)) for m in _null_cores(A, B, draws, seed)])
+    return torch.cat([core.square().sum(dim=(1, 2)) for core in _null_cores(A, B, draws, seed)])
 
 
 def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quantile: float = 0.99) -> float:
@@ -166,35 +114,49 @@ def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quanti
         The edge, in units of gain; singular values of ``A B`` above it are aligned beyond chance.
     """
     # a slice, not a maximum: the zero map has no singular value, and its edge is the empty sum
-    top = torch.cat([gains(m)[:, :1].sum(dim=1) for m in _null_cores(A, B, draws, seed)])
-    return float(torch.quantile(top, quantile))
+    largest = torch.cat([gains(core)[:, :1].sum(dim=1) for core in _null_cores(A, B, draws, seed)])
+    return float(torch.quantile(largest, quantile))
 
 
-def benjamini_hochberg(p_values: Tensor) -> Tensor:
-    """False discovery rates ``q_(i) = min over j >= i of p_(j) m / j``.
+def cosine_tail(threshold: float, d: int) -> float:
+    """``P(c > threshold)`` for the cosine c of two independent directions, at least one of them uniform in R^d.
+
+    c has density proportional to ``(1 - c^2)^((d - 3)/2)``: mean 0, mean square 1/d, ``c^2 ~ Beta(1/2, (d - 1)/2)``,
+    so with the regularised incomplete beta function I
+
+    ::
+
+        P(c > t) = I_(1 - t^2)((d - 1)/2, 1/2) / 2 = P(c < -t)
 
     Args:
-        p_values: p in [0, 1], any shape; NaN marks a pair that was not tested.
+        threshold: t in [0, 1).
+        d: dimension, >= 2.
 
     Returns:
-        q of the same shape, float64, ``p <= q <= 1``; NaN where p is NaN, which counts in no way.
+        The probability, in [0, 1/2], to about 1e-12 relative however small it is (down to underflow).
 
-    Reference: Benjamini and Hochberg 1995.
+    Raises:
+        UsageError: a threshold outside [0, 1) or a dimension below 2.
+
+    Reference: Abramowitz and Stegun 26.5.4 (the series; every term is positive, so nothing cancels).
 
     Example:
-        >>> benjamini_hochberg(torch.tensor([0.01, 0.5], dtype=torch.float64))
-        tensor([0.0200, 0.5000], dtype=torch.float64)
+        >>> round(cosine_tail(0.5, 3), 12)  # on the sphere of R^3 a cosine is uniform: Archimedes
+        0.25
     """
-    p = p_values.to(accumulate)
-    tested = ~p.isnan()
-    ordered, order = p[tested].sort()
-    m = len(ordered)
-    ratio = ordered * m / torch.arange(1, m + 1, dtype=accumulate, device=p.device)
-    q = torch.full_like(p, float("nan"))
-    found = torch.empty_like(ordered)
-    found[order] = ratio.flip(0).cummin(0).values.flip(0).clamp(max=1.0)
-    q[tested] = found
-    return q
+    if not 0.0 <= threshold < 1.0 or d < 2:
+        raise UsageError(
+            f"the tail beyond cosine {threshold} in {d} dimensions",
+            expected="a threshold in [0, 1) and at least 2 dimensions",
+            do="pass for example 0.5 and the width of the stream",
+        )
+    if threshold == 0.0:
+        return 0.5
+    square, half = threshold**2, (d - 1) / 2
+    # the side on which the series converges fast and the answer is no difference of nearly equal numbers
+    if square * d < 1.0:
+        return (1.0 - _regularised_beta(square, 0.5, half)) / 2
+    return _regularised_beta(1.0 - square, half, 0.5) / 2
 
 
 def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[Tensor]:
@@ -210,7 +172,7 @@ def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[T
     # U^T is as Haar as U: only the thinner side needs a frame
     wide, thin = (s_a, s_b) if len(s_a) >= len(s_b) else (s_b, s_a)
     generator = torch.Generator().manual_seed(seed)
-    batch = max(1, _DRAW_BYTES // max(1, 8 * d * len(thin)))
+    batch = max(1, WORKSPACE_BYTES // max(1, 8 * d * len(thin)))
     for start in range(0, draws, batch):
         frames = _haar_frames(min(batch, draws - start), d, len(thin), generator)
         yield wide[:, None] * frames[:, : len(wide)] * thin
@@ -219,6 +181,15 @@ def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[T
 def _haar_frames(count: int, d: int, r: int, generator: torch.Generator) -> Tensor:
     """(count, d, r) Haar frames; without the sign fix their law would depend on LAPACK's signs."""
     gaussian = torch.randn(count, d, r, dtype=accumulate, generator=generator, device=generator.device)
-    q, upper = orthonormal(gaussian)
+    q, upper = torch.linalg.qr(gaussian)
     diagonal = upper.diagonal(dim1=1, dim2=2)
     return q * torch.where(diagonal < 0, -1.0, 1.0).to(accumulate)[:, None, :]
+
+
+def _regularised_beta(x: float, a: float, b: float) -> float:
+    """``I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) * sum_n prod_(m < n) (a + b + m)/(a + 1 + m) x``."""
+    terms = max(64, math.ceil(_LOG_EPS / math.log(x)))
+    n = torch.arange(terms, dtype=accumulate)
+    series = 1.0 + float(((a + b + n) / (a + 1.0 + n) * x).cumprod(0).sum())
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - math.log(a) - log_beta) * series

@@ -1,4 +1,4 @@
-"""The only epsilons of the package, and the dtype in which sums and decompositions are taken."""
+"""The tolerances of the package, each with its reason, and the dtype in which sums and decompositions are taken."""
 
 from __future__ import annotations
 
@@ -8,14 +8,58 @@ import torch
 
 accumulate = torch.float64
 """Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
-what a figure says never depends on the rounding of the storage dtype."""
+no figure depends on the rounding of the storage dtype."""
 
-converted = 64 * 2**20
-"""Bytes of rows converted to float64 at once: a vocabulary never is as a whole."""
+WORKSPACE_BYTES = 64 * 2**20
+"""Bytes that one step works on at once, such as rows converted to float64: a vocabulary is never converted whole."""
 
-same_direction = torch.finfo(accumulate).eps ** 0.5
+SAME_DIRECTION = torch.finfo(accumulate).eps ** 0.5
 """Angle in radians below which two directions count as one: there ``cos`` differs from 1 by less than eps. Bases from
 separate decompositions of one space differ by many eps, so a cut at eps itself would tell equals apart."""
+
+ORTHONORMAL = 1e-6
+"""Largest entry of ``Q^T Q - I``: far above rounding, far below what a basis that was never orthonormalised shows."""
+
+PROPORTIONAL = 1e-5
+"""Sine of the angle between two maps that count as proportional: the root of what rounding leaves of ``1 - cos^2``,
+with room."""
+
+BELOW_ONE = 1 - 1e-7
+"""Largest cosine that counts as less than 1: cosines of unit vectors in float32 are uncertain by about its eps."""
+
+GRAM_CUT = 1e-7
+"""Smallest singular value, relative to the largest, that a Gram matrix in float64 holds: it stores their squares, and
+the root of eps is 1.5e-8, to which the sum over the stream adds."""
+
+SINGULAR = 1e-10
+"""Relative cut for the rank of ``I + T`` in float64: an eigenvalue of T at -1 falls below it, while a large gain of T
+does not push the 1 of other directions below."""
+
+FOLDED_RANK_CUT = 1e-5
+"""Relative cut for ranks of weights whose norm gain was folded in in float32: rounding, about 1e-6 of the largest
+singular value, is not a direction."""
+
+FOLDED_ROUNDING = 1e-6
+"""Relative difference of two figures that agree, where they come from weights folded in float32."""
+
+FLOAT64_ROUNDING = 1e-9
+"""Relative difference of two figures that agree, where they are sums and products over the stream in float64: rounding
+is far below, the effect of a norm gain far above."""
+
+ZERO = 1e-12
+"""A float64 figure below this is zero relative to the terms it is a difference of: cancellation leaves some 1e-15 of
+them."""
+
+PRODUCT_ROUNDING = 4 * torch.finfo(accumulate).eps
+"""``||fl(A B) - A B|| / (||A|| ||B||)`` of a float64 product, in Frobenius norms."""
+
+SPREAD_ROUNDING = 16
+"""Spread over root mean square, in eps of the values' dtype, up to which a sample counts as constant: a value that a
+few operations computed carries a few eps."""
+
+THREE_DIGITS = 1e-3
+"""Relative difference that counts as none where a run is involved or digits are printed: a float32 run through many
+blocks keeps three digits of every norm scalar."""
 
 
 def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:

@@ -1,4 +1,8 @@
-"""All pairs by the product itself: rows of readers times columns of writers, squared and summed over (k, k) blocks."""
+"""The two ways to all pairs, each a plan with its workspace and its cost.
+
+Direct: rows of readers times columns of writers, squared and summed over (k, k) blocks. Gram: ``<G_r, G_w>`` tile by
+tile of the upper triangle of all Gram matrices.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ from torch import Tensor
 
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.linalg.numerics import accumulate
-from virtual_weights.linalg.pairing import Pairing, Progress, Side
+from virtual_weights.linalg.pairing import OrderedStack, Pairing
+from virtual_weights.progress import Progress
 
-_MOST_ROWS = 4096  # beyond this a larger tile makes the matrix product no faster
+_MOST_ROWS = 4096  # of a direct tile: beyond this a larger one makes the matrix product no faster
+_GRAM_ROWS = 64  # of a Gram tile: thin enough that the doubly computed diagonal is ~ 64/d of the work
+_CONVERTED_BYTES = 32 * 2**20  # factors gathered or converted at once
 
 
 @final
@@ -57,14 +64,14 @@ class DirectForm:
         """Multiplications and additions of this plan."""
         readers, writers = self.pairing.sides
         d = readers.stack.width
-        total = readers.count * _root_flops(readers, d)
+        total = readers.count * _metric_flops(readers, d)
         for maps in _cuts(0, readers.count, self._maps(readers)):
             reach = self._reach(maps)
             pairs = (maps.stop - maps.start) * reach
-            total += 2.0 * pairs * readers.stack.inner * writers.stack.inner * d + reach * _root_flops(writers, d)
+            total += 2.0 * pairs * readers.stack.inner * writers.stack.inner * d + reach * _metric_flops(writers, d)
         return total
 
-    def compute(self, device: torch.device, progress: Progress | None) -> Tensor:
+    def compute(self, device: torch.device, progress: Progress) -> Tensor:
         """(readers, writers) float64 in the pairing's order; entries outside all groups are 0."""
         readers, writers = self.pairing.sides
         squared = torch.zeros((readers.count, writers.count), dtype=accumulate, device=device)
@@ -72,18 +79,17 @@ class DirectForm:
         done, total = 0.0, self.flops
         for maps in _cuts(0, readers.count, self._maps(readers)):
             rows = _factor(readers, maps, read_roots, self.dtype, device)
-            done += (maps.stop - maps.start) * _root_flops(readers, readers.stack.width)
+            done += (maps.stop - maps.start) * _metric_flops(readers, readers.stack.width)
             for partners in _cuts(0, self._reach(maps), self._maps(writers)):
                 columns = _factor(writers, partners, write_roots, self.dtype, device)
                 energy = (rows @ columns.T).square_().view(-1, partners.stop - partners.start, writers.stack.inner)
                 per_row = energy.sum(dim=2, dtype=accumulate).view(-1, readers.stack.inner, energy.shape[1])
                 squared[maps, partners] = per_row.sum(dim=1)
-                done += 2.0 * rows.numel() * columns.shape[0] + energy.shape[1] * _root_flops(writers, rows.shape[1])
-                if progress is not None:
-                    progress(done, total)
+                done += 2.0 * rows.numel() * columns.shape[0] + energy.shape[1] * _metric_flops(writers, rows.shape[1])
+                progress(done, total)
         return squared
 
-    def _maps(self, side: Side) -> int:
+    def _maps(self, side: OrderedStack) -> int:
         return max(1, min(side.count, self.rows // max(1, side.stack.inner)))
 
     def _reach(self, maps: slice) -> int:
@@ -91,32 +97,6 @@ class DirectForm:
         return max(
             group.writers for group in self.pairing.groups if group.first < maps.stop and group.last > maps.start
         )
-
-
-def _factor(side: Side, maps: slice, roots: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(maps * k, d): the rows of ``root @ outer``, one map under the other."""
-    outer = side.outer(maps, slice(0, side.stack.width), dtype, device)
-    return (outer if roots is None else roots[maps] @ outer).flatten(0, 1)
-
-
-def _roots(side: Side, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """L with ``L^T L = metric`` for every map, or None where the metric is the identity."""
-    metric = side.metric(slice(0, side.count), accumulate, device)
-    if metric is None:
-        return None
-    return square_roots(metric).to(dtype)
-
-
-def _root_flops(side: Side, d: int) -> float:
-    return 0.0 if side.stack.metric is None else 2.0 * side.stack.inner**2 * d
-
-
-def _cuts(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
-
-
-_ROWS = 64  # rows of a Gram tile: thin enough that the doubly computed diagonal is ~ 64/d of the work
-_CONVERTED_BYTES = 32 * 2**20  # factors gathered or converted at once
 
 
 @final
@@ -160,7 +140,7 @@ class GramForm:
     @staticmethod
     def _widest(pairing: Pairing, dtype: torch.dtype, memory: int, spare: int) -> GramForm:
         d = pairing.readers.stack.width
-        rows = min(_ROWS, d)
+        rows = min(_GRAM_ROWS, d)
         while rows > 1 and GramForm(pairing, dtype, rows, rows, spare).needed > memory:
             rows = (rows + 1) // 2
         low, high = rows, d
@@ -189,7 +169,7 @@ class GramForm:
         )
         return 2.0 * self.pairing.pairs * area + forming
 
-    def compute(self, device: torch.device, progress: Progress | None) -> Tensor:
+    def compute(self, device: torch.device, progress: Progress) -> Tensor:
         """(readers, writers) float64 in the pairing's order; entries outside all groups are 0."""
         readers, writers = sides = self.pairing.sides
         d = readers.stack.width
@@ -199,9 +179,7 @@ class GramForm:
         halves = [self._buffer(side.count * side.stack.inner * self.rows, device) for side in sides]
         done, total = 0.0, self.flops
         for rows, tiles in self._tiles():
-            lefts = [
-                self._left(side, rows, half, device) for side, half in zip(self.pairing.sides, halves, strict=True)
-            ]
+            lefts = [self._left(side, rows, half, device) for side, half in zip(sides, halves, strict=True)]
             done += sum(side.count * _metric_flops(side, _length(rows)) for side in sides)
             for tile in tiles:
                 flat: list[Tensor] = []
@@ -215,8 +193,7 @@ class GramForm:
                     product = flat[0][group.first : group.last] @ flat[1][: group.writers].T
                     squared[group.first : group.last, : group.writers].add_(product, alpha=tile.weight)
                     done += 2.0 * group.pairs * _area(tile)
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
         if shifts[0] is not None and shifts[1] is not None:
             squared.addr_(shifts[0], shifts[1], alpha=d)
         return squared
@@ -231,7 +208,7 @@ class GramForm:
             return [None, None]
         return [self._traces(side, device) / side.stack.width for side in self.pairing.sides]
 
-    def _traces(self, side: Side, device: torch.device) -> Tensor:
+    def _traces(self, side: OrderedStack, device: torch.device) -> Tensor:
         """``tr G = sum(outer * (metric @ outer))`` of every map, float64."""
         traces = torch.zeros(side.count, dtype=accumulate, device=device)
         for rows, _ in self._tiles():
@@ -241,7 +218,7 @@ class GramForm:
                 traces[maps] += ((outer if metric is None else metric @ outer) * outer).sum(dim=(1, 2))
         return traces
 
-    def _left(self, side: Side, rows: slice, buffer: Tensor, device: torch.device) -> Tensor:
+    def _left(self, side: OrderedStack, rows: slice, buffer: Tensor, device: torch.device) -> Tensor:
         """``metric @ outer[:, :, rows]`` of every map: (n, k, rows), in the buffer."""
         left = buffer[: side.count * side.stack.inner * _length(rows)].view(side.count, side.stack.inner, -1)
         for maps in self._chunks(side, rows):
@@ -253,7 +230,7 @@ class GramForm:
                 torch.bmm(metric, outer, out=left[maps])
         return left
 
-    def _gram(self, side: Side, left: Tensor, tile: Tile, buffer: Tensor, device: torch.device) -> Tensor:
+    def _gram(self, side: OrderedStack, left: Tensor, tile: Tile, buffer: Tensor, device: torch.device) -> Tensor:
         """``left^T outer[:, :, columns]`` of every map: (n, rows, columns), in the buffer."""
         gram = buffer[: side.count * _area(tile)].view(side.count, _length(tile.rows), _length(tile.columns))
         for maps in self._chunks(side, tile.columns):
@@ -262,22 +239,37 @@ class GramForm:
 
     def _tiles(self) -> Iterator[tuple[slice, list[Tile]]]:
         d = self.pairing.readers.stack.width
-        for start in range(0, d, self.rows):
-            stop = min(start + self.rows, d)
-            rows = slice(start, stop)
-            beside = [slice(at, min(at + self.columns, d)) for at in range(stop, d, self.columns)]
-            yield rows, [Tile(rows, rows, 1.0), *(Tile(rows, columns, 2.0) for columns in beside)]
+        for rows in _cuts(0, d, self.rows):
+            right = _cuts(rows.stop, d, self.columns)
+            yield rows, [Tile(rows, rows, 1.0), *(Tile(rows, columns, 2.0) for columns in right)]
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         return torch.empty(count, dtype=self.dtype, device=device)
 
-    def _chunks(self, side: Side, columns: slice) -> Iterator[slice]:
-        step = max(1, self.spare // self._converted(side, _length(columns)))
-        return (slice(start, min(start + step, side.count)) for start in range(0, side.count, step))
+    def _chunks(self, side: OrderedStack, columns: slice) -> list[slice]:
+        return _cuts(0, side.count, max(1, self.spare // self._converted(side, _length(columns))))
 
-    def _converted(self, side: Side, columns: int) -> int:
+    def _converted(self, side: OrderedStack, columns: int) -> int:
         # gathered, converted, multiplied: at most three float64 copies of a map's columns, two of its metric
         return 8 * max(1, side.stack.inner) * (3 * columns + 2 * side.stack.inner)
+
+
+def _factor(side: OrderedStack, maps: slice, roots: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(maps * k, d): the rows of ``root @ outer``, one map under the other."""
+    outer = side.outer(maps, slice(0, side.stack.width), dtype, device)
+    return (outer if roots is None else roots[maps] @ outer).flatten(0, 1)
+
+
+def _roots(side: OrderedStack, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """L with ``L^T L = metric`` for every map, or None where the metric is the identity."""
+    metric = side.metric(slice(0, side.count), accumulate, device)
+    if metric is None:
+        return None
+    return square_roots(metric).to(dtype)
+
+
+def _cuts(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def _length(cut: slice) -> int:
@@ -288,5 +280,5 @@ def _area(tile: Tile) -> int:
     return _length(tile.rows) * _length(tile.columns)
 
 
-def _metric_flops(side: Side, columns: int) -> float:
+def _metric_flops(side: OrderedStack, columns: int) -> float:
     return 0.0 if side.stack.metric is None else 2.0 * side.stack.inner**2 * columns

@@ -1,18 +1,103 @@
-"""Which pairs of an all-pairs product are computed: maps in order of position, readers in groups of shared reach."""
+"""Many maps in shared thin factors, and which pairs of them are computed: readers in groups of shared reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.linalg.map_stack import MapStack
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
 
-Progress = Callable[[float, float], None]
-"""Called with (flops done, flops in all) after every tile."""
+
+@final
+@dataclass(frozen=True, eq=False)
+class MapStack:
+    """n maps between the stream R^d and something else, ``map_i = L_i @ outer[index[i]]``, seen from the stream.
+
+    Only ``G_i = map_i^T map_i = outer^T metric_i outer`` (d, d) matters to a Frobenius norm, so L_i is given by its
+    metric ``L_i^T L_i`` alone. For writers pass ``O^T``: their G is then ``O O^T``.
+
+    Args:
+        outer: (m, k, d) thin factors in storage dtype; rows read the stream (or, transposed, write it).
+        index: (n,) integer, which outer each map uses; several maps may share one.
+        metric: (n, k, k) symmetric positive semidefinite; None is the identity.
+        position: (n,) integer: for readers the state read, for writers the state in which the write first appears.
+
+    Raises:
+        UsageError: shapes that contradict each other, or an index out of range.
+    """
+
+    outer: Tensor
+    index: Tensor
+    metric: Tensor | None
+    position: Tensor
+
+    def __post_init__(self) -> None:
+        n, shape = self.index.shape[0] if self.index.ndim == 1 else -1, tuple(self.outer.shape)
+        metric = None if self.metric is None else tuple(self.metric.shape)
+        if len(shape) != 3 or tuple(self.position.shape) != (n,) or metric not in (None, (n, *shape[1:2] * 2)):
+            raise UsageError(
+                f"a stack of outer {shape}, index {tuple(self.index.shape)}, metric {metric}, "
+                f"position {tuple(self.position.shape)}",
+                expected="outer (m, k, d), index (n,), metric (n, k, k) or None, position (n,)",
+                do="check which axis counts maps",
+            )
+        if n and not (0 <= int(self.index.min()) and int(self.index.max()) < shape[0]):
+            raise UsageError(
+                f"index from {int(self.index.min())} to {int(self.index.max())} into {shape[0]} outer factors",
+                expected=f"numbers from 0 to {shape[0] - 1}",
+                do="index counts along the first axis of outer",
+            )
+
+    @property
+    def count(self) -> int:
+        """n, the number of maps."""
+        return self.index.shape[0]
+
+    @property
+    def inner(self) -> int:
+        """k, the inner dimension of each map."""
+        return self.outer.shape[1]
+
+    @property
+    def width(self) -> int:
+        """d, the dimension of the stream."""
+        return self.outer.shape[2]
+
+
+def self_moments(stack: MapStack) -> tuple[Tensor, Tensor]:
+    """``tr G_i`` and ``tr G_i^2`` of every map, through (k, k) matrices only.
+
+    With ``W = outer outer^T``: ``tr G = tr(M W)`` and ``tr G^2 = tr(M W M W)``.
+
+    Args:
+        stack: n maps.
+
+    Returns:
+        (trace, square), each (n,) float64, >= 0: the squared Frobenius norm of each map, and the sum of the fourth
+        powers of its singular values. Invariant under rotation of the stream and re-basing inside the map.
+    """
+    k, device = stack.inner, stack.outer.device
+    step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
+    cuts = [slice(i, i + step) for i in range(0, stack.outer.shape[0], step)]
+    gram = torch.empty((stack.outer.shape[0], k, k), dtype=accumulate, device=device)
+    for cut in cuts:
+        block = stack.outer[cut].to(accumulate)
+        torch.bmm(block, block.mT, out=gram[cut])
+    trace = torch.empty(stack.count, dtype=accumulate, device=device)
+    square = torch.empty_like(trace)
+    for start in range(0, stack.count, step):
+        cut = slice(start, start + step)
+        product = gram[stack.index[cut].to(device)]
+        if stack.metric is not None:
+            product = stack.metric[cut].to(device=device, dtype=accumulate) @ product
+        trace[cut] = product.diagonal(dim1=1, dim2=2).sum(dim=1)
+        square[cut] = (product * product.mT).sum(dim=(1, 2))
+    return trace, square
+
 
 _MOST_GROUPS = 16  # the share of a triangular pattern computed in vain is at most 1/(2 groups)
 _FEWEST_READERS = 32  # thinner matrix products run well below the machine's rate
@@ -20,7 +105,7 @@ _FEWEST_READERS = 32  # thinner matrix products run well below the machine's rat
 
 @final
 @dataclass(frozen=True, eq=False)
-class Side:
+class OrderedStack:
     """A stack with its maps in order of position: ``side_i = map_{order[i]}``, without moving their data."""
 
     stack: MapStack
@@ -39,8 +124,8 @@ class Side:
         index = self.stack.index[self.order[maps]]
         first = int(index[0])
         cut = self.stack.outer[:, :, columns]
-        in_a_row = torch.equal(index, torch.arange(first, first + len(index)))
-        rows = cut[first : first + len(index)] if in_a_row else cut.index_select(0, index.to(cut.device))
+        contiguous = torch.equal(index, torch.arange(first, first + len(index)))
+        rows = cut[first : first + len(index)] if contiguous else cut.index_select(0, index.to(cut.device))
         return rows.to(device=device, dtype=dtype)
 
     def metric(self, maps: slice, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -70,12 +155,12 @@ class Group:
 class Pairing:
     """Readers and writers in order, grouped so that each matrix product covers a prefix of the writers."""
 
-    readers: Side
-    writers: Side
+    readers: OrderedStack
+    writers: OrderedStack
     groups: tuple[Group, ...]
 
     @property
-    def sides(self) -> tuple[Side, Side]:
+    def sides(self) -> tuple[OrderedStack, OrderedStack]:
         """Readers, then writers."""
         return self.readers, self.writers
 
@@ -93,12 +178,11 @@ def pairing(readers: MapStack, writers: MapStack) -> Pairing:
     reach = torch.searchsorted(writes[writer_order].contiguous(), reads[reader_order].contiguous(), right=True)
     reader_order, reach = reader_order[reach > 0], reach[reach > 0]
     writer_order = writer_order[: int(reach[-1]) if len(reach) else 0]
-    return Pairing(_side(readers, reader_order), _side(writers, writer_order), _groups(reach))
+    return Pairing(_ordered(readers, reader_order), _ordered(writers, writer_order), _groups(reach))
 
 
-def _side(stack: MapStack, order: Tensor) -> Side:
-    index = MapStack(stack.outer, stack.index.cpu(), stack.metric, stack.position)
-    return Side(index, order)
+def _ordered(stack: MapStack, order: Tensor) -> OrderedStack:
+    return OrderedStack(replace(stack, index=stack.index.cpu()), order)
 
 
 def _groups(reach: Tensor) -> tuple[Group, ...]:

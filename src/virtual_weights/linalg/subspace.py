@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg.decompose import gains, lengths, orthonormal, singular, svd
+from virtual_weights.linalg.decompose import Spectrum, gains, svd
 from virtual_weights.linalg.linear_map import LinearMap
-from virtual_weights.linalg.numerics import accumulate, same_direction
+from virtual_weights.linalg.numerics import ORTHONORMAL, SAME_DIRECTION, accumulate
 from virtual_weights.linalg.numerics import tolerance as _rank_cut
-from virtual_weights.linalg.spectrum import Spectrum
 
 
 @final
@@ -23,7 +22,7 @@ class Subspace:
     """A subspace of R^d by an orthonormal basis in columns, (d, r) float64; r = 0 is the null space {0}.
 
     Raises:
-        UsageError: the columns are not orthonormal (to 1e-6) or not a matrix.
+        UsageError: the columns are not orthonormal (to ``ORTHONORMAL``) or not a matrix.
     """
 
     basis: Tensor
@@ -37,8 +36,9 @@ class Subspace:
             )
         object.__setattr__(self, "basis", self.basis.to(accumulate))
         gram = self.basis.T @ self.basis
-        # far above rounding, far below what a basis that was never orthonormalised shows
-        if not torch.allclose(gram, torch.eye(self.rank, dtype=gram.dtype, device=gram.device), rtol=0.0, atol=1e-6):
+        if not torch.allclose(
+            gram, torch.eye(self.rank, dtype=gram.dtype, device=gram.device), rtol=0.0, atol=ORTHONORMAL
+        ):
             raise UsageError(
                 "a basis whose columns are not orthonormal",
                 expected="basis.T @ basis = I",
@@ -59,11 +59,11 @@ class Subspace:
         """Orthogonal projection ``Q Q^T x`` of the columns of x, (d,) or (d, n), float64."""
         return self.basis @ (self.basis.T @ x.to(accumulate))
 
-    def contains(self, v: Tensor, tol: float = same_direction) -> bool:
+    def contains(self, v: Tensor, tol: float = SAME_DIRECTION) -> bool:
         """Whether every column of v lies in the subspace: ``||v - Q Q^T v|| <= tol ||v||``."""
         v = v.to(accumulate)
-        outside = lengths(v - self.project(v))
-        return bool((outside <= tol * lengths(v)).all())
+        distance = torch.linalg.vector_norm(v - self.project(v), dim=0)
+        return bool((distance <= tol * torch.linalg.vector_norm(v, dim=0)).all())
 
 
 def column_space(map: LinearMap, energy: float | None = None, tolerance: float | None = None) -> Subspace:
@@ -89,12 +89,12 @@ def column_space(map: LinearMap, energy: float | None = None, tolerance: float |
         raise UsageError(
             f"energy={energy} and tolerance={tolerance}", expected="one of them or neither", do="leave one out"
         )
-    parts = svd(map)
-    spectrum = Spectrum(parts.S)
+    factors = svd(map)
+    spectrum = Spectrum(factors.S)
     if energy is not None:
-        return Subspace(parts.U[:, : spectrum.energy_rank(energy)])
+        return Subspace(factors.U[:, : spectrum.energy_rank(energy)])
     cut = _rank_cut(accumulate, map.shape) if tolerance is None else tolerance
-    return Subspace(parts.U[:, : spectrum.numerical_rank(cut)])
+    return Subspace(factors.U[:, : spectrum.numerical_rank(cut)])
 
 
 def row_space(map: LinearMap, energy: float | None = None, tolerance: float | None = None) -> Subspace:
@@ -143,10 +143,10 @@ def overlap(a: Subspace, b: Subspace) -> float:
 
 def complement(a: Subspace) -> Subspace:
     """The orthogonal complement, of dimension d - r."""
-    return Subspace(orthonormal(a.basis, complete=True)[0][:, a.rank :])
+    return Subspace(torch.linalg.qr(a.basis, mode="complete")[0][:, a.rank :])
 
 
-def sum_of(subspaces: Sequence[Subspace], tol: float = same_direction) -> Subspace:
+def sum_of(subspaces: Sequence[Subspace], tol: float = SAME_DIRECTION) -> Subspace:
     """The span of several subspaces of one R^d.
 
     Args:
@@ -158,12 +158,11 @@ def sum_of(subspaces: Sequence[Subspace], tol: float = same_direction) -> Subspa
         Subspace whose dimension is at most the sum of dimensions and at most d.
     """
     _require_same_space(subspaces)
-    stacked = torch.cat([each.basis for each in subspaces], dim=1)
-    u, s, _ = singular(stacked)
+    u, s, _ = torch.linalg.svd(torch.cat([space.basis for space in subspaces], dim=1), full_matrices=False)
     return Subspace(u[:, s > tol / 2**0.5])
 
 
-def intersection(subspaces: Sequence[Subspace], tol: float = same_direction) -> Subspace:
+def intersection(subspaces: Sequence[Subspace], tol: float = SAME_DIRECTION) -> Subspace:
     """The directions that all subspaces share, ``x`` with ``sum_i ||x - P_i x||^2 = 0``.
 
     Args:
@@ -176,15 +175,14 @@ def intersection(subspaces: Sequence[Subspace], tol: float = same_direction) -> 
     """
     _require_same_space(subspaces)
     first = subspaces[0].basis
-    outside = torch.cat([first - other.project(first) for other in subspaces[1:]] or [first * 0.0], dim=0)
-    _, s, vh = singular(outside, full=True)
+    residual = torch.cat([first - other.project(first) for other in subspaces[1:]] or [first * 0.0], dim=0)
+    _, s, vh = torch.linalg.svd(residual)
     sines = torch.cat([s, s.new_zeros(first.shape[1] - len(s))])
-    shared = sines <= tol
-    return Subspace(orthonormal(first @ vh.T[:, shared])[0])
+    return Subspace(torch.linalg.qr(first @ vh.T[:, sines <= tol])[0])
 
 
 def _require_same_space(subspaces: Sequence[Subspace]) -> None:
-    dims = sorted({each.dim for each in subspaces})
+    dims = sorted({space.dim for space in subspaces})
     if len(dims) != 1:
         raise UsageError(
             f"subspaces of spaces of dimensions {dims}", expected="at least one, all of one R^d", do="check the stream"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,58 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virtual_weights.record.record import Column, Record, Value
+from virtual_weights.record.axes import Axis, Column, Value, Values
 
 AsNumpy = NDArray[Any] | np.ma.MaskedArray[Any, Any]
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def write_parquet(
-    record: Record, path: str | Path, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
+    path: str | Path,
+    axes: Sequence[Axis],
+    columns: Sequence[Column],
+    places: Tensor,
+    constants: Mapping[str, str | None],
 ) -> None:
-    """Write a Record as one Parquet table, a row per entry.
+    """Write entries of a Record as one Parquet table, a row per entry.
 
     Args:
-        record: the record.
         path: the file to write; an existing one is replaced.
+        axes: the axes.
+        columns: the columns over them.
+        places: which entries, as flat places in row order.
         constants: text columns with one value throughout, put first.
-        absent: whether absent entries are rows too; they hold NULL.
     """
     import duckdb  # here, since importing the package is cheap by promise
 
     with duckdb.connect(config={"pandas_analyze_sample": 0}) as database:  # type "object" is text, never guessed
-        database.register("entries", long_form(record, constants=constants, absent=absent))
+        database.register("entries", long_form(axes, columns, places, constants))
         database.view("entries").write_parquet(str(path), compression="zstd")
 
 
 def long_form(
-    record: Record, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
+    axes: Sequence[Axis], columns: Sequence[Column], places: Tensor, constants: Mapping[str, str | None]
 ) -> dict[str, AsNumpy]:
-    """The entries of a Record as numpy columns of one length: labels, channels, values.
-
-    Args:
-        record: the record.
-        constants: text columns with one value throughout, put first.
-        absent: whether absent entries are kept.
+    """Entries of a Record as numpy columns of one length: labels, groups, values; arguments as ``write_parquet``.
 
     Returns:
-        Name to column, in the order constants, axes (``<axis>_channel`` after the axis that has
-        channels), columns. Missing values are masked, or NaN in floating columns.
+        Name to column, in the order constants, axes (``<axis>_group`` after the axis that has groups), columns. Missing
+        values are masked, or NaN in floating columns.
     """
-    places = np.arange(record.size) if absent else record.present().nonzero().flatten().numpy()
-    table: dict[str, AsNumpy] = {name: _text([value], len(places)) for name, value in (constants or {}).items()}
-    shape = tuple(len(axis.labels) for axis in record.axes)
-    indices = np.unravel_index(places, shape) if shape else ()
-    for axis, index in zip(record.axes, indices, strict=True):
+    rows = places.numpy()
+    table: dict[str, AsNumpy] = {name: _text([value], len(rows)) for name, value in constants.items()}
+    shape = tuple(len(axis.labels) for axis in axes)
+    indices = np.unravel_index(rows, shape) if shape else ()
+    for axis, index in zip(axes, indices, strict=True):
         table[axis.name] = _text(axis.labels)[index]
-        if axis.channels:
-            table[f"{axis.name}_channel"] = _text(axis.channels)[index]
-    for column in record.columns:
-        table[column.name] = _column(column)[places]
+        if axis.groups:
+            table[f"{axis.name}_group"] = _text(axis.groups)[index]
+    for column in columns:
+        table[column.name] = _column(column)[rows]
     return table
 
 
-def restore(values: AsNumpy, kind: str) -> Tensor | tuple[Value, ...]:
+def restore(values: AsNumpy, kind: str) -> Values:
     """The values of a column as they were before ``long_form``, given its ``kind``.
 
     Raises:

@@ -14,53 +14,10 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
+from virtual_weights.record.axes import Axis, Column, Value, Values
+from virtual_weights.record.parquet import write_parquet
 
-Value = float | int | str | bool | None
-Named = TypeVar("Named", "Axis", "Column")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a Record.
-
-    Attributes:
-        name: what runs along it, e.g. ``"reader"``.
-        labels: one label per entry, unique.
-        channels: for entries that are one channel under several names (query heads sharing one
-            key/value head), the name of the channel; empty where every entry is its own.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    channels: tuple[str, ...] = ()
-
-    def index(self, label: str) -> int:
-        """Place of ``label``; a UsageError that names the axis if it is not there."""
-        try:
-            return self.labels.index(label)
-        except ValueError:
-            raise UsageError(
-                f"no {self.name} {label!r} in this record",
-                expected=f"one of {len(self.labels)} labels, {', '.join(self.labels[:4])}, ...",
-                do=f"list them with record.axis({self.name!r}).labels",
-            ) from None
-
-
-@dataclass(frozen=True)
-class Column:
-    """One quantity over all axes of a Record.
-
-    Attributes:
-        name: short name, used as the column's key everywhere.
-        values: a real tensor, or a tuple of plain values where there is one axis; floating NaN = absent.
-        unit: unit in words, e.g. ``"1 (ratio)"``.
-        meaning: one sentence or formula.
-    """
-
-    name: str
-    values: Tensor | tuple[Value, ...]
-    unit: str = ""
-    meaning: str = ""
+Named = TypeVar("Named", Axis, Column)
 
 
 @dataclass(frozen=True)
@@ -94,7 +51,7 @@ class Record:
             complex_ = isinstance(column.values, Tensor) and column.values.is_complex()
             assert not complex_, f"column {column.name!r} is complex: give its parts or its modulus and angle"
         for axis in self.axes:
-            assert len(axis.channels) in (0, len(axis.labels)), f"axis {axis.name!r} has channels for some labels only"
+            assert len(axis.groups) in (0, len(axis.labels)), f"axis {axis.name!r} has groups for some labels only"
         names = [item.name for item in self.axes] + [item.name for item in self.columns]
         assert len(set(names)) == len(names), f"names of axes and columns repeat: {names}"
 
@@ -106,7 +63,7 @@ class Record:
         """The column called ``name``."""
         return _named(self.columns, name, "column")
 
-    def __getitem__(self, name: str) -> Tensor | tuple[Value, ...]:
+    def __getitem__(self, name: str) -> Values:
         """The values of the column called ``name``."""
         return self.column(name).values
 
@@ -131,7 +88,7 @@ class Record:
         return torch.ones(self.size, dtype=torch.bool)
 
     def rows(self) -> Iterator[dict[str, Value]]:
-        """Every entry that is present as a dictionary: axis labels, channels where shared, column values.
+        """Every entry that is present as a dictionary: axis labels, groups where shared, column values.
 
         A value that is not finite is None.
         """
@@ -145,10 +102,10 @@ class Record:
         place: dict[str, Value] = {}
         for axis, size in zip(reversed(self.axes), reversed(shape), strict=True):
             flat, i = divmod(flat, size)
-            if axis.channels:
-                place[f"{axis.name}_channel"] = axis.channels[i]
+            if axis.groups:
+                place[f"{axis.name}_group"] = axis.groups[i]
             place[axis.name] = axis.labels[i]
-        return dict(reversed(place.items()))  # outermost axis first, its channel after it
+        return dict(reversed(place.items()))  # outermost axis first, its group after it
 
     def top(self, n: int = 10, by: str | None = None, *, largest: bool = True) -> Record:
         """The ``n`` entries with the largest (or smallest) value of ``by``, as a table.
@@ -193,7 +150,7 @@ class Record:
         place = {label: i for i, label in enumerate(own.labels)}
         wanted = tuple(labels)
         at = torch.tensor([place[label] if label in place else own.index(label) for label in wanted], dtype=torch.int64)
-        kept = Axis(own.name, wanted, tuple(own.channels[int(i)] for i in at) if own.channels else ())
+        kept = Axis(own.name, wanted, tuple(own.groups[int(i)] for i in at) if own.groups else ())
         along = self.axes.index(own)
         columns = tuple(replace(column, values=_along(column.values, along, at)) for column in self.columns)
         axes = tuple(kept if each is own else each for each in self.axes)
@@ -225,15 +182,18 @@ class Record:
             allow_nan=False,
         )
 
-    def to_parquet(self, path: str | Path) -> None:
-        """Write the record as a Parquet table: one row per entry that is present, labels as columns.
+    def to_parquet(
+        self, path: str | Path, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
+    ) -> None:
+        """Write the record as one Parquet table: a row per entry, labels as columns.
 
         Args:
             path: the file to write; an existing one is replaced.
+            constants: text columns with one value throughout, put first.
+            absent: whether absent entries are rows too; they hold NULL.
         """
-        from virtual_weights.record.parquet import write_parquet
-
-        write_parquet(self, path)
+        places = torch.arange(self.size) if absent else self.present().nonzero().flatten()
+        write_parquet(path, self.axes, self.columns, places, constants or {})
 
     def _repr_html_(self) -> str:
         """A table for notebooks: the first twenty entries, of a matrix the twenty with the largest first column."""
@@ -258,17 +218,17 @@ def _named(items: tuple[Named, ...], name: str, kind: str) -> Named:
     )
 
 
-def _flat(values: Tensor | tuple[Value, ...]) -> list[Value]:
+def _flat(values: Values) -> list[Value]:
     return values.detach().flatten().tolist() if isinstance(values, Tensor) else list(values)
 
 
-def _pick(values: Tensor | tuple[Value, ...], order: Tensor) -> Tensor | tuple[Value, ...]:
+def _pick(values: Values, order: Tensor) -> Values:
     if isinstance(values, Tensor):
         return values.detach().flatten()[order.to(values.device)]
     return tuple(values[int(i)] for i in order)
 
 
-def _along(values: Tensor | tuple[Value, ...], axis: int, at: Tensor) -> Tensor | tuple[Value, ...]:
+def _along(values: Values, axis: int, at: Tensor) -> Values:
     if isinstance(values, Tensor):
         return values.index_select(axis, at.to(values.device))
     return tuple(values[int(i)] for i in at)

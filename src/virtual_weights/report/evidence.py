@@ -16,8 +16,8 @@ TOP = 20
 """Edges between heads that each port shows, by composition score, one per channel."""
 
 _HEAD_PORTS = ("K", "Q", "V")
-_PROVED = {"effect_nats": "effect", "low": "low", "high": "high", "p": "p", "verdict": "verdict"}
-_Key = tuple[str, str, str]  # port, writer, and the reader or the channel that several readers share
+_EFFECT = {"effect_nats": "effect", "low": "low", "high": "high", "p": "p", "verdict": "verdict"}
+_Key = tuple[str, str, str]  # port, writer, and the reader or the group that several readers share
 
 
 def evidence(records: Iterable[Record]) -> dict[str, Any] | None:
@@ -26,28 +26,29 @@ def evidence(records: Iterable[Record]) -> dict[str, Any] | None:
     Of several records of one question and port the last counts.
 
     Args:
-        records: Composition, Delivered, attribution and prove records are taken; others are passed over.
+        records: Composition, Contribution, attribution and ablation records are taken; others are passed over.
 
     Returns:
-        ``rows``, see ``_row``; ``ports``, by question those there are records of; ``units`` of delivered energy by
-        port; ``stamps``, with parameters, of delivered energy, attribution and proofs. None without text.
+        ``rows``, see ``_row``; ``ports``, by question those there are records of; ``units`` of contribution by
+        port; ``stamps``, with parameters, of contribution, attribution and ablations. None without text.
     """
-    found = _Found()
+    evidence = _Evidence()
     for record in records:
-        if record.question == "prove":
-            found.proofs.append(record)
-        elif record.question in found.pairs:
-            found.pairs[record.question][str(record.parameters["port"])] = _Pairs(record)
-    told = found.told()
-    edges = dict.fromkeys(found.leading()) | told
-    if not edges or not (found.proofs or found.pairs["delivered"] or found.pairs["attribution"]):
+        if record.question == "ablation":
+            evidence.ablations.append(record)
+        elif record.question in evidence.pairs:
+            evidence.pairs[record.question][str(record.parameters["port"])] = _Pairs(record)
+    effects = evidence.effects()
+    edges = dict.fromkeys(evidence.leading()) | effects
+    if not edges or not (evidence.ablations or evidence.pairs["contribution"] or evidence.pairs["attribution"]):
         return None
     return {
-        "rows": [_row(found, key, proof or {}) for key, proof in edges.items()],
-        "ports": {question: list(of) for question, of in found.pairs.items()} | {"prove": sorted({k[0] for k in told})},
-        "units": {port: each.record.columns[0].unit for port, each in found.pairs["delivered"].items()},
-        "stamps": {question: _stamp(found.pairs[question].values()) for question in ("delivered", "attribution")}
-        | {"prove": [plain({**record.parameters, **record.stamp}) for record in found.proofs]},
+        "rows": [_row(evidence, key, effect or {}) for key, effect in edges.items()],
+        "ports": {question: list(of) for question, of in evidence.pairs.items()}
+        | {"ablation": sorted({k[0] for k in effects})},
+        "units": {port: pairs.record.columns[0].unit for port, pairs in evidence.pairs["contribution"].items()},
+        "stamps": {question: _stamp(evidence.pairs[question].values()) for question in ("contribution", "attribution")}
+        | {"ablation": [plain({**record.parameters, **record.stamp}) for record in evidence.ablations]},
     }
 
 
@@ -59,10 +60,10 @@ class _Pairs:
         self.columns = {column.name: np.asarray(column.values, dtype=np.float64) for column in record.columns}
         readers, writers = record.axis("reader"), record.axis("writer")
         self.readers, self.writers = ({name: i for i, name in enumerate(axis.labels)} for axis in (readers, writers))
-        self.channel = dict(zip(readers.labels, readers.channels, strict=False))
+        self.group_of = dict(zip(readers.labels, readers.groups, strict=False))
         self.members: dict[str, list[str]] = {}
-        for reader, channel in self.channel.items():
-            self.members.setdefault(channel, []).append(reader)
+        for reader, group in self.group_of.items():
+            self.members.setdefault(group, []).append(reader)
 
     def value(self, column: str, reader: str, writer: str) -> float | None:
         """What a column says of a pair, None where it says nothing."""
@@ -80,13 +81,13 @@ class _Pairs:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Evidence:
     """The records, by question and port."""
 
     pairs: dict[str, dict[str, _Pairs]] = field(
-        default_factory=lambda: {question: {} for question in ("composition", "delivered", "attribution")}
+        default_factory=lambda: {question: {} for question in ("composition", "contribution", "attribution")}
     )
-    proofs: list[Record] = field(default_factory=list[Record])
+    ablations: list[Record] = field(default_factory=list[Record])
 
     def of(self, question: str, port: str, column: str, reader: str, writer: str) -> float | None:
         """What a question says of a pair."""
@@ -102,13 +103,13 @@ class _Found:
             heads = [name for name in pairs.writers if "H" in name]
             most = TOP * max((len(shared) for shared in pairs.members.values()), default=1)
             rows = pairs.record.select("writer", heads).top(most, "score").rows()
-            keys = ((port, str(row["writer"]), str(row.get("reader_channel") or row["reader"])) for row in rows)
+            keys = ((port, str(row["writer"]), str(row.get("reader_group") or row["reader"])) for row in rows)
             yield from list(dict.fromkeys(keys))[:TOP]
 
-    def told(self) -> dict[_Key, dict[str, Any]]:
-        """What was proved of each edge that was asked about, with the range of the random edges it was held against."""
-        found: dict[_Key, dict[str, Any]] = {}
-        for record in self.proofs:
+    def effects(self) -> dict[_Key, dict[str, Any]]:
+        """What ablation did to the edges that were asked about, with the range of the random ones beside."""
+        effects: dict[_Key, dict[str, Any]] = {}
+        for record in self.ablations:
             rows = list(record.rows())
             for row in rows:
                 if row["kind"] != "asked":
@@ -117,46 +118,46 @@ class _Found:
                 random = (r["effect_nats"] for r in rows if r["kind"] == "random" and _match(r) == _match(row))
                 like = [effect for effect in random if isinstance(effect, float)]
                 shared = [name.partition(".")[0] for name in str(row["shared_with"] or "").split()]
-                found[port, str(row["writer"]), str(row["channel"] or reader)] = {
+                effects[port, str(row["writer"]), str(row["group"] or reader)] = {
                     "readers": [reader, *shared],
-                    **{name: row[column] for column, name in _PROVED.items()},
+                    **{name: row[column] for column, name in _EFFECT.items()},
                     "random": {"low": min(like), "high": max(like), "count": len(like)} if like else None,
                 }
-        return found
+        return effects
 
 
-def _row(found: _Found, key: _Key, proof: Mapping[str, Any]) -> dict[str, Any]:
-    """An edge: its ends, ``score``, ``z``; ``delivered``, ``share``, ``rank`` ``of`` how many; and what removing does.
+def _row(evidence: _Evidence, key: _Key, effect: Mapping[str, Any]) -> dict[str, Any]:
+    """An edge: its ends, ``score``, ``z``; ``contribution``, ``share``, ``rank`` ``of`` how many; what ablation does.
 
-    A channel comes once: ``reader`` is the one of its readers with the highest score, whose score and delivered energy
+    A group comes once: ``reader`` is the one of its readers with the highest score, whose score and contribution
     these are, and ``shared`` all of them. Attribution and effect are of the channel. What is not known is None.
     """
     port, writer, end = key
-    readers = _readers(found, port, end) or list(proof.get("readers", [end]))
-    scores = [found.of("composition", port, "score", reader, writer) for reader in readers]
-    reader = max(zip(scores, readers, strict=True), key=lambda each: -1.0 if each[0] is None else each[0])[1]
-    delivered = found.pairs["delivered"].get(port)
-    rank, of = (None, None) if delivered is None else delivered.rank("delivered", reader, writer)
+    readers = _readers(evidence, port, end) or list(effect.get("readers", [end]))
+    scores = [evidence.of("composition", port, "score", reader, writer) for reader in readers]
+    reader = max(zip(scores, readers, strict=True), key=lambda pair: -1.0 if pair[0] is None else pair[0])[1]
+    contribution = evidence.pairs["contribution"].get(port)
+    rank, of = (None, None) if contribution is None else contribution.rank("contribution", reader, writer)
     several = len(readers) > 1
     return {
         "port": port,
         "writer": writer,
         "reader": reader,
-        "channel": end if several else None,
+        "group": end if several else None,
         "shared": readers if several else [],
-        **{name: found.of("composition", port, name, reader, writer) for name in ("score", "null_ratio", "z")},
-        **{name: found.of("delivered", port, name, reader, writer) for name in ("delivered", "share")},
+        **{name: evidence.of("composition", port, name, reader, writer) for name in ("score", "null_ratio", "z")},
+        **{name: evidence.of("contribution", port, name, reader, writer) for name in ("contribution", "share")},
         "rank": rank,
         "of": of,
-        "attribution": found.of("attribution", port, "attribution", reader, writer),
-        **{name: proof.get(name) for name in (*_PROVED.values(), "random")},
+        "attribution": evidence.of("attribution", port, "attribution", reader, writer),
+        **{name: effect.get(name) for name in (*_EFFECT.values(), "random")},
     }
 
 
-def _readers(found: _Found, port: str, end: str) -> list[str]:
-    """All names of a channel, by any record that knows it."""
-    members = (of[port].members.get(end, []) for of in found.pairs.values() if port in of)
-    return next((each for each in members if each), [])
+def _readers(evidence: _Evidence, port: str, end: str) -> list[str]:
+    """All names of a group, by any record that knows it."""
+    members = (of[port].members.get(end, []) for of in evidence.pairs.values() if port in of)
+    return next((names for names in members if names), [])
 
 
 def _end(reader: str) -> tuple[str, str]:
@@ -173,4 +174,4 @@ def _match(row: Mapping[str, Any]) -> tuple[str, str]:
 def _stamp(pairs: Iterable[_Pairs]) -> dict[str, Any] | None:
     """Conventions and plain parameters of the first of some records, which share them."""
     first: Sequence[_Pairs] = list(pairs)[:1]
-    return next((plain({**each.record.parameters, **each.record.stamp}) for each in first), None)
+    return next((plain({**pair.record.parameters, **pair.record.stamp}) for pair in first), None)

@@ -1,4 +1,4 @@
-"""One self-contained HTML file: data, style and script inside, nothing fetched."""
+"""The report: what it shows, picked from Records as plain JSON, in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,67 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from virtual_weights.record import Record
-from virtual_weights.report.payload import payload
+from virtual_weights.record.durable import replacing
+from virtual_weights.report.evidence import evidence
+from virtual_weights.report.tables import EDGES_PER_PORT, density, drawn, plain, statements, strongest, table
+
+MOST_LISTED = 200
+_ERASURES = ("alignment", "z", "erasure")
+_TABLES = ("bandwidth", "head_erasers", "channel", "labels")
+_BESIDE = ("contribution", "attribution")  # matrices of which the page shows what it says of the leading edges
+
+
+def payload(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the page needs.
+
+    Args:
+        records: any Records. A question that the page knows gets a section of its own; of the others a table of at most
+            ``MOST_LISTED`` rows is kept as it is, and of anything larger the name and the size.
+        manifest: the model's name, sizes, components and provenance.
+
+    Returns:
+        A JSON-able dictionary: ``model``; ``maps`` (quantised matrices by question, port and kind of writer), ``edges``
+        (the strongest of every port) and ``stamps`` (of every port); ``bandwidth``, ``head_erasers``, ``channel``,
+        ``labels``, ``erasure``, ``neurons`` and ``statements`` (lists, one entry a record); ``evidence``, see there;
+        ``others`` and ``too_large``.
+    """
+    records = list(records)
+    sections: dict[str, Any] = {"model": dict(manifest), "maps": [], "edges": [], "stamps": {}}
+    sections |= {name: [] for name in (*_TABLES, "erasure", "neurons", "statements", "others", "too_large")}
+    for record in records:
+        _pick(record, sections)
+    return sections | {"evidence": evidence(records)}
+
+
+def _pick(record: Record, sections: dict[str, Any]) -> None:
+    question = record.question
+    if question in ("composition", "overlap"):
+        maps, edges = drawn(record)
+        sections["maps"] += maps
+        sections["edges"] += edges
+        if question == "composition":
+            sections["stamps"][str(record.parameters["port"])] = plain(dict(record.stamp))
+    elif question in _TABLES:
+        sections[question].append(table(record))
+    elif question == "erasure":
+        sections[question].append(strongest(record, _ERASURES, EDGES_PER_PORT))
+    elif question == "neurons":
+        sections[question].append(density(record))
+    elif question == "statements":
+        sections[question].append(statements(record))
+    elif question in _BESIDE:
+        return
+    elif len(record.axes) == 1 and record.size <= MOST_LISTED:
+        sections["others"].append(table(record))
+    else:
+        sections["too_large"].append({"question": question, "axes": {a.name: len(a.labels) for a in record.axes}})
+
 
 _SCRIPTS = (
     "draw",
@@ -52,16 +105,8 @@ def write_report(path: Path, records: Iterable[Record], manifest: Mapping[str, A
         records: any Records; see ``payload`` for what becomes of them.
         manifest: the model's name, sizes, components and provenance.
     """
-    text = page(payload(records, manifest))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        aside.write_text(page(payload(records, manifest)), encoding="utf-8")
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -46,10 +46,10 @@ def strongest(record: Record, by: Sequence[str], most: int) -> dict[str, Any]:
 
 def statements(record: Record) -> dict[str, Any]:
     """A record over ``statement``: ``run``, what was run for it, and ``rows`` of id, texts and evidence."""
-    found = {column.name: list(column.values) for column in record.columns}
-    evidence = [_evidence(text) for text in found.get("evidence", [None] * record.size)]
+    values = {column.name: list(column.values) for column in record.columns}
+    evidence = [_evidence(text) for text in values.get("evidence", [None] * record.size)]
     rows = [
-        {"id": label, **{name: found[name][i] for name in _TEXTS if name in found}, "evidence": evidence[i]}
+        {"id": label, **{name: values[name][i] for name in _TEXTS if name in values}, "evidence": evidence[i]}
         for i, label in enumerate(record.axes[0].labels)
     ]
     return {"run": record.stamp.get("run"), "rows": rows}
@@ -58,9 +58,9 @@ def statements(record: Record) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """The same as JSON values; a number that is not finite is None."""
     if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
+        return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -152,9 +152,9 @@ def _only(record: Record, writers: Axis, places: list[int]) -> Record:
     for column in record.columns:
         assert not isinstance(column.values, tuple), "two axes: every column is a tensor"
         columns.append(Column(column.name, column.values[:, places], column.unit, column.meaning))
-    channels = tuple(writers.channels[i] for i in places) if writers.channels else ()
-    kept = Axis(writers.name, tuple(writers.labels[i] for i in places), channels)
-    axes = record.axis("reader"), kept
+    groups = tuple(writers.groups[i] for i in places) if writers.groups else ()
+    chosen = Axis(writers.name, tuple(writers.labels[i] for i in places), groups)
+    axes = record.axis("reader"), chosen
     return Record(record.question, axes, tuple(columns), record.parameters, record.stamp, record.provenance)
 
 
@@ -173,7 +173,7 @@ def _matrix(record: Record, column: str) -> dict[str, Any]:
         "by_layer": by_layer,
         "readers": list(names[0]),
         "writers": list(names[1]),
-        "channels": [] if by_layer else list(readers.channels),
+        "groups": [] if by_layer else list(readers.groups),
         "largest": largest,
         "steps": base64.b64encode(steps.astype("<u2").tobytes()).decode(),
     }
@@ -183,28 +183,28 @@ def _strongest_by_layer(values: np.ndarray, readers: Axis, writers: Axis) -> tup
     """The largest entry of every pair of layers, where a map of all heads would be too large to look at."""
     rows, columns = ([label.split("H")[0] for label in axis.labels] for axis in (readers, writers))
     row_names, column_names = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
-    found = np.full((len(row_names), len(column_names)), np.nan)
+    largest = np.full((len(row_names), len(column_names)), np.nan)
     filled = np.where(np.isnan(values), -np.inf, values)
     row_of, column_of = np.array([row_names.index(r) for r in rows]), np.array([column_names.index(c) for c in columns])
     for i in range(len(row_names)):
         per_writer = filled[row_of == i].max(axis=0)
         for j in range(len(column_names)):
             best = per_writer[column_of == j].max()
-            found[i, j] = best if np.isfinite(best) else np.nan
-    return found, (tuple(row_names), tuple(column_names))
+            largest[i, j] = best if np.isfinite(best) else np.nan
+    return largest, (tuple(row_names), tuple(column_names))
 
 
 def _edges(record: Record) -> list[dict[str, Any]]:
     port = record.parameters["port"]
     members: dict[str, list[str]] = {}
     axis = record.axis("reader")
-    for label, channel in zip(axis.labels, axis.channels, strict=False):
-        members.setdefault(channel, []).append(label)
+    for label, group in zip(axis.labels, axis.groups, strict=False):
+        members.setdefault(group, []).append(label)
     edges = []
     for row in record.top(EDGES_PER_PORT).rows():
         edge = {key: row[key] for key in ("writer", "reader", "score", "strength", "null_ratio", "z")}
-        channel = row.get("reader_channel")
-        if channel:
-            edge |= {"channel": channel, "shared": members[str(channel)]}
+        group = row.get("reader_group")
+        if group:
+            edge |= {"group": group, "shared": members[str(group)]}
         edges.append({"port": port, **edge})
     return edges

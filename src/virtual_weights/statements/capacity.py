@@ -6,93 +6,95 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
-from virtual_weights.analysis.maps.circuits import circuits
-from virtual_weights.linalg import tolerance
-from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
+from virtual_weights.analysis.maps.circuits import subspace_bases
+from virtual_weights.linalg import FOLDED_RANK_CUT, Spectrum
+from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell
 
-_CUT = 1e-5  # of the largest singular value: gains are folded in float32, whose rounding is no direction
+_NO_HEADS = "the checkpoint holds no attention head"
 
 
-def independent_signals(bench: Bench) -> Finding:
+def independent_signals(evidence: Evidence) -> Finding:
     """L2: the sum of all write ranks against d, state by state."""
-    ledger, d = bench.ask(Bandwidth()), bench.stream.d_model
+    ledger, d = evidence.ask(Bandwidth()), evidence.stream.d_model
     ranks, spans = ledger.numbers("write_ranks"), ledger.numbers("written_dim")
     over = ranks > d
     fullest = int(ranks.argmax())
-    evidence: dict[str, Figure] = {
+    total = int(ranks[fullest])
+    figures: dict[str, Figure] = {
         "d_model": d,
         "states": len(ranks),
         "states_oversubscribed": int(over.sum()),
-        "largest_sum_of_ranks": int(ranks[fullest]),
+        "largest_sum_of_ranks": total,
         "largest_oversubscription": float(ranks[fullest] / d),
         "dimension_of_the_span": int(spans[fullest]),
     }
     if not bool(over.any()):
-        return Finding("holds", f"at most {int(ranks[fullest])} of {d} dimensions are claimed", None, evidence)
+        return Finding("holds", f"at most {total} of {d} dimensions are claimed", None, figures)
     return Finding(
         "holds under",
-        f"state {fullest} carries writers of total rank {int(ranks[fullest])} in {d} dimensions: this model does not "
-        "keep the bound, so its signals are not separated exactly",
+        f"the ranks of all writers up to state {fullest} add up to {total} in {d} dimensions: this model exceeds the "
+        "bound, so its signals are not separated exactly",
         "arbitrary signals are to be told apart exactly and linearly, all at once",
-        evidence,
-        (f"state {fullest} (after {_after(bench, fullest)}): {int(ranks[fullest])} > {d}",),
+        figures,
+        (f"state {fullest} (after {ledger['after'][fullest]}): {total} > {d}",),
     )
 
 
-def total_capacity(bench: Bench) -> Finding:
+def total_capacity(evidence: Evidence) -> Finding:
     """C4: the sum of the heads' dimensions against d, and what an independent subset attains."""
-    if not bench.stream.heads:
-        return cannot_tell("the checkpoint holds no attention head")
-    names, bases = _write_bases(bench)
-    d, total = bench.stream.d_model, sum(len(basis) for basis in bases)
-    chosen, spanned = _direct(names, bases)
-    evidence: dict[str, Figure] = {
+    if not evidence.heads:
+        return cannot_tell(_NO_HEADS)
+    bases = _write_bases(evidence)
+    d, total = evidence.stream.d_model, sum(map(len, bases.values()))
+    subset, dimension = _direct(bases)
+    figures: dict[str, Figure] = {
         "d_model": d,
-        "heads": len(names),
+        "heads": len(bases),
         "sum_of_dimensions": total,
-        "independent_heads": len(chosen),
-        "their_dimensions": spanned,
+        "independent_heads": len(subset),
+        "their_dimensions": dimension,
     }
     if total <= d:
-        return Finding("holds", f"{len(names)} heads write into {total} of {d} dimensions", None, evidence)
+        return Finding("holds", f"{len(bases)} heads write into {total} of {d} dimensions", None, figures)
     return Finding(
         "holds under",
-        f"{len(names)} heads write into {total} dimensions, {total / d:.1f} times d; {len(chosen)} of them are "
-        f"independent and take {spanned}",
+        f"{len(bases)} heads write into {total} dimensions, {total / d:.1f} times d; {len(subset)} of them are "
+        f"independent and take {dimension}",
         "the subspaces are linearly independent",
-        evidence,
-        tuple(chosen),
+        figures,
+        tuple(subset),
     )
 
 
-def direct_sum(bench: Bench) -> Finding:
+def direct_sum(evidence: Evidence) -> Finding:
     """L7: the dimension of the sum of the heads' write subspaces against the sum of their dimensions."""
-    if not bench.stream.heads:
-        return cannot_tell("the checkpoint holds no attention head")
-    names, bases = _write_bases(bench)
-    total = sum(len(basis) for basis in bases)
-    spanned = _rank(torch.cat(bases))
-    chosen, taken = _direct(names, bases)
-    evidence: dict[str, Figure] = {
+    if not evidence.heads:
+        return cannot_tell(_NO_HEADS)
+    bases = _write_bases(evidence)
+    rows = torch.cat(list(bases.values()))
+    spectrum = Spectrum(torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt())
+    total, dimension = len(rows), spectrum.numerical_rank(FOLDED_RANK_CUT)
+    subset, subset_dimension = _direct(bases)
+    figures: dict[str, Figure] = {
         "sum_of_dimensions": total,
-        "dimension_of_the_sum": spanned,
-        "direct_subset_found": len(chosen),
-        "its_dimension": taken,
+        "dimension_of_the_sum": dimension,
+        "direct_subset_found": len(subset),
+        "its_dimension": subset_dimension,
     }
-    if spanned == total:
-        return Finding("holds", f"all {len(names)} write subspaces together have dimension {total}", None, evidence)
+    if dimension == total:
+        return Finding("holds", f"all {len(bases)} write subspaces together have dimension {total}", None, figures)
     return Finding(
         "fails",
-        f"the dimensions add up to {total}, their sum has {spanned}; it is direct for {len(chosen)} heads",
+        f"the dimensions add up to {total}, but the sum has {dimension}; it is direct for {len(subset)} heads",
         None,
-        evidence,
-        (f"direct for {', '.join(chosen)}",),
+        figures,
+        (f"direct for {', '.join(subset)}",),
     )
 
 
-def bottleneck(bench: Bench) -> Finding:
+def bottleneck(evidence: Evidence) -> Finding:
     """T4: neurons before and after every state per dimension, and what a map through d dimensions saves."""
-    ledger, d = bench.ask(Bandwidth()), bench.stream.d_model
+    ledger, d = evidence.ask(Bandwidth()), evidence.stream.d_model
     before, after = ledger.numbers("neurons_before") / d, ledger.numbers("neurons_after") / d
     least = torch.minimum(before, after)
     if not bool((least > 0).any()):
@@ -100,56 +102,39 @@ def bottleneck(bench: Bench) -> Finding:
     tightest = int(least.argmax())
     product, saving = (float(ledger.numbers(name)[tightest]) for name in ("neuron_product", "saving"))
     b, a = float(before[tightest]), float(after[tightest])
-    evidence: dict[str, Figure] = {
+    figures: dict[str, Figure] = {
         "tightest_state": tightest,
         "neurons_before_per_dimension": b,
         "neurons_after_per_dimension": a,
         "published_ratio": product,
         "saving_of_a_map_through_d": saving,
     }
-    at = f"state {tightest} has {b:.3g} d neurons before it and {a:.3g} d after it"
+    why = f"state {tightest} has {b:.3g} d neurons before it and {a:.3g} d after it; "
+    why += f"a map through {d} dimensions saves a factor of {saving:.3g}, not {product:.3g}"
     if 50 <= min(b, a) and max(b, a) <= 200:
-        return Finding(
-            "holds under",
-            f"{at}; a map through {d} dimensions saves {saving:.3g} times, not {product:.3g}",
-            "counts of neurons only: the published compression ratio is no ratio of what is stored or sent",
-            evidence,
-        )
-    return Finding("fails", f"{at}, and a map through d saves {saving:.3g} times, not {product:.3g}", None, evidence)
+        condition = "it is about counts of neurons only: the published ratio compares nothing that is stored or sent"
+        return Finding("holds under", why, condition, figures)
+    return Finding("fails", why, None, figures)
 
 
-def _after(bench: Bench, state: int) -> str:
-    values = bench.ask(Bandwidth())["after"]
-    assert isinstance(values, tuple)
-    return str(values[state])
+def _write_bases(evidence: Evidence) -> dict[str, Tensor]:
+    """Every head with orthonormal rows that span what it can write."""
+    stream = evidence.stream
+    spaces = subspace_bases(stream, "O", stream.groups.heads, FOLDED_RANK_CUT)
+    heads = zip(evidence.heads, spaces.basis, spaces.rank.tolist(), strict=True)
+    return {name: basis[: int(rank)] for name, basis, rank in heads}
 
 
-def _write_bases(bench: Bench) -> tuple[list[str], list[Tensor]]:
-    """Orthonormal rows that span what each head can write."""
-    names, bases = [str(c.label) for c in bench.stream.heads], list[Tensor]()
-    for layer in bench.stream.attention_layers:
-        for thin in circuits(bench.stream, "O", layer):
-            _, s, vh = torch.linalg.svd(thin, full_matrices=False)
-            bases.append(vh[(s > _CUT * s[0]) & (s > 0)])
-    return names, bases
-
-
-def _direct(names: list[str], bases: list[Tensor]) -> tuple[list[str], int]:
-    """Heads taken one by one, in order of depth, as long as their sum stays direct: names, and their dimension."""
-    chosen, span = list[str](), bases[0].new_empty(0, bases[0].shape[1])
-    for name, basis in zip(names, bases, strict=True):
-        if not len(basis) or len(span) + len(basis) > basis.shape[1]:
+def _direct(bases: dict[str, Tensor]) -> tuple[list[str], int]:
+    """Heads added one by one, in order of depth, as long as their sum stays direct: names, and their dimension."""
+    names, rows = list[str](), torch.cat(list(bases.values()))[:0]
+    for name, basis in bases.items():
+        if not len(basis) or len(rows) + len(basis) > basis.shape[1]:
             continue
-        fresh = basis - (basis @ span.T) @ span
-        fresh = fresh - (fresh @ span.T) @ span  # twice is enough (Kahan): the first pass leaves rounding of its size
-        _, s, vh = torch.linalg.svd(fresh, full_matrices=False)
-        if float(s[-1]) > _CUT:
-            chosen.append(name)
-            span = torch.cat([span, vh])
-    return chosen, len(span)
-
-
-def _rank(rows: Tensor) -> int:
-    values = torch.linalg.eigvalsh(rows.T @ rows)
-    floor = tolerance(rows.dtype, rows.shape) * values[-1]  # of a Gram matrix: the square of a singular value
-    return int((values > floor.clamp_min(_CUT**2 * values[-1])).sum()) if len(rows) else 0
+        rest = basis - (basis @ rows.T) @ rows
+        rest = rest - (rest @ rows.T) @ rows  # twice is enough (Kahan): the first pass leaves rounding of its size
+        _, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        if float(s[-1]) > FOLDED_RANK_CUT:
+            names.append(name)
+            rows = torch.cat([rows, vh])
+    return names, len(rows)

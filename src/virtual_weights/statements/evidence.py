@@ -1,72 +1,86 @@
-"""What the checks share: the model, answers to questions asked once, seeded choices of components."""
+"""What a check has to go by, what it finds, and the statement that it checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.pairs.composition import Composition
-from virtual_weights.linalg import LinearMap, accumulate
+from virtual_weights.linalg import FOLDED_RANK_CUT, LinearMap, Spectrum, accumulate, singular_values
 from virtual_weights.record import Record
-from virtual_weights.stream import Component, Head, OperatingPoint, Stream
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream import Head, OperatingPoint, Question, Stream
 from virtual_weights.stream.group import HeadPort
-from virtual_weights.stream.question import Question
+from virtual_weights.stream.question import Ask
 
-Some = TypeVar("Some")
+Item = TypeVar("Item")
+
+NO_PAIRS = "no two heads of this model can reach each other"
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """A model on the bench.
+class Evidence:
+    """A model, a run of it where there is one, answers to questions about both, and seeded choices of heads.
 
     Attributes:
         stream: the model, norms folded.
+        answer: answers questions about the stream and the run.
+        run: the model on tokens, None where there are only weights.
         samples: how many pairs or triples a check looks at where it cannot look at all.
         seed: of every choice.
-        asker: answers a question; an atlas may answer from what it holds.
-        point: a run on a prompt, None where nothing was run.
-        runs: what runs on text found, by question: ``cleared``, ``lifetime``, ``frontier``.
+        point: what one prompt fixes in the model, None where the run says it or nothing does.
     """
 
     stream: Stream
+    answer: Ask
+    run: Run | None = None
     samples: int = 64
     seed: int = 0
-    asker: Callable[[Question], Record] | None = None
     point: OperatingPoint | None = None
-    runs: Mapping[str, Record] = field(default_factory=dict[str, Record])
-    _answers: dict[Question, Record] = field(default_factory=dict[Question, Record])
 
-    def ask(self, question: Question) -> Record:
-        """The answer to a question, computed at most once."""
-        if question not in self._answers:
-            self._answers[question] = question(self.stream) if self.asker is None else self.asker(question)
-        return self._answers[question]
+    def ask(self, question: Question[Any]) -> Record:
+        """The answer to a question about the stream or, where there is one, about the run."""
+        return self.answer([question])[0]
 
-    def chosen(self, items: Sequence[Some], count: int | None = None) -> list[Some]:
+    def sample(self, items: Sequence[Item], count: int | None = None) -> list[Item]:
         """A seeded choice, in the order of the items."""
         generator = torch.Generator().manual_seed(self.seed)
-        at = torch.randperm(len(items), generator=generator)[: self.samples if count is None else count]
-        return [items[i] for i in at.sort().values.tolist()]
+        indices = torch.randperm(len(items), generator=generator)[: count or self.samples]
+        return [items[i] for i in indices.sort().values.tolist()]
 
-    def pairs(self) -> list[tuple[Component, Component]]:
-        """Some (writer, reader) pairs of heads that can reach."""
-        heads = self.stream.heads
-        return self.chosen([(w, r) for w in heads for r in heads if _reaches(w, r)])
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of all heads, in order of depth."""
+        return tuple(label for group in self.stream.groups.heads for label in group.labels)
 
-    def among_heads(self, port: HeadPort) -> Record:
+    def pairs(self) -> list[tuple[str, str]]:
+        """Some pairs of a writing head and a head that it reaches."""
+        groups = self.stream.groups.heads
+        return self.sample(
+            [
+                (writer, reader)
+                for below in groups
+                for writer in below.labels
+                for above in groups
+                if below.reaches(above.reads)
+                for reader in above.labels
+            ]
+        )
+
+    def head_edges(self, port: HeadPort) -> Record:
         """Composition of heads with heads, taken from the answer about all writers."""
-        return self.ask(Composition(port, writers="all")).select("writer", [str(c.label) for c in self.stream.heads])
+        return self.ask(Composition(port, writers="all")).select("writer", self.heads)
 
-    def head(self, component: Component) -> Head:
-        """A component as a head."""
-        part = self.stream[str(component.label)]
-        assert isinstance(part, Head)
-        return part
+    def head(self, name: str) -> Head:
+        """A head by its name."""
+        head = self.stream[name]
+        assert isinstance(head, Head)
+        return head
 
 
 def dense(map: LinearMap) -> Tensor:
@@ -74,31 +88,14 @@ def dense(map: LinearMap) -> Tensor:
     return map.to(accumulate).dense()
 
 
+def rank(map: LinearMap, cut: float = FOLDED_RANK_CUT) -> int:
+    """How many singular values of a map are above a share of the largest."""
+    return Spectrum(singular_values(map)).numerical_rank(cut)
+
+
 def present(values: Tensor) -> Tensor:
-    """The entries that are there."""
+    """The entries that are not NaN."""
     return values[~values.isnan()]
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's correlation of two columns over the entries that both have; None for fewer than three."""
-    there = ~(a.isnan() | b.isnan())
-    if int(there.sum()) < 3:
-        return None
-    ranks = torch.stack([_ranks(each[there].flatten()) for each in (a, b)])
-    found = float(torch.corrcoef(ranks)[0, 1])
-    return found if found == found else None
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Places in ascending order, equal values at their mean place."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(accumulate)
-    return (last - (counts - 1) / 2)[group]
-
-
-def _reaches(writer: Component, reader: Component) -> bool:
-    assert writer.writes is not None and reader.reads is not None
-    return writer.writes <= reader.reads
 
 
 Verdict = Literal["holds", "holds under", "fails", "cannot tell"]
@@ -108,20 +105,20 @@ Figure = float | int | str | bool | None
 @final
 @dataclass(frozen=True)
 class Finding:
-    """What a check found on one model.
+    """What a check finds on one model.
 
     Attributes:
         verdict: ``"holds"``, ``"holds under"`` a condition, ``"fails"`` or ``"cannot tell"``.
         why: one sentence with the numbers that decided.
         condition: of ``"holds under"``, what must be the case; None otherwise.
-        evidence: named figures, each computed on this model.
+        figures: named figures, each computed on this model.
         witnesses: names of components, with their numbers.
     """
 
     verdict: Verdict
     why: str
     condition: str | None = None
-    evidence: Mapping[str, Figure] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
     witnesses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,21 +128,21 @@ class Finding:
 @final
 @dataclass(frozen=True)
 class Statement:
-    """One published statement about the residual stream and the check that looks at it.
+    """One published statement about the residual stream and its check.
 
     Attributes:
         id: ``"L1"`` to ``"C6"``.
         title: what it is about, in a few words.
         claim: what was published.
         corrected: what mathematics says.
-        check: computes the evidence and the verdict on a model.
+        check: computes figures and a verdict on a model.
     """
 
     id: str
     title: str
     claim: str
     corrected: str
-    check: Callable[[Bench], Finding]
+    check: Callable[[Evidence], Finding]
 
     @property
     def page(self) -> str:
@@ -154,5 +151,5 @@ class Statement:
 
 
 def cannot_tell(why: str) -> Finding:
-    """A check that lacks what it needs."""
+    """The finding of a check that lacks what it needs."""
     return Finding("cannot tell", why)

@@ -11,173 +11,180 @@ from torch import Tensor
 from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.analysis.memory.neurons import Neurons
 from virtual_weights.analysis.pairs.composition import Composition
-from virtual_weights.linalg import accumulate
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import accumulate, eigenvalues, rank_correlation
 from virtual_weights.record import Record
-from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell, present, rank_correlation
+from virtual_weights.runtime.fate.erased import Erased
+from virtual_weights.runtime.fate.frontier import Frontier
+from virtual_weights.runtime.fate.persistence import Persistence
+from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, present
 
 _CLEARED = 0.1  # at most this share of a direction is left
 _EFFICIENT = 0.5  # -cos(w_in, w_out) of a neuron that writes against what it reads
 _STANDS = "where_the_model_stands"
-_PRICES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of utility over interference at which the frontier is told
+_PRICES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of utility over interference that serve as prices
+_SEQUENCES = 2  # of a run, for its frontier: all that flows is in memory at once
 
 
-def clearing(bench: Bench) -> Finding:
+def clearing(evidence: Evidence) -> Finding:
     """T6: gains of neurons and eigenvalues of heads at norm scalar and slope 1, attention to itself 1; and runs."""
-    stream = bench.stream
-    gains = present(bench.ask(Neurons()).numbers("gain")) if _has_mlps(bench) else torch.empty(0, dtype=accumulate)
-    kept = torch.empty(0, dtype=accumulate)
-    negative, witnesses = torch.empty(0, dtype=accumulate), list[str]()
-    if stream.heads:
-        heads = bench.ask(HeadErasers())
-        kept, negative = present(heads.numbers("kept")), present(heads.numbers("most_negative"))
-        witnesses += [_told(row, "kept") for row in heads.top(1, "kept", largest=False).rows()]
-    if not len(gains) and not len(kept):
+    stream = evidence.stream
+    none = torch.empty(0, dtype=accumulate)
+    gains, left, negative, witnesses = none, none, none, list[str]()
+    if evidence.heads:
+        heads = evidence.ask(HeadErasers())
+        left, negative = present(heads.numbers("kept")), present(heads.numbers("most_negative"))
+        best: list[dict[str, Any]] = list(heads.top(1, "kept", largest=False).rows())
+        witnesses += [f"{row['head']}: keeps {row['kept']:.3f} of the direction that it clears best" for row in best]
+    if stream.groups.mlps:
+        neurons = evidence.ask(Neurons())
+        every = neurons.numbers("gain")
+        gains, nearest = present(every), int((every - 1).abs().nan_to_num(torch.inf).argmin())
+        witnesses.append(f"{neurons.axis('neuron').labels[nearest]}: gain {float(every[nearest]):.3f}")
+    if not len(gains) and not len(left):
         return cannot_tell("the checkpoint holds no neuron and no head")
-    if len(gains):
-        nearest = bench.ask(Neurons())
-        at = int((nearest.numbers("gain") - 1).abs().nan_to_num(torch.inf).argmin())
-        witnesses.append(f"{nearest.axis('neuron').labels[at]}: gain {float(nearest.numbers('gain')[at]):.3f}")
-    cleared = int(((gains - 1).abs() < _CLEARED).sum())
-    measured, seen = _measured_clearing(bench.runs)
-    witnesses += seen
-    evidence: dict[str, Figure] = {
+    cleared, acting = int(((gains - 1).abs() < _CLEARED).sum()), int((left < _CLEARED).sum())
+    positive = gains[gains > 0]
+    run_figures, run_witnesses = _while_running(evidence)
+    figures: dict[str, Figure] = {
         "norm_scalar_and_slope": 1.0,
         "neurons": len(gains),
-        "neurons_that_attenuate": int(((gains > 0) & (gains < 1 - _CLEARED)).sum()),
+        "neurons_that_attenuate": int((positive < 1 - _CLEARED).sum()),
         "neurons_that_clear": cleared,
         "neurons_that_reflect_or_amplify": int((gains > 1 + _CLEARED).sum()),
         "neurons_that_strengthen": int((gains < 0).sum()),
-        "median_positive_gain": float(gains[gains > 0].median()) if bool((gains > 0).any()) else None,
-        "heads": len(kept),
-        "heads_with_a_cleared_direction": int((kept < _CLEARED).sum()),
+        "median_positive_gain": float(positive.median()) if len(positive) else None,
+        "heads": len(left),
+        "heads_with_a_cleared_direction": acting,
         "heads_with_a_negative_eigenvalue": len(negative),
-        "most_dimensions_one_of_them_can_clear": max(stream.spec.d_head if len(kept) else 0, 1),
+        "most_dimensions_one_of_them_can_clear": max(stream.spec.d_head if len(left) else 0, 1),
         "d_model": stream.d_model,
-        **measured,
+        **run_figures,
     }
-    if not bool((gains > 0).any()) and not len(negative):
-        return Finding("fails", "no neuron and no head writes against anything that it reads", None, evidence)
-    wide = _whole_stream(bench)
+    if not len(positive) and not len(negative):
+        return Finding("fails", "no neuron and no head writes against anything that it reads", None, figures)
+    wide = _whole_stream(evidence)
     if wide:
-        return Finding("holds", f"{wide} clears the whole stream", None, evidence, (wide,))
-    acting = evidence["heads_with_a_cleared_direction"]
-    why = f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(kept)} heads clear a direction"
-    condition = "gain times slope over norm scalar is 1 on the direction cleared, and these are no more than its rank"
-    return Finding("holds under", why, condition, evidence, tuple(witnesses))
+        return Finding("holds", f"{wide} clears the whole stream", None, figures, (wide,))
+    why = f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(left)} heads clear a direction"
+    condition = "gain times slope over norm scalar is 1 on the directions cleared, at most as many as the rank"
+    return Finding("holds under", why, condition, figures, (*witnesses, *run_witnesses))
 
 
-def _measured_clearing(runs: Mapping[str, Record]) -> tuple[dict[str, Figure], list[str]]:
+def _while_running(evidence: Evidence) -> tuple[dict[str, Figure], list[str]]:
     """What clears while the model runs, and what becomes of what was written, with a witness of each."""
-    evidence, witnesses = dict[str, Figure](), list[str]()
-    if "cleared" in runs:
-        run = runs["cleared"]
-        evidence["tokens_run"] = int(run.stamp["tokens"])
-        rows: list[dict[str, Any]] = list(run.rows())
-        for kind in ("neuron", "head", "mlp"):
-            for verdict in ("unconditional", "conditional", "rare"):
-                count = sum((row["kind"], row["verdict"]) == (kind, verdict) for row in rows)
-                evidence[f"{verdict}_{kind}s"] = count
-        steady = [row for row in rows if (row["kind"], row["verdict"]) == ("neuron", "unconditional")]
-        for row in sorted(steady, key=lambda row: (-row["cleared"], abs(row["mean"] - 1)))[:1]:
-            told = f"{row['eraser']}: clears on {row['cleared']:.1%} of tokens, coefficient {row['mean']:.3f}"
-            witnesses.append(f"{told} ± {row['spread']:.3f}")
-    if "lifetime" in runs:
-        run = runs["lifetime"]
-        later = _later(run.numbers("projection"))
-        followed = ~later.isnan().all(1)
-        least = later.nan_to_num(torch.inf).amin(1)[followed]
-        evidence["writers_followed"] = len(least)
-        evidence["share_of_writers_that_fall_below_half"] = float((least < 0.5).double().mean()) if len(least) else None
-        if len(least):
-            writer, state = divmod(int(later.abs().nan_to_num(torch.inf).argmin()), later.shape[1])
-            names = run.axis("writer").labels[writer], run.axis("state").labels[state]
-            witnesses.append(f"{names[0]}: {float(later[writer, state]):.3f} of what it wrote is left at {names[1]}")
-    return evidence, witnesses
+    if evidence.run is None:
+        return {}, []
+    figures, witnesses = dict[str, Figure](tokens_run=evidence.run.count), list[str]()
+    rows: list[dict[str, Any]] = list(evidence.ask(Erased()).rows())
+    for kind in ("neuron", "head", "mlp"):
+        for verdict in ("unconditional", "conditional", "rare"):
+            figures[f"{verdict}_{kind}s"] = sum((row["kind"], row["verdict"]) == (kind, verdict) for row in rows)
+    steady = [row for row in rows if (row["kind"], row["verdict"]) == ("neuron", "unconditional")]
+    if steady:
+        row = min(steady, key=lambda row: (-row["erased"], abs(row["mean"] - 1)))
+        witness = f"{row['eraser']}: clears on {row['erased']:.1%} of tokens, coefficient {row['mean']:.3f}"
+        witnesses.append(f"{witness} ± {row['spread']:.3f}")
+    persistence = evidence.ask(Persistence())
+    later = _later(persistence.numbers("projection"))
+    least = later.nan_to_num(torch.inf).amin(1)[~later.isnan().all(1)]
+    figures["writers_followed"] = len(least)
+    figures["share_of_writers_that_fall_below_half"] = float((least < 0.5).double().mean()) if len(least) else None
+    if len(least):
+        writer, state = divmod(int(later.abs().nan_to_num(torch.inf).argmin()), later.shape[1])
+        name, place = persistence.axis("writer").labels[writer], persistence.axis("state").labels[state]
+        witnesses.append(f"{name}: {float(later[writer, state]):.3f} of what it wrote is left at {place}")
+    return figures, witnesses
 
 
 def _later(projection: Tensor) -> Tensor:
     """(writer, state) without the first state that holds what a writer wrote: there nothing has yet erased it."""
-    there = ~projection.isnan()
-    first = there & (there.cumsum(1) == 1)
+    mask = ~projection.isnan()
+    first = mask & (mask.cumsum(1) == 1)
     return projection.masked_fill(first, torch.nan)
 
 
-def efficiency(bench: Bench) -> Finding:
+def efficiency(evidence: Evidence) -> Finding:
     """L11: direction against gain of every neuron."""
-    if not _has_mlps(bench):
+    if not evidence.stream.groups.mlps:
         return cannot_tell("the checkpoint holds no MLP")
-    record = bench.ask(Neurons())
+    record = evidence.ask(Neurons())
     cosine, gain = record.numbers("cosine"), record.numbers("gain")
-    efficient = -cosine > _EFFICIENT
+    efficient, near = -cosine > _EFFICIENT, (gain - 1).abs() <= 0.5
+    far = efficient & ~near
     count = int(efficient.sum())
-    off = efficient & ((gain - 1).abs() > 0.5)
-    evidence: dict[str, Figure] = {
+    figures: dict[str, Figure] = {
         "neurons": len(present(cosine)),
         "efficient": count,
-        "efficient_but_far_from_clearing": int(off.sum()),
-        "clearing_within_a_half": int(((gain - 1).abs() <= 0.5).sum()),
-        "of_these_efficient": int((((gain - 1).abs() <= 0.5) & efficient).sum()),
+        "efficient_but_far_from_clearing": int(far.sum()),
+        "clearing_within_a_half": int(near.sum()),
+        "of_these_efficient": int((near & efficient).sum()),
         "largest_efficiency": float(present(-cosine).max()),
         "rank_correlation_of_efficiency_and_gain": rank_correlation(-cosine, gain),
         "norm_scalar_and_slope": 1.0,
     }
     if not count:
         return cannot_tell(f"no neuron has an efficiency above {_EFFICIENT}: there is nothing to compare")
-    if not bool(off.any()):
-        return Finding("holds", f"all {count} efficient neurons have a gain within a half of 1", None, evidence)
-    at = int(torch.where(off, -cosine, -torch.inf).argmax())
-    told = f"{record.axis('neuron').labels[at]}: efficiency {float(-cosine[at]):.3f}, gain {float(gain[at]):.3g}"
-    why = f"{int(off.sum())} of {count} neurons that point against what they read have a gain far from 1"
-    return Finding(
-        "holds under", why, "efficiency is of direction alone, not of how much is cleared", evidence, (told,)
-    )
+    if not bool(far.any()):
+        return Finding("holds", f"all {count} efficient neurons have a gain within a half of 1", None, figures)
+    best = int(torch.where(far, -cosine, -torch.inf).argmax())
+    name = record.axis("neuron").labels[best]
+    witness = f"{name}: efficiency {float(-cosine[best]):.3f}, gain {float(gain[best]):.3g}"
+    why = f"{int(far.sum())} of {count} neurons that point against what they read have a gain far from 1"
+    condition = "efficiency is about direction alone, not about how much is cleared"
+    return Finding("holds under", why, condition, figures, (witness,))
 
 
-def best_policy(bench: Bench) -> Finding:
+def best_policy(evidence: Evidence) -> Finding:
     """L12: both objectives maximised over what to erase, with utility and interference measured or from the weights."""
-    estimated = _estimated_policy(bench)
-    if "frontier" not in bench.runs:
+    estimated = _estimated_policy(evidence)
+    if evidence.run is None:
         return estimated
-    return _measured_policy(bench.runs["frontier"], estimated.evidence)
+    try:
+        frontier = evidence.ask(Frontier(sequences=_SEQUENCES))
+    except UsageError:  # the run has no token whose loss counts, or nothing in it both helps and disturbs
+        return estimated
+    return _measured_policy(frontier, estimated.figures)
 
 
-def _measured_policy(run: Record, estimated: Mapping[str, Figure]) -> Finding:
-    """Policies over what a run on text measured, price by price. As written, the price is 0: it never meets m."""
-    listed: list[dict[str, Any]] = [row for row in run.rows() if row["agreement"] is not None]
-    priced = sorted(((float(row["lambda"]), row) for row in listed), key=lambda pair: pair[0])
-    if len(priced) < 2:
-        return cannot_tell("one price says nothing of what depends on the price")
-    evidence = {name: value for name, value in estimated.items() if name != _STANDS}
-    for price, row in priced:
+def _measured_policy(frontier: Record, estimated: Mapping[str, Figure]) -> Finding:
+    """Policies over what a run measured, price by price; as written, the price never meets m, as if it were 0."""
+    rows: list[dict[str, Any]] = [row for row in frontier.rows() if row["agreement"] is not None]
+    rows.sort(key=lambda row: row["lambda"])
+    if len(rows) < 2:
+        return cannot_tell("one price does not show what depends on the price")
+    figures = {name: value for name, value in estimated.items() if name != _STANDS}
+    for row in rows:
         for name in ("erased_by_optimal", "erased_by_model", "agreement"):
-            evidence[f"measured_{name}_at_price_{price:.3g}"] = row[name]
-    at, best = max(priced, key=lambda pair: pair[1]["agreement"])
-    names = ("agreement", "model", "optimal", "keep_all", "erase_all")
-    evidence |= {f"{_STANDS}_price": at, **{f"{_STANDS}_{name}": best[name] for name in names}}
-    told = f"at price {at:.3g} the model's own erasers decide as the best policy in {best['agreement']:.0%} of cases"
-    shares: list[float] = [row["erased_by_optimal"] for _, row in priced]
+            figures[f"measured_{name}_at_price_{row['lambda']:.3g}"] = row[name]
+    best = max(rows, key=lambda row: row["agreement"])
+    names = {"price": "lambda"} | {name: name for name in ("agreement", "model", "optimal", "keep_all", "erase_all")}
+    figures |= {f"{_STANDS}_{name}": best[column] for name, column in names.items()}
+    witness = f"at price {best['lambda']:.3g} the model's own erasers decide as the best policy in "
+    witness += f"{best['agreement']:.0%} of cases"
+    shares: list[float] = [row["erased_by_optimal"] for row in rows]
     if max(shares) == min(shares):
-        why = f"measured, the best policy erases {shares[0]:.0%} at each of {len(priced)} prices, whatever they are"
-        return Finding("holds", why, None, evidence, (told,))
-    why = f"measured, the best policy erases {min(shares):.0%} to {max(shares):.0%} over {len(priced)} prices; the "
+        why = f"measured, the best policy erases {shares[0]:.0%} at each of {len(rows)} prices"
+        return Finding("holds", why, None, figures, (witness,))
+    why = f"measured, the best policy erases {min(shares):.0%} to {max(shares):.0%} over {len(rows)} prices; the "
     why += "objective as written erases the same at all of them"
-    return Finding("fails", why, None, evidence, (told,))
+    return Finding("fails", why, None, figures, (witness,))
 
 
-def _estimated_policy(bench: Bench) -> Finding:
+def _estimated_policy(evidence: Evidence) -> Finding:
     """Both objectives at quantiles of utility over interference, from the weights.
 
     Per writer: utility, the squared composition score with the unembedding; interference, the sum of its squared scores
     with every later head's values but the strongest.
     """
-    if not bench.stream.heads or not bench.stream.model.has("unembed"):
+    if not evidence.heads or "unembed" not in evidence.stream.groups:
         return cannot_tell("the checkpoint lacks its attention or its unembedding")
-    utility = _score(bench, "unembed").square()[0]
-    values = _score(bench, "V").square().nan_to_num(0.0)
+    utility = evidence.ask(Composition("unembed", writers="all")).numbers("score").square()[0]
+    values = evidence.ask(Composition("V", writers="all")).numbers("score").square().nan_to_num(0.0)
     interference = values.sum(0) - values.max(0).values
-    there = ~utility.isnan()
-    utility, interference = utility[there], interference[there]
-    evidence: dict[str, Figure] = {
+    mask = ~utility.isnan()
+    utility, interference = utility[mask], interference[mask]
+    figures: dict[str, Figure] = {
         "writers": len(utility),
         "utility": "squared composition score with the unembedding",
         "interference": "squared composition scores with later heads' values, but the strongest",
@@ -185,48 +192,25 @@ def _estimated_policy(bench: Bench) -> Finding:
     }
     disturbing = interference > 0
     if not bool(disturbing.any()):
-        return Finding("holds", "no writer disturbs a second reader: both objectives keep all", None, evidence)
+        return Finding("holds", "no writer disturbs a second reader: both objectives keep all", None, figures)
     ratios = (utility / interference)[disturbing]
-    same = True
+    same, written = True, utility < 0  # the price times interference does not meet m, and so decides nothing
     for quantile in _PRICES:
-        price = float(ratios.quantile(quantile))
-        written, corrected = _maximiser(utility, 0 * interference, price), _maximiser(utility, interference, price)
+        corrected = utility < float(ratios.quantile(quantile)) * interference
         same = same and torch.equal(written, corrected)
-        evidence[f"erased_as_written_at_price_{quantile:g}"] = float(written.double().mean())
-        evidence[f"erased_as_corrected_at_price_{quantile:g}"] = float(corrected.double().mean())
+        figures[f"erased_as_written_at_price_{quantile:g}"] = float(written.double().mean())
+        figures[f"erased_as_corrected_at_price_{quantile:g}"] = float(corrected.double().mean())
     if same:
-        return Finding("holds", "both objectives erase the same at every price", None, evidence)
+        return Finding("holds", "both objectives erase the same at every price", None, figures)
     why = "the objective as written erases the same whatever interference costs; its interference term has no m in it"
-    return Finding("fails", why, None, evidence)
+    return Finding("fails", why, None, figures)
 
 
-def _maximiser(utility: Tensor, penalty: Tensor, price: float) -> Tensor:
-    """``argmax_m (1 - m) (U - price P)`` for each: erase where that is negative. As written, P does not meet m."""
-    return utility - price * penalty < 0
-
-
-def _score(bench: Bench, port: str) -> Tensor:
-    assert port in ("unembed", "V")
-    return bench.ask(Composition(port, writers="all")).numbers("score")
-
-
-def _has_mlps(bench: Bench) -> bool:
-    return any(c.kind == "mlp" for c in bench.stream.components)
-
-
-def _whole_stream(bench: Bench) -> str:
-    """A head that leaves less than the share of everything; '' where there is none, as there must be for k < d."""
-    if bench.stream.spec.d_head < bench.stream.d_model:
+def _whole_stream(evidence: Evidence) -> str:
+    """A head that clears every direction of the stream; '' where there is none, as there cannot be for k < d."""
+    if evidence.stream.spec.d_head < evidence.stream.d_model:
         return ""
-    for component in bench.stream.heads:
-        head = bench.head(component)
-        kept = (head.v @ head.o).to(accumulate).dense()
-        if bool((torch.linalg.eigvals(kept).add(1).abs() < _CLEARED).all()):
-            return str(component.label)
+    for name in evidence.heads:
+        if bool((eigenvalues(evidence.head(name).ov).add(1).abs() < _CLEARED).all()):
+            return name
     return ""
-
-
-def _told(row: Mapping[str, object], name: str) -> str:
-    value = row[name]
-    assert isinstance(value, float)
-    return f"{row['head']}: {name} {value:.3f} of its best cleared direction"

@@ -2,66 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
-from virtual_weights.linalg import accumulate
-from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
-from virtual_weights.stream import Component, Stream
-
-_CUT = 1e-5  # of the largest singular value
-_SEEN = 1e-6  # of a reader's largest gain: below it a unit direction is not seen
+from virtual_weights.linalg import FLOAT64_ROUNDING, FOLDED_RANK_CUT, FOLDED_ROUNDING, THREE_DIGITS, ZERO, accumulate
+from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, dense
+from virtual_weights.stream import Stream
 
 
-def null_space_is_kept(bench: Bench) -> Finding:
-    """L4: a direction in the null space of a head's values, through that head, and in the eyes of later readers."""
-    looked, directions, kept, erased = list[Component](), list[Tensor](), list[float](), 0
-    generator = torch.Generator().manual_seed(bench.seed)
-    for component in bench.chosen(bench.stream.heads, min(bench.samples, 24)):
-        head = bench.head(component)
-        value, out = (m.to(accumulate).dense() for m in (head.v, head.o))
-        erased += int((torch.linalg.eigvals(value @ out).add(1).abs() < 1e-3).sum())
-        hidden = _hidden(value)
-        if hidden.shape[1]:
-            direction = hidden @ torch.randn(hidden.shape[1], generator=generator, dtype=accumulate)
-            directions.append(direction / direction.norm())
-            kept.append(float((directions[-1] + out @ (value @ directions[-1])).norm()))
-            looked.append(component)
-    if not looked:
-        return cannot_tell("no head looked at has a null space")
-    best = _seen_by(bench.stream, looked, torch.stack(directions, 1))
-    seen = [(i, name) for i, (gain, name) in enumerate(best) if gain > _SEEN]
-    evidence: dict[str, Figure] = {
-        "heads_looked_at": len(looked),
-        "null_space_directions_seen_later": len(seen),
-        "least_norm_kept": min(kept),
-        "largest_norm_kept": max(kept),
+def null_space_is_kept(evidence: Evidence) -> Finding:
+    """L4: a direction in the null space of a head's values: what the head leaves of it, and who reads it later."""
+    names, directions, norms, erased = list[str](), list[Tensor](), list[float](), 0
+    generator = torch.Generator().manual_seed(evidence.seed)
+    for name in evidence.sample(evidence.heads, min(evidence.samples, 24)):
+        head = evidence.head(name)
+        value, out = dense(head.v), dense(head.o)
+        erased += int((torch.linalg.eigvals(value @ out).add(1).abs() < THREE_DIGITS).sum())
+        null = _null_space(value)
+        if null.shape[1]:
+            direction = null @ torch.randn(null.shape[1], generator=generator, dtype=accumulate)
+            direction = direction / direction.norm()
+            names.append(name)
+            directions.append(direction)
+            norms.append(float((direction + out @ (value @ direction)).norm()))
+    if not names:
+        return cannot_tell("none of the heads looked at has a null space")
+    strongest = _strongest_readers(evidence.stream, names, torch.stack(directions, 1))
+    readers = {i: reader for i, (gain, reader) in enumerate(strongest) if gain > FOLDED_ROUNDING}
+    figures: dict[str, Figure] = {
+        "heads_looked_at": len(names),
+        "null_space_directions_seen_later": len(readers),
+        "least_norm_kept": min(norms),
+        "largest_norm_kept": max(norms),
         "directions_with_eigenvalue_near_minus_one": erased,
     }
-    if not seen:
-        return Finding("holds", "nothing after these heads sees what they do not see", None, evidence)
-    told = (f"unseen by {looked[i].label}.V, kept at {kept[i]:.6f}, read by {name}" for i, name in seen[:3])
-    why = f"of {len(looked)} directions that a head's values do not see, {len(seen)} are read by something later"
-    return Finding("fails", why, None, evidence, tuple(told))
+    if not readers:
+        return Finding("holds", "nothing after these heads sees what they do not see", None, figures)
+    witnesses = [f"unseen by {names[i]}.V, kept at {norms[i]:.6f}, read by {reader}" for i, reader in readers.items()]
+    why = f"of {len(names)} directions that a head's values do not see, {len(readers)} are read by a later component"
+    return Finding("fails", why, None, figures, tuple(witnesses[:3]))
 
 
-def communication_space(bench: Bench) -> Finding:
+def communication_space(evidence: Evidence) -> Finding:
     """C2: the intersection of all later row spaces against their sum, at the state in the middle."""
-    stream = bench.stream
-    ledger = bench.ask(Bandwidth())
+    stream = evidence.stream
+    ledger = evidence.ask(Bandwidth())
     state = stream.states // 2
-    spaces = list(_row_spaces(stream, state))
+    spaces = _row_spaces(stream, state)
     if len(spaces) < 2:
         return cannot_tell("fewer than two attention heads read after the middle of the stream")
-    mean = sum((basis.T @ basis for _, basis in spaces), torch.zeros(stream.d_model, stream.d_model).to(accumulate))
-    values, vectors = torch.linalg.eigh(mean / len(spaces))
-    common = int((values > 1 - 1e-9).sum())
-    together = int((values > 1e-12).sum())
-    evidence: dict[str, Figure] = {
+    mean = sum((basis.T @ basis for basis in spaces.values()), torch.zeros((), dtype=accumulate)) / len(spaces)
+    values, vectors = torch.linalg.eigh(mean)
+    common, together = int((values > 1 - FLOAT64_ROUNDING).sum()), int((values > ZERO).sum())
+    figures: dict[str, Figure] = {
         "state": state,
         "later_head_readers": len(spaces),
         "dimension_of_the_intersection": common,
@@ -70,71 +66,52 @@ def communication_space(bench: Bench) -> Finding:
         "unread_dimension": int(ledger.numbers("unread_dim")[state]),
     }
     if common == together:
-        return Finding("holds", f"all later readers read the same {common} dimensions", None, evidence)
-    direction = vectors[:, int((values > 1e-12).nonzero()[0])]  # read by the fewest
-    share = sorted(((float((basis @ direction).norm()), name) for name, basis in spaces), reverse=True)
-    witness = (
-        f"a direction read by {share[0][1]} (cosine {share[0][0]:.3f}), not by {share[-1][1]} ({share[-1][0]:.1g})"
-    )
-    why = f"the later readers share {common} dimensions, together they read {together}"
-    return Finding("fails", why, None, evidence, (witness,))
+        return Finding("holds", f"all later readers read the same {common} dimensions", None, figures)
+    direction = vectors[:, len(values) - together]  # read by the fewest
+    cosines = sorted(((float((basis @ direction).norm()), name) for name, basis in spaces.items()), reverse=True)
+    (most, reader), (least, other) = cosines[0], cosines[-1]
+    witness = f"a direction read by {reader} (cosine {most:.3f}), not by {other} ({least:.1g})"
+    why = f"the later readers share {common} dimensions, but together they read {together}"
+    return Finding("fails", why, None, figures, (witness,))
 
 
-def _hidden(rows: Tensor) -> Tensor:
+def _null_space(rows: Tensor) -> Tensor:
     """Orthonormal columns of the null space."""
     _, s, vh = torch.linalg.svd(rows, full_matrices=True)
-    rank = int((s > _CUT * s[0]).sum()) if float(s[0]) > 0 else 0
+    rank = int((s > FOLDED_RANK_CUT * s[0]).sum())
     return vh[rank:].T
 
 
-def _seen_by(stream: Stream, after: list[Component], directions: Tensor) -> list[tuple[float, str]]:
-    """For each direction (in columns) its strongest reader after a component: gain over the reader's norm, and name."""
-    best = [(0.0, "")] * len(after)
-    for place, name, maps in _readers(stream):
-        wide = maps.to(accumulate)
-        gains = torch.linalg.vector_norm(wide @ directions, dim=1) / torch.linalg.vector_norm(wide, dim=(1, 2))[:, None]
-        for i, component in enumerate(after):
-            assert component.writes is not None
-            at = int(gains[:, i].nan_to_num(0).argmax())
-            if component.writes <= place and float(gains[at, i]) > best[i][0]:
-                best[i] = (float(gains[at, i]), name(at))
+def _strongest_readers(stream: Stream, writers: list[str], directions: Tensor) -> list[tuple[float, str]]:
+    """For each direction (in columns) its strongest reader after a writer: gain over the reader's norm, and name."""
+    best = [(0.0, "")] * len(writers)
+    groups = [stream.groups.of(writer) for writer in writers]
+    for state, names, maps in _readers(stream):
+        maps = maps.to(accumulate)
+        gains = torch.linalg.vector_norm(maps @ directions, dim=1) / torch.linalg.vector_norm(maps, dim=(1, 2))[:, None]
+        largest, index = gains.nan_to_num(0).max(0)
+        for i, group in enumerate(groups):
+            if group.reaches(state) and float(largest[i]) > best[i][0]:
+                best[i] = (float(largest[i]), names[int(index[i])])
     return best
 
 
-def _readers(stream: Stream) -> Iterator[tuple[int, Callable[[int], str], Tensor]]:
-    """The values of every layer's heads, every MLP and the unembedding: state, names, maps (m, k, d)."""
-    for c in stream.components:
-        if c.reads is None or (c.kind == "head" and c.label.index != 0):
-            continue
-        if c.kind == "head":
-            layer, group = c.label.layer, stream.spec.group
-            yield c.reads, partial(_value_name, layer, group), stream.read("V", layer).maps
-        elif c.kind == "mlp":
-            ports = ("gate", "up") if stream.spec.gated else ("in",)
-            for port in ports:
-                yield c.reads, partial(_name, f"{c.label}.{port}"), stream.read(port, c.label.layer).maps
-        else:
-            yield c.reads, partial(_name, "unembed"), stream.read("unembed").maps
+def _readers(stream: Stream) -> Iterator[tuple[int | None, list[str], Tensor]]:
+    """The values of every attention, every port of an MLP and the unembedding: state, names, maps (m, k, d)."""
+    for group in stream.groups:
+        for port in group.ports:
+            if port not in ("Q", "K"):
+                names = [label if port == "unembed" else f"{label}.{port}" for label in group.labels]
+                yield group.reads, names[:: group.shared(port)], stream.read(port, group).maps
 
 
-def _value_name(layer: int | None, group: int, index: int) -> str:
-    return f"L{layer}H{index * group}.V"
-
-
-def _name(name: str, index: int) -> str:
-    del index  # one map under this name
-    return name
-
-
-def _row_spaces(stream: Stream, state: int) -> list[tuple[str, Tensor]]:
-    """Orthonormal rows of what every distinct head reader at or after a state reads."""
-    spaces = list[tuple[str, Tensor]]()
-    for layer in stream.attention_layers:
-        if (stream.heads_of(layer)[0].reads or 0) < state:
-            continue
-        for port in ("Q", "K", "V"):
-            group = 1 if port == "Q" else stream.spec.group
-            _, s, vh = torch.linalg.svd(stream.read(port, layer).maps.to(accumulate), full_matrices=False)
-            kept = (s > _CUT * s[:, :1]) & (s > 0)
-            spaces += [(f"L{layer}H{i * group}.{port}", vh[i, kept[i]]) for i in range(len(s))]
+def _row_spaces(stream: Stream, state: int) -> dict[str, Tensor]:
+    """Every distinct reader of a head at or after a state, with orthonormal rows of what it reads."""
+    spaces = dict[str, Tensor]()
+    for group in stream.groups.heads:
+        for port in group.ports if (group.reads or 0) >= state else ():
+            _, s, vh = torch.linalg.svd(stream.read(port, group).maps.to(accumulate), full_matrices=False)
+            mask = (s > FOLDED_RANK_CUT * s[:, :1]) & (s > 0)
+            for i, label in enumerate(group.labels[:: group.shared(port)]):
+                spaces[f"{label}.{port}"] = vh[i, mask[i]]
     return spaces

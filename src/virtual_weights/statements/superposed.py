@@ -1,124 +1,139 @@
-"""L9, T5, L10, C6: directions of the model that share the stream, and what can be read of each."""
+"""L9, T5, L10, C6, C1, T3, L8, C5: directions that share the stream, what is read of each, how far edges reach."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from virtual_weights.analysis.crowding.coherence import Coherence, capacity
-from virtual_weights.analysis.crowding.dictionary import Kind
+from virtual_weights.analysis.crowding.directions import DirectionKind
 from virtual_weights.analysis.crowding.interference import FEWEST, Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
+from virtual_weights.analysis.pairs.subspaces import Subspaces
+from virtual_weights.linalg import (
+    BELOW_ONE,
+    FOLDED_ROUNDING,
+    THREE_DIGITS,
+    Dense,
+    accumulate,
+    benjamini_hochberg,
+    column_space,
+    frobenius_norm,
+    rank_correlation,
+)
 from virtual_weights.record import Record
-from virtual_weights.statements.evidence import Bench, Figure, Finding, cannot_tell
+from virtual_weights.statements.evidence import NO_PAIRS, Evidence, Figure, Finding, cannot_tell, dense, present
 
-_FAITHFUL = 0.95  # of the signals found
+_FAITHFUL = 0.95  # of the signals recovered
 _FALL = 0.05
-_KIND: Kind = "out"
-_NONE = "the checkpoint holds no MLP, and so no directions of neurons"
+_POWER = 0.25  # how far a fitted exponent may be from a power
+_KIND: DirectionKind = "out"
+_NO_NEURONS = "the checkpoint holds no MLP, and so no directions of neurons"
 
 
-def recovery(bench: Bench) -> Finding:
-    """L9: signals along neurons' output directions, read out by methods that are not told which are active."""
-    if not _neurons(bench):
-        return cannot_tell(_NONE)
-    record = bench.ask(Recovery(_KIND, seed=bench.seed))
+def recovery(evidence: Evidence) -> Finding:
+    """L9: signals along neurons' output directions, read out by methods that do not know which are active."""
+    if not _neurons(evidence):
+        return cannot_tell(_NO_NEURONS)
+    record = evidence.ask(Recovery(_KIND, seed=evidence.seed))
     counts = [int(n) for n in record.axis("n").labels]
     limits = {name: _limit(record, name, counts) for name in _blind(record)}
-    evidence: dict[str, Figure] = {"directions": int(record.stamp["directions"]), "dimension": bench.stream.d_model}
+    figures: dict[str, Figure] = {"directions": int(record.stamp["directions"]), "dimension": evidence.stream.d_model}
     for name, limit in limits.items():
-        evidence[f"signals_recovered_{name}"] = limit
-        evidence[f"fidelity_{name}_at_{counts[-1]}"] = float(record.numbers(name)[-1])
-    best = max(limits, key=lambda name: limits[name])
-    told = ", ".join(f"{limit} by {name.replace('_', ' ')}" for name, limit in limits.items())
+        figures[f"signals_recovered_{name}"] = limit
+        figures[f"fidelity_{name}_at_{counts[-1]}"] = float(record.numbers(name)[-1])
     if min(limits.values()) == counts[-1]:
-        return Finding("holds", f"every method finds all of {counts[-1]} signals", None, evidence)
-    if limits[best] < min(2, counts[-1]):
-        return Finding("fails", "no method finds two signals at once", None, evidence)
-    why = f"of {evidence['directions']} directions so many signals at once are found ({_FAITHFUL:.0%} of them): {told}"
-    return Finding("holds under", why, f"no more than {limits[best]} signals are active at once", evidence)
+        return Finding("holds", f"every method recovers all of {counts[-1]} signals", None, figures)
+    best = max(limits.values())
+    if best < min(2, counts[-1]):
+        return Finding("fails", "no method recovers two signals at once", None, figures)
+    numbers = ", ".join(f"{limit} by {name.replace('_', ' ')}" for name, limit in limits.items())
+    why = (
+        f"along {figures['directions']} directions, methods recover {_FAITHFUL:.0%} of the signals up to these numbers "
+    )
+    why += f"of signals at once: {numbers}"
+    return Finding("holds under", why, f"no more than {best} signals are active at once", figures)
 
 
-def trade_off(bench: Bench) -> Finding:
+def trade_off(evidence: Evidence) -> Finding:
     """C6: fidelity against the number of signals, method by method."""
-    if not _neurons(bench):
-        return cannot_tell(_NONE)
-    record = bench.ask(Recovery(_KIND, seed=bench.seed))
-    counts, evidence = record.axis("n").labels, dict[str, Figure]()
+    if not _neurons(evidence):
+        return cannot_tell(_NO_NEURONS)
+    record = evidence.ask(Recovery(_KIND, seed=evidence.seed))
+    counts, figures = record.axis("n").labels, dict[str, Figure]()
     falling = list[str]()
     for name in _blind(record):
         curve = record.numbers(name)
         for n, value in zip(counts[::2], curve[::2].tolist(), strict=True):
-            evidence[f"{name}_at_{n}"] = value
+            figures[f"{name}_at_{n}"] = value
         if float(curve[0] - curve[-1]) > _FALL:
             falling.append(f"{name.replace('_', ' ')} from {float(curve[0]):.2f} to {float(curve[-1]):.2f}")
     if not falling:
-        return Finding("fails", f"up to {counts[-1]} signals no method loses any", None, evidence)
-    return Finding("holds", f"from 1 to {counts[-1]} signals fidelity falls: {'; '.join(falling)}", None, evidence)
+        return Finding("fails", f"with up to {counts[-1]} signals no method loses any", None, figures)
+    return Finding("holds", f"from 1 to {counts[-1]} signals fidelity falls: {'; '.join(falling)}", None, figures)
 
 
-def growth(bench: Bench) -> Finding:
+def growth(evidence: Evidence) -> Finding:
     """L10: powers of n with which the total over pairs, and the squared error of one signal, grow."""
-    if _neurons(bench) < 4 * FEWEST:
-        return cannot_tell(f"fewer than {4 * FEWEST} neurons are too few for a power")
-    fitted = bench.ask(Interference(_KIND, seed=bench.seed)).stamp["exponents"]
-    total, error = fitted["total"], fitted["error"]
+    if _neurons(evidence) < 4 * FEWEST:
+        return cannot_tell(f"fewer than {4 * FEWEST} neurons are too few to fit a power")
+    exponents = evidence.ask(Interference(_KIND, seed=evidence.seed)).stamp["exponents"]
+    total, error = exponents["total"], exponents["error"]
     if total is None or error is None:
-        return cannot_tell("these directions are orthogonal: no interference grows")
-    evidence: dict[str, Figure] = {
-        f"{name}_{each}": float(value)
-        for name, found in (("total_over_pairs", total), ("squared_error_of_a_signal", error))
-        for each, value in found.items()
+        return cannot_tell("these directions are orthogonal: there is no interference to grow")
+    figures: dict[str, Figure] = {
+        f"{name}_{key}": float(value)
+        for name, fit in (("total_over_pairs", total), ("squared_error_of_a_signal", error))
+        for key, value in fit.items()
     }
-    told = f"total over pairs n^{total['exponent']:.2f}, squared error of a signal n^{error['exponent']:.2f}"
-    quadratic, linear = abs(total["exponent"] - 2) < 0.25, abs(error["exponent"] - 1) < 0.25
-    if quadratic and linear:
-        return Finding(
-            "holds under",
-            told,
-            "the total over all pairs is meant, not the error of one signal, and signs are random",
-            evidence,
-        )
-    if quadratic and abs(error["exponent"] - 2) < 0.25:
-        return Finding("holds", told, None, evidence)
-    return Finding("fails", told, None, evidence)
+    why = f"total over pairs n^{total['exponent']:.2f}, squared error of a signal n^{error['exponent']:.2f}"
+    quadratic = abs(total["exponent"] - 2) < _POWER
+    if quadratic and abs(error["exponent"] - 1) < _POWER:
+        condition = "the total over all pairs is meant, not the error of one signal, and signs are random"
+        return Finding("holds under", why, condition, figures)
+    if quadratic and abs(error["exponent"] - 2) < _POWER:
+        return Finding("holds", why, None, figures)
+    return Finding("fails", why, None, figures)
 
 
-def capacity_bound(bench: Bench) -> Finding:
+def capacity_bound(evidence: Evidence) -> Finding:
     """T5: the model's own directions, and as many random ones, against d / eps^2 at their own largest cosine."""
-    if _neurons(bench) < 2:
-        return cannot_tell(_NONE)
-    stamp = bench.ask(Coherence(_KIND, seed=bench.seed)).stamp
-    n, d = int(stamp["directions"]), bench.stream.d_model
-    own, chance = (min(float(stamp[name]), 1 - 1e-7) for name in ("largest", "random_largest"))
-    evidence: dict[str, Figure] = {
+    if _neurons(evidence) < 2:
+        return cannot_tell(_NO_NEURONS)
+    stamp = evidence.ask(Coherence(_KIND, seed=evidence.seed)).stamp
+    n, d = int(stamp["directions"]), evidence.stream.d_model
+    largest, chance = (min(float(stamp[name]), BELOW_ONE) for name in ("largest", "random_largest"))
+    figures: dict[str, Figure] = {
         "directions": n,
         "dimension": d,
-        "largest_cosine": own,
+        "largest_cosine": largest,
         "welch_bound": float(stamp["welch"]),
         "mean_square_times_d": float(stamp["mean_square"]) * d,
         "random_largest_cosine": chance,
     }
-    for name, eps in (("model", own), ("random_code", chance)):
+    for name, eps in (("model", largest), ("random_code", chance)):
         if eps > 0:
             counts = capacity(d, eps)
-            evidence[f"published_bound_at_{name}"] = counts.published
-            evidence[f"log10_of_random_code_at_{name}"] = counts.log10_random_code
-            evidence[f"signals_active_at_once_at_{name}"] = counts.active_signals
+            figures[f"published_bound_at_{name}"] = counts.published
+            figures[f"log10_of_random_code_at_{name}"] = counts.log10_random_code
+            figures[f"signals_active_at_once_at_{name}"] = counts.active_signals
     beyond = [
         f"{n} {kind} with cosines up to {eps:.3f}: d / eps^2 is {d / eps**2:.0f}"
-        for kind, eps in (("directions of neurons", own), ("random directions", chance))
+        for kind, eps in (("directions of neurons", largest), ("random directions", chance))
         if eps > 0 and n > d / eps**2
     ]
     if beyond:
-        return Finding("fails", f"{n} directions exceed d / eps^2", None, evidence, tuple(beyond))
+        return Finding("fails", f"{n} directions exceed d / eps^2", None, figures, tuple(beyond))
     why = f"{n} directions are fewer than d / eps^2, the model's own as well as random ones"
-    return Finding("holds under", why, "so few directions as this model has; in general no bound", evidence)
+    return Finding("holds under", why, "as few directions as this model has; in general it is not a bound", figures)
 
 
-def _neurons(bench: Bench) -> int:
-    return sum(bench.stream.spec.d_mlp for c in bench.stream.components if c.kind == "mlp")
+def _neurons(evidence: Evidence) -> int:
+    return sum(group.width for group in evidence.stream.groups.mlps)
 
 
 def _blind(record: Record) -> list[str]:
-    """Methods that are not told which signals are active."""
+    """Methods that do not know which signals are active."""
     return [column.name for column in record.columns if column.name != "known_support"]
 
 
@@ -127,3 +142,135 @@ def _limit(record: Record, name: str, counts: list[int]) -> int:
     faithful = (record.numbers(name) >= _FAITHFUL).tolist()
     first = faithful.index(False) if False in faithful else len(counts)
     return counts[first - 1] if first else 0
+
+
+_DISCOVERIES = 0.01  # rate of false ones
+
+
+def distant_edges(evidence: Evidence) -> Finding:
+    """C1: edges beyond chance against the distance between their layers, in values."""
+    if len(evidence.stream.groups.heads) < 3:
+        return cannot_tell("fewer than three layers with attention: every edge is between neighbours")
+    record = evidence.head_edges("V")
+    z, ratio = record.numbers("z"), record.numbers("null_ratio")
+    layer = torch.tensor([component.label.layer for component in evidence.stream.heads])
+    distance = layer[:, None] - layer[None, :]
+    beyond = benjamini_hochberg(torch.special.erfc(z / 2**0.5) / 2) < _DISCOVERIES
+    far = beyond & (distance > 1)
+    edges, far_edges = int(beyond.sum()), int(far.sum())
+    figures: dict[str, Figure] = {
+        "edges": len(present(z)),
+        "edges_beyond_chance": edges,
+        "of_these_not_between_neighbours": far_edges,
+        "share_not_between_neighbours": far_edges / edges if edges else None,
+        "false_discovery_rate": _DISCOVERIES,
+    }
+    for step in dict.fromkeys((1, 2, 4, 8, 16, int(distance.max()))):
+        values = present(ratio[distance == step])
+        if len(values):
+            figures[f"mean_squared_ratio_to_chance_at_distance_{step}"] = float(values.square().mean())
+    if not far_edges:
+        return Finding("fails", "no edge beyond chance skips a layer", None, figures)
+    clearest = int(torch.where(far, z, -torch.inf).argmax())
+    reader, writer = divmod(clearest, z.shape[1])
+    names = record.axis("reader").labels[reader], record.axis("writer").labels[writer]
+    witness = f"{names[1]} -> {names[0]}.V, {int(distance[reader, writer])} layers, z {float(z[reader, writer]):.0f}"
+    why = f"{far_edges} of {edges} edges beyond chance skip at least one layer"
+    return Finding("holds", why, None, figures, (witness,))
+
+
+def trivial_intersection(evidence: Evidence) -> Finding:
+    """T3: pairs of heads whose subspaces meet only in 0, and what one nevertheless writes into the other."""
+    if not evidence.pairs():
+        return cannot_tell(NO_PAIRS)
+    record = evidence.ask(Subspaces("O", "V"))
+    cosine, strength, bound = (record.numbers(name) for name in ("cosine", "strength", "bound"))
+    effect = strength / (bound / cosine)
+    apart = cosine < 1 - FOLDED_ROUNDING
+    affected = apart & (effect > FOLDED_ROUNDING)
+    count, total = int(affected.sum()), int(apart.sum())
+    figures: dict[str, Figure] = {
+        "pairs": len(present(cosine)),
+        "pairs_that_meet_in_zero_alone": total,
+        "of_these_with_an_effect": count,
+        "largest_relative_effect": max(present(effect[apart]).tolist(), default=None),
+        "independent_pairs": int(present(record.numbers("independent")).sum()),
+    }
+    if not total:
+        return cannot_tell("every pair of subspaces shares a direction")
+    if not count:
+        return Finding("holds", f"none of the {total} pairs that meet only in 0 interferes", None, figures)
+    strongest = int(torch.where(affected, effect, -torch.inf).argmax())
+    why = f"in {count} of {total} pairs that meet only in 0, one head nevertheless reads the other"
+    return Finding("fails", why, None, figures, (_pair(record, strongest, "strength", effect),))
+
+
+def angles_bound(evidence: Evidence) -> Finding:
+    """L8: ``||R O||_2`` against ``||R||_2 ||O||_2 cos(theta_1)`` over all pairs."""
+    if not evidence.pairs():
+        return cannot_tell(NO_PAIRS)
+    record = evidence.ask(Subspaces("O", "V"))
+    strength, bound, tightness = (record.numbers(name) for name in ("strength", "bound", "tightness"))
+    values = present(tightness)
+    if not len(values):
+        return cannot_tell("no head reads anything of another")
+    violations = int((strength > bound * (1 + FOLDED_ROUNDING)).sum())
+    median, least, largest = float(values.median()), float(values.min()), float(values.max())
+    cosine = record.numbers("cosine")
+    figures: dict[str, Figure] = {
+        "pairs": len(values),
+        "violations": violations,
+        "median_tightness": median,
+        "least_tightness": least,
+        "largest_tightness": largest,
+        "rank_correlation_of_cosine_and_effect": rank_correlation(cosine, strength / (bound / cosine)),
+    }
+    if violations:
+        return Finding("fails", f"{violations} pairs exceed the bound", None, figures)
+    if largest - least < THREE_DIGITS:
+        return Finding("holds", f"the effect is {median:.3f} of the bound in every pair", None, figures)
+    why = f"no pair exceeds the bound; the effect is {least:.2g} to {largest:.2g} of it"
+    loosest = int(torch.where(tightness.isnan(), torch.inf, tightness).argmin())
+    condition = "read as an upper bound: the effect is not proportional to it"
+    return Finding("holds under", why, condition, figures, (_pair(record, loosest, "tightness", tightness),))
+
+
+def orthogonal_is_least(evidence: Evidence) -> Finding:
+    """C5: interference against overlap over all pairs, and after removing the overlap."""
+    pairs = evidence.pairs()
+    if not pairs:
+        return cannot_tell(NO_PAIRS)
+    record = evidence.ask(Subspaces("O", "V"))
+    overlap = record.numbers("overlap")
+    correlation = rank_correlation(overlap, record.numbers("strength"))
+    shares = list[float]()
+    for writer, reader in pairs[:8]:
+        head, out = evidence.head(reader), evidence.head(writer).ov.to(accumulate)
+        before = frobenius_norm(head.ov.to(accumulate) @ out)
+        if before > 0:
+            space = column_space(out)
+            rest = dense(head.v) - space.project(dense(head.v).T).T
+            shares.append(frobenius_norm(head.o.to(accumulate) @ Dense(rest) @ out) / before)
+    left = max(shares, default=0.0)
+    figures: dict[str, Figure] = {
+        "pairs": len(present(overlap)),
+        "rank_correlation_of_overlap_and_strength": correlation,
+        "pairs_made_orthogonal": len(shares),
+        "largest_share_left": left if shares else None,
+    }
+    if left > FOLDED_ROUNDING:
+        return Finding("fails", f"a pair that is made orthogonal keeps {left:.2g} of its strength", None, figures)
+    if correlation is None:
+        return cannot_tell("fewer than three pairs have an effect")
+    why = "making a pair orthogonal removes its effect entirely"
+    if correlation > 0:
+        why += f", and over pairs strength grows with overlap (rank correlation {correlation:.2f})"
+        return Finding("holds", why, None, figures)
+    why += f"; short of that, less overlap does not mean less effect (rank correlation {correlation:.2f})"
+    return Finding("holds under", why, "exact orthogonality", figures)
+
+
+def _pair(record: Record, entry: int, name: str, values: Tensor) -> str:
+    first, second = record.axes
+    i, j = divmod(entry, len(second.labels))
+    return f"{first.labels[i]}, {second.labels[j]}: {name} {float(values.flatten()[entry]):.3g}"

@@ -1,22 +1,28 @@
 """The core abstraction: components with read and write ports at ordered positions of the stream."""
 
 from virtual_weights.stream.build import open_stream
-from virtual_weights.stream.group import Component
+from virtual_weights.stream.group import Component, Group, Groups
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale
 from virtual_weights.stream.operating_point import OperatingPoint
+from virtual_weights.stream.question import Composite, Question, cost
 from virtual_weights.stream.stream import Read, Stream
 from virtual_weights.stream.views import Head, Mlp
 from virtual_weights.stream.virtual import virtual_weight
 
 __all__ = [
     "Component",
+    "Composite",
+    "Group",
+    "Groups",
     "Head",
     "Label",
     "Mlp",
     "OperatingPoint",
+    "Question",
     "Read",
     "Stream",
+    "cost",
     "open_stream",
     "parse",
     "scale",

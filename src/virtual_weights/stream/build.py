@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from virtual_weights.architecture import resolve
 from virtual_weights.checkpoint import Source, open_source
-from virtual_weights.checkpoint.live_module import NnsightModel
+from virtual_weights.checkpoint.mapping_source import NnsightModel
 from virtual_weights.stream.stream import Stream
 
 
@@ -44,10 +44,13 @@ def open_stream(
         ArchitectureError: a tensor or configuration key is not accounted for, or shapes contradict it.
 
     Example:
-        >>> stream = open_stream("smollm2-135m")  # doctest: +SKIP
+        >>> stream = vw.open("smollm2-135m")  # doctest: +SKIP
         >>> stream["L17H3"].qk.shape  # doctest: +SKIP
         (576, 576)
     """
     source = open_source(reference, config=config, offline=offline, allow_non_finite=allow_non_finite)
     shapes = {name: info.shape for name, info in source.tensors.items()}
     return Stream(source, resolve(source.config, shapes, source.dialect, partial=partial), fold)
+
+
+open = open_stream  # its public name, virtual_weights.open

@@ -1,19 +1,44 @@
-"""Components in order of depth, with the state of the stream they read and the one they write into."""
+"""Groups: components that read and write through the same maps and norms, at numbered states of the stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, final
 
 from virtual_weights.architecture import Model
-from virtual_weights.stream.names import Kind, Label
+from virtual_weights.errors import UsageError
+from virtual_weights.stream.names import Kind, Label, parse
 
 HeadPort = Literal["Q", "K", "V"]
+NeuronPort = Literal["in", "up", "gate"]
 Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed"]
 Writers = Literal["heads", "all"]
 
 HEAD_PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")
-PORTS: tuple[Port, ...] = (*HEAD_PORTS, "gate", "up", "in", "unembed")
+NEURON_PORTS: tuple[NeuronPort, ...] = ("in", "up", "gate")
+
+READINGS: dict[Port, str] = {
+    "Q": "q",
+    "K": "k",
+    "V": "v",
+    "gate": "gate",
+    "up": "up",
+    "in": "up",
+    "unembed": "unembed",
+}
+"""The role of the tables that every port reads by."""
+
+WRITINGS: dict[Kind, str] = {
+    "head": "o",
+    "mlp": "down",
+    "embed": "embed",
+    "pos": "pos",
+    "attn_bias": "bias",
+    "mlp_bias": "bias",
+}
+"""The role of the tables that every kind of component writes by."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +50,13 @@ class Component:
     ``writer.writes <= reader.reads``.
 
     Attributes:
-        channel: name of the key/value head it shares with others, None where it shares none.
+        kv_group: name of the key/value head that it shares with others, None where it shares none.
     """
 
     label: Label
     reads: int | None
     writes: int | None
-    channel: str | None = None
+    kv_group: str | None = None
 
     @property
     def kind(self) -> Kind:
@@ -39,55 +64,223 @@ class Component:
         return self.label.kind
 
 
+@final
+@dataclass(frozen=True)
+class Group:
+    """The heads of one attention, one MLP, one embedding, one bias, or the unembedding.
+
+    Whatever is kept by place (weights, norm scalars, moments) is kept by a group's id, never by the number of a layer.
+
+    Attributes:
+        id: ``"L3.attn"``, ``"L3.mlp"``, ``"L3.attn.bias"``, ``"embed"``, ``"pos"`` or ``"unembed"``; also the name of
+            the norm before it.
+        kind: what its components are.
+        components: one for each map: the heads, or the one component.
+        ports: through which it reads, in order; () where it only writes.
+        reads: the state that it reads; None where it only writes.
+        writes: the states in which what it writes first appears; () where it only reads.
+        width: inner activations of one component: d_head, or the number of neurons; 0 outside the blocks.
+        sharing: how many query heads share one key/value head.
+    """
+
+    id: str
+    kind: Kind
+    components: tuple[Component, ...]
+    ports: tuple[Port, ...] = ()
+    reads: int | None = None
+    writes: tuple[int, ...] = ()
+    width: int = 0
+    sharing: int = 1
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, for names and tables; None outside the blocks."""
+        return self.components[0].label.layer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of its components."""
+        return tuple(str(component.label) for component in self.components)
+
+    @property
+    def first(self) -> int:
+        """The first state that holds what it writes."""
+        return self.writes[0]
+
+    @property
+    def constant(self) -> bool:
+        """Whether it writes the same at every token, as a bias does."""
+        return self.kind in ("attn_bias", "mlp_bias")
+
+    @property
+    def neurons(self) -> tuple[str, ...]:
+        """The names of an MLP's neurons."""
+        return tuple(f"L{self.layer}N{i}" for i in range(self.width)) if self.kind == "mlp" else ()
+
+    def shared(self, port: str) -> int:
+        """How many heads read through one map of a port."""
+        return self.sharing if port in ("K", "V") else 1
+
+    def kv_groups(self, port: str) -> tuple[str, ...]:
+        """The key/value group of every component, where heads share the maps of this port; else ()."""
+        return tuple(c.kv_group or "" for c in self.components) if self.shared(port) > 1 else ()
+
+    def reaches(self, state: int | None) -> bool:
+        """Whether something that it writes is there in a state."""
+        return state is not None and bool(self.writes) and self.first <= state
+
+
+@final
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a model in order of depth.
+
+    Attributes:
+        all: every group that the checkpoint holds.
+    """
+
+    all: tuple[Group, ...]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.all)
+
+    def __getitem__(self, id: str) -> Group:
+        return self._by_id[id]
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._by_id
+
+    @cached_property
+    def _by_id(self) -> dict[str, Group]:
+        return {group.id: group for group in self.all}
+
+    @cached_property
+    def _by_label(self) -> dict[Label, Group]:
+        return {component.label: group for group in self.all for component in group.components}
+
+    def kind(self, *kinds: Kind) -> tuple[Group, ...]:
+        """The groups whose components are of some kinds."""
+        return tuple(group for group in self.all if group.kind in kinds)
+
+    @property
+    def heads(self) -> tuple[Group, ...]:
+        """The attentions."""
+        return self.kind("head")
+
+    @property
+    def mlps(self) -> tuple[Group, ...]:
+        """The MLPs."""
+        return self.kind("mlp")
+
+    @property
+    def writers(self) -> tuple[Group, ...]:
+        """Whatever writes."""
+        return tuple(group for group in self.all if group.writes)
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """The ports through which something in this model reads, in the order of ``READINGS``."""
+        ports = {port for group in self.all for port in group.ports}
+        return tuple(port for port in READINGS if port in ports)
+
+    def readers(self, port: str) -> tuple[Group, ...]:
+        """Whatever reads through a port.
+
+        Raises:
+            UsageError: nothing does.
+        """
+        readers = tuple(group for group in self.all if port in group.ports)
+        if readers:
+            return readers
+        if port in HEAD_PORTS:
+            raise no_heads()
+        raise UsageError(
+            f"this model has no port {port!r}", expected=f"one of {', '.join(self.ports)}", do="choose one of these"
+        )
+
+    def sited(self, state: int) -> tuple[Group, ...]:
+        """Whatever reads a state."""
+        return tuple(group for group in self.all if group.reads == state)
+
+    def of(self, label: Label | str) -> Group:
+        """The group of a component, a neuron or one of their ports.
+
+        Raises:
+            UsageError: this model has no such component.
+        """
+        label = parse(label) if isinstance(label, str) else label
+        whole = replace(label, port=None)
+        group = self._by_label.get(Label("mlp", label.layer) if label.kind == "neuron" else whole)
+        if group is None or (label.kind == "neuron" and (label.index or 0) >= group.width):
+            raise UsageError(
+                f"this checkpoint has no {label}", expected="a component that it has", do="list stream.components"
+            )
+        return group
+
+
+def no_heads() -> UsageError:
+    """What is said where a question needs attention heads and the checkpoint holds none."""
+    return UsageError(
+        "this checkpoint holds no attention head",
+        expected="at least one layer with an output projection",
+        do="open a checkpoint with its attention tensors",
+    )
+
+
+def check_port(port: str) -> None:
+    """Refuse what is not a port of any model."""
+    if port not in READINGS:
+        raise UsageError(f"no port {port!r}", expected=", ".join(READINGS), do="choose one of these ports")
+
+
+def check_writers(writers: str) -> None:
+    """Refuse what names no set of writers."""
+    if writers not in ("heads", "all"):
+        raise UsageError(f"no writers {writers!r}", expected="heads or all", do="choose one of these")
+
+
 def states(model: Model) -> int:
     """How many states the stream passes through, the embedding and the last one included."""
     return 1 + model.spec.n_layers * (1 if model.spec.parallel else 2)
 
 
-def attention_reads(model: Model, layer: int) -> int:
-    """The state that the attention of a layer reads."""
-    return layer if model.spec.parallel else 2 * layer
+def groups(model: Model) -> Groups:
+    """Every group that the checkpoint holds, numbered along depth: the one place that counts states."""
+    return Groups(tuple(_groups(model)))
 
 
-def mlp_reads(model: Model, layer: int) -> int:
-    """The state that the MLP of a layer reads: the attention's own in a parallel block, else the next."""
-    return layer if model.spec.parallel else 2 * layer + 1
-
-
-def components(model: Model) -> tuple[Component, ...]:
-    """Every component that the checkpoint holds, in order of depth; neurons are not listed one by one."""
-    found: list[Component] = [Component(Label(kind), None, 0) for kind in ("embed", "pos") if model.has(kind)]
+def _groups(model: Model) -> Iterator[Group]:
+    for kind in ("embed", "pos"):
+        if model.has(kind, kind):
+            yield Group(kind, kind, (Component(Label(kind), None, 0),), writes=(0,))
     for layer in range(model.spec.n_layers):
-        found += _attention(model, layer)
-        found += _mlp(model, layer)
-    if model.has("unembed"):
-        found.append(Component(Label("unembed"), states(model) - 1, None))
-    return tuple(found)
+        before = layer if model.spec.parallel else 2 * layer
+        if model.has("o", f"L{layer}.attn"):
+            yield from _attention(model, layer, before)
+        if model.has("down", f"L{layer}.mlp"):
+            yield from _mlp(model, layer, before if model.spec.parallel else before + 1)
+    if model.has("unembed", "unembed"):
+        last = states(model) - 1
+        yield Group("unembed", "unembed", (Component(Label("unembed"), last, None),), ("unembed",), last)
 
 
-def channel_name(model: Model, layer: int, head: int) -> str | None:
-    """Name of the key/value head that query head ``head`` uses; None where it has its own."""
-    return f"L{layer}.kv{head // model.spec.group}" if model.spec.group > 1 else None
+def _attention(model: Model, layer: int, reads: int) -> Iterator[Group]:
+    spec, shared = model.spec, model.spec.group
+    heads = tuple(
+        Component(Label("head", layer, head), reads, reads + 1, f"L{layer}.kv{head // shared}" if shared > 1 else None)
+        for head in range(spec.n_heads)
+    )
+    yield Group(f"L{layer}.attn", "head", heads, HEAD_PORTS, reads, (reads + 1,), spec.d_head, shared)
+    yield from _bias(model, Label("attn_bias", layer), reads + 1)
 
 
-def _attention(model: Model, layer: int) -> list[Component]:
-    if not model.has("o", layer):
-        return []
-    reads = attention_reads(model, layer)
-    heads = [
-        Component(Label("head", layer, head), reads, reads + 1, channel_name(model, layer, head))
-        for head in range(model.spec.n_heads)
-    ]
-    if model.has("o_bias", layer):
-        heads.append(Component(Label("attn_bias", layer), None, reads + 1))
-    return heads
+def _mlp(model: Model, layer: int, reads: int) -> Iterator[Group]:
+    ports: tuple[Port, ...] = ("gate", "up") if model.spec.gated else ("in",)
+    component = Component(Label("mlp", layer), reads, reads + 1)
+    yield Group(f"L{layer}.mlp", "mlp", (component,), ports, reads, (reads + 1,), model.spec.d_mlp)
+    yield from _bias(model, Label("mlp_bias", layer), reads + 1)
 
 
-def _mlp(model: Model, layer: int) -> list[Component]:
-    if not model.has("down", layer):
-        return []
-    reads = mlp_reads(model, layer)
-    found = [Component(Label("mlp", layer), reads, reads + 1)]
-    if model.has("down_bias", layer):
-        found.append(Component(Label("mlp_bias", layer), None, reads + 1))
-    return found
+def _bias(model: Model, label: Label, writes: int) -> Iterator[Group]:
+    if model.has("bias", str(label)):
+        yield Group(str(label), label.kind, (Component(label, None, writes),), writes=(writes,), width=1)

@@ -8,14 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.stream.group import Port
+from virtual_weights.stream.group import READINGS, Port
 from virtual_weights.stream.stream import Stream
 
 _HEADS: dict[str, Port] = {"Q": "Q", "K": "K", "V": "V"}
 _GATED: dict[str, Port] = {"gate": "gate", "in": "up"}
 _PLAIN: dict[str, Port] = {"in": "in"}
-_ROLES: dict[Port, str] = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
-_NORMS = {"ln1": "attn_norm", "ln2": "mlp_norm"}
+_NORMS = {"attn": "ln1", "mlp": "ln2"}
 
 
 def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folded: bool = False) -> dict[str, Tensor]:
@@ -55,50 +54,50 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
         >>> in_lens_shapes(stream, [3])["blocks.3.attn.W_Q"].shape  # doctest: +SKIP
         torch.Size([9, 576, 64])
     """
-    own, count = replace(stream, folded=folded), stream.spec.n_layers
+    view, count = replace(stream, folded=folded), stream.spec.n_layers
     blocks = range(count) if layers is None else tuple(layers)
     wrong = [layer for layer in blocks if not 0 <= layer < count]
     if wrong:
         raise UsageError(f"no layer {wrong[0]}", expected=f"layers 0 to {count - 1}", do="name one of these")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     if layers is None:
-        found |= _given(own, {"embed.W_E": "embed", "pos_embed.W_pos": "pos"}, None)
+        tensors |= _present(view, {"embed.W_E": ("embed", "embed"), "pos_embed.W_pos": ("pos", "pos")})
     for layer in blocks:
-        found |= {f"blocks.{layer}.{name}": tensor for name, tensor in _block(own, layer).items()}
+        tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in _block(view, layer).items()}
     if layers is None:
-        found |= _norm(own, "ln_final", "final_norm", None) | _read(own, "unembed", "U", "unembed", None)
-    return found
+        tensors |= _norm(view, "ln_final", "unembed") | _read(view, "unembed", "U", "unembed", "unembed")
+    return tensors
 
 
 def _block(stream: Stream, layer: int) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for place, ports in (("attn", _HEADS), ("mlp", _GATED if stream.spec.gated else _PLAIN)):
+    tensors: dict[str, Tensor] = {}
+    attn, mlp = f"L{layer}.attn", f"L{layer}.mlp"
+    for module, group, ports in (("attn", attn, _HEADS), ("mlp", mlp, _GATED if stream.spec.gated else _PLAIN)):
         for name, port in ports.items():
-            found |= _read(stream, place, name, port, layer)
-    written = _given(stream, {"attn.W_O": "o", "mlp.W_out": "down"}, layer)
-    found |= {name: tensor.mT for name, tensor in written.items()}
-    found |= _given(stream, {"attn.b_O": "o_bias", "mlp.b_out": "down_bias"}, layer)
-    for place, role in _NORMS.items():
-        found |= _norm(stream, place, role, layer)
-    return found
+            tensors |= _read(stream, module, name, port, group)
+        tensors |= _norm(stream, _NORMS[module], group)
+    written = _present(stream, {"attn.W_O": ("o", attn), "mlp.W_out": ("down", mlp)})
+    tensors |= {name: tensor.mT for name, tensor in written.items()}
+    return tensors | _present(stream, {"attn.b_O": ("bias", f"{attn}.bias"), "mlp.b_out": ("bias", f"{mlp}.bias")})
 
 
-def _read(stream: Stream, place: str, name: str, port: Port, layer: int | None) -> dict[str, Tensor]:
+def _read(stream: Stream, module: str, name: str, port: Port, group: str) -> dict[str, Tensor]:
     """One reader and its constant, (heads, d, k) and (heads, k), without the first axis outside attention."""
-    if not stream.model.has(_ROLES[port], layer):
+    if not stream.model.has(READINGS[port], group):
         return {}
-    read = stream.read(port, layer)
-    found = {f"{place}.W_{name}": read.maps.mT}
+    read = stream.read(port, group)
+    tensors = {f"{module}.W_{name}": read.maps.mT}
     if read.constants is not None:
-        found[f"{place}.b_{name}"] = read.constants
-    return found if place == "attn" else {key: tensor[0] for key, tensor in found.items()}
+        tensors[f"{module}.b_{name}"] = read.constants
+    return tensors if module == "attn" else {key: tensor[0] for key, tensor in tensors.items()}
 
 
-def _norm(stream: Stream, place: str, role: str, layer: int | None) -> dict[str, Tensor]:
-    return {} if stream.folded else _given(stream, {f"{place}.w": role, f"{place}.b": f"{role}_bias"}, layer)
+def _norm(stream: Stream, name: str, group: str) -> dict[str, Tensor]:
+    """The gain and shift of the norm before a group, where they are not folded."""
+    return {} if stream.folded else _present(stream, {f"{name}.w": ("norm", group), f"{name}.b": ("norm_bias", group)})
 
 
-def _given(stream: Stream, names: dict[str, str], layer: int | None) -> dict[str, Tensor]:
-    """Roles as they are, where the model has them."""
-    found = {name: stream.weight(role, layer) for name, role in names.items()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+def _present(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Weights as they are, where the model has them."""
+    tensors = {name: stream.weight(*place) for name, place in places.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

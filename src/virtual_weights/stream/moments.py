@@ -12,9 +12,9 @@ from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.stream.stream import Stream
-from virtual_weights.stream.tensor_file import identity, keep, kept
+from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights moments 1"
+FORMAT = "virtual-weights moments 2"
 
 
 @final
@@ -22,10 +22,10 @@ FORMAT = "virtual-weights moments 1"
 class Moments:
     """Averages over the tokens of a text: what writers put on the stream as seen from each state, what ports receive.
 
-    E is the mean over all tokens, padding never among them; s_p is the norm scalar with which state p is read. A group
-    of writers is ``"L3.heads"`` (m = heads, inner activation z of width k = d_head), or ``"L3.mlp"``, ``"embed"``,
-    ``"pos"`` (m = 1, their output in the stream, k = d, the MLP's bias apart). A group that first appears in state w is
-    held for P states: all from w on, or, factorised, for w alone. Elsewhere it is then taken as proportional,
+    E is the mean over all tokens, padding never among them; s_p is the norm scalar with which state p is read. Values
+    are kept by the id of a group: ``"L3.attn"`` (m = heads, inner activation z of width k = d_head), or ``"L3.mlp"``,
+    ``"embed"``, ``"pos"`` (m = 1, their output in the stream, k = d, the MLP's bias apart). A group that first appears
+    in state w is held for P states: all from w on, or, factorised, for w alone. Elsewhere it is then proportional,
     ``E[z z^T/s_p^2] ~ E[z z^T/s_w^2] E[|O z|^2/s_p^2] / E[|O z|^2/s_w^2]``: exact in the energy written, not in its
     directions. Every token is weighted by 1/s^2, so the few with huge norms do not drown the text.
 
@@ -33,15 +33,16 @@ class Moments:
         fingerprint: of the checkpoint that ran.
         tokens: how many were averaged over.
         length: of the longest chunk.
+        text: what the tokens are, in words; no part of the identity.
         states: ``norm`` E[s_p], ``inverse`` E[1/s_p], ``inverse_square`` E[1/s_p^2]; ``variance`` and ``kurtosis`` of
             a token's d entries, averaged over tokens (a Gaussian's kurtosis is 3); each (states,).
         second: group to (P, m, k, k), ``E[z z^T/s_p^2]``, uncentred.
         mean: group to (P, m, k), ``E[z/s_p]``.
         energy: group to (states from w on, m), ``E[|O z|^2/s_p^2]``, always at every state.
-        ports: ``"L3.Q"``, ``.K``, ``.V`` to (heads or shared heads, k, k), ``E[q q^T]`` before rotary, with constants.
+        ports: ``"L3.attn.Q"``, ``.K``, ``.V`` to (heads or shared heads, k, k), ``E[q q^T]`` before rotary.
         port_means: the same to (heads, k), ``E[q]``.
-        attention: layer to (heads, 3), mean attention to self, previous and first token, of all tokens but the first.
-        neurons: layer to (3, d_mlp), mean, mean square and share above 0 of the activations that the MLP writes with.
+        attention: group to (heads, 3), mean attention to self, previous and first token, of all tokens but the first.
+        neurons: group to (3, d_mlp), mean, mean square and share above 0 of the activations that the MLP writes with.
 
     Raises:
         RecordError: a value is not finite, or shapes disagree.
@@ -58,6 +59,7 @@ class Moments:
     port_means: Mapping[str, Tensor]
     attention: Mapping[str, Tensor]
     neurons: Mapping[str, Tensor]
+    text: str = ""
 
     def __post_init__(self) -> None:
         wrong = [name for name, x in self._tensors().items() if not bool(x.isfinite().all())]
@@ -83,7 +85,7 @@ class Moments:
     @property
     def form(self) -> str:
         """How heads are held: ``"exact"`` at every reading state, or ``"factorised"``."""
-        exact = [len(self.second[g]) == len(self.energy[g]) for g in self.second if g.endswith(".heads")]
+        exact = [len(self.second[g]) == len(self.energy[g]) for g in self.second if g.endswith(".attn")]
         return "exact" if all(exact) else "factorised"
 
     def check(self, stream: Stream) -> None:
@@ -112,8 +114,13 @@ class Moments:
         Raises:
             UsageError: the file's folder does not exist.
         """
-        told = {"fingerprint": self.fingerprint, "tokens": str(self.tokens), "length": str(self.length)}
-        keep(path, FORMAT, self._tensors(), told)
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "tokens": str(self.tokens),
+            "length": str(self.length),
+            "text": self.text,
+        }
+        write_tensors(path, FORMAT, self._tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | Path, stream: Stream | None = None) -> Moments:
@@ -128,23 +135,29 @@ class Moments:
             UsageError: it belongs to another checkpoint.
         """
 
-        def made(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> Moments:
-            held = {name: parts.pop(name, {}) for name in _MAPPINGS}
+        def make(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> Moments:
+            mappings = {name: parts.pop(name, {}) for name in _MAPPINGS}
             if parts:
                 raise ValueError(f"tensors of {', '.join(sorted(parts))}")
-            return cls(metadata["fingerprint"], int(metadata["tokens"]), int(metadata["length"]), **held)
+            return cls(
+                metadata["fingerprint"],
+                int(metadata["tokens"]),
+                int(metadata["length"]),
+                text=metadata["text"],
+                **mappings,
+            )
 
-        moments = kept(path, FORMAT, made, "moments")
+        moments = read_tensors(path, FORMAT, make, "moments")
         if stream is not None:
             moments.check(stream)
         return moments
 
     def _tensors(self) -> dict[str, Tensor]:
-        held: dict[str, Mapping[str, Tensor]] = {name: getattr(self, name) for name in _MAPPINGS}
-        return {f"{kind}/{key}": x for kind, of in held.items() for key, x in of.items()}
+        mappings: dict[str, Mapping[str, Tensor]] = {name: getattr(self, name) for name in _MAPPINGS}
+        return {f"{kind}/{key}": tensor for kind, values in mappings.items() for key, tensor in values.items()}
 
 
-_MAPPINGS = tuple(f.name for f in fields(Moments) if f.name not in ("fingerprint", "tokens", "length"))
+_MAPPINGS = tuple(f.name for f in fields(Moments) if f.name not in ("fingerprint", "tokens", "length", "text"))
 
 
 def _fit(second: Any, mean: Any) -> bool:

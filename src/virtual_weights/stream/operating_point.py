@@ -12,9 +12,11 @@ from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.stream.stream import Stream
-from virtual_weights.stream.tensor_file import identity, keep, kept
+from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights operating point 1"
+FORMAT = "virtual-weights operating point 2"
+
+_NONE = torch.empty(0)
 
 
 @final
@@ -25,10 +27,10 @@ class OperatingPoint:
     Attributes:
         fingerprint: of the checkpoint that ran (``stream.source.fingerprint``).
         tokens: (T,) token ids.
-        scalars: the norm scalar s > 0 of every norm site, (T,) each. Sites: ``"L3.attn"`` and ``"L3.mlp"`` (both in a
-            parallel block too, where both norms see the same state) and ``"final"``.
-        patterns: layer to (n_heads, T, T) attention probabilities, ``[head, query token, key token]``.
-        gates: layer to (T, d_mlp), the factor by which a neuron's pre-activation, constants included, becomes its
+        scalars: the norm scalar s > 0 with which every group reads, by its id, (T,) each: ``"L3.attn"``, ``"L3.mlp"``
+            (both in a parallel block too, where both norms see the same state) and ``"unembed"``.
+        patterns: attention's group to (heads, T, T) probabilities, ``[head, query token, key token]``.
+        gates: MLP's group to (T, d_mlp), the factor by which a neuron's pre-activation, constants included, becomes its
             activation. Gated MLP: ``act(gate)``, on the up pre-activation. Ungated: ``act(pre) / pre``, and where
             ``pre`` is 0 exactly the limit ``act'(0)`` (``gate_factor`` computes it).
 
@@ -39,15 +41,15 @@ class OperatingPoint:
     fingerprint: str
     tokens: Tensor
     scalars: Mapping[str, Tensor]
-    patterns: Mapping[int, Tensor]
-    gates: Mapping[int, Tensor]
+    patterns: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
         n = len(self.tokens) if self.tokens.ndim == 1 else -1
         wrong = [] if n > 0 and not self.tokens.is_floating_point() else ["tokens"]
-        wrong += [site for site, s in self.scalars.items() if s.shape != (n,) or not bool((s > 0).all())]
-        wrong += [f"pattern {i}" for i, p in self.patterns.items() if p.ndim != 3 or p.shape[1:] != (n, n)]
-        wrong += [f"gates {i}" for i, g in self.gates.items() if g.ndim != 2 or len(g) != n]
+        wrong += [group for group, s in self.scalars.items() if s.shape != (n,) or not bool((s > 0).all())]
+        wrong += [f"pattern {group}" for group, p in self.patterns.items() if p.ndim != 3 or p.shape[1:] != (n, n)]
+        wrong += [f"gates {group}" for group, g in self.gates.items() if g.ndim != 2 or len(g) != n]
         floats = [*self.scalars.values(), *self.patterns.values(), *self.gates.values()]
         if wrong or not all(bool(x.isfinite().all()) for x in floats):
             raise RecordError(
@@ -71,14 +73,14 @@ class OperatingPoint:
                 expected=f"fingerprint {self.fingerprint[:12]}..., norm gains folded",
                 do="open the checkpoint that ran, without fold=False, or run this one",
             )
-        spec, layers = stream.spec, range(stream.spec.n_layers)
-        missing = {"final", *(f"L{i}.{part}" for i in layers for part in ("attn", "mlp"))} - self.scalars.keys()
-        missing |= {f"pattern {i}" for i in layers if i not in self.patterns or len(self.patterns[i]) != spec.n_heads}
-        missing |= {f"gates {i}" for i in layers if i not in self.gates or self.gates[i].shape[1] != spec.d_mlp}
+        groups = stream.groups
+        missing = {group.id for group in groups if group.ports} - self.scalars.keys()
+        missing |= {f"pattern {g.id}" for g in groups.heads if len(self.patterns.get(g.id, ())) != len(g.components)}
+        missing |= {f"gates {g.id}" for g in groups.mlps if self.gates.get(g.id, _NONE).shape[-1] != g.width}
         if missing:
             raise RecordError(
                 f"this operating point lacks {', '.join(sorted(missing)[:4])}, or has it in another width",
-                expected=f"{spec.n_layers} layers of {spec.n_heads} heads and {spec.d_mlp} neurons",
+                expected=f"norm scalars, patterns and gates of all {len(groups.all)} groups",
                 do="make it anew from a run of the model",
             )
 
@@ -87,13 +89,13 @@ class OperatingPoint:
         n = len(self.tokens)
         if not -n <= token < n:
             raise UsageError(f"no token {token}", expected=f"a place in a prompt of {n}", do="count from 0 or from -1")
-        at = slice(token % n, token % n + 1)
+        row = slice(token % n, token % n + 1)
         return replace(
             self,
-            tokens=self.tokens[at],
-            scalars={site: s[at] for site, s in self.scalars.items()},
-            patterns={layer: p[:, at, at] for layer, p in self.patterns.items()},
-            gates={layer: g[at] for layer, g in self.gates.items()},
+            tokens=self.tokens[row],
+            scalars={group: s[row] for group, s in self.scalars.items()},
+            patterns={group: p[:, row, row] for group, p in self.patterns.items()},
+            gates={group: g[row] for group, g in self.gates.items()},
         )
 
     @property
@@ -107,7 +109,7 @@ class OperatingPoint:
         Raises:
             UsageError: the file's folder does not exist.
         """
-        keep(path, FORMAT, self._tensors(), {"fingerprint": self.fingerprint})
+        write_tensors(path, FORMAT, self._tensors(), {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path, stream: Stream | None = None) -> OperatingPoint:
@@ -122,24 +124,23 @@ class OperatingPoint:
             UsageError: it belongs to another checkpoint.
         """
 
-        def made(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> OperatingPoint:
+        def make(parts: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> OperatingPoint:
             tokens, scalars = parts.pop("tokens")[""], parts.pop("scalars", {})
-            patterns, gates = ({int(k): x for k, x in parts.pop(kind, {}).items()} for kind in ("patterns", "gates"))
-            point = cls(metadata["fingerprint"], tokens, scalars, patterns, gates)
+            point = cls(metadata["fingerprint"], tokens, scalars, parts.pop("patterns", {}), parts.pop("gates", {}))
             if parts:
                 raise ValueError(f"tensors of {', '.join(sorted(parts))}")
             return point
 
-        point = kept(path, FORMAT, made, "operating point")
+        point = read_tensors(path, FORMAT, make, "operating point")
         if stream is not None:
             point.check(stream)
         return point
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {"tokens": self.tokens}
-        for kind, held in (("scalars", self.scalars), ("patterns", self.patterns), ("gates", self.gates)):
-            named |= {f"{kind}/{key}": tensor for key, tensor in held.items()}
-        return named
+        tensors = {"tokens": self.tokens}
+        for kind, mapping in (("scalars", self.scalars), ("patterns", self.patterns), ("gates", self.gates)):
+            tensors |= {f"{kind}/{group}": tensor for group, tensor in mapping.items()}
+        return tensors
 
 
 def gate_factor(activation: torch.nn.Module, pre: Tensor) -> Tensor:

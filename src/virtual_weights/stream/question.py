@@ -1,36 +1,126 @@
-"""What every question has: a name, parameters as plain values, and an answer for a stream."""
+"""What every question has: a name, parameters as plain values, and an answer for what it is asked of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import field, fields
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
-from virtual_weights.linalg import Progress
+from virtual_weights.errors import UsageError
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Record
-from virtual_weights.stream import Stream
+
+Subject = TypeVar("Subject")
+Default = TypeVar("Default")
 
 
-class Question(ABC):
+def cost(default: Default) -> Default:
+    """A field that only costs time or memory (a device, a budget, a batch size): in no key, and in no comparison."""
+    return field(default=default, compare=False, metadata={"cost": True})
+
+
+class Question(ABC, Generic[Subject]):
     """A frozen dataclass of parameters that answers with a Record: a command's options, a task, a key in an atlas.
+
+    ``Question[Stream]`` is asked of a model's weights, ``Question[Run]`` of a model that runs on tokens.
 
     Attributes:
         question: its name, in records and in an atlas.
+        subject: the type that it is asked of, taken from the brackets.
+        stored: whether an atlas keeps the answer; False where it is put together from stored answers at no cost.
     """
 
     question: ClassVar[str]
+    subject: ClassVar[Any]
+    stored: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        for base in getattr(cls, "__orig_bases__", ()):
+            origin = get_origin(base)
+            if isinstance(origin, type) and issubclass(origin, Question) and not isinstance(get_args(base)[0], TypeVar):
+                cls.subject = get_args(base)[0]
 
     @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}  # pyright: ignore[reportArgumentType]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    def parameters(self) -> dict[str, Any]:
+        """What the answer depends on, as plain values: the key, the record and the caption."""
+        described = [f for f in fields(self) if not f.metadata.get("cost")]  # pyright: ignore[reportArgumentType]
+        return {f.name: plain(getattr(self, f.name)) for f in described}
 
     @abstractmethod
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, subject: Subject, progress: Progress = silent) -> Record:
         """The answer.
 
         Args:
-            stream: the model.
+            subject: what is asked.
             progress: called with (done, total).
         """
+
+    @classmethod
+    def together(
+        cls, questions: Sequence[Question[Any]], subject: Any, progress: Progress = silent
+    ) -> Iterator[tuple[Question[Any], Record]]:
+        """Answer several questions of this class; where one pass over the subject serves them all, it is one pass."""
+        for question in questions:
+            yield question, question(subject, progress)
+
+
+Ask = Callable[[Sequence[Question[Any]]], list[Record]]
+"""Questions to their answers, in order; whoever answers may know some already."""
+
+
+class Composite(Question[Subject]):
+    """A question whose answer is put together from answers to other questions."""
+
+    @abstractmethod
+    def __call__(self, subject: Subject, progress: Progress = silent, ask: Ask | None = None) -> Record:
+        """The answer.
+
+        Args:
+            subject: what is asked.
+            progress: called with (done, total).
+            ask: answers the other questions, for example from an atlas; None asks the subject.
+        """
+
+
+def plain(value: Any) -> Any:
+    """A parameter as JSON can hold it: sequences as lists, and whatever has an ``identity`` by that."""
+    if isinstance(value, tuple | list | range):
+        return [plain(entry) for entry in value]
+    return getattr(value, "identity", value)
+
+
+def subject_of(question: Question[Any], subjects: Iterable[Any]) -> Any:
+    """The first of some subjects that a question can be asked of.
+
+    Raises:
+        UsageError: it can be asked of none of them.
+    """
+    for subject in subjects:
+        if isinstance(subject, question.subject):
+            return subject
+    raise UsageError(
+        f"{question.question} cannot be asked without a {question.subject.__name__}",
+        expected=f"a {question.subject.__name__}: a model together with the tokens that it runs on",
+        do="make one, for example Run.on_repeats(stream), and pass it as run",
+    )
+
+
+def asking(*subjects: Any, progress: Progress = silent) -> Ask:
+    """Ask subjects directly, each question at most once; the first subject that fits a question answers it."""
+    records: dict[Question[Any], Record] = {}
+
+    def ask(questions: Sequence[Question[Any]]) -> list[Record]:
+        for batch in batched(question for question in questions if question not in records):
+            records.update(type(batch[0]).together(batch, subject_of(batch[0], subjects), progress))
+        return [records[question] for question in questions]
+
+    return ask
+
+
+def batched(questions: Iterable[Question[Any]]) -> list[list[Question[Any]]]:
+    """Questions divided into those that are answered together, each question once."""
+    batches: dict[Any, list[Question[Any]]] = {}
+    for question in dict.fromkeys(questions):
+        batches.setdefault(type(question).together.__func__, []).append(question)  # pyright: ignore[reportFunctionMemberAccess]
+    return list(batches.values())

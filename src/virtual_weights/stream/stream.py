@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import einops
 import torch
@@ -14,17 +15,13 @@ from virtual_weights.architecture import Model, ModelSpec
 from virtual_weights.checkpoint import Source
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import Dense, LinearMap
-from virtual_weights.stream.group import Component, Port, components, states
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream.group import READINGS, WRITINGS, Component, Group, Groups, Port, groups, states
 from virtual_weights.stream.names import Label, parse
-from virtual_weights.stream.norm import constant, fold
+from virtual_weights.stream.norm import constant, fold, scale
+from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
-
-WriterKind = Literal["head", "mlp", "embed", "pos"]
-
-_ROLE = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
-_NORM = {"Q": "attn_norm", "K": "attn_norm", "V": "attn_norm", "unembed": "final_norm"}
-_WRITE = {"head": "o", "mlp": "down", "embed": "embed", "pos": "pos"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,23 +77,19 @@ class Stream:
         return states(self.model)
 
     @cached_property
+    def groups(self) -> Groups:
+        """What reads and writes through the same maps and norms, in order of depth."""
+        return groups(self.model)
+
+    @cached_property
     def components(self) -> tuple[Component, ...]:
         """All components in order of depth; neurons stand under their MLP."""
-        return components(self.model)
+        return tuple(component for group in self.groups for component in group.components)
 
     @property
     def heads(self) -> tuple[Component, ...]:
         """The attention heads in order of depth."""
-        return tuple(c for c in self.components if c.kind == "head")
-
-    def heads_of(self, layer: int) -> tuple[Component, ...]:
-        """The attention heads of one layer."""
-        return tuple(c for c in self.heads if c.label.layer == layer)
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers whose attention the checkpoint holds."""
-        return tuple(layer for layer in range(self.spec.n_layers) if self.model.has("o", layer))
+        return tuple(component for group in self.groups.heads for component in group.components)
 
     @property
     def norm_stamp(self) -> str:
@@ -110,62 +103,84 @@ class Stream:
         """Which checkpoint this is, for every result."""
         return {"model": self.source.reference, "fingerprint": self.source.fingerprint, "family": self.model.family}
 
-    def weight(self, role: str, layer: int | None = None) -> Tensor | None:
+    def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
+        """An answer about this model: the question's name and parameters, the norm's stamp and the provenance go in."""
+        stamp = {"norm": self.norm_stamp, **stamp}
+        if "rotary_offset" in stamp:
+            offset = stamp["rotary_offset"]
+            stamp["rotary_offset"] = "no rotary embedding" if self.spec.rotary is None else offset or 0
+        return Record(question.question, tuple(axes), tuple(columns), question.parameters, stamp, self.provenance)
+
+    def weight(self, role: str, group: Group | str) -> Tensor | None:
         """One role's tensor in canonical axes and storage dtype, None where the model has none.
 
         Args:
-            role: a role of the tables, e.g. ``"q"``, ``"o_bias"``, ``"final_norm"``.
-            layer: the layer; None outside the blocks.
+            role: a role of the tables, e.g. ``"q"``, ``"o"``, ``"norm"``, ``"bias"``.
+            group: whose, e.g. ``"L3.attn"``, ``"L3.attn.bias"``, ``"unembed"`` (the last norm too).
         """
-        place = self.model.placements.get((role, layer))
+        place = self.model.placements.get((role, _id(group)))
         if place is None:
             return None
         sizes = {name: size for name, size in self.spec.axes.items() if size and name in _letters(place.layout)}
         tensor = einops.rearrange(self.source.read(place.tensor), place.layout, **sizes)
         return tensor if place.part is None else tensor[place.part]
 
-    def read(self, port: Port, layer: int | None = None) -> Read:
+    def read(self, port: Port, group: Group | str = "unembed") -> Read:
         """The effective read maps of one port: ``R~ = R diag(gamma) (P)`` and ``R beta + c``.
 
         Args:
             port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` (an ungated MLP) or ``"unembed"``.
-            layer: the layer; None for the unembedding.
+            group: what reads, e.g. ``"L3.attn"``.
 
         Raises:
             MissingTensorError: a partial checkpoint lacks this reader.
             UsageError: the model has no such port.
         """
-        if ((port == "gate") and not self.spec.gated) or (port == "in" and self.spec.gated):
+        if (port == "gate" and not self.spec.gated) or (port == "in" and self.spec.gated):
             raise UsageError(
                 f"this model's MLP has no port {port!r}",
                 expected="gate and up" if self.spec.gated else "in",
                 do="name one of these ports",
             )
-        role, norm = _ROLE[port], _NORM.get(port, "mlp_norm")
-        own = self._needed(role, layer)
-        bias = self.weight(f"{role}_bias", layer)
-        own, bias = (own, bias) if own.ndim == 3 else (own[None], None if bias is None else bias[None])
+        role, site = READINGS[port], _id(group)
+        maps = self._needed(role, site)
+        bias = self.weight(f"{role}_bias", site)
+        maps, bias = (maps, bias) if maps.ndim == 3 else (maps[None], None if bias is None else bias[None])
         if not self.folded:
-            return Read(own, bias)
-        shift = self.weight(f"{norm}_bias", layer)
-        gain = self._needed(norm, layer)
-        return Read(fold(own, gain, self.spec.norm, self.dtype), constant(own, shift, bias, self.dtype))
+            return Read(maps, bias)
+        gain, shift = self._needed("norm", site), self.weight("norm_bias", site)
+        return Read(fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype))
 
-    def write(self, kind: WriterKind, layer: int | None = None) -> Tensor:
-        """The write maps of one kind of component, shape (m, d, k), in storage dtype.
+    def write(self, group: Group | str) -> Tensor:
+        """The write maps of a group, shape (m, d, k), in storage dtype.
 
-        Heads: (n_heads, d, d_head); an MLP: (1, d, d_mlp); embeddings: (1, d, tokens) or (1, d, positions).
+        Heads: (heads, d, d_head); an MLP: (1, d, d_mlp); embeddings: (1, d, tokens) or (1, d, positions); a bias:
+        (1, d, 1).
+
+        Raises:
+            MissingTensorError: a partial checkpoint lacks this writer.
+            UsageError: nothing of this name writes.
         """
-        own = self._needed(_WRITE[kind], layer)
+        id = _id(group)
+        if id not in self.groups:
+            raise self._missing("output", id)
+        kind = self.groups[id].kind
+        if kind not in WRITINGS:
+            raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
+        maps = self._needed(WRITINGS[kind], id)
         if kind in ("embed", "pos"):
-            return own.T[None]
-        return own if own.ndim == 3 else own[None]
+            return maps.T[None]
+        return maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
+
+    def scale(self, states: Tensor) -> Tensor:
+        """The norm scalar ``s`` with which every token of states (..., d) is read, (...)."""
+        return scale(states, self.spec.norm, self.spec.norm_eps)
 
     def rotation(self, offset: int) -> Tensor | None:
         """``R_offset`` of a query ``offset`` tokens after its key, (d_head, d_head) float64; None without rotary."""
         if self.spec.rotary is None:
             return None
-        return rotation(self.spec.rotary, offset, self.spec.d_head, self.weight("rope_factors"))
+        return rotation(self.spec.rotary, offset, self.spec.d_head, self.weight("factors", "rotary"))
 
     def __getitem__(self, name: str) -> Head | Mlp | LinearMap:
         """A component, or the map of a port.
@@ -183,42 +198,37 @@ class Stream:
             return {None: head, "Q": head.q, "K": head.k, "V": head.v, "O": head.o}[label.port]
         if label.kind in ("mlp", "neuron"):
             return self._mlp(label)
-        if label.kind == "unembed":
-            return Dense(self.read("unembed").maps[0])
-        if label.kind in ("attn_bias", "mlp_bias"):
-            return Dense(
-                self._needed({"attn_bias": "o_bias", "mlp_bias": "down_bias"}[label.kind], label.layer)[:, None]
-            )
-        return Dense(self.write(label.kind)[0])
+        return Dense(self.read("unembed").maps[0] if label.kind == "unembed" else self.write(str(label))[0])
 
     def _head(self, label: Label) -> Head:
-        layer, index = label.layer, label.index
-        assert layer is not None and index is not None
-        shared = index // self.spec.group
-        q, k, v = (self.read(port, layer) for port in ("Q", "K", "V"))
+        site, index = f"L{label.layer}.attn", label.index
+        assert index is not None
+        q, k, v = (self.read(port, site) for port in ("Q", "K", "V"))
+        group = self.groups.of(label)
+        shared = index // group.sharing
         return Head(
-            str(Label("head", layer, index)),
+            str(replace(label, port=None)),
             q=Dense(q.maps[index]),
             k=Dense(k.maps[shared]),
             v=Dense(v.maps[shared]),
-            o=Dense(self.write("head", layer)[index].to(v.maps.dtype)),
+            o=Dense(self.write(site)[index].to(v.maps.dtype)),
             q_constant=None if q.constants is None else q.constants[index],
             k_constant=None if k.constants is None else k.constants[shared],
             v_constant=None if v.constants is None else v.constants[shared],
-            channel=self.heads_of(layer)[index].channel,
+            kv_group=group.components[index].kv_group,
             rotate=None if self.spec.rotary is None else self.rotation,
         )
 
     def _mlp(self, label: Label) -> Mlp | LinearMap:
-        layer = label.layer
-        up = self.read("up" if self.spec.gated else "in", layer)
-        gate = self.read("gate", layer) if self.spec.gated else None
+        site = f"L{label.layer}.mlp"
+        up = self.read("up" if self.spec.gated else "in", site)
+        gate = self.read("gate", site) if self.spec.gated else None
         rows = slice(None) if label.index is None else slice(label.index, label.index + 1)
         part = Mlp(
-            str(Label(label.kind, layer, label.index)),
+            str(Label(label.kind, label.layer, label.index)),
             up=Dense(up.maps[0, rows]),
             gate=None if gate is None else Dense(gate.maps[0, rows]),
-            out=Dense(self.write("mlp", layer)[0][:, rows].to(up.maps.dtype)),
+            out=Dense(self.write(site)[0][:, rows].to(up.maps.dtype)),
             up_constant=None if up.constants is None else up.constants[0, rows],
             gate_constant=None if gate is None or gate.constants is None else gate.constants[0, rows],
         )
@@ -237,16 +247,22 @@ class Stream:
                 do="correct the name",
             )
 
-    def _needed(self, role: str, layer: int | None) -> Tensor:
-        found = self.weight(role, layer)
-        if found is None:
-            where = "" if layer is None else f" in layer {layer}"
-            raise MissingTensorError(
-                f"this checkpoint has no {role}{where}",
-                expected=f"a {self.spec.model_type} model with that part",
-                do="open the complete checkpoint, or ask about a part it holds",
-            )
-        return found
+    def _needed(self, role: str, group: str) -> Tensor:
+        tensor = self.weight(role, group)
+        if tensor is None:
+            raise self._missing(role, group)
+        return tensor
+
+    def _missing(self, role: str, group: str) -> MissingTensorError:
+        return MissingTensorError(
+            f"this checkpoint has no {role} of {group}",
+            expected=f"a {self.spec.model_type} model with that part",
+            do="open the complete checkpoint, or ask about a part it holds",
+        )
+
+
+def _id(group: Group | str) -> str:
+    return group if isinstance(group, str) else group.id
 
 
 def _letters(layout: str) -> set[str]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from virtual_weights.errors import RecordError
 from virtual_weights.record.durable import replacing
 
-Kept = TypeVar("Kept")
+Result = TypeVar("Result")
 
 
-def keep(path: str | Path, form: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: str | Path, form: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one file, whole or not at all; its metadata hold the format and what is given.
 
     Raises:
@@ -27,19 +27,19 @@ def keep(path: str | Path, form: str, tensors: Mapping[str, Tensor], metadata: M
         save_file(_whole(tensors), aside, {"format": form, **metadata})
 
 
-def kept(
-    path: str | Path, form: str, made: Callable[[dict[str, dict[str, Tensor]], dict[str, str]], Kept], what: str
-) -> Kept:
-    """Read what ``keep`` wrote.
+def read_tensors(
+    path: str | Path, form: str, make: Callable[[dict[str, dict[str, Tensor]], dict[str, str]], Result], what: str
+) -> Result:
+    """Read what ``write_tensors`` wrote.
 
     Args:
         path: the file.
         form: the format that it must have.
-        made: makes the result of tensors by kind and key (``"kind/key"`` in the file) and of the metadata.
+        make: makes the result of tensors by kind and key (``"kind/key"`` in the file) and of the metadata.
         what: what is expected there, for the error.
 
     Raises:
-        RecordError: the file is not there, has another format, or ``made`` misses something.
+        RecordError: the file is not there, has another format, or ``make`` misses something.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -52,20 +52,22 @@ def kept(
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 kind, _, key = name.partition("/")
                 parts.setdefault(kind, {})[key] = file.get_tensor(name)
-        return made(parts, metadata)
+        return make(parts, metadata)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RecordError(
-            f"{path} holds no {what}: {error}",
+            f"{path} is not a file of {what}: {error}",
             expected=f"a safetensors file of format {form!r}",
-            do=f"name the file in which vweights observe kept its {what}",
+            do=f"name the file in which vweights observe wrote its {what}",
         ) from error
 
 
-def identity(tensors: Mapping[str, Tensor], told: str) -> str:
+def identity(tensors: Mapping[str, Tensor], description: str) -> str:
     """A hex sha256 of tensors and of a text."""
     from safetensors.torch import save
 
-    return sha256(save(_whole(tensors), {"of": told})).hexdigest()  # one entry: their order in a file is not fixed
+    return sha256(
+        save(_whole(tensors), {"of": description})
+    ).hexdigest()  # one entry: their order in a file is not fixed
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

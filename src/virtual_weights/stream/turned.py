@@ -11,24 +11,17 @@ import einops
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import FAMILIES, Dialect, Row, config_for, stored_shape
+from virtual_weights.architecture import Row, config_for, stored_shape
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.linalg import accumulate, haar_orthogonal
+from virtual_weights.stream.group import READINGS
 from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
 
-_READS = {
-    "q": "attn_norm",
-    "k": "attn_norm",
-    "v": "attn_norm",
-    "gate": "mlp_norm",
-    "up": "mlp_norm",
-    "unembed": "final_norm",
-}
-_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "o": 1, "down": 0, "o_bias": 0, "down_bias": 0}
+_READS = frozenset(READINGS.values())
+_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "o": 1, "down": 0, "bias": 0}
 """Writers, and which of their canonical axes is the stream."""
-_GAINS = ("attn_norm", "mlp_norm", "final_norm")
 
 
 @final
@@ -60,88 +53,79 @@ class Turned:
         Raises:
             ArchitectureError: a part of this model has no place in what transformers can load; it is named.
         """
-        planned, roles = dict[str, Planned](), dict[str, tuple[tuple[str, ...], int | None]]()
-        for row in self._table.rows:
-            for layer in range(self.stream.spec.n_layers) if row.per_layer else (None,):
-                if self._has(row, layer):
-                    name = self._name(row, layer)
-                    planned[name] = Planned(self._shape(row, layer), partial(self._tensor, row, layer))
-                    roles[name] = row.roles, layer
-        self._refuse_the_rest({(role, layer) for own, layer in roles.values() for role in own})
-        return self._divided(planned, roles)
+        planned, places = dict[str, Planned](), dict[str, tuple[Row, str]]()
+        for row in self.stream.model.hf.rows:
+            for group in row.groups(self.stream.spec.n_layers):
+                if all(self.stream.model.has(role, group) for role in row.roles):
+                    name = self._name(row, group)
+                    planned[name] = Planned(self._shape(row, group), partial(self._tensor, row, group))
+                    places[name] = row, group
+        self._refuse_the_rest({(role, group) for row, group in places.values() for role in row.roles})
+        return self._divided(planned, places)
 
     @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
-        told = ["norm gains are folded into the readers and are 1"] if self.fold else []
+        changes = ["norm gains are folded into the readers and are 1"] if self.fold else []
         if self.stream.spec.norm == "layer":
-            told.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
+            changes.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:
-            told.append("the unembedding, tied to the embedding before, is a tensor of its own")
-        return told
+            changes.append("the unembedding, tied to the embedding before, is a tensor of its own")
+        return changes
 
     @property
     def unties(self) -> bool:
         """Whether the unembedding was the embedding, and can be no longer."""
         places = self.stream.model.placements
-        return places.get(("unembed", None)) == places.get(("embed", None))
-
-    @property
-    def _table(self) -> Dialect:
-        return next(f for f in FAMILIES if f.name == self.stream.model.family).dialects["hf"]
+        return places.get(("unembed", "unembed")) == places.get(("embed", "embed"))
 
     @cached_property
     def _inverse(self) -> Tensor:
         return torch.linalg.inv(self.turn)
 
-    def _has(self, row: Row, layer: int | None) -> bool:
-        return all(self.stream.model.has(role, layer) for role in row.roles)
-
-    def _name(self, row: Row, layer: int | None) -> str:
+    def _name(self, row: Row, group: str) -> str:
         """The source's own name where it is transformers' too, else what the table of that dialect says."""
         if self.stream.source.dialect == "hf" and not (row.roles == ("unembed",) and self.unties):
-            return self.stream.model.placements[row.roles[0], layer].tensor
-        spelling = row.name.split("|")[-1]
-        prefix = self._table.prefixes[0]
-        return spelling[1:] if spelling.startswith("/") else (prefix + spelling).format(l=layer)
+            return self.stream.model.placements[row.roles[0], group].tensor
+        return self.stream.model.hf.spelled(row, group)
 
-    def _shape(self, row: Row, layer: int | None) -> tuple[int, ...]:
+    def _shape(self, row: Row, group: str) -> tuple[int, ...]:
         shape = stored_shape(row.layout, self.stream.spec.axes)
         if None in shape:  # only the tensor itself tells how many tokens or positions there are
-            shape = tuple(self._tensor(row, layer).shape)
+            shape = tuple(self._tensor(row, group).shape)
         return tuple(int(n or 0) for n in shape)
 
-    def _tensor(self, row: Row, layer: int | None) -> Tensor:
-        parts = [self._role(role, layer) for role in row.roles]
+    def _tensor(self, row: Row, group: str) -> Tensor:
+        parts = [self._role(role, group) for role in row.roles]
         whole = parts[0] if len(parts) == 1 else torch.stack(parts)
-        stored, own = (side.strip() for side in row.layout.split("->"))
-        sizes = {n: size for n, size in self.stream.spec.axes.items() if size and n in own.split()}
-        return einops.rearrange(whole, f"{own} -> {stored}", **sizes)
+        stored, canonical = (side.strip() for side in row.layout.split("->"))
+        sizes = {n: size for n, size in self.stream.spec.axes.items() if size and n in canonical.split()}
+        return einops.rearrange(whole, f"{canonical} -> {stored}", **sizes)
 
-    def _role(self, role: str, layer: int | None) -> Tensor:
-        weight = self.stream.weight(role, layer)
+    def _role(self, role: str, group: str) -> Tensor:
+        weight = self.stream.weight(role, group)
         assert weight is not None
         weight = weight.to(accumulate)
         if role in _READS:
-            return self._read(weight, _READS[role], layer) if self.fold else weight @ self._inverse
+            return self._read(weight, group) if self.fold else weight @ self._inverse
         if role in _WRITES:
             axis = _WRITES[role]
             return (weight.movedim(axis, -1) @ self.turn.T).movedim(-1, axis)
-        if role in _GAINS:
+        if role == "norm":
             return torch.ones_like(weight) if self.fold else weight
-        if role.removesuffix("_bias") in _GAINS:
+        if role == "norm_bias":
             return torch.ones_like(weight) if self.fold else self.turn @ weight
         return weight
 
-    def _read(self, weight: Tensor, norm: str, layer: int | None) -> Tensor:
-        gain, shift = self.stream.weight(norm, layer), self.stream.weight(f"{norm}_bias", layer)
+    def _read(self, weight: Tensor, group: str) -> Tensor:
+        gain, shift = self.stream.weight("norm", group), self.stream.weight("norm_bias", group)
         assert gain is not None
         turned = fold(weight, gain, self.stream.spec.norm, accumulate) @ self._inverse
         if shift is None:
             return turned
         return turned + (weight @ shift.to(accumulate))[..., None] / self.stream.d_model
 
-    def _refuse_the_rest(self, written: set[tuple[str, int | None]]) -> None:
+    def _refuse_the_rest(self, written: set[tuple[str, str]]) -> None:
         rest = [place.tensor for key, place in self.stream.model.placements.items() if key not in written]
         if rest:
             raise ArchitectureError(
@@ -150,15 +134,13 @@ class Turned:
                 do="turn the safetensors form of this model",
             )
 
-    def _divided(
-        self, planned: dict[str, Planned], roles: Mapping[str, tuple[tuple[str, ...], int | None]]
-    ) -> list[dict[str, Planned]]:
-        places = self.stream.model.placements
+    def _divided(self, planned: dict[str, Planned], places: Mapping[str, tuple[Row, str]]) -> list[dict[str, Planned]]:
+        stored = self.stream.model.placements
         home = {name: i for i, names in enumerate(self.stream.source.at_rest.files) for name in names}
         files: dict[int, dict[str, Planned]] = {}
         for name, tensor in planned.items():
-            own, layer = roles[name]
-            files.setdefault(home[places[own[0], layer].tensor], {})[name] = tensor
+            row, group = places[name]
+            files.setdefault(home[stored[row.roles[0], group].tensor], {})[name] = tensor
         return [files[i] for i in sorted(files)]
 
 
@@ -188,7 +170,7 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
     if source.dialect == "gguf" and spec.n_positions is None and context is not None:
         config["max_position_embeddings"] = context
     if config.get("vocab_size") is None:
-        config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", None].tensor].shape[0]
+        config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
     if turned.unties:
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)

@@ -21,7 +21,7 @@ class Head:
         o: its write map, shape (d_model, d_head).
         q_constant, k_constant, v_constant: what the reads receive whatever the stream holds,
             shape (d_head,), None where nothing.
-        channel: name of the key/value head it shares, None where it shares none.
+        kv_group: name of the key/value group it shares, None where it shares none.
         rotate: from an offset to the rotary matrix (d_head, d_head), orthogonal; None without rotary embedding.
     """
 
@@ -33,7 +33,7 @@ class Head:
     q_constant: Tensor | None
     k_constant: Tensor | None
     v_constant: Tensor | None
-    channel: str | None
+    kv_group: str | None
     rotate: Callable[[int], Tensor | None] | None
 
     @property

@@ -30,8 +30,9 @@ def virtual_weight(stream: Stream, writer: str, reader: str, offset: int = 0) ->
         UsageError: a name is wrong, the reader lacks a port, or the writer comes too late.
     """
     target = parse(reader)
+    virtual = reading_map(stream, target, offset) @ writing_map(stream, writer)
     _check_reach(stream, parse(writer), target)
-    return reading_map(stream, target, offset) @ writing_map(stream, writer)
+    return virtual
 
 
 def writing_map(stream: Stream, writer: str) -> LinearMap:
@@ -69,19 +70,10 @@ def _port(reader: Label) -> str:
 
 
 def _check_reach(stream: Stream, writer: Label, reader: Label) -> None:
-    places = {c.label: c for c in stream.components}
-    source = places.get(_whole(writer))
-    target = places.get(_whole(reader))
-    if source is None or target is None or source.writes is None or target.reads is None:
-        return  # not a writer, or not a reader: said by writing_map and reading_map
-    if source.writes > target.reads:
+    source, target = stream.groups.of(writer), stream.groups.of(reader)
+    if source.writes and target.reads is not None and not source.reaches(target.reads):
         raise UsageError(
-            f"{writer} cannot reach {reader}: it writes state {source.writes}, the reader reads state {target.reads}",
+            f"{writer} cannot reach {reader}: it writes state {source.first}, the reader reads state {target.reads}",
             expected="a writer that comes before the reader in depth",
             do="exchange the two, or choose an earlier writer",
         )
-
-
-def _whole(label: Label) -> Label:
-    kind = "mlp" if label.kind == "neuron" else label.kind
-    return Label(kind, label.layer, None if kind == "mlp" else label.index)

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.channels.channel import circuit
-from virtual_weights.analysis.maps.circuits import unembedding
+from virtual_weights.analysis.channels.channel import circuit_map
+from virtual_weights.analysis.maps.circuits import nearest_tokens, token_rows
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Dense, Progress, Spectrum, accumulate, column_space, svd
-from virtual_weights.linalg.numerics import converted
+from virtual_weights.linalg import Dense, Spectrum, accumulate, column_space, svd
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream, parse
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream, parse
 from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_map
-
-Side = Literal["unembed", "embed"]
 
 
 @final
 @dataclass(frozen=True)
-class ChannelTokens(Question):
+class ChannelTokens(Question[Stream]):
     """The singular directions of a virtual weight, or of one circuit, in tokens.
 
     A virtual weight ``V = R~ O = sum_i s_i u_i v_i^T`` has up to four directions of the stream for each gain ("ends"):
@@ -34,11 +30,11 @@ class ChannelTokens(Question):
     - ``source``: v, what the writer takes up at its source (writer is a head);
     - ``written``: ``O v``, what it then writes;
     - ``read``: ``R~^T u``, what the reader is sensitive to;
-    - ``target``: u, what comes of it (reader is a head): by port V what that head writes; by K the queries, by Q the
-      keys, that meet it.
+    - ``target``: u, what results from it (reader is a head): by port V what that head writes; by K the queries, by Q
+      the keys, that meet it.
 
     One circuit ``C = sum_i s_i u_i v_i^T`` has two: OV ``read`` (v) and ``written`` (u), QK ``query`` (u) and ``key``
-    (v). Every end is held against the rows of the unembedding (norm folded) and against the token embeddings.
+    (v). Every end is compared with the rows of the unembedding (norm folded) and against the token embeddings.
 
     **Blocks.** Where neighbouring gains differ by less than ``tolerance`` their singular vectors are arbitrary: a
     relative error e of the weights turns them by about e over the relative gap. Such directions are one block, and a
@@ -53,7 +49,7 @@ class ChannelTokens(Question):
     Attributes:
         name: the writer, e.g. ``"L16H0"``; or, without a reader, a circuit: ``"L16H0.ov"``, ``"L17H3.qk"``.
         reader: e.g. ``"L17H3.K"``, ``"L5.mlp.up"``.
-        count: how many tokens each.
+        count: how many tokens for each end and side.
         blocks: how many blocks, largest gains first.
         tolerance: relative gap of neighbouring gains, in [0, 1), at or below which they are one block.
         rotary_offset: query position minus key position; None is offset 0.
@@ -75,7 +71,7 @@ class ChannelTokens(Question):
                 do="pass for example count=5, blocks=8, tolerance=0.01",
             )
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Find the tokens.
 
         Returns:
@@ -88,43 +84,41 @@ class ChannelTokens(Question):
             UsageError: a name is wrong, the writer comes after the reader, or the checkpoint holds no tokens.
         """
         del progress  # it is one step
-        sides = _sides(stream)
+        tokens = token_rows(stream)
+        if not tokens:
+            raise UsageError(
+                "this checkpoint holds neither embedding nor unembedding", expected="one of them", do="open all of it"
+            )
         gains, ends = directions_of(stream, self.name, self.reader, self.rotary_offset or 0)
         blocks = blocks_of(gains, self.tolerance)[: self.blocks]
-        bases = {end: [_basis(vectors[:, cut]) for cut in blocks] for end, vectors in ends.items()}
-        flat = [basis for each in bases.values() for basis in each]
-        found = {side: _nearest(rows, flat, self.count) for side, rows in sides.items()}
-        at = {end: i * len(blocks) for i, end in enumerate(ends)}
-        first = found[next(iter(sides))][0][:, at["written" if "written" in ends else "query"] :]
+        bases = [_basis(vectors[:, cut]) for vectors in ends.values() for cut in blocks]
+        nearest = {side: nearest_tokens(rows, bases, self.count) for side, rows in tokens.items()}
+        column = {end: i * len(blocks) for i, end in enumerate(ends)}
+        signs = nearest[next(iter(tokens))][0][:, column["written" if "written" in ends else "query"] :]
         texts, energy = stream.source.token_texts(), gains.square() / gains.square().sum()
         rows: list[dict[str, Any]] = []
-        for (i, cut), (end, side) in product(enumerate(blocks), product(ends, sides)):
-            cosines, ids = (x[:, at[end] + i] for x in found[side])
-            sign = 1.0 if float(first[0, i]) >= 0 else -1.0
-            shared = {
-                "random": random_reach(len(sides[side]), stream.d_model, cut.stop - cut.start),
+        for (i, cut), (end, side) in product(enumerate(blocks), product(ends, tokens)):
+            cosines, ids = (values[:, column[end] + i].tolist() for values in nearest[side])
+            sign = 1.0 if float(signs[0, i]) >= 0 else -1.0
+            block = {
+                "random": random_reach(len(tokens[side]), stream.d_model, cut.stop - cut.start),
                 "gain": float(gains[cut.start]),
                 "energy": float(energy[cut].sum()),
-                "directions": _name(cut),
+                "directions": str(cut.stop) if cut.stop - cut.start == 1 else f"{cut.start + 1}-{cut.stop}",
                 "size": cut.stop - cut.start,
                 "end": end,
                 "side": side,
             }
-            for place, (cosine, token) in enumerate(zip(cosines.tolist(), ids.tolist(), strict=True), 1):
+            for place, (cosine, token) in enumerate(zip(cosines, ids, strict=True), 1):
                 text = None if texts is None else texts[token]
-                rows.append({"cosine": sign * cosine, **shared, "place": place, "token": token, "text": text})
-        return Record(
-            self.question,
+                rows.append({"cosine": sign * cosine, **block, "place": place, "token": token, "text": text})
+        return stream.record(
+            self,
             (Axis("row", tuple(str(i + 1) for i in range(len(rows)))),),
             _columns(rows),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "rotary_offset": "no rotary embedding" if stream.spec.rotary is None else self.rotary_offset or 0,
-                "gauge": "circuits: free of heads' inner bases; signs by the nearest token",
-                "gains": len(gains),
-            },
-            provenance=stream.provenance,
+            rotary_offset=self.rotary_offset,
+            gauge="circuits: free of heads' inner bases; signs by the nearest token",
+            gains=len(gains),
         )
 
 
@@ -136,16 +130,19 @@ def directions_of(
     Args, ends and errors as in :class:`ChannelTokens`.
     """
     if reader is None:
-        parts = svd(circuit(stream, name, offset))
-        ends = {"read": parts.V, "written": parts.U} if name.endswith("ov") else {"query": parts.U, "key": parts.V}
+        factors = svd(circuit_map(stream, name, offset))
+        if name.endswith("ov"):
+            ends = {"read": factors.V, "written": factors.U}
+        else:
+            ends = {"query": factors.U, "key": factors.V}
     else:
-        parts = svd(virtual_weight(stream, name, reader, offset))
-        written, read = writing_map(stream, name) @ parts.V, reading_map(stream, parse(reader), offset).T @ parts.U
-        ends = {"source": parts.V} if parse(name).kind == "head" else {}
-        ends |= {"written": written, "read": read}
-        ends |= {"target": parts.U} if parse(reader).kind == "head" else {}
-    rank = Spectrum(parts.S).numerical_rank()
-    return parts.S[:rank], {end: vectors[:, :rank] for end, vectors in ends.items()}
+        factors = svd(virtual_weight(stream, name, reader, offset))
+        ends = {"source": factors.V} if parse(name).kind == "head" else {}
+        ends["written"] = writing_map(stream, name) @ factors.V
+        ends["read"] = reading_map(stream, parse(reader), offset).T @ factors.U
+        ends |= {"target": factors.U} if parse(reader).kind == "head" else {}
+    rank = Spectrum(factors.S).numerical_rank()
+    return factors.S[:rank], {end: vectors[:, :rank] for end, vectors in ends.items()}
 
 
 def blocks_of(gains: Tensor, tolerance: float) -> tuple[slice, ...]:
@@ -169,49 +166,11 @@ def random_reach(tokens: int, d: int, size: int = 1) -> float:
     return float(angle[int((tail * tokens >= tail[0]).sum()) - 1].sin())
 
 
-def _sides(stream: Stream) -> dict[Side, Tensor]:
-    """Tokens as rows of the unembedding and of the embedding, (t, d), where the checkpoint holds them."""
-    sides: dict[Side, Tensor] = {}
-    out = unembedding(stream)
-    if out is not None:
-        sides["unembed"] = out[0]
-    if stream.model.has("embed"):
-        sides["embed"] = stream.write("embed")[0].T
-    if not sides:
-        raise UsageError(
-            "this checkpoint holds neither embedding nor unembedding", expected="one of them", do="open all of it"
-        )
-    return sides
-
-
 def _basis(vectors: Tensor) -> Tensor:
     """Orthonormal columns: a single direction keeps its sign."""
     return (
         torch.nn.functional.normalize(vectors, dim=0) if vectors.shape[1] == 1 else column_space(Dense(vectors)).basis
     )
-
-
-def _nearest(rows: Tensor, bases: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """For each basis the rows of largest ``|cos|`` to its span: cosines (count, n), signed for a line, and places."""
-    columns = torch.cat([torch.zeros(rows.shape[1], 0, dtype=accumulate), *bases], dim=1)
-    sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.int64)
-    owner, line = torch.arange(len(sizes)).repeat_interleave(sizes), sizes == 1
-    best, ids = torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)
-    step = max(1, converted // (8 * max(columns.shape)))
-    for start in range(0, len(rows), step):
-        # tokens that are zero after folding point nowhere: their cosine is 0
-        along = torch.nn.functional.normalize(rows[start : start + step].to(accumulate), dim=1) @ columns
-        empty = torch.zeros(len(along), len(bases), dtype=accumulate)
-        cosine = torch.where(line, empty.index_add(1, owner, along), empty.index_add(1, owner, along.square()).sqrt())
-        here = torch.arange(start, start + len(along))[:, None].expand(-1, len(bases))
-        best, ids = torch.cat([best, cosine]), torch.cat([ids, here])
-        order = best.abs().topk(min(count, len(best)), dim=0).indices
-        best, ids = best.gather(0, order), ids.gather(0, order)
-    return best, ids
-
-
-def _name(cut: slice) -> str:
-    return str(cut.stop) if cut.stop - cut.start == 1 else f"{cut.start + 1}-{cut.stop}"
 
 
 _UNITS = {
@@ -231,9 +190,9 @@ _UNITS = {
 
 def _columns(rows: list[dict[str, Any]]) -> tuple[Column, ...]:
     def values(name: str) -> Tensor | tuple[Any, ...]:
-        own = [row[name] for row in rows]
+        column = [row[name] for row in rows]
         if name in ("cosine", "random", "gain", "energy"):
-            return torch.tensor(own, dtype=accumulate)
-        return torch.tensor(own, dtype=torch.int64) if name in ("size", "place", "token") else tuple(own)
+            return torch.tensor(column, dtype=accumulate)
+        return torch.tensor(column, dtype=torch.int64) if name in ("size", "place", "token") else tuple(column)
 
     return tuple(Column(name, values(name), *about) for name, about in _UNITS.items())

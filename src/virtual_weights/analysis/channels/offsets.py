@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.channels.channel import spectrum
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Dense, LinearMap, Progress, accumulate, frobenius_norm, singular_values
+from virtual_weights.linalg import Dense, LinearMap, accumulate, frobenius_norm, singular_values
 from virtual_weights.linalg.decompose import triangular
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Head, Stream, parse
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Head, Question, Stream, parse
 from virtual_weights.stream.virtual import virtual_weight, writing_map
 
 
 @final
 @dataclass(frozen=True)
-class OffsetProfile(Question):
+class OffsetProfile(Question[Stream]):
     """Composition of a writer with a head's queries or keys at every rotary offset of a range.
 
     With ``QK(D) = W_Q^T Rot(D)^T W_K`` for a key D tokens before its query::
@@ -37,7 +38,7 @@ class OffsetProfile(Question):
     Attributes:
         writer: e.g. ``"L16H0"``, ``"L3.mlp"``, ``"embed"``.
         reader: a head's port Q or K, e.g. ``"L17H3.K"``.
-        offsets: query position minus key position, each >= 0; a ``range`` is welcome.
+        offsets: query position minus key position, each >= 0, for example a ``range``.
     """
 
     question: ClassVar[str] = "offset_profile"
@@ -48,7 +49,7 @@ class OffsetProfile(Question):
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", checked(self.offsets))
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute the profile.
 
         Returns:
@@ -57,7 +58,7 @@ class OffsetProfile(Question):
             ``score``, the first over the second and the writer's norm.
 
         Raises:
-            UsageError: a name is wrong, the writer comes after the reader, or the reader is no Q or K of a head.
+            UsageError: a name is wrong, the writer comes after the reader, or the reader is not a head's Q or K.
         """
         del progress  # it is one step
         label = parse(self.reader)
@@ -68,8 +69,7 @@ class OffsetProfile(Question):
                 do="name one, or ask Channel, which needs no offset here",
             )
         virtual_weight(stream, self.writer, self.reader)  # refuses a writer that comes too late
-        head, write = stream[f"L{label.layer}H{label.index}"], writing_map(stream, self.writer)
-        assert isinstance(head, Head)
+        head, write = _head(stream, f"L{label.layer}H{label.index}"), writing_map(stream, self.writer)
         near, far = (head.k, head.q) if label.port == "K" else (head.q, head.k)
         outer, inner, alone = _core(far), _core(near @ write), _core(near)
         turns = [_turn(head, offset) for offset in self.offsets]
@@ -78,39 +78,29 @@ class OffsetProfile(Question):
         norms = torch.stack([(outer @ turn.T @ alone.T).norm() for turn in turns])
         norm_writer = frobenius_norm(write)
         score = strength / (norms * norm_writer)
-        return Record(
-            self.question,
-            (Axis("offset", tuple(str(offset) for offset in self.offsets)),),
-            (
-                Column("strength", strength, "weights", "||QK(D) OV||_F"),
-                Column("score", score, "1, in [0, 1]", "||QK(D) OV||_F / (||QK(D)||_F ||OV||_F)"),
-                Column("null_ratio", score * stream.d_model**0.5, "1 (ratio)", "score over 1/sqrt(d)"),
-                Column("norm_reader", norms, "weights", "||QK(D)||_F"),
-            ),
-            parameters=self.parameters,
-            stamp={
-                **_stamp(stream, self.offsets),
-                "norm_writer": norm_writer,
-                "root_mean_square": {
-                    "strength": _rms(strength),
-                    "norm_reader": _rms(norms),
-                    "score": _rms(strength) / (_rms(norms) * norm_writer),
-                },
-            },
-            provenance=stream.provenance,
+        columns = (
+            Column("strength", strength, "weights", "||QK(D) OV||_F"),
+            Column("score", score, "1, in [0, 1]", "||QK(D) OV||_F / (||QK(D)||_F ||OV||_F)"),
+            Column("null_ratio", score * stream.d_model**0.5, "1 (ratio)", "score over 1/sqrt(d)"),
+            Column("norm_reader", norms, "weights", "||QK(D)||_F"),
         )
+        average = {"strength": _rms(strength), "norm_reader": _rms(norms)}
+        average["score"] = average["strength"] / (average["norm_reader"] * norm_writer)
+        axis = Axis("offset", tuple(str(offset) for offset in self.offsets))
+        record = stream.record(self, (axis,), columns, norm_writer=norm_writer, root_mean_square=average)
+        return _with_offsets(record, stream, self.offsets)
 
 
 @final
 @dataclass(frozen=True)
-class MeanCircuit(Question):
+class MeanCircuit(Question[Stream]):
     """Spectrum of a head's QK circuit averaged over rotary offsets, ``mean_D W_Q^T Rot(D)^T W_K``.
 
     What survives is what the head compares whatever the distance: planes that turn fast over the range average out.
 
     Attributes:
         head: e.g. ``"L17H3"``.
-        offsets: query position minus key position, each >= 0; a ``range`` is welcome.
+        offsets: query position minus key position, each >= 0, for example a ``range``.
     """
 
     question: ClassVar[str] = "mean_circuit"
@@ -120,7 +110,7 @@ class MeanCircuit(Question):
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", checked(self.offsets))
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute the spectrum.
 
         Returns:
@@ -135,18 +125,9 @@ class MeanCircuit(Question):
         gains = singular_values(mean_qk(stream, self.head, self.offsets))
         outer, inner = _core(head.q), _core(head.k)
         norms = torch.stack([(outer @ _turn(head, offset).T @ inner.T).norm() for offset in self.offsets])
-        energy = gains.square()
-        return Record(
-            self.question,
-            (Axis("direction", tuple(str(i + 1) for i in range(len(gains)))),),
-            (
-                Column("gain", gains, "weights", "singular values of the mean circuit"),
-                Column("energy", energy / energy.sum(), "1, in [0, 1]", "share of its squared norm"),
-            ),
-            parameters=self.parameters,
-            stamp={**_stamp(stream, self.offsets), "kept": float(energy.sum().sqrt()) / _rms(norms)},
-            provenance=stream.provenance,
-        )
+        axis, columns = spectrum(gains, "the mean circuit")
+        share = float(gains.square().sum().sqrt()) / _rms(norms)
+        return _with_offsets(stream.record(self, axis, columns, kept=share), stream, self.offsets)
 
 
 def mean_qk(stream: Stream, head: str, offsets: Iterable[int]) -> LinearMap:
@@ -155,9 +136,9 @@ def mean_qk(stream: Stream, head: str, offsets: Iterable[int]) -> LinearMap:
     Raises:
         UsageError: no such head, or no offset.
     """
-    part = _head(stream, head)
-    mean = torch.stack([_turn(part, offset) for offset in checked(offsets)]).mean(0)
-    return part.q.T @ Dense(mean).T @ part.k
+    view = _head(stream, head)
+    mean = torch.stack([_turn(view, offset) for offset in checked(offsets)]).mean(0)
+    return view.q.T @ Dense(mean).T @ view.k
 
 
 def checked(offsets: Iterable[int]) -> tuple[int, ...]:
@@ -166,18 +147,18 @@ def checked(offsets: Iterable[int]) -> tuple[int, ...]:
     Raises:
         UsageError: there is none, one is negative, or one comes twice.
     """
-    found = tuple(int(offset) for offset in offsets)
-    if not found or min(found) < 0 or len(set(found)) < len(found):
+    numbers = tuple(int(offset) for offset in offsets)
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise UsageError(
-            f"offsets {list(found)[:8]}", expected="at least one, each >= 0 and only once", do="pass e.g. range(16)"
+            f"offsets {list(numbers)[:8]}", expected="at least one, each >= 0 and only once", do="pass e.g. range(16)"
         )
-    return found
+    return numbers
 
 
 def _head(stream: Stream, name: str) -> Head:
     head = stream[name]
     if not isinstance(head, Head):
-        raise UsageError(f"{name} is no head", expected="a head such as L17H3", do="name a head")
+        raise UsageError(f"{name} is not a head", expected="a head such as L17H3", do="name a head")
     return head
 
 
@@ -196,9 +177,6 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _stamp(stream: Stream, offsets: Iterable[int]) -> dict[str, Any]:
-    rotary = stream.spec.rotary is not None
-    return {
-        "norm": stream.norm_stamp,
-        "rotary_offset": list(offsets) if rotary else "no rotary embedding: all offsets are equal",
-    }
+def _with_offsets(record: Record, stream: Stream, offsets: Iterable[int]) -> Record:
+    none = "no rotary embedding: all offsets are equal"
+    return replace(record, stamp={**record.stamp, "rotary_offset": list(offsets) if stream.spec.rotary else none})

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.crowding.dictionary import Kind, check_kind, dictionary
+from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream, cost
 
 BINS = 100
 """Bins of the histogram of |cos|, of equal width from 0 to 1."""
@@ -26,7 +25,7 @@ _TILE = 2048
 
 @final
 @dataclass(frozen=True)
-class Coherence(Question):
+class Coherence(Question[Stream]):
     """``|cos|`` between all directions of one kind: its largest, its mean square, its histogram.
 
     Beside it: as many seeded Gaussian directions, whose mean square is 1/d, and the **Welch bound**
@@ -47,17 +46,17 @@ class Coherence(Question):
     """
 
     question: ClassVar[str] = "coherence"
-    kind: Kind = "out"
+    kind: DirectionKind = "out"
     sample: int | None = 20_000
     seed: int = 0
-    device: str = "cpu"
+    device: str = cost("cpu")
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
         if self.sample is not None and self.sample < 2:
             raise UsageError(f"a sample of {self.sample}", expected="two directions or more", do="leave it out for all")
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compare every direction with every other.
 
         Args:
@@ -70,43 +69,33 @@ class Coherence(Question):
         Raises:
             UsageError: the model has no such directions, or fewer than two.
         """
-        names, unit = dictionary(stream, self.kind, self.sample, self.seed)
+        names, unit = directions(stream, self.kind, self.sample, self.seed)
         n, d = unit.shape
         if n < 2:
             raise UsageError(f"{n} direction of kind {self.kind!r}", expected="two or more", do="choose another kind")
         generator = torch.Generator().manual_seed(self.seed)
-        chance = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
-        total = float(n * (n - 1))
-
-        def tell(done: float) -> None:
-            if progress is not None:
-                progress(done, total)
-
-        own = _compared(unit.to(self.device), tell)
-        other = _compared(chance.to(self.device), lambda done: tell(total / 2 + done))
+        noise = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+        pairs = n * (n - 1) / 2
+        model = _compare(unit.to(self.device), lambda done: progress(done, 2 * pairs))
+        chance = _compare(noise.to(self.device), lambda done: progress(pairs + done, 2 * pairs))
         bounds = [f"{i / BINS:.2f}" for i in range(BINS + 1)]
-        return Record(
-            self.question,
+        return stream.record(
+            self,
             (Axis("bin", tuple(f"{a} to {b}" for a, b in pairwise(bounds))),),
             (
-                Column("count", own.histogram, "pairs", "pairs whose |cos| lies in the bin"),
-                Column("random", other.histogram, "pairs", "the same of as many random directions"),
+                Column("count", model.histogram, "pairs", "pairs whose |cos| lies in the bin"),
+                Column("random", chance.histogram, "pairs", "the same of as many random directions"),
             ),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "directions": n,
-                "dimension": d,
-                "largest": own.largest,
-                "largest_pair": [names[i] for i in own.pair],
-                "mean_square": own.squares / (total / 2),
-                "random_largest": other.largest,
-                "random_mean_square": other.squares / (total / 2),
-                "welch": welch(n, d),
-                "frame_potential": n + 2 * own.squares,
-                "least_frame_potential": max(n * n / d, float(n)),
-            },
-            provenance=stream.provenance,
+            directions=n,
+            dimension=d,
+            largest=model.largest,
+            largest_pair=[names[i] for i in model.pair],
+            mean_square=model.squares / pairs,
+            random_largest=chance.largest,
+            random_mean_square=chance.squares / pairs,
+            welch=welch(n, d),
+            frame_potential=n + 2 * model.squares,
+            least_frame_potential=max(n * n / d, float(n)),
         )
 
 
@@ -123,14 +112,14 @@ def gap(record: Record) -> dict[str, Any]:
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Compared:
+class _Comparison:
     largest: float
     pair: tuple[int, int]
     squares: float
     histogram: Tensor
 
 
-def _compared(unit: Tensor, tell: Callable[[float], None]) -> _Compared:
+def _compare(unit: Tensor, report: Callable[[float], None]) -> _Comparison:
     """All pairs of rows i < j."""
     largest, pair, squares, done = -1.0, (0, 0), 0.0, 0
     histogram = torch.zeros(BINS, dtype=torch.int64, device=unit.device)
@@ -148,8 +137,8 @@ def _compared(unit: Tensor, tell: Callable[[float], None]) -> _Compared:
             within = cosines.abs().triu(1) if i == j else cosines.abs()
             row, column = divmod(int(within.argmax()), within.shape[1])
             largest, pair = top, (i + row, j + column)
-        tell(done)
-    return _Compared(largest, pair, squares, histogram.cpu())
+        report(done)
+    return _Comparison(largest, pair, squares, histogram.cpu())
 
 
 def _tiles(unit: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -165,15 +154,15 @@ class Capacity:
     """Counts for directions of R^d whose cosines stay within eps.
 
     Attributes:
-        published: ``d / eps^2``, which has been stated as an upper bound of the number of directions. It is none.
+        published: ``d / eps^2``, published as an upper bound on the number of directions, which it is not.
         log10_random_code: of ``(1 - eps^2)^(-(d - 1)/4)``: so many directions with all ``|cos| < eps`` exist, since of
             N random ones the expected number of closer pairs is at most ``N^2/2 (1 - eps^2)^((d - 1)/2)``, here 1/2.
-            For small eps it is about ``exp(eps^2 d / 4)``; there are more, but this many surely.
+            For small eps it is about ``exp(eps^2 d / 4)``: a lower bound.
         active_signals: ``1 + eps^2 d``: so many random-sign signals, active at once along random directions, leave a
             matched filter an error of variance ``(n - 1)/d <= eps^2`` each. This, not the number of directions, is
             linear in d.
-        welch: ``d (1 - eps^2) / (1 - d eps^2)`` where ``eps^2 < 1/d``: no more directions than that (the Welch bound
-            solved for N). Above, None: it bounds nothing.
+        welch: ``d (1 - eps^2) / (1 - d eps^2)`` where ``eps^2 < 1/d``: the most directions there can be (the Welch
+            bound solved for N). None for larger eps, where that gives no bound.
     """
 
     published: float

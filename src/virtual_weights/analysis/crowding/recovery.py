@@ -6,39 +6,39 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.crowding.dictionary import Kind, check_kind, dictionary
+from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg import accumulate
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream
 
 METHODS = {
     "matched": "D^T x: each direction's own projection",
     "least_squares": "D^+ x: the shortest coefficients that give x",
-    "known_support": "least squares over the active directions alone: somebody says which they are",
+    "known_support": "least squares over the active directions alone, which must be known",
     "sparse": "orthogonal matching pursuit with n coefficients (scikit-learn)",
 }
 
 
 @final
 @dataclass(frozen=True)
-class Recovery(Question):
+class Recovery(Question[Stream]):
     """n of the model's directions carry a random sign at once; which method finds the coefficients again?
 
-    ``x = D c`` for a dictionary ``D`` (d, m) of the model's own unit directions and ``c`` with n entries +-1. The
+    ``x = D c`` with m of the model's own unit directions as columns of ``D`` (d, m) and n entries +-1 in ``c``. The
     **fidelity** of an estimate is the share of the active signals that are among its n largest entries, with the right
     sign. It is in [0, 1] and no scaling of the estimate changes it: 1 is recovery, n/(2 m) is chance.
 
     Invariant under scaling of a direction and, with RMSNorm folded, under rotation of the stream.
 
     Attributes:
-        kind: which directions, see ``dictionary``.
+        kind: which directions, see ``directions``.
         size: m, how many of them, chosen by the seed.
         most: largest number of signals; numbers double from 1.
         trials: seeded choices of signals for each number.
@@ -49,7 +49,7 @@ class Recovery(Question):
     """
 
     question: ClassVar[str] = "recovery"
-    kind: Kind = "out"
+    kind: DirectionKind = "out"
     size: int = 1024
     most: int = 256
     trials: int = 8
@@ -67,8 +67,8 @@ class Recovery(Question):
             )
 
     @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters as plain values."""
+    def parameters(self) -> dict[str, Any]:
+        """All parameters as plain values, the methods by name."""
         return {**super().parameters, "methods": list(self._methods)}
 
     @property
@@ -77,7 +77,7 @@ class Recovery(Question):
             return self.methods
         return tuple(name for name in METHODS if name != "sparse" or find_spec("sklearn") is not None)
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Superpose and recover.
 
         Returns:
@@ -86,57 +86,55 @@ class Recovery(Question):
         Raises:
             UsageError: the model has no such directions, or a method needs scikit-learn and it is not installed.
         """
-        _, unit = dictionary(stream, self.kind, self.size, self.seed)
+        _, unit = directions(stream, self.kind, self.size, self.seed)
         columns = unit.T.to(accumulate)
         counts = [n for n in (2**i for i in range(32)) if n <= min(self.most, len(unit))]
         methods = {name: _method(name, columns) for name in self._methods}
         generator = torch.Generator().manual_seed(self.seed)
-        found = {name: torch.zeros(len(counts), dtype=accumulate) for name in methods}
+        fidelity = {name: torch.zeros(len(counts), dtype=accumulate) for name in methods}
         for i, n in enumerate(counts):
             truth = torch.stack([_signals(len(unit), n, generator) for _ in range(self.trials)], 1)
             for name, method in methods.items():
-                found[name][i] = _fidelity(truth, method(columns @ truth, truth)).mean()
-            if progress is not None:
-                progress(i + 1, len(counts))
-        return Record(
-            self.question,
+                fidelity[name][i] = _fidelity(truth, method(columns @ truth, truth)).mean()
+            progress(i + 1, len(counts))
+        return stream.record(
+            self,
             (Axis("n", tuple(map(str, counts))),),
-            tuple(Column(name, values, "1, in [0, 1]", METHODS[name]) for name, values in found.items()),
-            parameters=self.parameters,
-            stamp={"norm": stream.norm_stamp, "directions": len(unit), "dimension": stream.d_model},
-            provenance=stream.provenance,
+            (Column(name, values, "1, in [0, 1]", METHODS[name]) for name, values in fidelity.items()),
+            directions=len(unit),
+            dimension=stream.d_model,
         )
 
 
 def _signals(size: int, n: int, generator: torch.Generator) -> Tensor:
     truth = torch.zeros(size, dtype=accumulate)
-    at = torch.randperm(size, generator=generator)[:n]
-    truth[at] = torch.randint(2, (n,), generator=generator).to(accumulate) * 2 - 1
+    active = torch.randperm(size, generator=generator)[:n]
+    truth[active] = torch.randint(2, (n,), generator=generator).to(accumulate) * 2 - 1
     return truth
 
 
 def _fidelity(truth: Tensor, estimate: Tensor) -> Tensor:
-    """Of every column the share of its signals that are found; an entry of 0 finds none."""
+    """The share of every column's signals that the estimate recovers; an entry of 0 recovers none."""
     n = int((truth[:, 0] != 0).sum())
-    at = estimate.abs().topk(n, dim=0).indices
-    return (estimate.gather(0, at).sign() * truth.gather(0, at) > 0).to(accumulate).mean(0)
+    top = estimate.abs().topk(n, dim=0).indices
+    return (estimate.gather(0, top).sign() * truth.gather(0, top) > 0).to(accumulate).mean(0)
 
 
 def _method(name: str, columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """From superpositions (d, trials) and the truth (m, trials), only its support to be used, to estimates."""
+    """A function from superpositions (d, trials) and the truth (m, trials), for its support only, to estimates."""
     if name == "matched":
         return lambda x, truth: columns.T @ x
     if name == "least_squares":
         inverse = torch.linalg.pinv(columns)
         return lambda x, truth: inverse @ x
-    return _sparse(columns) if name == "sparse" else lambda x, truth: _supported(columns, x, truth)
+    return _sparse(columns) if name == "sparse" else lambda x, truth: _on_support(columns, x, truth)
 
 
-def _supported(columns: Tensor, x: Tensor, truth: Tensor) -> Tensor:
+def _on_support(columns: Tensor, x: Tensor, truth: Tensor) -> Tensor:
     estimate = torch.zeros_like(truth)
     for i in range(truth.shape[1]):
-        at = truth[:, i].nonzero()[:, 0]
-        estimate[at, i] = torch.linalg.lstsq(columns[:, at], x[:, i : i + 1], driver="gelsd").solution[:, 0]
+        active = truth[:, i].nonzero()[:, 0]
+        estimate[active, i] = torch.linalg.lstsq(columns[:, active], x[:, i : i + 1], driver="gelsd").solution[:, 0]
     return estimate
 
 
@@ -154,9 +152,9 @@ def _sparse(columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     def pursue(x: Tensor, truth: Tensor) -> Tensor:
         n = min(int((truth[:, 0] != 0).sum()), len(columns))
         with warnings.catch_warnings():
-            # directions that depend on each other end the pursuit early: the fidelity shows it
+            # linearly dependent directions end the pursuit early, which the fidelity shows
             warnings.filterwarnings("ignore", "Orthogonal matching pursuit ended prematurely", RuntimeWarning)
-            found = orthogonal_mp(matrix, x.numpy(), n_nonzero_coefs=n)
-        return torch.from_numpy(found).reshape(truth.shape).to(accumulate)
+            estimate = orthogonal_mp(matrix, x.numpy(), n_nonzero_coefs=n)
+        return torch.from_numpy(estimate).reshape(truth.shape).to(accumulate)
 
     return pursue

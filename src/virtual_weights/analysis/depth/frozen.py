@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.errors import UsageError
+from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate
-from virtual_weights.stream import Stream
-from virtual_weights.stream.operating_point import OperatingPoint
+from virtual_weights.stream import Group, OperatingPoint, Stream
 
 
 @final
 @dataclass(frozen=True)
 class Convention:
-    """The point that stands in where nothing ran: one token, attention 1 to itself, one scalar, one gate for all.
+    """What stands in for an operating point where nothing ran: one token that attends to itself with weight 1.
 
     Attributes:
-        scalar: the norm scalar s at every site, > 0.
-        gate: what every neuron's pre-activation is multiplied with: the activated gate, or the slope where ungated.
+        scalar: the norm scalar s of every group, > 0.
+        gate: the factor on every neuron's pre-activation: the activated gate, or the slope where ungated.
     """
 
     scalar: float = 1.0
@@ -38,26 +37,22 @@ Point = OperatingPoint | Convention
 
 @final
 @dataclass(frozen=True, eq=False)
-class Part:
+class FrozenGroup:
     """The attention or the MLP of one layer, frozen.
 
     ``T x`` at token t is ``sum_h O_h sum_u p_h[t,u] g[t] (R~_h x_u / s_u)``; all in float64.
 
     Attributes:
-        label: ``"L3.attn"`` or ``"L3.mlp"``.
-        names: one per read/write pair: the heads, or the MLP itself.
-        width: rows of distinct read maps; heads that share values share them.
+        group: which attention or MLP; m counts its components.
         read: (m, k, d) effective read maps, V of attention, up (in) of an MLP.
         write: (m, d, k).
         inverse: (T,) 1/s.
         read_constant: (m, k) or None; write_constant: (d,) or None.
-        pattern: (m, T, T), None where every token is its own.
+        pattern: (m, T, T), None in an MLP, where no token reads another.
         gate: (T, k) or (1, 1), None in attention.
     """
 
-    label: str
-    names: tuple[str, ...]
-    width: int
+    group: Group
     read: Tensor
     write: Tensor
     inverse: Tensor
@@ -66,13 +61,18 @@ class Part:
     pattern: Tensor | None
     gate: Tensor | None
 
+    @property
+    def width(self) -> int:
+        """Rows of all distinct read maps: heads that share values share them."""
+        return len(self.group.components) // self.group.sharing * self.group.width
+
     def inner(self, x: Tensor) -> Tensor:
         """The inner activations that x causes without constants: x (..., T, d) to (..., T, m, k)."""
-        own = (x * self.inverse[:, None]) @ self.read.flatten(0, 1).T
-        return self._mixed(own.unflatten(-1, self.read.shape[:2]))
+        z = (x * self.inverse[:, None]) @ self.read.flatten(0, 1).T
+        return self._mixed(z.unflatten(-1, self.read.shape[:2]))
 
     def linear(self, x: Tensor) -> Tensor:
-        """``T x`` for x (..., T, d), nothing dense."""
+        """``T x`` for x (..., T, d); no dense map is formed."""
         return self.inner(x).flatten(-2) @ self.write.mT.flatten(0, 1)
 
     @property
@@ -87,7 +87,7 @@ class Part:
     def between(self, target: int, source: int) -> Tensor:
         """The dense (d, d) map from one token's state to another's update."""
         tokens, weight = range(len(self.inverse)), self.write
-        target, source = tokens[target], tokens[source]  # counts from the end too, and refuses what is not there
+        target, source = tokens[target], tokens[source]  # negative indices count from the end
         if self.pattern is not None:
             weight = weight * self.pattern[:, target, source, None, None]
         elif target != source:
@@ -97,6 +97,7 @@ class Part:
         return (weight.transpose(0, 1).flatten(1) @ self.read.flatten(0, 1)) * self.inverse[source]
 
     def _mixed(self, z: Tensor) -> Tensor:
+        """Inner activations (..., T, m, k) after attention between tokens, or after the gate."""
         if self.pattern is not None:
             z = torch.einsum("mtu,...umk->...tmk", self.pattern, z)
         return z if self.gate is None else z * self.gate[:, None, :]
@@ -105,15 +106,19 @@ class Part:
 @final
 @dataclass(frozen=True, eq=False)
 class FrozenBlock:
-    """A sub-block (attention or MLP; both together where they are parallel) as ``x -> x + T x + c`` over T tokens.
+    """Everything that reads one state (attention, MLP, or both in a parallel block) as ``x -> x + T x + c``.
 
     Attributes:
-        label: ``"L3.attn"``, ``"L3.mlp"``, or ``"L3"`` of a parallel block.
-        parts: what reads the state before it.
+        groups: what reads the state: one attention or MLP, or both in a parallel block.
     """
 
-    label: str
-    parts: tuple[Part, ...]
+    groups: tuple[FrozenGroup, ...]
+
+    @property
+    def label(self) -> str:
+        """``"L3.attn"``, ``"L3.mlp"``, or ``"L3"`` of a parallel block."""
+        group = self.groups[0].group
+        return group.id if len(self.groups) == 1 else f"L{group.layer}"
 
     def apply(self, x: Tensor) -> Tensor:
         """``x + T x + c`` for x (..., T, d)."""
@@ -121,39 +126,38 @@ class FrozenBlock:
 
     def linear(self, x: Tensor) -> Tensor:
         """``T x`` for x (..., T, d)."""
-        return torch.stack([part.linear(x) for part in self.parts]).sum(0)
+        return torch.stack([group.linear(x) for group in self.groups]).sum(0)
 
     @property
     def constant(self) -> Tensor:
         """``c``, shape (T, d)."""
-        return torch.stack([part.constant for part in self.parts]).sum(0)
+        return torch.stack([group.constant for group in self.groups]).sum(0)
 
     @property
     def width(self) -> int:
         """How many inner dimensions T passes through at each token: a bound on the rank of ``at``."""
-        return sum(part.width for part in self.parts)
+        return sum(group.width for group in self.groups)
 
     def at(self, token: int) -> Tensor:
         """The dense (d, d) map T of a token to itself."""
         return self.between(token, token)
 
     def between(self, target: int, source: int) -> Tensor:
-        """The dense (d, d) map T of one token's state to another's update."""
-        return torch.stack([part.between(target, source) for part in self.parts]).sum(0)
+        """The dense (d, d) map T from one token's state to another's update."""
+        return torch.stack([group.between(target, source) for group in self.groups]).sum(0)
 
     def dense(self) -> Tensor:
         """T over all tokens, (T d, T d), tokens outermost: for small prompts of small models."""
-        tokens = range(len(self.parts[0].inverse))
-        rows = [torch.cat([self.between(t, u) for u in tokens], 1) for t in tokens]
-        return torch.cat(rows, 0)
+        tokens = range(len(self.groups[0].inverse))
+        return torch.cat([torch.cat([self.between(t, u) for u in tokens], 1) for t in tokens], 0)
 
 
 def frozen_blocks(stream: Stream, point: Point, start: int = 0, stop: int | None = None) -> Iterator[FrozenBlock]:
-    """The blocks in order of depth, each read from the checkpoint when its turn comes.
+    """The blocks in order of depth, each read from the checkpoint when it is needed.
 
     Args:
         stream: the model.
-        point: what is held fixed.
+        point: at which every block is linear.
         start: state of the stream that the first one reads.
         stop: state that the last one writes; None is the last state.
 
@@ -164,14 +168,42 @@ def frozen_blocks(stream: Stream, point: Point, start: int = 0, stop: int | None
     """
     if isinstance(point, OperatingPoint):
         point.check(stream)
-    for position in range(start, stream.states - 1 if stop is None else stop):
-        if stream.spec.parallel:
-            both = _part(stream, "attn", position, point), _part(stream, "mlp", position, point)
-            yield FrozenBlock(f"L{position}", both)
-        else:
-            layer, second = divmod(position, 2)
-            part = _part(stream, "mlp" if second else "attn", layer, point)
-            yield FrozenBlock(part.label, (part,))
+    for state in range(start, stream.states - 1 if stop is None else stop):
+        groups = stream.groups.sited(state)
+        if len(groups) < (2 if stream.spec.parallel else 1):
+            raise MissingTensorError(
+                f"this checkpoint lacks an attention or MLP that reads state {state}",
+                expected="the attention and the MLP of every layer",
+                do="open the complete checkpoint",
+            )
+        yield FrozenBlock(tuple(freeze(stream, group, point) for group in groups))
+
+
+def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
+    """One attention or MLP at a point."""
+    port = group.ports[-1]  # V, up or in: what it reads here passes linearly to its output
+    read, bias = stream.read(port, group), stream.weight("bias", f"{group.id}.bias")
+    pattern = gate = None
+    if isinstance(point, Convention):
+        gate = None if group.kind == "head" else torch.full((1, 1), point.gate, dtype=accumulate)
+    elif group.kind == "head":
+        pattern = point.patterns[group.id]
+    else:
+        gate = point.gates[group.id]
+    return FrozenGroup(
+        group,
+        read=read.maps.repeat_interleave(group.shared(port), 0).to(accumulate),
+        write=stream.write(group).to(accumulate),
+        inverse=inverse_scalar(point, group.id),
+        read_constant=_accumulated(read.constants, group.shared(port)),
+        write_constant=_accumulated(bias),
+        pattern=_accumulated(pattern),
+        gate=_accumulated(gate),
+    )
+
+
+def _accumulated(tensor: Tensor | None, repeats: int = 1) -> Tensor | None:
+    return None if tensor is None else tensor.to(accumulate).repeat_interleave(repeats, 0)
 
 
 def replay(stream: Stream, point: OperatingPoint) -> Tensor:
@@ -191,42 +223,17 @@ def replay(stream: Stream, point: OperatingPoint) -> Tensor:
 def embedded(stream: Stream, point: OperatingPoint) -> Tensor:
     """The first state of a prompt, token and learned position embeddings, (T, d) float64."""
     x = stream.write("embed")[0].T[point.tokens].to(accumulate)
-    return x + stream.write("pos")[0].T[: len(x)].to(accumulate) if stream.model.has("pos") else x
+    return x + stream.write("pos")[0].T[: len(x)].to(accumulate) if "pos" in stream.groups else x
 
 
-def inverse_scalar(point: Point, site: str) -> Tensor:
-    """1/s of a norm site, (T,) float64."""
-    s = torch.tensor([point.scalar], dtype=accumulate) if isinstance(point, Convention) else point.scalars[site]
+def inverse_scalar(point: Point, group: str) -> Tensor:
+    """1/s of what a group reads, by the group's id, (T,) float64."""
+    s = torch.tensor([point.scalar], dtype=accumulate) if isinstance(point, Convention) else point.scalars[group]
     return 1 / s.to(accumulate)
 
 
 def describe(point: Point) -> dict[str, object]:
-    """How stamps tell at which point something was taken as linear."""
+    """For stamps: the point at which something was taken as linear."""
     if isinstance(point, Convention):
         return {"point": "convention", "norm_scalar": point.scalar, "gate": point.gate, "attention": "to itself = 1"}
     return {"point": point.identity, "tokens": len(point.tokens)}
-
-
-def _part(stream: Stream, kind: Literal["attn", "mlp"], layer: int, point: Point) -> Part:
-    run = point if isinstance(point, OperatingPoint) else None
-    attention = kind == "attn"
-    read = stream.read("V" if attention else "up" if stream.spec.gated else "in", layer)
-    group = stream.spec.group if attention else 1
-    constants = read.constants
-    gate = None
-    if not attention:
-        gate = torch.full((1, 1), point.gate, dtype=accumulate) if isinstance(point, Convention) else point.gates[layer]
-    bias = stream.weight("o_bias" if attention else "down_bias", layer)
-    label = f"L{layer}.{kind}"
-    return Part(
-        label,
-        tuple(f"L{layer}H{i}" for i in range(stream.spec.n_heads)) if attention else (label,),
-        width=read.maps.shape[0] * read.maps.shape[1],
-        read=read.maps.repeat_interleave(group, 0).to(accumulate),
-        write=stream.write("head" if attention else "mlp", layer).to(accumulate),
-        inverse=inverse_scalar(point, label),
-        read_constant=None if constants is None else constants.repeat_interleave(group, 0).to(accumulate),
-        write_constant=None if bias is None else bias.to(accumulate),
-        pattern=run.patterns[layer].to(accumulate) if run is not None and attention else None,
-        gate=None if gate is None else gate.to(accumulate),
-    )

@@ -10,14 +10,19 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.ledger.gram_sum import Tally, tally
-from virtual_weights.analysis.maps.circuits import last_written, rank_cut, reads_from, unembedding, writes_into
+from virtual_weights.analysis.maps.circuits import (
+    last_written,
+    nearest_tokens,
+    rank_cut,
+    reads_from,
+    unembedding,
+    writes_into,
+)
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress, Spectrum, Subspace, accumulate
-from virtual_weights.linalg.numerics import converted
+from virtual_weights.linalg import GramSum, Spectrum, Subspace, accumulate, gram_sum
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream, cost
 
 Row = dict[str, float | int]
 
@@ -43,13 +48,13 @@ _COLUMNS = {
     "neurons_after": ("neurons", "neurons that are still to read"),
     "neurons_before_per_d": ("1 (ratio)", "neurons_before / d"),
     "neurons_after_per_d": ("1 (ratio)", "neurons_after / d"),
-    "neuron_product": ("1 (ratio)", "N_b N_a / d^2: the seed's figure, which is no compression ratio"),
+    "neuron_product": ("1 (ratio)", "N_b N_a / d^2, which is not a compression ratio"),
     "saving": ("1 (ratio), >= 1", "N_a N_b / (r (N_a + N_b - r)), r = min(d, N_a, N_b); absent without neurons"),
 }
 
 
 @dataclass(frozen=True)
-class Bandwidth(Question):
+class Bandwidth(Question[Stream]):
     """What has been written at or before each state of the stream and is read at or after it.
 
     State p: a writer counts iff ``writes <= p``, a reader iff ``reads >= p``. Heads enter by their circuits (OV for
@@ -68,7 +73,8 @@ class Bandwidth(Question):
     Attributes:
         cut: singular values up to this share of the largest count as zero; None is ``rank_cut`` of the stream. A cut
             such as 0.01 counts directions that are hardly used as unused.
-        memory_mb: for suffix sums; where they do not fit, readers are read twice, about ``2 sqrt(states)`` sums kept.
+        memory_mb: for suffix sums; where they do not fit, readers are read twice, and about ``2 sqrt(states)`` sums
+            are in memory at once.
 
     Example:
         >>> Bandwidth()(stream)["oversubscription"][-1]  # doctest: +SKIP
@@ -76,7 +82,7 @@ class Bandwidth(Question):
 
     question: ClassVar[str] = "bandwidth"
     cut: float | None = None
-    memory_mb: int = 512
+    memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
         if self.cut is not None and not 1e-7 <= self.cut < 1:
@@ -86,7 +92,7 @@ class Bandwidth(Question):
                 do="leave it out for the default",
             )
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through the stream once downwards and once upwards.
 
         Args:
@@ -99,34 +105,25 @@ class Bandwidth(Question):
         d, states = stream.d_model, stream.states
         cut = rank_cut(stream) if self.cut is None else self.cut
         out = unembedding(stream)
-        last = tally([] if out is None else [out], d, cut)
-
-        def own(state: int) -> Tally:
-            return tally(reads_from(stream, state), d, cut)
-
-        written, neurons, rows = tally([], d, cut), _neurons(stream), list[Row]()
+        last = gram_sum([] if out is None else [out], d, cut)
+        writes, rows = gram_sum([], d, cut), list[Row]()
         stride = 1 if states * d * d * 8 <= self.memory_mb * 2**20 else round(states**0.5)
-        for state, blocks in enumerate(_suffixes(own, states, stride)):
-            written += tally(writes_into(stream, state), d, cut)
-            rows.append(_row(written, blocks, last, cut) | _bottleneck(*neurons[state], d))
-            if progress is not None:
-                progress(state + 1, states)
-        return Record(
-            self.question,
-            (Axis("state", tuple(str(state) for state in range(states))),),
+        suffixes = _suffixes(lambda state: gram_sum(reads_from(stream, state), d, cut), states, stride)
+        for state, blocks in enumerate(suffixes):
+            writes += gram_sum(writes_into(stream, state), d, cut)
+            rows.append(_row(writes, blocks, last, cut) | _neurons(stream, state))
+            progress(state + 1, states)
+        return stream.record(
+            self,
+            (Axis("state", tuple(map(str, range(states)))),),
             (
                 *(Column(name, _values([row[name] for row in rows]), *about) for name, about in _COLUMNS.items()),
                 Column("after", tuple(last_written(stream, state) for state in range(states)), "", "what wrote last"),
             ),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "gauge": "heads by circuits, QK at rotary offset 0; MLPs and embeddings by their own maps",
-                "cut": cut,
-                "d_model": d,
-                "normalised": "each map to unit Frobenius norm",
-            },
-            provenance=stream.provenance,
+            gauge="heads by circuits, QK at rotary offset 0; MLPs and embeddings by their own maps",
+            cut=cut,
+            d_model=d,
+            normalised="each map to unit Frobenius norm",
         )
 
 
@@ -134,24 +131,24 @@ def bottleneck(record: Record) -> dict[str, float | int | str | None]:
     """Where a ledger is tightest: the state with the largest ``saving`` (the first of equals), with both ratios.
 
     A linear map from N_b to N_a neurons through d dimensions has ``d (N_a + N_b - d)`` parameters instead of
-    ``N_a N_b``; ``saving`` is their ratio, and ``neuron_product`` the seed's ``N_b N_a / d^2`` beside it.
+    ``N_a N_b``; ``saving`` is their ratio, and ``neuron_product`` is ``N_b N_a / d^2``.
     """
     rows = list(record.top(1, by="saving").rows())
     names = ("state", "after", "neurons_before", "neurons_after", "neuron_product", "saving")
     return {name: rows[0][name] if rows else None for name in names}
 
 
-def _row(written: Tally, blocks: Tally, last: Tally, cut: float) -> Row:
-    d = len(written.gram)
+def _row(writes: GramSum, blocks: GramSum, last: GramSum, cut: float) -> Row:
+    d = len(writes.gram)
     reads = blocks + last
-    spectra = [each.spectrum for each in (written, reads, blocks)]
+    spectra = [maps.spectrum for maps in (writes, reads, blocks)]
     dims = [spectrum.numerical_rank(cut) for spectrum in spectra]
     return {
-        "oversubscription": written.ranks / d,
+        "oversubscription": writes.ranks / d,
         "read_oversubscription": reads.ranks / d,
-        "writers": written.count,
+        "writers": writes.count,
         "readers": reads.count,
-        "write_ranks": written.ranks,
+        "write_ranks": writes.ranks,
         "read_ranks": reads.ranks,
         "written_dim": dims[0],
         "written_entropy_rank": spectra[0].entropy_rank,
@@ -159,9 +156,9 @@ def _row(written: Tally, blocks: Tally, last: Tally, cut: float) -> Row:
         "read_entropy_rank": spectra[1].entropy_rank,
         "read_dim_blocks": dims[2],
         "read_entropy_rank_blocks": spectra[2].entropy_rank,
-        "live_dim": _live_dim(written, reads, (dims[0], dims[1]), cut),
-        "live_dim_blocks": _live_dim(written, blocks, (dims[0], dims[2]), cut),
-        "live_entropy_rank": _live_entropy_rank(written, reads),
+        "live_dim": _live_dim(writes, reads, (dims[0], dims[1]), cut),
+        "live_dim_blocks": _live_dim(writes, blocks, (dims[0], dims[2]), cut),
+        "live_entropy_rank": _live_entropy_rank(writes, reads),
         "unread_dim": d - dims[1],
         "unwritten_dim": d - dims[0],
     }
@@ -171,30 +168,26 @@ def _values(values: list[float | int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64 if all(isinstance(v, int) for v in values) else torch.float64)
 
 
-def _live_dim(written: Tally, read: Tally, dims: tuple[int, int], cut: float) -> int:
+def _live_dim(writes: GramSum, reads: GramSum, dims: tuple[int, int], cut: float) -> int:
     """``rank(R W) = rank(Q_R^T Q_W)``; where one side spans the whole stream, the dimension of the other."""
-    if max(dims) == len(written.gram) or min(dims) == 0:
+    if max(dims) == len(writes.gram) or min(dims) == 0:
         return min(dims)
-    cosines = read.split(cut)[0].basis.T @ written.split(cut)[0].basis
+    cosines = reads.split(cut)[0].basis.T @ writes.split(cut)[0].basis
     return int((torch.linalg.svdvals(cosines) > cut).sum())
 
 
-def _live_entropy_rank(written: Tally, read: Tally) -> float:
+def _live_entropy_rank(writes: GramSum, reads: GramSum) -> float:
     """Of the spectrum of ``S_R^(1/2) S_W^(1/2)``, whose squared singular values are the eigenvalues of ``S_R S_W``."""
-    values, vectors = torch.linalg.eigh(written.gram)
+    values, vectors = torch.linalg.eigh(writes.gram)
     root = vectors * values.clamp_min(0).sqrt()
-    return Spectrum(torch.linalg.eigvalsh(root.T @ read.gram @ root).clamp_min(0).sqrt()).entropy_rank
+    return Spectrum(torch.linalg.eigvalsh(root.T @ reads.gram @ root).clamp_min(0).sqrt()).entropy_rank
 
 
-def _neurons(stream: Stream) -> list[tuple[int, int]]:
-    """Neurons before and after each state; every neuron is one of both."""
-    mlps = [c for c in stream.components if c.kind == "mlp"]
-    width = stream.spec.d_mlp
-    before = [sum(c.writes is not None and c.writes <= p for c in mlps) for p in range(stream.states)]
-    return [(width * count, width * (len(mlps) - count)) for count in before]
-
-
-def _bottleneck(before: int, after: int, d: int) -> Row:
+def _neurons(stream: Stream, state: int) -> Row:
+    """Neurons before and after a state; every neuron is one of both."""
+    d, mlps = stream.d_model, stream.groups.mlps
+    before = sum(mlp.width for mlp in mlps if mlp.reaches(state))
+    after = sum(mlp.width for mlp in mlps) - before
     rank = min(d, before, after)
     return {
         "neurons_before": before,
@@ -206,29 +199,29 @@ def _bottleneck(before: int, after: int, d: int) -> Row:
     }
 
 
-def _suffixes(own: Callable[[int], Tally], states: int, stride: int) -> Iterator[Tally]:
-    """``sum of own(q) for q >= p``, for p ascending, without subtraction: that would lose the small against the large.
+def _suffixes(term: Callable[[int], GramSum], states: int, stride: int) -> Iterator[GramSum]:
+    """``sum of term(q) for q >= p``, for p ascending, without subtraction: that would lose small terms against large.
 
-    One sum in ``stride`` is kept on the way down; those between are added up again from the next one kept.
+    One sum in ``stride`` stays in memory on the way down; those between are added up again from the next of these.
     """
-    kept: dict[int, Tally] = {}
-    running: Tally | None = None
+    sums: dict[int, GramSum] = {}
+    total: GramSum | None = None
     for state in reversed(range(states)):
-        running = own(state) if running is None else own(state) + running
+        total = term(state) if total is None else term(state) + total
         if state % stride == 0:
-            kept[state] = running
+            sums[state] = total
     for first in range(0, states, stride):
-        between: list[Tally] = []
-        running = kept.get(first + stride)
+        between: list[GramSum] = []
+        total = sums.get(first + stride)
         for state in reversed(range(first + 1, min(first + stride, states))):
-            running = own(state) if running is None else own(state) + running
-            between.append(running)
-        yield kept.pop(first)
+            total = term(state) if total is None else term(state) + total
+            between.append(total)
+        yield sums.pop(first)
         yield from reversed(between)
 
 
 def unread(stream: Stream, state: int, *, unembed: bool = True, cut: float | None = None) -> Subspace:
-    """What nothing at or after a state can see: the orthogonal complement of the sum of all later read spaces.
+    """What nothing at or after a state reads: the orthogonal complement of the sum of all later read spaces.
 
     Args:
         stream: the model.
@@ -244,10 +237,10 @@ def unread(stream: Stream, state: int, *, unembed: bool = True, cut: float | Non
     Raises:
         UsageError: no such state.
     """
-    cut = _checked(stream, state, cut)
+    cut = _cut(stream, state, cut)
     later = (maps for p in range(state, stream.states) for maps in reads_from(stream, p))
     out = unembedding(stream) if unembed else None
-    return tally(chain(later, () if out is None else (out,)), stream.d_model, cut).split(cut)[1]
+    return gram_sum(chain(later, () if out is None else (out,)), stream.d_model, cut).split(cut)[1]
 
 
 def unwritten(stream: Stream, state: int, *, cut: float | None = None) -> Subspace:
@@ -258,9 +251,9 @@ def unwritten(stream: Stream, state: int, *, cut: float | None = None) -> Subspa
     Returns:
         Subspace of R^d, the least written direction first; the stream's state has no component in it, on any text.
     """
-    cut = _checked(stream, state, cut)
+    cut = _cut(stream, state, cut)
     earlier = (maps for p in range(state + 1) for maps in writes_into(stream, p))
-    return tally(earlier, stream.d_model, cut).split(cut)[1]
+    return gram_sum(earlier, stream.d_model, cut).split(cut)[1]
 
 
 @final
@@ -281,36 +274,27 @@ def in_tokens(
     Args:
         stream: the model.
         directions: vectors of the stream in columns, (d, n), such as a Subspace's ``basis``.
-        side: ``"unembed"``: rows of the read map (norm folded), what the direction would say; ``"embed"``: token
-            embeddings, what would say it.
-        count: how many tokens each.
+        side: ``"unembed"``: rows of the read map (norm folded), the tokens that the direction predicts; ``"embed"``:
+            token embeddings, the tokens that write it.
+        count: how many tokens for each direction.
 
     Returns:
-        For each direction its tokens by descending ``|cos|``. A cosine is the trust to put into the token: random
-        directions reach about ``sqrt(2 ln(t) / d)`` among t tokens.
+        For each direction its tokens by descending ``|cos|``, to be compared with chance: a random direction reaches
+        about ``sqrt(2 ln(t) / d)`` among t tokens.
     """
-    rows = stream.read("unembed").maps[0] if side == "unembed" else stream.write("embed")[0].T
     unit = torch.nn.functional.normalize(directions.to(accumulate), dim=0)
-    best = torch.zeros(0, unit.shape[1], dtype=accumulate)
-    ids = torch.zeros(0, unit.shape[1], dtype=torch.int64)
-    step = max(1, converted // (8 * max(rows.shape[1], unit.shape[1])))
-    for start in range(0, len(rows), step):
-        # tokens that are zero after folding point nowhere: their cosine is 0
-        chunk = torch.nn.functional.normalize(rows[start : start + step].to(accumulate), dim=1)
-        here = torch.arange(start, start + len(chunk))[:, None].expand(-1, unit.shape[1])
-        best, ids = torch.cat([best, chunk @ unit]), torch.cat([ids, here])
-        order = best.abs().topk(min(count, len(best)), dim=0).indices
-        best, ids = best.gather(0, order), ids.gather(0, order)
+    rows = stream.read("unembed").maps[0] if side == "unembed" else stream.write("embed")[0].T
+    best, ids = nearest_tokens(rows, list(unit.T[:, :, None]), count)
     texts = stream.source.token_texts()
 
-    def told(token: int, cosine: float) -> TokenCosine:
+    def with_text(token: int, cosine: float) -> TokenCosine:
         return TokenCosine(token, None if texts is None else texts[token], cosine)
 
     columns = zip(ids.T.tolist(), best.T.tolist(), strict=True)
-    return tuple(tuple(map(told, tokens, cosines)) for tokens, cosines in columns)
+    return tuple(tuple(map(with_text, tokens, cosines)) for tokens, cosines in columns)
 
 
-def _checked(stream: Stream, state: int, cut: float | None) -> float:
+def _cut(stream: Stream, state: int, cut: float | None) -> float:
     if not 0 <= state < stream.states:
         raise UsageError(
             f"no state {state} in this stream",

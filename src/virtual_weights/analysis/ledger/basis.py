@@ -1,4 +1,4 @@
-"""The basis of a trained stream: whether its coordinates are special, as the architecture does not ask them to be."""
+"""The basis of a trained stream: whether its coordinates are special, which the architecture does not require."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.circuits import HeadRole, frames, rank_cut
+from virtual_weights.analysis.maps.circuits import HeadRole, rank_cut, subspace_bases
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg import accumulate
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Group, Question, Stream
 from virtual_weights.stream.turned import random_turn
 
-_CHUNK = 8192  # directions at once: a vocabulary never is as a whole
+_CHUNK = 8192  # directions at once: never a whole vocabulary
 
 
 @final
 @dataclass(frozen=True)
-class Basis(Question):
+class Basis(Question[Stream]):
     """Kurtosis and energy of what is written and read, coordinate by coordinate of the stream.
 
     For a direction v in R^d the **kurtosis** over coordinates is ``d sum v_i^4 / (sum v_i^2)^2``: 3 n/(n + 2) on
@@ -33,8 +33,8 @@ class Basis(Question):
     (norm folded), and singular directions of heads' circuits, free of their inner bases. The mean over coordinates is
     the mean kurtosis.
 
-    Beside it the same after a random rotation of the stream, as ``rotate`` makes it: what is left is the
-    architecture's. Nothing here is invariant under rotation: that is the question.
+    Beside it the same after a random rotation of the stream, as ``rotate`` makes it: that is the kurtosis of an
+    arbitrary basis. Nothing here is invariant under rotation: that is the question.
 
     Attributes:
         massive: a coordinate whose energy is above this multiple of the mean is called massive.
@@ -51,12 +51,12 @@ class Basis(Question):
         if not self.massive > 1.0:
             raise UsageError(f"massive={self.massive}", expected="a multiple above 1", do="pass for example massive=3")
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through all writers and readers.
 
         Args:
             stream: the model.
-            progress: called with (components done, components in all).
+            progress: called with (groups done, groups in all).
 
         Returns:
             A Record over ``coordinate`` with ``write_energy``, ``write_kurtosis``, ``read_energy``, ``read_kurtosis``,
@@ -65,25 +65,19 @@ class Basis(Question):
         turn = random_turn(stream, self.seed)
         sides = {"write": _Sum(stream.d_model, turn), "read": _Sum(stream.d_model, turn)}
         centred = stream.folded and stream.spec.norm == "layer"  # no reader sees the mean of what is written
-        parts = list(dict.fromkeys((c.kind, c.label.layer) for c in stream.components))
-        for done, (kind, layer) in enumerate(parts, 1):
-            for side, rows in _directions(stream, kind, layer):
+        for done, group in enumerate(stream.groups, 1):
+            for side, rows in _directions(stream, group):
                 sides[side].add(rows, centred=centred and side == "write")
-            if progress is not None:
-                progress(done, len(parts))
+            progress(done, len(stream.groups.all))
         columns = [column for side, total in sides.items() for column in total.columns(side)]
-        energy = torch.fmax(*(sides[side].energy for side in ("write", "read")))
-        flag = Column(
-            "massive", (energy > self.massive).double(), "0 or 1", f"energy above {self.massive} times the mean"
-        )
+        massive = torch.fmax(sides["write"].energy, sides["read"].energy) > self.massive
+        meaning = f"energy above {self.massive} times the mean"
         free = stream.d_model - centred
-        return Record(
-            self.question,
+        return stream.record(
+            self,
             (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),
-            (*columns, flag),
-            parameters=self.parameters,
-            stamp={"norm": stream.norm_stamp, "gaussian": 3 * free / (free + 2)},
-            provenance=stream.provenance,
+            (*columns, Column("massive", massive.double(), "0 or 1", meaning)),
+            gaussian=3 * free / (free + 2),
         )
 
 
@@ -91,13 +85,13 @@ def summary(record: Record) -> dict[str, Any]:
     """Mean kurtosis of writes and reads (None where there are none), before and after the rotation, and the massive."""
     names = ("write_kurtosis", "write_kurtosis_turned", "read_kurtosis", "read_kurtosis_turned")
     means = {name: float(record.numbers(name).mean()) for name in names}
-    found: dict[str, Any] = {name: mean if mean == mean else None for name, mean in means.items()}
-    found["gaussian"] = record.stamp["gaussian"]
     energy = torch.fmax(record.numbers("write_energy"), record.numbers("read_energy"))
-    order = torch.argsort(energy, descending=True)
-    massive = [int(i) for i in order if bool(record.numbers("massive")[i])]
-    found["massive"] = [{"coordinate": i, "energy": float(energy[i])} for i in massive]
-    return found
+    massive = [int(i) for i in energy.argsort(descending=True) if bool(record.numbers("massive")[i])]
+    return {
+        **{name: mean if mean == mean else None for name, mean in means.items()},
+        "gaussian": record.stamp["gaussian"],
+        "massive": [{"coordinate": i, "energy": float(energy[i])} for i in massive],
+    }
 
 
 class _Sum:
@@ -131,27 +125,15 @@ class _Sum:
         yield Column(f"{side}_kurtosis_turned", scale * self._turned, "1", "the same after a random rotation")
 
 
-def _directions(stream: Stream, kind: str, layer: int | None) -> Iterator[tuple[str, Tensor]]:
-    """What components of a kind write and read, as rows."""
-    if kind == "head":
-        assert layer is not None
-        cut = rank_cut(stream)
+def _directions(stream: Stream, group: Group) -> Iterator[tuple[str, Tensor]]:
+    """What a group writes and reads, as rows; heads by the singular directions of their circuits."""
+    if group.kind == "head":
         roles: tuple[HeadRole, ...] = ("O", "Q", "K", "V")
         for role in roles:
-            basis = frames(stream, role, [layer], cut).basis
+            basis = subspace_bases(stream, role, [group], rank_cut(stream)).basis
             yield ("write" if role == "O" else "read"), basis.flatten(0, 1)
-    elif kind == "mlp":
-        yield "write", stream.write("mlp", layer)[0].T
-        if stream.spec.gated:
-            yield "read", stream.read("gate", layer).maps[0]
-        yield "read", stream.read("up" if stream.spec.gated else "in", layer).maps[0]
-    elif kind == "embed":
-        yield "write", stream.write("embed")[0].T
-    elif kind == "pos":
-        yield "write", stream.write("pos")[0].T
-    elif kind == "unembed":
-        yield "read", stream.read("unembed").maps[0]
-    else:
-        bias = stream.weight("o_bias" if kind == "attn_bias" else "down_bias", layer)
-        assert bias is not None
-        yield "write", bias[None]
+        return
+    if group.writes:
+        yield "write", stream.write(group)[0].T
+    for port in group.ports:
+        yield "read", stream.read(port, group).maps[0]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, tolerance
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, tolerance
 from virtual_weights.linalg.decompose import square_roots
-from virtual_weights.stream import Stream
-from virtual_weights.stream.group import HeadPort
+from virtual_weights.record import Axis
+from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.group import HEAD_PORTS, HeadPort
 
 HeadRole = Literal["Q", "K", "V", "O"]
 
 
-def circuits(stream: Stream, role: HeadRole, layer: int) -> Tensor:
-    """The heads of one layer by their circuits, as far as the stream can tell them: thin maps with the same Gram.
+def head_circuits(stream: Stream, role: HeadRole, group: Group) -> Tensor:
+    """The heads of one attention by their circuits, as far as the stream can tell them: thin maps with the same Gram.
 
     A head's ``W_O`` alone depends on its arbitrary inner basis; ``OV = W_O W_V`` does not. Each map ``C`` below has
     ``C^T C`` equal to the circuit's own Gram on the side of the stream (QK at rotary offset 0):
@@ -36,25 +38,14 @@ def circuits(stream: Stream, role: HeadRole, layer: int) -> Tensor:
     Args:
         stream: the model.
         role: ``"Q"``, ``"K"``, ``"V"`` (what is read) or ``"O"`` (what is written).
-        layer: a layer with attention.
+        group: an attention.
 
     Returns:
         (m, d_head, d) float64; m counts heads, or key/value heads for K and V. Row spaces, singular values and Grams
         are invariant under re-basing of heads; the rows themselves are not.
     """
-    if role == "O":
-        thin, other = stream.write("head", layer).mT, stream.read("V", layer).maps
-    elif role == "V":
-        thin, other = stream.read("V", layer).maps, stream.write("head", layer).mT
-    else:
-        thin, other = (stream.read(port, layer).maps for port in (("Q", "K") if role == "Q" else ("K", "Q")))
-    other = other.to(accumulate)
-    metric = other @ other.mT
-    if len(metric) < len(thin):
-        metric = metric.repeat_interleave(stream.spec.group, 0)
-    elif len(metric) > len(thin):
-        metric = metric.unflatten(0, (len(thin), -1)).sum(1)
-    return square_roots(metric) @ thin.to(accumulate)
+    thin, metric = _factors(stream, role, group)
+    return square_roots(metric.unflatten(0, (len(thin), -1)).sum(1)) @ thin.to(accumulate)
 
 
 def writes_into(stream: Stream, state: int) -> Iterator[Tensor]:
@@ -62,18 +53,8 @@ def writes_into(stream: Stream, state: int) -> Iterator[Tensor]:
 
     Heads by their OV circuits, an MLP by its neurons, embeddings by tokens or positions, a bias by its one vector.
     """
-    for kind, layer in _parts(stream, "writes", state):
-        if kind == "head":
-            assert layer is not None
-            yield circuits(stream, "O", layer)
-        elif kind in ("attn_bias", "mlp_bias"):
-            bias = stream.weight("o_bias" if kind == "attn_bias" else "down_bias", layer)
-            assert bias is not None
-            yield bias[None, None]
-        elif kind == "mlp":
-            yield stream.write("mlp", layer).mT
-        else:
-            yield stream.write("embed" if kind == "embed" else "pos").mT
+    for group in _writers_into(stream, state):
+        yield head_circuits(stream, "O", group) if group.kind == "head" else stream.write(group).mT
 
 
 def reads_from(stream: Stream, state: int) -> Iterator[Tensor]:
@@ -81,31 +62,26 @@ def reads_from(stream: Stream, state: int) -> Iterator[Tensor]:
 
     Queries by head and keys and values by key/value head, each by its circuit; an MLP's gate and up apart.
     """
-    for kind, layer in _parts(stream, "reads", state):
-        if kind == "head":
-            assert layer is not None
-            roles: tuple[HeadRole, ...] = ("Q", "K", "V")
-            yield from (circuits(stream, role, layer) for role in roles)
-        elif kind == "mlp" and stream.spec.gated:
-            yield stream.read("gate", layer).maps
-            yield stream.read("up", layer).maps
-        elif kind == "mlp":
-            yield stream.read("in", layer).maps
+    for group in stream.groups.sited(state):
+        for port in group.ports:
+            if port in HEAD_PORTS:
+                yield head_circuits(stream, port, group)
+            elif port != "unembed":
+                yield stream.read(port, group).maps
 
 
 def unembedding(stream: Stream) -> Tensor | None:
     """The read map of the unembedding, (1, tokens, d); None where a partial checkpoint has none."""
-    return stream.read("unembed").maps if stream.model.has("unembed") else None
+    return stream.read("unembed").maps if "unembed" in stream.groups else None
 
 
 def last_written(stream: Stream, state: int) -> str:
     """What first appears in a state: ``embed``, ``L3.attn``, ``L3.mlp``, or ``L3`` of a parallel block."""
-    kinds = {(c.label.layer, c.kind) for c in stream.components if c.writes == state}
-    layers = {layer for layer, _ in kinds if layer is not None}
-    if not layers:
-        return "embed" if kinds else ""
-    layer, parts = layers.pop(), {"attn" if kind in ("head", "attn_bias") else "mlp" for _, kind in kinds}
-    return f"L{layer}" if len(parts) > 1 else f"L{layer}.{parts.pop()}"
+    groups = _writers_into(stream, state)
+    if not groups or groups[0].layer is None:
+        return "embed" if groups else ""
+    names = {group.id.removesuffix(".bias") for group in groups}
+    return f"L{groups[0].layer}" if len(names) > 1 else names.pop()
 
 
 def rank_cut(stream: Stream) -> float:
@@ -115,16 +91,10 @@ def rank_cut(stream: Stream) -> float:
     or float64 where all weights are), whose rounding a rank must not count; n is the largest side of any tensor, and
     the root is there because a Gram matrix in float64 squares the singular values.
     """
-    placed = [stream.source.tensors[place.tensor] for place in stream.model.placements.values()]
-    computed = torch.float64 if all(info.dtype == "F64" for info in placed) else stream.dtype
-    longest = max(max(info.shape, default=1) for info in placed)
+    tensors = [stream.source.tensors[place.tensor] for place in stream.model.placements.values()]
+    computed = torch.float64 if all(tensor.dtype == "F64" for tensor in tensors) else stream.dtype
+    longest = max(max(tensor.shape, default=1) for tensor in tensors)
     return max(tolerance(computed, (stream.d_model,)), tolerance(accumulate, (longest,)) ** 0.5)
-
-
-def _parts(stream: Stream, side: Literal["reads", "writes"], state: int) -> dict[tuple[str, int | None], None]:
-    """Kinds and layers of the components at a state, each once, in order."""
-    at = (c for c in stream.components if (c.reads if side == "reads" else c.writes) == state)
-    return dict.fromkeys((c.kind, c.label.layer) for c in at)
 
 
 def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStack:
@@ -147,82 +117,66 @@ def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStac
 
     Returns:
         The stack; shared keys and values are held once.
+
+    Raises:
+        UsageError: the checkpoint holds no attention head.
     """
     turn = stream.rotation(offset) if offset and port != "V" else None
-
-    def thin(layer: int) -> Tensor:
-        return stream.read(port, layer).maps
-
-    def metric(layer: int) -> Tensor:
-        if port == "V":
-            out = stream.write("head", layer).double()
-            return out.transpose(1, 2) @ out
-        other = stream.read("Q" if port == "K" else "K", layer).maps.double()
-        square = other @ other.transpose(1, 2)
-        if turn is not None:
-            square = turn @ square @ turn.T if port == "K" else turn.T @ square @ turn
-        return square if port == "K" else square.repeat_interleave(stream.spec.group, 0)
-
-    shared = 1 if port == "Q" else stream.spec.group
-    return _stack(stream, thin, metric, shared, "reads")
+    return _stack(stream, port, turn.T if turn is not None and port == "Q" else turn)
 
 
 def writing_circuits(stream: Stream) -> MapStack:
-    """Every head's OV circuit as a writer: thin factor ``W_O^T``, metric ``W_V W_V^T``."""
-
-    def thin(layer: int) -> Tensor:
-        return stream.write("head", layer).transpose(1, 2)
-
-    def metric(layer: int) -> Tensor:
-        value = stream.read("V", layer).maps.double()
-        return (value @ value.transpose(1, 2)).repeat_interleave(stream.spec.group, 0)
-
-    return _stack(stream, thin, metric, 1, "writes")
+    """Every head's OV circuit as a writer: thin factor ``W_O^T``, metric ``W_V W_V^T``; errors as for readers."""
+    return _stack(stream, "O", None)
 
 
-def need_heads(stream: Stream) -> None:
-    """Refuse a checkpoint without any attention head."""
-    if not stream.heads:
-        raise UsageError(
-            "this checkpoint holds no attention head",
-            expected="at least one layer with an output projection",
-            do="open a checkpoint with its attention tensors",
-        )
+def _writers_into(stream: Stream, state: int) -> list[Group]:
+    return [group for group in stream.groups.writers if group.first == state]
 
 
-def _stack(
-    stream: Stream,
-    thin: Callable[[int], Tensor],
-    metric: Callable[[int], Tensor],
-    shared: int,
-    side: Literal["reads", "writes"],
-) -> MapStack:
-    need_heads(stream)
-    layers, heads = stream.attention_layers, stream.spec.n_heads
+def _factors(stream: Stream, role: HeadRole, group: Group, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The thin maps (m, k, d) of a role, and for every query head the metric (k, k) of the circuit's other side.
+
+    Args:
+        stream: the model.
+        role: what of a head.
+        group: an attention.
+        turn: orthogonal (k, k); the metric ``A A^T`` becomes ``turn A A^T turn^T``.
+    """
+
+    def maps(side: HeadRole) -> Tensor:
+        return stream.write(group).mT if side == "O" else stream.read(side, group).maps
+
+    opposite: dict[HeadRole, HeadRole] = {"Q": "K", "K": "Q", "V": "O", "O": "V"}
+    other = maps(opposite[role]).to(accumulate)
+    metric = other @ other.mT
+    metric = metric if turn is None else turn @ metric @ turn.T
+    return maps(role), metric.repeat_interleave(group.shared(opposite[role]), 0)
+
+
+def _stack(stream: Stream, role: HeadRole, turn: Tensor | None) -> MapStack:
+    groups = stream.groups.readers("Q")
     outer: Tensor | None = None
-    metrics = []
-    for i, layer in enumerate(layers):
-        own = thin(layer)
-        if outer is None:
-            outer = torch.empty((len(layers) * len(own), *own.shape[1:]), dtype=own.dtype)
-        outer[i * len(own) : (i + 1) * len(own)] = own
-        metrics.append(metric(layer))
+    metrics: list[Tensor] = []
+    for i, group in enumerate(groups):
+        thin, metric = _factors(stream, role, group, turn)
+        outer = torch.empty((len(groups), *thin.shape), dtype=thin.dtype) if outer is None else outer
+        outer[i] = thin  # a copy at once: the stack of a large model is not held twice
+        metrics.append(metric)
     assert outer is not None
-    index = torch.arange(len(layers) * heads) // shared
-    position = torch.tensor([_position(stream, layer, side) for layer in layers]).repeat_interleave(heads)
-    return MapStack(outer, index, torch.cat(metrics), position)
+    heads = len(metrics[0])
+    index = torch.arange(len(groups) * heads) // groups[0].shared(role)
+    return MapStack(outer.flatten(0, 1), index, torch.cat(metrics), _positions(groups, role).repeat_interleave(heads))
 
 
-def _position(stream: Stream, layer: int, side: Literal["reads", "writes"]) -> int:
-    head = stream.heads_of(layer)[0]
-    position = head.reads if side == "reads" else head.writes
-    assert position is not None
-    return position
+def _positions(groups: Sequence[Group], role: HeadRole) -> Tensor:
+    """The state that each group reads, or in which it first writes."""
+    return torch.tensor([group.first if role == "O" else group.reads for group in groups], dtype=torch.int64)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Frames:
+class SubspaceBases:
     """Subspaces of several heads: directions in order of gain, zero where they are cut.
 
     Attributes:
@@ -235,58 +189,61 @@ class Frames:
     gains: Tensor
     rank: Tensor
 
-    @property
-    def count(self) -> int:
-        """How many subspaces."""
-        return len(self.rank)
-
-    def to(self, device: str) -> Frames:
+    def to(self, device: str) -> SubspaceBases:
         """The same on another device."""
-        return Frames(self.basis.to(device), self.gains.to(device), self.rank.to(device))
+        return SubspaceBases(self.basis.to(device), self.gains.to(device), self.rank.to(device))
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class HeadSide:
-    """The heads of one role: names, shared channels, the state each reads or writes, and how many stand in a layer."""
+def subspace_axis(stream: Stream, name: str, role: HeadRole) -> tuple[Axis, Tensor]:
+    """Who has a subspace of this role: all heads, or the first of those that share a key or value.
 
-    names: tuple[str, ...]
-    channels: tuple[str, ...]
-    position: Tensor
-    per_layer: int
+    Args:
+        stream: the model.
+        name: of the axis.
+        role: what of a head.
+
+    Returns:
+        The axis, with labels such as ``"L5H3.K"``; and (n,) the state that each reads, or in which it first writes.
+    """
+    groups = stream.groups.heads
+    labels = tuple(f"{label}.{role}" for group in groups for label in group.labels[:: group.shared(role)])
+    shared = tuple(kv_group for group in groups for kv_group in group.kv_groups(role)[:: group.shared(role)])
+    return Axis(name, labels, shared), _positions(groups, role).repeat_interleave(heads_per_group(stream, role))
 
 
-def frames(stream: Stream, role: HeadRole, layers: Sequence[int], cut: float, energy: float | None = None) -> Frames:
-    """Frames of all heads of some layers in one role.
+def heads_per_group(stream: Stream, role: HeadRole) -> int:
+    """How many subspaces of this role one attention has."""
+    return stream.spec.n_heads // (stream.spec.group if role in ("K", "V") else 1)
+
+
+def subspace_bases(
+    stream: Stream, role: HeadRole, groups: Sequence[Group], cut: float, energy: float | None = None
+) -> SubspaceBases:
+    """Orthonormal bases of what the heads of some attentions read or write in one role, by their circuits.
 
     Args:
         stream: the model.
         role: what of a head.
-        layers: layers with attention.
+        groups: attentions.
         cut: singular values up to this share of the largest are dropped.
         energy: also drop what exceeds this share of the squared singular values.
     """
-    parts: list[tuple[Tensor, Tensor]] = []
-    for layer in layers:
-        q, r = torch.linalg.qr(circuits(stream, role, layer).mT)
+    bases: list[Tensor] = []
+    values: list[Tensor] = []
+    for group in groups:
+        q, r = torch.linalg.qr(head_circuits(stream, role, group).mT)
         u, s, _ = torch.linalg.svd(r)
-        kept = (s > cut * s[:, :1]) & _within(s, energy)
-        parts.append(((q @ u * kept[:, None, :]).mT, s * kept))
-    gains = torch.cat([s for _, s in parts])
-    return Frames(torch.cat([basis for basis, _ in parts]), gains, (gains > 0).sum(1).double())
+        mask = (s > cut * s[:, :1]) & _within(s, energy)
+        bases.append((q @ u * mask[:, None, :]).mT)
+        values.append(s * mask)
+    gains = torch.cat(values)
+    return SubspaceBases(torch.cat(bases), gains, (gains > 0).sum(1).double())
 
 
-def heads_in(stream: Stream, role: HeadRole) -> HeadSide:
-    """Who has a subspace of this role: all heads, or the first of those that share a key or value."""
-    step = stream.spec.group if role in ("K", "V") else 1
-    first = stream.heads[::step]
-    positions = [c.writes if role == "O" else c.reads for c in first]
-    return HeadSide(
-        tuple(f"{c.label}.{role}" for c in first),
-        tuple(c.channel or "" for c in first) if step > 1 else (),
-        torch.tensor(positions, dtype=torch.int64),
-        stream.spec.n_heads // step,
-    )
+def check_energy(energy: float | None) -> None:
+    """Refuse what is not a share of the energy."""
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy={energy}", expected="a share in (0, 1]", do="pass e.g. 0.99, or leave it out")
 
 
 def _within(s: Tensor, energy: float | None) -> Tensor:
@@ -297,3 +254,47 @@ def _within(s: Tensor, energy: float | None) -> Tensor:
     # the slack is the rounding of a cumulative sum, as in Spectrum.energy_rank
     before = share.cumsum(1) - share
     return before < energy * (1 - tolerance(s.dtype, s.shape))
+
+
+TokenSide = Literal["unembed", "embed"]
+
+
+def token_rows(stream: Stream) -> dict[TokenSide, Tensor]:
+    """Tokens as rows of the unembedding (norm folded) and the embedding, (t, d), as far as the checkpoint has them."""
+    rows: dict[TokenSide, Tensor] = {}
+    unembed = unembedding(stream)
+    if unembed is not None:
+        rows["unembed"] = unembed[0]
+    if "embed" in stream.groups:
+        rows["embed"] = stream.write("embed")[0].T
+    return rows
+
+
+def nearest_tokens(rows: Tensor, bases: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """For each basis the tokens of largest ``|cos|`` to its span.
+
+    Args:
+        rows: (t, d), one a token.
+        bases: n times (d, k) float64, orthonormal columns.
+        count: how many tokens for each basis.
+
+    Returns:
+        Cosines (count, n) by descending modulus, signed where k = 1 and >= 0 otherwise, and the tokens' ids.
+    """
+    columns = torch.cat([torch.zeros(rows.shape[1], 0, dtype=accumulate), *bases], dim=1)
+    sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.int64)
+    basis_of_column, line = torch.arange(len(sizes)).repeat_interleave(sizes), sizes == 1
+    best, ids = torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)
+    step = max(1, WORKSPACE_BYTES // (8 * max(columns.shape)))
+    for start in range(0, len(rows), step):
+        # tokens that are zero after folding have no direction: their cosine is 0
+        along = normalize(rows[start : start + step].to(accumulate), dim=1) @ columns
+        signed, squared = (
+            torch.zeros(len(along), len(bases), dtype=accumulate).index_add(1, basis_of_column, values)
+            for values in (along, along.square())
+        )
+        tokens = torch.arange(start, start + len(along))[:, None].expand(-1, len(bases))
+        best, ids = torch.cat([best, torch.where(line, signed, squared.sqrt())]), torch.cat([ids, tokens])
+        order = best.abs().topk(min(count, len(best)), dim=0).indices
+        best, ids = best.gather(0, order), ids.gather(0, order)
+    return best, ids

@@ -1,63 +1,69 @@
-"""All writers, or all readers of one port, as maps on the stream: heads in thin factors, wider parts by squares."""
+"""All writers, or all readers of one port, as maps on the stream: heads in thin factors, wider maps by their Grams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Progress, accumulate, all_pairs, self_moments
-from virtual_weights.linalg.numerics import converted
-from virtual_weights.stream import Component, Stream
-from virtual_weights.stream.group import HEAD_PORTS, PORTS, Port
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, self_moments
+from virtual_weights.progress import Progress, silent
+from virtual_weights.record import Axis
+from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.group import Port, Writers
 
-Square = Callable[[], Tensor]
+Gram = Callable[[], Tensor]
+"""Makes the (d, d) float64 Gram of one map when it is needed."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Side:
+class MapSide:
     """Maps ``M_i`` on one side of the stream; only ``G_i = M_i^T M_i`` (of a writer ``O O^T``), (d, d), matters here.
 
     Attributes:
-        labels: their names: first those of ``thin``, then those of ``wide``.
+        axis: their names: first those of ``thin``, then those of ``wide``.
         position: (n,) the state that each reads, or in which its write first appears.
         thin: heads, in thin factors; None where there are none.
         wide: the others, each as a function that makes its G when it is needed.
         width: d.
-        channels: of keys and values that several heads share; () where nothing is shared.
     """
 
-    labels: tuple[str, ...]
+    axis: Axis
     position: Tensor
     thin: MapStack | None
-    wide: tuple[Square, ...]
+    wide: tuple[Gram, ...]
     width: int
-    channels: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many maps."""
+        return len(self.axis.labels)
 
     @property
     def thin_count(self) -> int:
-        """How many of the labels are thin."""
+        """How many of them are thin."""
         return 0 if self.thin is None else self.thin.count
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Met:
-    """What :func:`meet` finds.
+class PairProducts:
+    """``<G_i, G_j>`` of readers with writers, both in order of depth.
 
     Attributes:
+        axes: ``reader`` and ``writer``.
         squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach.
         readers, writers: (2, n), ``tr G`` and ``tr G^2`` of every map.
-        form: how heads met heads: ``"gram"`` or ``"direct"``, None where none did.
+        form: how heads were paired with heads: ``"gram"`` or ``"direct"``, None where none did.
         flops: of that part.
     """
 
+    axes: tuple[Axis, Axis]
     squared: Tensor
     readers: Tensor
     writers: Tensor
@@ -65,90 +71,69 @@ class Met:
     flops: float
 
 
-def ports_of(stream: Stream) -> tuple[Port, ...]:
-    """The ports through which this model reads."""
-    inner: tuple[Port, ...] = ("gate", "up") if stream.spec.gated else ("in",)
-    return (*HEAD_PORTS, *inner, "unembed")
+def component_axis(name: str, groups: Iterable[Group], port: str = "") -> Axis:
+    """The components of groups, in order, with their key/value groups where heads share the maps of a port."""
+    groups = tuple(groups)
+    labels = tuple(label for group in groups for label in group.labels)
+    return Axis(name, labels, tuple(kv_group for group in groups for kv_group in group.kv_groups(port)))
 
 
-def check_port(port: str) -> None:
-    """Refuse what is no port at all."""
-    if port not in PORTS:
-        raise UsageError(f"no port {port!r}", expected=", ".join(PORTS), do="choose one of these ports")
+def wide_readers(stream: Stream, port: Port) -> MapSide:
+    """MLPs, or the unembedding, by ``R~^T R~``.
+
+    Raises:
+        UsageError: the model has no such port.
+    """
+    groups = stream.groups.readers(port)
+    grams = tuple(partial(read_gram, stream, port, group) for group in groups)
+    position = _positions([group.reads for group in groups])
+    return MapSide(component_axis("reader", groups), position, None, grams, stream.d_model)
 
 
-def parts_reading(stream: Stream, port: Port) -> tuple[Component, ...]:
-    """The MLPs that read through a port, or the unembedding."""
-    if port not in ports_of(stream):
-        raise UsageError(
-            f"this model has no port {port!r}", expected=f"one of {', '.join(ports_of(stream))}", do="choose one"
-        )
-    return tuple(c for c in stream.components if c.kind == ("unembed" if port == "unembed" else "mlp"))
+def writing_side(stream: Stream, writers: Writers, heads: Callable[[], MapSide]) -> MapSide:
+    """Writing heads, and where all writers are wanted everything else that writes after them, by ``O O^T``.
 
-
-def parts_writing(stream: Stream) -> tuple[Component, ...]:
-    """Everything that writes but the heads: embeddings, MLPs as wholes, biases."""
-    return tuple(c for c in stream.components if c.writes is not None and c.kind != "head")
-
-
-def heads_side(stream: Stream, stack: MapStack | None, labels: tuple[str, ...], channels: tuple[str, ...] = ()) -> Side:
-    """Heads alone; an empty side where the checkpoint holds none."""
-    position = torch.empty(0, dtype=torch.int64) if stack is None else stack.position
-    return Side(labels, position, stack, (), stream.d_model, channels)
-
-
-def wide_readers(stream: Stream, port: Port) -> Side:
-    """MLPs, or the unembedding, by ``R~^T R~``."""
-    parts = parts_reading(stream, port)
-    squares = tuple(partial(read_square, stream, port, c.label.layer) for c in parts)
-    return Side(tuple(str(c.label) for c in parts), _positions([c.reads for c in parts]), None, squares, stream.d_model)
-
-
-def with_parts(stream: Stream, heads: Side) -> Side:
-    """Writing heads, and after them everything else that writes, by ``O O^T``."""
-    parts = parts_writing(stream)
-    return Side(
-        (*heads.labels, *(str(c.label) for c in parts)),
-        torch.cat([heads.position, _positions([c.writes for c in parts])]),
-        heads.thin,
-        tuple(partial(write_square, stream, c) for c in parts),
-        stream.d_model,
+    Args:
+        stream: the model.
+        writers: which.
+        heads: makes the side of heads alone.
+    """
+    if writers == "heads":
+        return heads()
+    axis = Axis("writer", ())
+    thin = heads() if stream.groups.heads else MapSide(axis, _positions([]), None, (), stream.d_model)
+    groups = [group for group in stream.groups.writers if group.kind != "head"]
+    return replace(
+        thin,
+        axis=Axis("writer", (*thin.axis.labels, *(group.id for group in groups))),
+        position=torch.cat([thin.position, _positions([group.first for group in groups])]),
+        wide=tuple(partial(write_gram, stream, group) for group in groups),
     )
 
 
-def by_depth(side: Side) -> Tensor:
-    """The order in which a side's labels stand along the stream."""
-    return torch.argsort(side.position, stable=True)
-
-
-def read_square(stream: Stream, port: Port, layer: int | None) -> Tensor:
+def read_gram(stream: Stream, port: Port, group: Group) -> Tensor:
     """``R~^T R~`` of an MLP's port or the unembedding, (d, d) float64."""
-    return _square(stream.read(port, layer).maps[0], stream.d_model)
+    return _gram(stream.read(port, group).maps[0])
 
 
-def write_square(stream: Stream, writer: Component) -> Tensor:
+def write_gram(stream: Stream, group: Group) -> Tensor:
     """``O O^T`` of an MLP, an embedding or a bias, (d, d) float64."""
-    if writer.kind in ("attn_bias", "mlp_bias"):
-        bias = stream.weight("o_bias" if writer.kind == "attn_bias" else "down_bias", writer.label.layer)
-        assert bias is not None
-        return _square(bias[None], stream.d_model)
-    assert writer.kind in ("embed", "pos", "mlp")
-    return _square(stream.write(writer.kind, writer.label.layer)[0].T, stream.d_model)
+    return _gram(stream.write(group)[0].T)
 
 
-def meet(
-    readers: Side,
-    writers: Side,
+def pair_products(
+    readers: MapSide,
+    writers: MapSide,
     *,
     dtype: torch.dtype = accumulate,
     device: str = "cpu",
     memory: int = 2**28,
-    progress: Progress | None = None,
-) -> Met:
+    progress: Progress = silent,
+) -> PairProducts:
     """``||R_i O_j||_F^2`` of every reader with every writer that reaches it, and both sides' own moments.
 
     Thin with thin goes through the all-pairs kernel; thin with wide is ``tr(metric outer G outer^T)``; wide with wide
-    is the inner product of both squares. Only the kernel obeys ``dtype``: squares are float64.
+    is the inner product of both Grams. Only the kernel obeys ``dtype``: Grams are float64.
 
     Args:
         readers: the reading side.
@@ -158,101 +143,104 @@ def meet(
         memory: bytes of workspace.
         progress: called with (done, total), in steps of very unequal length.
     """
-    squared = torch.full((len(readers.labels), len(writers.labels)), float("nan"), dtype=accumulate)
-    moments = [torch.full((2, len(side.labels)), float("nan"), dtype=accumulate) for side in (readers, writers)]
-    r, w = readers.thin_count, writers.thin_count
-    form, flops = None, 0.0
-    for side, own in zip((readers, writers), moments, strict=True):
-        if side.thin is not None:
-            own[:, : side.thin_count] = torch.stack(self_moments(side.thin)).cpu()
+    squared = torch.full((readers.count, writers.count), float("nan"), dtype=accumulate)
+    moments = _thin_moments(readers), _thin_moments(writers)
+    form, flops, total = None, 0.0, len(readers.wide) + len(writers.wide)
     if readers.thin is not None and writers.thin is not None:
-        alone = not (readers.wide or writers.wide)
         pairs = all_pairs(
             readers.thin,
             writers.thin,
             dtype=dtype,
             device=torch.device(device),
             memory=memory,
-            progress=progress if alone else None,
+            progress=silent if total else progress,
         )
-        squared[:r, :w], form, flops = pairs.squared.cpu(), pairs.form, pairs.flops
-    _meet_wide(readers, writers, squared, moments, (device, memory, progress))
-    return Met(squared.clamp_(min=0.0), moments[0], moments[1], form, flops)
+        squared[: readers.thin_count, : writers.thin_count] = pairs.squared.cpu()
+        form, flops = pairs.form, pairs.flops
+    products = PairProducts((readers.axis, writers.axis), squared, *moments, form, flops)
+    for done in _fill_wide(products, readers, writers, device, memory):
+        progress(done, total)
+    return _by_depth(products, writers)
 
 
-def _meet_wide(
-    readers: Side,
-    writers: Side,
-    squared: Tensor,
-    moments: list[Tensor],
-    how: tuple[str, int, Progress | None],
-) -> None:
-    """Fill in every pair with a wide map in it, and the wide maps' moments."""
-    device, memory, progress = how
-    r, w = readers.thin_count, writers.thin_count
-    total = len(readers.wide) + len(writers.wide)
-    at_once = max(1, memory // 2 // (8 * readers.width**2))
-    for start in range(0, max(1, len(readers.wide)), at_once):
-        held = [make().to(device) for make in readers.wide[start : start + at_once]]
-        for i, square in enumerate(held, r + start):
-            moments[0][:, i] = _moments(square)
-            if writers.thin is not None:
-                reached = writers.position[:w] <= readers.position[i]
-                squared[i, :w] = through(writers.thin, square, reached)
-            _tell(progress, i - r + 1, total)
-        for j, make in enumerate(writers.wide, w):
-            square = make().to(device)
-            moments[1][:, j] = _moments(square)
-            if readers.thin is not None and not start:
-                reached = writers.position[j] <= readers.position[:r]
-                squared[:r, j] = through(readers.thin, square, reached)
-            for i, other in enumerate(held, r + start):
-                if writers.position[j] <= readers.position[i]:
-                    squared[i, j] = (square * other).sum().cpu()
-            _tell(progress, len(readers.wide) + j - w + 1, total)
-
-
-def through(stack: MapStack, square: Tensor, wanted: Tensor) -> Tensor:
-    """``<G_i, S> = tr(metric_i outer S outer^T)`` of the wanted maps with one (d, d) square S; NaN elsewhere."""
-    found = torch.full((stack.count,), float("nan"), dtype=accumulate)
-    at = wanted.nonzero()[:, 0]
-    if not len(at):
-        return found
-    kept, place = stack.index[at].unique(return_inverse=True)
-    cores = torch.empty(len(kept), stack.inner, stack.inner, dtype=accumulate, device=square.device)
-    for cut in _cuts(len(kept), 8 * stack.inner * stack.width * 2):
-        outer = stack.outer[kept[cut]].to(device=square.device, dtype=accumulate)
-        cores[cut] = outer @ square @ outer.mT
-    each = cores[place]
-    if stack.metric is None:
-        found[at] = each.diagonal(dim1=1, dim2=2).sum(1).cpu()
+def energy_through(heads: MapStack, gram: Tensor, reachable: Tensor) -> Tensor:
+    """``<G_i, S> = tr(metric_i outer S outer^T)`` of the reachable maps with one (d, d) Gram S; NaN elsewhere."""
+    energy = torch.full((heads.count,), float("nan"), dtype=accumulate)
+    rows = reachable.nonzero()[:, 0]
+    if not len(rows):
+        return energy
+    maps, map_of_row = heads.index[rows].unique(return_inverse=True)
+    cores = torch.empty(len(maps), heads.inner, heads.inner, dtype=accumulate, device=gram.device)
+    for cut in _cuts(len(maps), 8 * heads.inner * heads.width * 2):
+        outer = heads.outer[maps[cut]].to(device=gram.device, dtype=accumulate)
+        cores[cut] = outer @ gram @ outer.mT
+    core = cores[map_of_row]
+    if heads.metric is None:
+        energy[rows] = core.diagonal(dim1=1, dim2=2).sum(1).cpu()
     else:
-        found[at] = (stack.metric[at].to(device=square.device, dtype=accumulate) * each).sum((1, 2)).cpu()
-    return found
+        energy[rows] = (heads.metric[rows].to(device=gram.device, dtype=accumulate) * core).sum((1, 2)).cpu()
+    return energy
 
 
-def _square(rows: Tensor, d: int) -> Tensor:
-    square = torch.zeros(d, d, dtype=accumulate)
+def _fill_wide(products: PairProducts, readers: MapSide, writers: MapSide, device: str, memory: int) -> Iterator[int]:
+    """Fill in every pair with a wide map in it, and the wide maps' moments; after each wide map how many are done."""
+    squared, r, w = products.squared, readers.thin_count, writers.thin_count
+    step = max(1, memory // 2 // (8 * readers.width**2))
+    for start in range(0, max(1, len(readers.wide)), step):
+        grams = {i: make().to(device) for i, make in enumerate(readers.wide[start : start + step], r + start)}
+        for i, gram in grams.items():
+            products.readers[:, i] = _moments(gram)
+            if writers.thin is not None:
+                squared[i, :w] = energy_through(writers.thin, gram, writers.position[:w] <= readers.position[i])
+            yield i - r + 1
+        for j, make in enumerate(writers.wide, w):
+            written = make().to(device)
+            products.writers[:, j] = _moments(written)
+            if readers.thin is not None and not start:
+                squared[:r, j] = energy_through(readers.thin, written, writers.position[j] <= readers.position[:r])
+            for i, gram in grams.items():
+                if writers.position[j] <= readers.position[i]:
+                    squared[i, j] = (written * gram).sum().cpu()
+            yield len(readers.wide) + j - w + 1
+
+
+def _by_depth(products: PairProducts, writers: MapSide) -> PairProducts:
+    """Writers in order of depth, heads no longer first."""
+    order = torch.argsort(writers.position, stable=True)
+    reader, writer = products.axes
+    return replace(
+        products,
+        axes=(reader, replace(writer, labels=tuple(writer.labels[i] for i in order.tolist()))),
+        squared=products.squared.clamp_(min=0.0)[:, order],
+        writers=products.writers[:, order],
+    )
+
+
+def _gram(rows: Tensor) -> Tensor:
+    d = rows.shape[1]
+    gram = torch.zeros(d, d, dtype=accumulate)
     for cut in _cuts(len(rows), 8 * d):
         chunk = rows[cut].to(accumulate)
-        square.addmm_(chunk.T, chunk)
-    return square
+        gram.addmm_(chunk.T, chunk)
+    return gram
 
 
-def _moments(square: Tensor) -> Tensor:
-    return torch.stack([square.diagonal().sum(), square.square().sum()]).cpu()
+def _thin_moments(side: MapSide) -> Tensor:
+    """(2, n) moments of the thin maps, NaN for the others."""
+    moments = torch.full((2, side.count), float("nan"), dtype=accumulate)
+    if side.thin is not None:
+        moments[:, : side.thin_count] = torch.stack(self_moments(side.thin)).cpu()
+    return moments
 
 
-def _cuts(count: int, bytes_each: int) -> Iterator[slice]:
-    step = max(1, converted // bytes_each)
+def _moments(gram: Tensor) -> Tensor:
+    return torch.stack([gram.diagonal().sum(), gram.square().sum()]).cpu()
+
+
+def _cuts(count: int, bytes_per_row: int) -> Iterator[slice]:
+    step = max(1, WORKSPACE_BYTES // bytes_per_row)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _positions(of: list[int | None]) -> Tensor:
-    assert None not in of
-    return torch.tensor(of, dtype=torch.int64)
-
-
-def _tell(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
+def _positions(states: Sequence[int | None]) -> Tensor:
+    return torch.tensor(states, dtype=torch.int64)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import LinearMap, Progress, accumulate
+from virtual_weights.linalg import LinearMap, accumulate
 from virtual_weights.linalg.linear_map import halves
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Head, Mlp, Stream, parse
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Head, Mlp, Question, Stream, parse
 
 
 @final
 @dataclass(frozen=True)
-class Clearing(Question):
+class Clearing(Question[Stream]):
     """The clearing spectrum of a head, an MLP or a neuron: eigenvalues of its update, nearest to -1 first.
 
     Taken as linear, a component makes ``x -> x + T x``:
@@ -48,36 +48,31 @@ class Clearing(Question):
         if not self.scalar > 0.0:
             raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute the spectrum.
 
         Returns:
-            A Record over ``eigenvalue`` (1 is nearest to -1): ``kept = |1 + l|`` (0 cleared, 1 left as it
-            was, more than 1 grown), ``real`` and ``imaginary`` part of l.
+            A Record over ``eigenvalue`` (1 is nearest to -1): ``kept = |1 + l|`` (0 cleared, 1 unchanged, more than 1
+            grown), ``real`` and ``imaginary`` part of l.
 
         Raises:
             UsageError: no such component, or one that does not both read and write.
         """
         del progress  # it is one step
-        found, _ = self.modes(stream)
-        return Record(
-            self.question,
-            (Axis("eigenvalue", tuple(str(i + 1) for i in range(len(found)))),),
+        eigenvalues, _ = self.modes(stream)
+        return stream.record(
+            self,
+            (Axis("eigenvalue", tuple(str(i + 1) for i in range(len(eigenvalues)))),),
             (
-                Column("kept", (1 + found).abs(), "1 (factor), >= 0", "|1 + l|: what is left of the direction"),
-                Column("real", found.real, "1 (factor)", "real part of l"),
-                Column("imaginary", found.imag, "1 (factor)", "imaginary part of l"),
+                Column("kept", (1 + eigenvalues).abs(), "1 (factor), >= 0", "|1 + l|: what is left of the direction"),
+                Column("real", eigenvalues.real, "1 (factor)", "real part of l"),
+                Column("imaginary", eigenvalues.imag, "1 (factor)", "imaginary part of l"),
             ),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "gauge": "eigenvalues: free of inner bases",
-                "norm_scalar": self.scalar,
-                "slope": self.slope if parse(self.component).kind != "head" else None,
-                "attention": "to itself = 1",
-                "further_zeros": stream.d_model - len(found),
-            },
-            provenance=stream.provenance,
+            gauge="eigenvalues: free of inner bases",
+            norm_scalar=self.scalar,
+            slope=self.slope if parse(self.component).kind != "head" else None,
+            attention="to itself = 1",
+            further_zeros=stream.d_model - len(eigenvalues),
         )
 
     def modes(self, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -90,21 +85,20 @@ class Clearing(Question):
         """
         update, factor = self._update(stream)
         left, right = halves(update, accumulate)
-        found, inner = torch.linalg.eig(right @ left)  # right left y = l y gives T (left y) = l (left y)
-        found = found * factor
-        order = sorted(range(len(found)), key=lambda i: _nearest(complex(found[i].item())))
+        eigenvalues, inner = torch.linalg.eig(right @ left)  # right left y = l y gives T (left y) = l (left y)
+        eigenvalues = eigenvalues * factor
+        order = sorted(range(len(eigenvalues)), key=lambda i: _nearest(complex(eigenvalues[i].item())))
         vectors = left.to(inner.dtype) @ inner[:, order]
-        return found[order], vectors / torch.linalg.vector_norm(vectors, dim=0)
+        return eigenvalues[order], vectors / torch.linalg.vector_norm(vectors, dim=0)
 
     def _update(self, stream: Stream) -> tuple[LinearMap, float]:
-        label = parse(self.component)
-        part = stream[self.component]
-        if label.port is None and isinstance(part, Head):
-            return part.ov, 1 / self.scalar
-        if label.port is None and isinstance(part, Mlp):
-            return part.out @ part.up, self.slope / self.scalar
+        component = stream[self.component]
+        if isinstance(component, Head):
+            return component.ov, 1 / self.scalar
+        if isinstance(component, Mlp):
+            return component.out @ component.up, self.slope / self.scalar
         raise UsageError(
-            f"{self.component} is no update of the stream",
+            f"{self.component} is not an update of the stream",
             expected="a component that reads and writes: L5H3, L5.mlp or L5N7",
             do="name one of these, without a port",
         )

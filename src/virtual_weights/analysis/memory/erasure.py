@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import writing_circuits
-from virtual_weights.analysis.maps.map_side import write_square
+from virtual_weights.analysis.maps.map_side import write_gram
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Progress, accumulate, all_pairs, haar_moments, self_moments
+from virtual_weights.linalg import MapStack, accumulate, all_pairs, haar_moments, self_moments
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Component, Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Group, Question, Stream, cost
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Updates:
-    """Several components of one kind, each ``T = write^T read`` at norm scalar, attention and slope 1.
+    """Components of one kind as linear updates ``T = write^T read``, with norm scalar, attention and slope 1.
 
     Attributes:
         read: (m, k, d) float64; row by row of the same length as ``write``, so that sums of both lose nothing.
@@ -46,28 +46,22 @@ class Updates:
         return torch.stack([trace, (size + (core * core.mT).sum((1, 2))) / 2])
 
 
-def updates(stream: Stream, components: Sequence[Component]) -> Updates:
-    """Whole layers of heads (``T = OV``), or of MLPs without gate (``T = W_out W_in``), as updates."""
-    layers = list(dict.fromkeys(c.label.layer for c in components))
-    if components[0].kind == "head":
-        reads = [stream.read("V", layer).maps.repeat_interleave(stream.spec.group, 0) for layer in layers]
-        writes = [stream.write("head", layer).mT for layer in layers]
-    else:
-        assert not stream.spec.gated, "a gated MLP is no linear update"
-        reads = [stream.read("in", layer).maps for layer in layers]
-        writes = [stream.write("mlp", layer).mT for layer in layers]
-    read, write = torch.cat(reads).to(accumulate), torch.cat(writes).to(accumulate)
-    assert len(read) == len(components), "updates are made of whole layers"
+def updates(stream: Stream, groups: Sequence[Group]) -> Updates:
+    """Attentions (``T = OV``), or MLPs without gate (``T = W_out W_in``), as updates of the stream."""
+    port = "V" if groups[0].kind == "head" else "in"
+    reads = [stream.read(port, group).maps.repeat_interleave(group.shared(port), 0) for group in groups]
+    read = torch.cat(reads).to(accumulate)
+    write = torch.cat([stream.write(group).mT for group in groups]).to(accumulate)
     ratio = (
         torch.linalg.vector_norm(write, dim=2, keepdim=True) / torch.linalg.vector_norm(read, dim=2, keepdim=True)
     ).sqrt()
     balance = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-    return Updates(read * balance, write / balance, torch.tensor([c.reads for c in components]))
+    return Updates(read * balance, write / balance, torch.tensor([g.reads for g in groups for _ in g.components]))
 
 
 @final
 @dataclass(frozen=True)
-class Erasure(Question):
+class Erasure(Question[Stream]):
     """How much of what writer i wrote eraser j removes, for every pair that can reach.
 
     ::
@@ -75,19 +69,19 @@ class Erasure(Question):
         e_ij = -tr(O_i^T T_j O_i) / ||O_i||_F^2 = -<O_i O_i^T, T_j> / tr O_i O_i^T
 
     Writer i adds ``y = O_i z``; eraser j, taken as the linear update ``x -> x + T_j x``, adds ``T_j y`` to it. Over
-    independent z of equal variance, ``e_ij`` is the share of y's energy that j takes off along y itself: 1 removes y
+    independent z of equal variance, ``e_ij`` is the share of y's energy that j removes along y itself: 1 removes y
     (on average), 0 leaves it, a negative value strengthens it, more than 1 removes more than there was.
 
     - Writers: heads by their circuit, ``O_i = OV_i`` (free of inner bases: z is what the head reads); MLPs as wholes by
       ``W_out`` (z its neurons), embeddings by their tokens or positions, each counted once.
     - Erasers: heads attending with weight 1 to the position that was written, ``T_j = OV_j / s``; MLPs that are not
       gated with one slope for all neurons, ``T_j = slope W_out W_in / s``. A gated MLP multiplies two reads and has no
-      slope of its own, so it is no eraser here. What passes through other components is not counted.
+      slope of its own, so it is not an eraser here. What passes through other components is not counted.
 
-    ``baseline`` is the mean of e when the eraser's basis is turned at random, ``-tr T_j / d``: what j takes off any
-    direction. ``z`` standardises e by that mean and the closed-form deviation, T_j's own spectrum kept. ``alignment``
-    is ``-<O O^T, S> / (||O O^T|| ||S||)``, S the symmetric part of T_j, in [-1, 1]. These two are free of ``scalar``:
-    the stream grows with depth, so that e at one scalar for all favours late erasers.
+    ``baseline`` is the mean of e when the eraser's basis is turned at random, ``-tr T_j / d``: what j removes of any
+    direction. ``z`` standardises e by that mean and the closed-form deviation, T_j's own spectrum unchanged.
+    ``alignment`` is ``-<O O^T, S> / (||O O^T|| ||S||)``, S the symmetric part of T_j, in [-1, 1]. These two are free of
+    ``scalar``: the stream grows with depth, so that e at one scalar for all favours late erasers.
 
     Invariant under re-basing of heads, re-ordering of neurons and, with RMSNorm folded, rotation of the stream.
 
@@ -101,14 +95,14 @@ class Erasure(Question):
     question: ClassVar[str] = "erasure"
     scalar: float = 1.0
     slope: float = 1.0
-    device: str = "cpu"
-    memory_mb: int = 512
+    device: str = cost("cpu")
+    memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
         if not self.scalar > 0.0:
             raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.
 
         Args:
@@ -121,53 +115,47 @@ class Erasure(Question):
         Raises:
             UsageError: the checkpoint holds nothing that could be an eraser.
         """
-        writers = [c for c in stream.components if c.kind in ("embed", "pos", "head", "mlp")]
-        erasers = [c for c in stream.components if c.kind == "head" or (c.kind == "mlp" and not stream.spec.gated)]
+        writers = stream.groups.kind("embed", "pos", "head", "mlp")
+        erasers = stream.groups.heads if stream.spec.gated else stream.groups.kind("head", "mlp")
         if not erasers:
             raise UsageError(
                 "this checkpoint holds no attention head, and no MLP without gate",
                 expected="at least one eraser",
                 do="open the complete checkpoint",
             )
-        inner = torch.full((len(erasers), len(writers)), float("nan"), dtype=accumulate)
-        of_writers, of_erasers = (torch.empty(2, len(each), dtype=accumulate) for each in (writers, erasers))
-        blocks = list(_blocks(stream, erasers, self.memory_mb * 2**18))
-        groups = list(_groups(stream, writers, self.memory_mb * 2**19))
-        for i, columns in enumerate(groups):
-            side = _side(stream, [writers[c] for c in columns])
-            of_writers[:, columns] = side.moments
-            for j, rows in enumerate(blocks):
-                acting = updates(stream, [erasers[r] for r in rows])
-                if i == 0:
-                    of_erasers[:, rows] = acting.symmetric_moments
-                at = torch.tensor(rows)[:, None], torch.tensor(columns)
-                inner[at] = side.inner(acting, self.device, self.memory_mb * 2**19)
-                if progress is not None:
-                    progress(i * len(blocks) + j + 1, len(groups) * len(blocks))
-        gain = torch.tensor(
-            [(1.0 if c.kind == "head" else self.slope) / self.scalar for c in erasers], dtype=accumulate
+        rows, columns = _indices(erasers), _indices(writers)
+        eraser_moments, writer_moments = (
+            torch.empty(2, sum(map(len, indices.values())), dtype=accumulate) for indices in (rows, columns)
         )
-        return Record(
-            self.question,
-            (Axis("reader", _names(erasers)), Axis("writer", _names(writers))),
-            _columns(inner, of_erasers, of_writers, gain, stream.d_model),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "gauge": "circuits: free of heads' inner bases",
-                "norm_scalar": self.scalar,
-                "slope": None if stream.spec.gated else self.slope,
-                "attention": "to what was written = 1",
-                "erasers": "heads" if stream.spec.gated else "heads and MLPs",
-            },
-            provenance=stream.provenance,
+        inner = torch.full((eraser_moments.shape[1], writer_moments.shape[1]), float("nan"), dtype=accumulate)
+        writer_batches = list(_writer_batches(stream, writers, self.memory_mb * 2**19))
+        eraser_batches = list(_eraser_batches(stream, erasers, self.memory_mb * 2**18))
+        for i, batch in enumerate(writer_batches):
+            column, writing = torch.cat([columns[group.id] for group in batch]), _writing(stream, batch)
+            writer_moments[:, column] = writing.moments
+            for j, erasing in enumerate(eraser_batches):
+                row, update = torch.cat([rows[group.id] for group in erasing]), updates(stream, erasing)
+                eraser_moments[:, row] = update.symmetric_moments
+                inner[row[:, None], column] = writing.inner(update, self.device, self.memory_mb * 2**19)
+                progress(i * len(eraser_batches) + j + 1, len(writer_batches) * len(eraser_batches))
+        slopes = [1.0 if group.kind == "head" else self.slope for group in erasers for _ in group.components]
+        gain = torch.tensor([slope / self.scalar for slope in slopes], dtype=accumulate)
+        return stream.record(
+            self,
+            (Axis("reader", _labels(erasers)), Axis("writer", _labels(writers))),
+            _columns(inner, eraser_moments, writer_moments, gain, stream.d_model),
+            gauge="circuits: free of heads' inner bases",
+            norm_scalar=self.scalar,
+            slope=None if stream.spec.gated else self.slope,
+            attention="to what was written = 1",
+            erasers="heads" if stream.spec.gated else "heads and MLPs",
         )
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _Heads:
-    """Writing heads, their squares ``OV OV^T`` kept in thin factors."""
+    """Writing heads; ``O O^T = OV OV^T`` in thin factors."""
 
     stack: MapStack
 
@@ -175,14 +163,14 @@ class _Heads:
     def moments(self) -> Tensor:
         return torch.stack(self_moments(self.stack))
 
-    def inner(self, acting: Updates, device: str, memory: int) -> Tensor:
+    def inner(self, update: Updates, device: str, memory: int) -> Tensor:
         """``<O_i O_i^T, T_j>`` as two sums of squares, so that the all-pairs kernel gives it.
 
         With ``T = W^T R``: ``<O O^T, T> = (||(R + W) O||^2 - ||(R - W) O||^2) / 4``.
         """
-        read, write = acting.read, acting.write
+        read, write = update.read, update.write
         both = torch.cat([read + write, read - write])
-        readers = MapStack(both, torch.arange(len(both)), None, acting.position.repeat(2))
+        readers = MapStack(both, torch.arange(len(both)), None, update.position.repeat(2))
         squared = all_pairs(readers, self.stack, device=device, memory=memory).squared
         return (squared[: len(read)] - squared[len(read) :]) / 4
 
@@ -190,54 +178,65 @@ class _Heads:
 @final
 @dataclass(frozen=True, eq=False)
 class _Wide:
-    """Writers wider than the stream or about so (MLPs, embeddings), by their squares ``O O^T``, (m, d, d)."""
+    """Writers about as wide as the stream or wider (MLPs, embeddings), by their Grams ``O O^T``, (m, d, d)."""
 
-    squares: Tensor
+    grams: Tensor
     position: Tensor
 
     @property
     def moments(self) -> Tensor:
-        return torch.stack([self.squares.diagonal(dim1=1, dim2=2).sum(1), self.squares.square().sum((1, 2))])
+        return torch.stack([self.grams.diagonal(dim1=1, dim2=2).sum(1), self.grams.square().sum((1, 2))])
 
-    def inner(self, acting: Updates, device: str, memory: int) -> Tensor:
-        """``<O_i O_i^T, T_j>``, each T_j formed once; ``memory`` is what the squares were chosen by."""
+    def inner(self, update: Updates, device: str, memory: int) -> Tensor:
+        """``<O_i O_i^T, T_j>``, each T_j formed once; ``memory`` limits how many Grams there are."""
         del memory
-        found = torch.full((len(acting.read), len(self.squares)), float("nan"), dtype=accumulate)
-        reach = self.position[None, :] <= acting.position[:, None]
-        flat = self.squares.flatten(1).to(device)
-        for j, (read, write) in enumerate(zip(acting.read, acting.write, strict=True)):
+        products = torch.full((len(update.read), len(self.grams)), float("nan"), dtype=accumulate)
+        reach = self.position[None, :] <= update.position[:, None]
+        flat = self.grams.flatten(1).to(device)
+        for j, (read, write) in enumerate(zip(update.read, update.write, strict=True)):
             if bool(reach[j].any()):
-                update = write.T.to(device) @ read.to(device)
-                found[j] = (flat @ update.flatten()).cpu()
-        return found.masked_fill_(~reach, float("nan"))
+                dense = write.T.to(device) @ read.to(device)
+                products[j] = (flat @ dense.flatten()).cpu()
+        return products.masked_fill_(~reach, float("nan"))
 
 
-def _side(stream: Stream, writers: Sequence[Component]) -> _Heads | _Wide:
-    if writers[0].kind == "head":
+def _writing(stream: Stream, groups: Sequence[Group]) -> _Heads | _Wide:
+    if groups[0].kind == "head":
         return _Heads(writing_circuits(stream))
-    position = torch.tensor([c.writes for c in writers])
-    return _Wide(torch.stack([write_square(stream, c) for c in writers]), position)
+    grams = torch.stack([write_gram(stream, group) for group in groups])
+    return _Wide(grams, torch.tensor([group.first for group in groups]))
 
 
-def _groups(stream: Stream, writers: Sequence[Component], budget: int) -> Iterator[list[int]]:
-    """Writers taken together, by place: all heads in thin factors, the others as many as fit the budget."""
-    heads, wide = ([i for i, c in enumerate(writers) if (c.kind == "head") == head] for head in (True, False))
-    if heads:
-        yield heads
+def _writer_batches(stream: Stream, writers: Sequence[Group], budget: int) -> Iterator[Sequence[Group]]:
+    """Writers taken together: all heads in thin factors, the others as many as fit the budget (at least one)."""
+    if stream.groups.heads:
+        yield stream.groups.heads
+    wide = [group for group in writers if group.kind != "head"]
     step = max(1, budget // (8 * stream.d_model**2))
     yield from (wide[i : i + step] for i in range(0, len(wide), step))
 
 
-def _blocks(stream: Stream, erasers: Sequence[Component], budget: int) -> Iterator[list[int]]:
-    """Erasers taken together, by place: of one kind, whole layers, as many as fit the budget (at least one)."""
-    for kind, width, each in (("head", stream.spec.d_head, stream.spec.n_heads), ("mlp", stream.spec.d_mlp, 1)):
-        places = [i for i, c in enumerate(erasers) if c.kind == kind]
-        step = max(1, budget // (4 * 8 * each * width * stream.d_model)) * each
-        yield from (places[i : i + step] for i in range(0, len(places), step))
+def _eraser_batches(stream: Stream, erasers: Sequence[Group], budget: int) -> Iterator[Sequence[Group]]:
+    """Erasers taken together: of one kind, as many groups as fit the budget (at least one)."""
+    for kind in ("head", "mlp"):
+        groups = [group for group in erasers if group.kind == kind]
+        rows = max((len(group.components) * group.width for group in groups), default=1)
+        step = max(1, budget // (4 * 8 * rows * stream.d_model))
+        yield from (groups[i : i + step] for i in range(0, len(groups), step))
 
 
-def _columns(inner: Tensor, of_erasers: Tensor, of_writers: Tensor, gain: Tensor, d: int) -> tuple[Column, ...]:
-    (trace_t, square_t), (trace_o, square_o) = of_erasers[:, :, None], of_writers[:, None, :]
+def _indices(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Where the components of every group stand among those of all groups."""
+    counts = [len(group.components) for group in groups]
+    return dict(zip((group.id for group in groups), torch.arange(sum(counts)).split(counts), strict=True))
+
+
+def _labels(groups: Sequence[Group]) -> tuple[str, ...]:
+    return tuple(label for group in groups for label in group.labels)
+
+
+def _columns(inner: Tensor, erasers: Tensor, writers: Tensor, gain: Tensor, d: int) -> tuple[Column, ...]:
+    (trace_t, square_t), (trace_o, square_o) = erasers[:, :, None], writers[:, None, :]
     mean, variance = haar_moments(trace_t, square_t, trace_o, square_o, d)
     erasure = -gain[:, None] * inner / trace_o
     baseline = (-gain[:, None] * trace_t / d).expand_as(inner)
@@ -252,7 +251,3 @@ def _columns(inner: Tensor, of_erasers: Tensor, of_writers: Tensor, gain: Tensor
         Column("alignment", -sign * inner / sizes, "1, in [-1, 1]", "-cos(O O^T, S), S the symmetric part of T"),
         Column("z", standard, "standard deviations", "erasure against its Haar mean and deviation"),
     )
-
-
-def _names(components: Sequence[Component]) -> tuple[str, ...]:
-    return tuple(str(c.label) for c in components)

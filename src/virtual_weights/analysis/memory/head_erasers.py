@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg import WORKSPACE_BYTES, accumulate
 from virtual_weights.linalg.decompose import eigen
-from virtual_weights.linalg.numerics import converted
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream
 
 _COLUMNS = {
     "negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|: share of what the head would erase"),
@@ -33,7 +32,7 @@ _COLUMNS = {
 
 @final
 @dataclass(frozen=True)
-class HeadErasers(Question):
+class HeadErasers(Question[Stream]):
     """Eigenvalues of every head's OV circuit, in the stream and between tokens.
 
     ``OV = W_O W_V`` has the eigenvalues of the (k, k) matrix ``W_V W_O`` and d - k zeros. A direction with eigenvalue
@@ -70,8 +69,8 @@ class HeadErasers(Question):
                 do="pass for example scalar=1.0, draws=100",
             )
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
-        """Look at every head.
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
+        """Decompose every head.
 
         Args:
             stream: the model.
@@ -83,51 +82,39 @@ class HeadErasers(Question):
         Raises:
             UsageError: the checkpoint holds no attention head.
         """
-        if not stream.attention_layers:
-            raise UsageError(
-                "this checkpoint holds no attention head",
-                expected="at least one layer with an output projection",
-                do="open a checkpoint with its attention tensors",
-            )
-        tokens = token_circuit(stream)
-        parts: list[dict[str, Tensor]] = []
-        for layer in stream.attention_layers:
-            value = stream.read("V", layer).maps.to(accumulate).repeat_interleave(stream.spec.group, 0)
-            parts.append(self._layer(value, stream.write("head", layer).to(accumulate), tokens))
-            if progress is not None:
-                progress(len(parts), len(stream.attention_layers))
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return Record(
-            self.question,
-            (Axis("head", tuple(str(c.label) for c in stream.heads)),),
-            tuple(Column(name, values, *_COLUMNS[name]) for name, values in columns.items()),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "gauge": "circuits: free of heads' inner bases",
-                "norm_scalar": self.scalar,
-                "attention": "to itself = 1",
-                "null": self._null(stream.spec.d_head, stream.d_model, tokens),
-            },
-            provenance=stream.provenance,
+        groups, tokens = stream.groups.readers("V"), token_circuit(stream)
+        blocks: list[dict[str, Tensor]] = []
+        for group in groups:
+            value = stream.read("V", group).maps.to(accumulate).repeat_interleave(group.shared("V"), 0)
+            blocks.append(self._values(value, stream.write(group).to(accumulate), tokens))
+            progress(len(blocks), len(groups))
+        return stream.record(
+            self,
+            (Axis("head", tuple(str(head.label) for head in stream.heads)),),
+            (Column(name, torch.cat([block[name] for block in blocks]), *_COLUMNS[name]) for name in blocks[0]),
+            gauge="circuits: free of heads' inner bases",
+            norm_scalar=self.scalar,
+            attention="to itself = 1",
+            null=self._null(groups[0].width, stream.d_model, tokens),
         )
 
-    def _layer(self, value: Tensor, out: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    def _values(self, value: Tensor, out: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+        """All columns, of heads ``W_V`` (m, k, d) and ``W_O`` (m, d, k)."""
         core = value @ out
-        found = eigen(core)
-        real, shares = found.real, _shares(found)
+        eigenvalues = eigen(core)
+        real, shares = eigenvalues.real, _shares(eigenvalues)
         ov = ((value @ value.mT) * (out.mT @ out)).sum((1, 2)).sqrt()
         trace = core.diagonal(dim1=1, dim2=2).sum(1)
         least, most, none = real.amin(1), real.amax(1), float("nan")
         columns = {
             "negative_share": shares["negative_share"],
             "copying": shares["copying"],
-            "complex_share": found.imag.abs().sum(1) / found.abs().sum(1),
+            "complex_share": eigenvalues.imag.abs().sum(1) / eigenvalues.abs().sum(1),
             "most_negative": torch.where(least < 0, least, none),
             "most_positive": torch.where(most > 0, most, none),
             "trace": trace,
             "trace_z": trace * out.shape[1] ** 0.5 / ov,
-            "kept": (1 + found / self.scalar).abs().amin(1),
+            "kept": (1 + eigenvalues / self.scalar).abs().amin(1),
         }
         if tokens is not None:
             between = _shares(eigen(value @ tokens @ out))
@@ -136,10 +123,10 @@ class HeadErasers(Question):
 
     def _null(self, k: int, d: int, tokens: Tensor | None) -> dict[str, Any]:
         """Mean and deviation of the shares of random heads."""
-        drawn = list(self._random_heads(k, d, tokens))
+        heads = list(self._random_heads(k, d, tokens))
         null: dict[str, Any] = {"draws": self.draws}
-        for name in drawn[0]:
-            values = torch.stack([each[name] for each in drawn])
+        for name in heads[0]:
+            values = torch.stack([shares[name] for shares in heads])
             null[name] = {"mean": float(values.mean()), "std": float(values.std())}
         return null
 
@@ -148,11 +135,11 @@ class HeadErasers(Question):
         for _ in range(self.draws):
             value = torch.randn(k, d, generator=generator, dtype=accumulate)
             out = torch.randn(d, k, generator=generator, dtype=accumulate)
-            drawn = _shares(eigen(value @ out))
+            shares = _shares(eigen(value @ out))
             if tokens is not None:
                 between = _shares(eigen(value @ tokens @ out))
-                drawn |= {f"token_{name}": share for name, share in between.items()}
-            yield drawn
+                shares |= {f"token_{name}": share for name, share in between.items()}
+            yield shares
 
 
 def token_circuit(stream: Stream) -> Tensor | None:
@@ -167,11 +154,11 @@ def token_circuit(stream: Stream) -> Tensor | None:
         embed, unembed = stream.write("embed")[0], stream.read("unembed").maps[0]
     except MissingTensorError:
         return None
-    step = max(1, converted // (8 * stream.d_model))
+    step = max(1, WORKSPACE_BYTES // (8 * stream.d_model))
     circuit = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate)
     for start in range(0, embed.shape[1], step):
-        cut = slice(start, start + step)
-        circuit.addmm_(embed[:, cut].to(accumulate), unembed[cut].to(accumulate))
+        tokens = slice(start, start + step)
+        circuit.addmm_(embed[:, tokens].to(accumulate), unembed[tokens].to(accumulate))
     return circuit
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress, accumulate
+from virtual_weights.linalg import accumulate
 from virtual_weights.linalg.null import cosine_tail
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Group, Question, Stream
 
 _COLUMNS = {
     "cosine": ("1, in [-1, 1]", "cos(w_in, w_out); w_in is the up row where the MLP is gated"),
@@ -27,7 +27,7 @@ _COLUMNS = {
 
 @final
 @dataclass(frozen=True)
-class Neurons(Question):
+class Neurons(Question[Stream]):
     """Cosines between what each neuron reads and what it writes, its clearing gain and its class.
 
     A neuron adds ``w_out a`` to the stream, ``a = f(<w_in, x>/s)`` or, gated, ``a = f(<w_gate, x>/s) <w_up, x>/s``.
@@ -35,9 +35,9 @@ class Neurons(Question):
     ``g = -<w_in, w_out> slope / s``: between 0 and 1 it attenuates, 1 clears (``w_out = -w_in/||w_in||^2`` where
     slope/s = 1), 2 reflects, a negative one strengthens. The slope of a gated neuron is its activated gate.
 
-    Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and turn round where
-    it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise. A
-    neuron that reads or writes nothing has no cosine and is absent.
+    Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and change places
+    where it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise.
+    A neuron that reads or writes nothing has no cosine and is absent.
 
     Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
     draws pairs of neurons by their order). The cosines are invariant under scaling of a neuron's maps by positive
@@ -64,8 +64,8 @@ class Neurons(Question):
                 do="pass for example threshold=0.5",
             )
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
-        """Look at every neuron.
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
+        """Compare what every neuron reads with what it writes.
 
         Args:
             stream: the model.
@@ -73,51 +73,41 @@ class Neurons(Question):
 
         Returns:
             A Record over ``neuron`` with columns ``cosine``, ``gain``; where gated ``gate_cosine``, ``gate_gain``,
-            ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` says what independent random directions and
+            ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
             what the model's own, shuffled, would give; ``census`` sums it up.
 
         Raises:
             UsageError: the checkpoint holds no MLP.
         """
-        layers = [c.label.layer for c in stream.components if c.kind == "mlp" and c.label.layer is not None]
-        if not layers:
+        groups = stream.groups.mlps
+        if not groups:
             raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
         generator = torch.Generator().manual_seed(self.seed)
-        parts: list[dict[str, Tensor]] = []
-        shuffled: list[Tensor] = []
-        for done, layer in enumerate(layers, 1):
-            rows = _rows(stream, layer)
-            parts.append(_cosines(rows))
-            shuffled += list(self._shuffled(rows, generator))
-            if progress is not None:
-                progress(done, len(layers))
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        counts = [len(part["cosine"]) for part in parts]
-        return Record(
-            self.question,
-            (
-                Axis(
-                    "neuron", tuple(f"L{layer}N{i}" for layer, n in zip(layers, counts, strict=True) for i in range(n))
-                ),
-            ),
+        blocks: list[dict[str, Tensor]] = []
+        counts: list[Tensor] = []
+        for done, group in enumerate(groups, 1):
+            rows = _rows(stream, group)
+            blocks.append(_values(rows))
+            counts += self._shuffled_counts(rows, generator)
+            progress(done, len(groups))
+        columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        layers = [group.layer for group in groups for _ in range(group.width)]
+        return stream.record(
+            self,
+            (Axis("neuron", tuple(name for group in groups for name in group.neurons)),),
             (
                 *(Column(name, values, *_COLUMNS[name]) for name, values in columns.items()),
                 Column("class", _classes(columns["cosine"], self.threshold), "", "by cosine and threshold"),
-                Column("layer", torch.tensor(layers).repeat_interleave(torch.tensor(counts)), "layers", "the neuron's"),
+                Column("layer", torch.tensor(layers), "layers", "the neuron's"),
             ),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "gauge": "neurons: their own basis",
-                "classes_by": "up" if stream.spec.gated else "in",
-                "norm_scalar": 1.0,
-                "slope": 1.0,
-                "null": self._null(shuffled, stream.d_model),
-            },
-            provenance=stream.provenance,
+            gauge="neurons: their own basis",
+            classes_by=groups[0].ports[-1],
+            norm_scalar=1.0,
+            slope=1.0,
+            null=self._null(counts, stream.d_model),
         )
 
-    def _shuffled(self, rows: dict[str, Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    def _shuffled_counts(self, rows: dict[str, Tensor], generator: torch.Generator) -> Iterator[Tensor]:
         """For each draw what neurons with another's output give: how many, weakening, strengthening, squares."""
         read, out = _unit(rows["in"]), _unit(rows["out"])
         if len(read) < 2:
@@ -129,17 +119,16 @@ class Neurons(Question):
             below, above = (cosine < -self.threshold).sum(), (cosine > self.threshold).sum()
             yield torch.stack([torch.tensor(len(cosine)), below, above, cosine.square().sum()])
 
-    def _null(self, shuffled: list[Tensor], d: int) -> dict[str, Any]:
+    def _null(self, counts: list[Tensor], d: int) -> dict[str, Any]:
         null: dict[str, Any] = {"dimension": d, "tail": cosine_tail(self.threshold, d), "mean_square": 1 / d}
-        count, below, above, squares = (
-            (float(x) for x in torch.stack(shuffled).double().sum(0)) if shuffled else (0.0,) * 4
-        )
-        if count:
+        total = torch.stack(counts).double().sum(0) if counts else torch.zeros(4)
+        if bool(total[0]):
+            _, below, above, squares = (total / total[0]).tolist()
             null["shuffled"] = {
                 "draws": self.shuffles,
-                "weakening_share": below / count,
-                "strengthening_share": above / count,
-                "mean_square": squares / count,
+                "weakening_share": below,
+                "strengthening_share": above,
+                "mean_square": squares,
             }
         return null
 
@@ -156,52 +145,52 @@ def census(record: Record) -> dict[str, Any]:
     """
     threshold, null = float(record.parameters["threshold"]), dict(record.stamp["null"])
     cosine, layer = record.numbers("cosine"), record.numbers("layer")
-    found = _counted(cosine, threshold)
-    n, p = found["count"], null["tail"]
+    counts = _counts(cosine, threshold)
+    n, p = counts["count"], null["tail"]
     null |= {"weakening": n * p, "strengthening": n * p, "std": (n * p * (1 - p)) ** 0.5}
     if "shuffled" in null:
         shares = null["shuffled"]
         null["shuffled"] = {**shares, **{name: n * shares[f"{name}_share"] for name in ("weakening", "strengthening")}}
     present = {column.name for column in record.columns}
     return {
-        **found,
+        **counts,
         "absent": int(cosine.isnan().sum()),
         "threshold": threshold,
         "mean_square": float(cosine.square().nanmean()) if n else None,
         **{
-            name.removesuffix("_cosine"): _counted(record.numbers(name), threshold)
+            name.removesuffix("_cosine"): _counts(record.numbers(name), threshold)
             for name in ("gate_cosine", "gate_up_cosine")
             if name in present
         },
         "null": null,
-        "by_layer": [{"layer": int(i), **_counted(cosine[layer == i], threshold)} for i in layer.unique()],
+        "by_layer": [{"layer": int(i), **_counts(cosine[layer == i], threshold)} for i in layer.unique()],
     }
 
 
-def _counted(cosine: Tensor, threshold: float) -> dict[str, int]:
+def _counts(cosine: Tensor, threshold: float) -> dict[str, int]:
     count, below, above = (int(x.sum()) for x in (~cosine.isnan(), cosine < -threshold, cosine > threshold))
     return {"count": count, "weakening": below, "strengthening": above, "between": count - below - above}
 
 
-def _rows(stream: Stream, layer: int) -> dict[str, Tensor]:
-    """What each neuron reads and writes, as rows (n, d) float64."""
+def _rows(stream: Stream, group: Group) -> dict[str, Tensor]:
+    """What each neuron reads and writes, as rows (n, d) float64: ``in`` (the up row where gated), ``out``, ``gate``."""
     rows = {
-        "in": stream.read("up" if stream.spec.gated else "in", layer).maps[0].to(accumulate),
-        "out": stream.write("mlp", layer)[0].T.to(accumulate),
+        "in": stream.read(group.ports[-1], group).maps[0].to(accumulate),
+        "out": stream.write(group)[0].T.to(accumulate),
     }
-    if stream.spec.gated:
-        rows["gate"] = stream.read("gate", layer).maps[0].to(accumulate)
+    if "gate" in group.ports:
+        rows["gate"] = stream.read("gate", group).maps[0].to(accumulate)
     return rows
 
 
-def _cosines(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    unit = {name: _unit(each) for name, each in rows.items()}
-    found = {"cosine": (unit["in"] * unit["out"]).sum(1), "gain": -(rows["in"] * rows["out"]).sum(1)}
+def _values(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    unit = {name: _unit(row) for name, row in rows.items()}
+    values = {"cosine": (unit["in"] * unit["out"]).sum(1), "gain": -(rows["in"] * rows["out"]).sum(1)}
     if "gate" in rows:
-        found["gate_cosine"] = (unit["gate"] * unit["out"]).sum(1)
-        found["gate_gain"] = -(rows["gate"] * rows["out"]).sum(1)
-        found["gate_up_cosine"] = (unit["gate"] * unit["in"]).sum(1)
-    return found
+        values["gate_cosine"] = (unit["gate"] * unit["out"]).sum(1)
+        values["gate_gain"] = -(rows["gate"] * rows["out"]).sum(1)
+        values["gate_up_cosine"] = (unit["gate"] * unit["in"]).sum(1)
+    return values
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -210,9 +199,9 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _classes(cosine: Tensor, threshold: float) -> tuple[str | None, ...]:
-    def named(c: float) -> str | None:
+    def name(c: float) -> str | None:
         if c != c:
             return None
         return "strengthening" if c > threshold else "weakening" if c < -threshold else "between"
 
-    return tuple(named(c) for c in cosine.tolist())
+    return tuple(map(name, cosine.tolist()))

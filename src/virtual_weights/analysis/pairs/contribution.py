@@ -1,7 +1,8 @@
-"""Delivered energy: what every writer actually puts on every reader, averaged over the tokens of a text."""
+"""Contribution: what every writer actually puts on every reader, averaged over the tokens of a text."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, final
@@ -9,30 +10,35 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.circuits import need_heads
-from virtual_weights.analysis.maps.map_side import Side, Square, check_port, meet, parts_reading, read_square
-from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Progress, accumulate
+from virtual_weights.analysis.maps.map_side import (
+    Gram,
+    MapSide,
+    component_axis,
+    pair_products,
+    read_gram,
+    write_gram,
+)
+from virtual_weights.linalg import MapStack, accumulate
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Component, Stream
-from virtual_weights.stream.group import HEAD_PORTS, Port, Writers
+from virtual_weights.stream import Group, Question, Stream, cost
+from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.moments import Moments
-from virtual_weights.stream.question import Question
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Delivered(Question):
-    """Data-aware virtual weights: the energy ``E||A R~ O z/s||^2`` that each writer delivers to each later reader.
+@dataclass(frozen=True)
+class Contribution(Question[Stream]):
+    """Data-aware virtual weights: the energy ``E||A R~ O z/s||^2`` that each writer adds to each later reader.
 
     ``O z`` is what the writer wrote, s the reader's norm scalar, and A is what becomes of the reader's input::
 
         Q: A^T A = E[Rot^T k k^T Rot] / d_head    K: A^T A = E[Rot q q^T Rot^T] / d_head    V: A = W_O
         gate, up, in, unembed: A = 1
 
-    so Q and K are in squared attention logits, as if queries and keys of a pair were independent of what is delivered;
-    V in squared stream norm; the others in squared pre-activations or logits, summed over neurons or tokens. With
-    ``C = E[z z^T/s^2]`` it is ``||A R~ O C^(1/2)||_F^2``, the same product as a composition score.
+    so Q and K are in squared attention logits, as if queries and keys of a pair were independent of what is
+    contributed; V in squared stream norm; the others in squared pre-activations or logits, summed over neurons or
+    tokens. With ``C = E[z z^T/s^2]`` it is ``||A R~ O C^(1/2)||_F^2``, the same product as a composition score.
 
     Heads as writers are exact in C where ``moments.form`` is ``"exact"``; MLPs and embeddings are always factorised,
     see ``Moments``. Biases are exact.
@@ -43,195 +49,139 @@ class Delivered(Question):
     Attributes:
         port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` or ``"unembed"``.
         moments: of the text.
-        centred: leave out the mean, ``C = Cov(z/s)``: what a writer says that differs between tokens.
+        centred: leave out the mean, ``C = Cov(z/s)``: what of a writer's output differs between tokens.
         writers: ``"heads"``, or ``"all"``: embeddings, MLPs and biases too.
         rotary_offset: query position minus key position; None is the mean over all causal pairs of a chunk.
         device: any torch device.
         memory_mb: workspace of the kernel in MiB.
     """
 
-    question: ClassVar[str] = "delivered"
+    question: ClassVar[str] = "contribution"
     port: Port
     moments: Moments
     centred: bool = False
     writers: Writers = "heads"
     rotary_offset: int | None = None
-    device: str = "cpu"
-    memory_mb: int = 256
+    device: str = cost("cpu")
+    memory_mb: int = cost(256)
 
     def __post_init__(self) -> None:
         check_port(self.port)
-        if self.writers not in ("heads", "all"):
-            raise UsageError(f"no writers {self.writers!r}", expected="heads or all", do="choose one of these")
+        check_writers(self.writers)
 
-    @property
-    def parameters(self) -> dict[str, object]:
-        """All parameters that change the answer, as plain values; moments by their identity."""
-        return {
-            "port": self.port,
-            "moments": self.moments.identity,
-            "centred": self.centred,
-            "writers": self.writers,
-            "rotary_offset": self.rotary_offset,
-        }
-
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.
 
         Args:
             stream: the model.
-            progress: called with (layers done, layers in all).
+            progress: called with (groups of readers done, groups in all).
 
         Returns:
-            A Record over (reader, writer), both in order of depth: ``delivered``, and for Q, K and V ``share``, of the
-            energy of all that the port receives (constants of the model apart). Contributions can cancel, so shares
+            A Record over (reader, writer), both in order of depth: ``contribution``, and for Q, K and V ``share``, of
+            the energy of all that the port receives (constants of the model apart). Contributions can cancel, so shares
             need not sum to 1. A pair that cannot reach is absent.
 
         Raises:
             UsageError: the moments belong to another model, or the model has no such port.
         """
         self.moments.check(stream)
-        parts = _readers(stream, self.port)
-        writers = self._writers(stream)
-        outer = _outer(stream)
+        readers, writers = stream.groups.readers(self.port), self._writers(stream)
+        outer = {group.id: stream.write(group).mT for group in writers if group.kind == "head"}
+        axes = component_axis("reader", readers, self.port), component_axis("writer", writers)
+        place = {label: i for i, label in enumerate(axes[1].labels)}
         rows: list[Tensor] = []
         inputs: list[Tensor] = []
-        for done, readers in enumerate(parts, 1):
-            side, own = self._reading(stream, readers)
-            state = int(side.position[0])
-            reaching = [i for i, w in enumerate(writers) if w.writes is not None and w.writes <= state]
-            row = torch.full((len(readers), len(writers)), float("nan"), dtype=accumulate)
+        for done, group in enumerate(readers, 1):
+            side, energy = self._reading(stream, group)
+            row = torch.full((len(group.components), len(place)), float("nan"), dtype=accumulate)
+            reaching = [writer for writer in writers if writer.reaches(group.reads)]
             if reaching:
-                there = self._writing(stream, [writers[i] for i in reaching], state, outer)
-                found = meet(side, there, device=self.device, memory=self.memory_mb * 2**20)
-                row[:, _order(writers, reaching)] = found.squared
+                sources = self._writing(stream, reaching, group, outer)
+                products = pair_products(side, sources, device=self.device, memory=self.memory_mb * 2**20)
+                row[:, [place[label] for label in products.axes[1].labels]] = products.squared
             rows.append(row)
-            inputs.append(own)
-            if progress is not None:
-                progress(done, len(parts))
-        return self._record(stream, [r for part in parts for r in part], writers, torch.cat(rows), torch.cat(inputs))
+            inputs.append(energy)
+            progress(done, len(readers))
+        return self._record(stream, axes, torch.cat(rows), torch.cat(inputs))
 
-    def _record(
-        self, stream: Stream, readers: list[Component], writers: list[Component], found: Tensor, inputs: Tensor
-    ) -> Record:
+    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, inputs: Tensor) -> Record:
         units = {"Q": "squared logits", "K": "squared logits", "V": "squared norm"}
-        columns = [Column("delivered", found, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]
+        columns = [Column("contribution", energy, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]
         if self.port in HEAD_PORTS:
-            share = "delivered energy over that of the port's whole input"
-            columns.append(Column("share", found / inputs[:, None], "1 (ratio), >= 0", share))
-        shared = self.port in ("K", "V") and stream.spec.group > 1
-        told = "mean over causal pairs" if self.rotary_offset is None else self.rotary_offset
-        return Record(
-            self.question,
-            (
-                Axis("reader", tuple(str(r.label) for r in readers), tuple(r.channel or "" for r in readers) * shared),
-                Axis("writer", tuple(str(w.label) for w in writers)),
-            ),
-            tuple(columns),
-            parameters=self.parameters,
-            stamp={
-                "norm": stream.norm_stamp,
-                "moment": "centred" if self.centred else "uncentred",
-                "heads": self.moments.form,
-                "tokens": self.moments.tokens,
-                "rotary_offset": "no rotary embedding" if stream.spec.rotary is None else told,
-                "gauge": "free of heads' inner bases",
-            },
-            provenance=stream.provenance,
+            share = "contribution over that of the port's whole input"
+            columns.append(Column("share", energy / inputs[:, None], "1 (ratio), >= 0", share))
+        return stream.record(
+            self,
+            axes,
+            columns,
+            moment="centred" if self.centred else "uncentred",
+            heads=self.moments.form,
+            tokens=self.moments.tokens,
+            rotary_offset="mean over causal pairs" if self.rotary_offset is None else self.rotary_offset,
+            gauge="free of heads' inner bases",
         )
 
-    def _reading(self, stream: Stream, readers: list[Component]) -> tuple[Side, Tensor]:
-        """The readers of one layer, weighted by A, and the energy of all that they receive."""
-        labels, layer = tuple(str(r.label) for r in readers), readers[0].label.layer
-        position = torch.tensor([r.reads for r in readers])
+    def _reading(self, stream: Stream, group: Group) -> tuple[MapSide, Tensor]:
+        """The readers of one group, weighted by A, and the energy of all that they receive."""
+        axis = component_axis("reader", (group,))
+        position = torch.tensor([component.reads for component in group.components])
         if self.port not in HEAD_PORTS:
-            square = partial(read_square, stream, self.port, layer)
-            return Side(labels, position, None, (square,), stream.d_model), torch.full((1,), float("nan"))
-        assert layer is not None
-        read, group = stream.read(self.port, layer), 1 if self.port == "Q" else stream.spec.group
-        metric = self._metric(stream, layer)
-        stack = MapStack(read.maps, torch.arange(len(readers)) // group, metric, position)
-        own, mean = (of[f"L{layer}.{self.port}"].double() for of in (self.moments.ports, self.moments.port_means))
+            gram = partial(read_gram, stream, self.port, group)
+            return MapSide(axis, position, None, (gram,), stream.d_model), torch.full((1,), float("nan"))
+        read, shared, metric = stream.read(self.port, group), group.shared(self.port), self._metric(stream, group)
+        stack = MapStack(read.maps, torch.arange(len(position)) // shared, metric, position)
+        id = f"{group.id}.{self.port}"
+        second, mean = self.moments.ports[id].double(), self.moments.port_means[id].double()
         if self.centred:
-            own = own - _outer_product(mean, mean)
+            second = second - _outer_product(mean, mean)
         elif read.constants is not None:
             c = read.constants.double()
             cross = _outer_product(mean, c)
-            own = own - cross - cross.mT + _outer_product(c, c)
-        inputs = (metric * own.repeat_interleave(group, 0)).sum((1, 2))
-        return Side(labels, position, stack, (), stream.d_model), inputs
+            second = second - cross - cross.mT + _outer_product(c, c)
+        energy = (metric * second.repeat_interleave(shared, 0)).sum((1, 2))
+        return MapSide(axis, position, stack, (), stream.d_model), energy
 
-    def _metric(self, stream: Stream, layer: int) -> Tensor:
+    def _metric(self, stream: Stream, group: Group) -> Tensor:
         """``A^T A`` of every head, (heads, k, k) float64."""
         if self.port == "V":
-            out = stream.write("head", layer).double()
+            out = stream.write(group).double()
             return out.mT @ out
-        other = self.moments.ports[f"L{layer}.{'K' if self.port == 'Q' else 'Q'}"].double()
-        if self.port == "Q":
-            other = other.repeat_interleave(stream.spec.group, 0)
-        return (
-            _turned(other, stream, self.port, self.rotary_offset, self.moments.length) * stream.spec.attention_scale**2
-        )
+        opposite = "K" if self.port == "Q" else "Q"
+        other = self.moments.ports[f"{group.id}.{opposite}"].double().repeat_interleave(group.shared(opposite), 0)
+        turned = _turned(other, stream, self.port, self.rotary_offset, self.moments.length)
+        return turned * stream.spec.attention_scale**2
 
-    def _writers(self, stream: Stream) -> list[Component]:
-        """Heads, or all whose moments are held, in order of depth."""
-        found = [c for c in stream.components if c.writes is not None]
+    def _writers(self, stream: Stream) -> Sequence[Group]:
+        """Heads, or all whose moments are known, in order of depth."""
         if self.writers == "heads":
-            need_heads(stream)
-            return [c for c in found if c.kind == "head"]
-        return [c for c in found if c.kind in ("head", "attn_bias", "mlp_bias") or str(c.label) in self.moments.second]
+            return stream.groups.readers("Q")
+        return [g for g in stream.groups.writers if g.kind == "head" or g.constant or g.id in self.moments.second]
 
-    def _writing(self, stream: Stream, writers: list[Component], state: int, outer: dict[int, Tensor]) -> Side:
-        """Writers as seen from a state: maps O, weighted by ``C^(1/2)``; heads first."""
-        heads, parts = [w for w in writers if w.kind == "head"], [w for w in writers if w.kind != "head"]
-        layers = sorted({w.label.layer for w in heads if w.label.layer is not None})
+    def _writing(self, stream: Stream, writers: Sequence[Group], reader: Group, outer: Mapping[str, Tensor]) -> MapSide:
+        """Writers as a reader receives them: maps O, weighted by ``C^(1/2)``; heads first."""
+        assert reader.reads is not None
+        heads = [group for group in writers if group.kind == "head"]
+        wide = [group for group in writers if group.kind != "head"]
+        position = torch.tensor([c.writes for group in (*heads, *wide) for c in group.components])
         thin = None
-        if layers:
-            metric = torch.cat([self._second(f"L{i}.heads", state - _writes(heads, i)) for i in layers])
-            # position 0: that all of these reach is known
-            n = len(heads)
-            zeros = torch.zeros(n, dtype=torch.int64)
-            thin = MapStack(torch.cat([outer[i] for i in layers]), torch.arange(n), metric, zeros)
-        wide = tuple(self._wide(stream, part, state) for part in parts)
-        labels = tuple(str(w.label) for w in (*heads, *parts))
-        return Side(labels, torch.zeros(len(labels), dtype=torch.int64), thin, wide, stream.d_model)
+        if heads:
+            metric = torch.cat([self._second(group, reader.reads) for group in heads])
+            maps = torch.cat([outer[group.id] for group in heads])
+            thin = MapStack(maps, torch.arange(len(maps)), metric, position[: len(maps)])
+        grams = tuple(self._wide(stream, group, reader.reads) for group in wide)
+        return MapSide(component_axis("writer", (*heads, *wide)), position, thin, grams, stream.d_model)
 
-    def _wide(self, stream: Stream, part: Component, state: int) -> Square:
-        assert part.writes is not None
-        if part.kind not in ("attn_bias", "mlp_bias"):
-            after = state - part.writes
-            return lambda: self._second(str(part.label), after)[0]
-        bias = stream.weight("o_bias" if part.kind == "attn_bias" else "down_bias", part.label.layer)
-        assert bias is not None
+    def _wide(self, stream: Stream, group: Group, state: int) -> Gram:
+        if not group.constant:
+            return lambda: self._second(group, state)[0]
         square, mean = (float(self.moments.states[name][state]) for name in ("inverse_square", "inverse"))
         weight = square - mean**2 if self.centred else square
-        return lambda: torch.outer(bias.double(), bias.double()) * weight
+        return lambda: write_gram(stream, group) * weight
 
-    def _second(self, group: str, after: int) -> Tensor:
-        second, mean = self.moments.held_at(group, after)
+    def _second(self, group: Group, state: int) -> Tensor:
+        """C of a group as a state receives it."""
+        second, mean = self.moments.held_at(group.id, state - group.first)
         return second - _outer_product(mean, mean) if self.centred else second
-
-
-def _readers(stream: Stream, port: Port) -> list[list[Component]]:
-    """The readers of a port, layer by layer."""
-    if port not in HEAD_PORTS:
-        return [[part] for part in parts_reading(stream, port)]
-    need_heads(stream)
-    return [list(stream.heads_of(layer)) for layer in stream.attention_layers]
-
-
-def _outer(stream: Stream) -> dict[int, Tensor]:
-    """``O^T`` of every layer's heads, (heads, k, d)."""
-    return {layer: stream.write("head", layer).mT for layer in stream.attention_layers}
-
-
-def _writes(heads: list[Component], layer: int) -> int:
-    return next(h.writes for h in heads if h.label.layer == layer and h.writes is not None)
-
-
-def _order(writers: list[Component], reaching: list[int]) -> Tensor:
-    """Columns of the reaching writers as a Side holds them: heads first."""
-    return torch.tensor(sorted(reaching, key=lambda i: writers[i].kind != "head"))
 
 
 def _outer_product(a: Tensor, b: Tensor) -> Tensor:

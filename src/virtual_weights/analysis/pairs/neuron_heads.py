@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import reading_circuits, writing_circuits
-from virtual_weights.analysis.pairs.neuron_neuron import NeuronPort, NeuronSide, check_neuron_port, neuron_side
+from virtual_weights.analysis.maps.map_side import component_axis
+from virtual_weights.analysis.maps.neuron_side import NeuronSide, check_neuron_port, neuron_side
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Progress, accumulate, haar_moments, self_moments
+from virtual_weights.linalg import MapStack, accumulate, haar_moments, self_moments
 from virtual_weights.linalg.decompose import square_roots
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.group import HeadPort
-from virtual_weights.stream.question import Question
+from virtual_weights.stream import Question, Stream, cost
+from virtual_weights.stream.group import HEAD_PORTS, HeadPort, NeuronPort
 
 _TILE_BYTES = 32 * 2**20  # of products of heads' rows with neurons, at once
 
 
 @final
 @dataclass(frozen=True)
-class HeadNeuron(Question):
+class HeadNeuron(Question[Stream]):
     """How strongly what a head writes, by its OV circuit, enters what a single later neuron reads.
 
     ``||w^T OV||`` where w is the neuron's row of the port with the norm folded and ``OV = W_O W_V``.
@@ -50,18 +51,13 @@ class HeadNeuron(Question):
     port: NeuronPort = "up"
     reader: str | None = None
     writer: str | None = None
-    device: str = "cpu"
-    memory_mb: int = 512
+    device: str = cost("cpu")
+    memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
         check_neuron_port(self.port)
 
-    @property
-    def parameters(self) -> dict[str, object]:
-        """The parameters on which the answer depends, as plain values."""
-        return {"port": self.port, "reader": self.reader, "writer": self.writer}
-
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.
 
         Args:
@@ -75,27 +71,21 @@ class HeadNeuron(Question):
             UsageError: the model has no such port, neuron or head, or the checkpoint holds no MLP or no head.
         """
         neurons = neuron_side(stream, self.port, self.reader)
-        heads = _heads(stream, writing_circuits(stream), self.writer)
+        heads = _heads(stream, component_axis("head", stream.groups.heads), writing_circuits(stream), self.writer)
         score = torch.full((len(neurons.labels), heads.stack.count), float("nan"))
-        norms = _fill(score.T, heads, neurons, self.device, self.memory_mb, progress)
-        return Record(
-            self.question,
-            (Axis("neuron", neurons.labels), Axis("head", heads.labels)),
-            tuple(_columns(score, norms[:, None] * heads.norms, heads.deviation, stream.d_model)),
-            parameters=self.parameters,
-            stamp=_stamp(stream),
-            provenance=stream.provenance,
-        )
+        norms = _fill(score.T, heads, neurons, (self.device, self.memory_mb, progress))
+        columns = _columns(score, norms[:, None] * heads.norms, heads.deviation, stream.d_model)
+        return stream.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **_STAMP)
 
 
 @final
 @dataclass(frozen=True)
-class NeuronHead(Question):
+class NeuronHead(Question[Stream]):
     """How strongly what a single neuron writes enters what a later head reads, by its circuit.
 
     ``||C w_out||`` with ``C = QK^T`` for port Q, ``QK`` for K (``QK = W_Q^T W_K``, rotary offset 0) and ``OV`` for V.
     Columns, absence and invariances are those of :class:`HeadNeuron`. Where query heads share keys and values, the
-    readers of one channel are told by the head axis.
+    axis of heads names their groups.
 
     Attributes:
         port: ``"Q"``, ``"K"`` or ``"V"``.
@@ -109,19 +99,14 @@ class NeuronHead(Question):
     port: HeadPort = "K"
     reader: str | None = None
     writer: str | None = None
-    device: str = "cpu"
-    memory_mb: int = 512
+    device: str = cost("cpu")
+    memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
-        if self.port not in ("Q", "K", "V"):
+        if self.port not in HEAD_PORTS:
             raise UsageError(f"no head reads through port {self.port!r}", expected="Q, K or V", do="choose one")
 
-    @property
-    def parameters(self) -> dict[str, object]:
-        """The parameters on which the answer depends, as plain values."""
-        return {"port": self.port, "reader": self.reader, "writer": self.writer}
-
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.
 
         Args:
@@ -135,18 +120,16 @@ class NeuronHead(Question):
             UsageError: the model has no such neuron or head, or the checkpoint holds no MLP or no head.
         """
         neurons = neuron_side(stream, "out", self.writer)
-        heads = _heads(stream, reading_circuits(stream, self.port), self.reader)
+        axis = component_axis("head", stream.groups.heads, self.port)
+        heads = _heads(stream, axis, reading_circuits(stream, self.port), self.reader)
         score = torch.full((heads.stack.count, len(neurons.labels)), float("nan"))
-        norms = _fill(score, heads, neurons, self.device, self.memory_mb, progress)
-        channels = heads.channels if self.port != "Q" and stream.spec.group > 1 else ()
-        return Record(
-            self.question,
-            (Axis("head", heads.labels, channels), Axis("neuron", neurons.labels)),
-            tuple(_columns(score, heads.norms[:, None] * norms, heads.deviation[:, None], stream.d_model)),
-            parameters=self.parameters,
-            stamp=_stamp(stream) | {"rotary_offset": 0 if stream.spec.rotary else "no rotary embedding"},
-            provenance=stream.provenance,
-        )
+        norms = _fill(score, heads, neurons, (self.device, self.memory_mb, progress))
+        columns = _columns(score, heads.norms[:, None] * norms, heads.deviation[:, None], stream.d_model)
+        axes = heads.axis, Axis("neuron", neurons.labels)
+        return stream.record(self, axes, columns, **_STAMP, rotary_offset=0)
+
+
+_STAMP = {"gauge": "heads by circuits, neurons by their own basis", "compute_dtype": "float32"}
 
 
 @final
@@ -155,66 +138,67 @@ class _Heads:
     """Some heads' circuits on one side of the stream.
 
     Attributes:
-        labels, channels: (m,) names.
+        axis: their names, and the key/value groups where heads share the maps.
         stack: the circuits.
         norms: (m,) float64, Frobenius norms.
         deviation: (m,) float64, of the squared score, at random orientation.
     """
 
-    labels: tuple[str, ...]
-    channels: tuple[str, ...]
+    axis: Axis
     stack: MapStack
     norms: Tensor
     deviation: Tensor
 
-    def unit(self, at: Tensor, device: str) -> Tensor:
-        """(len(at), k, d) float32: thin maps with the Grams of these circuits, each of Frobenius norm 1."""
+    def unit(self, heads: Tensor, device: str) -> Tensor:
+        """(heads, k, d) float32: thin maps with the Grams of these heads' circuits, each of Frobenius norm 1."""
         stack = self.stack
         assert stack.metric is not None
-        roots = square_roots(stack.metric[at]) / self.norms[at, None, None]
-        return (roots.to(device) @ stack.outer[stack.index[at]].to(device=device, dtype=accumulate)).float()
+        roots = square_roots(stack.metric[heads]) / self.norms[heads, None, None]
+        return (roots.to(device) @ stack.outer[stack.index[heads]].to(device=device, dtype=accumulate)).float()
 
 
-def _heads(stream: Stream, stack: MapStack, only: str | None) -> _Heads:
-    labels = tuple(str(c.label) for c in stream.heads)
-    channels = tuple(c.channel or "" for c in stream.heads)
+def _heads(stream: Stream, axis: Axis, stack: MapStack, only: str | None) -> _Heads:
     if only is not None:
-        if only not in labels:
+        if only not in axis.labels:
             raise UsageError(
                 f"this model has no head {only!r}",
-                expected=f"a name from {labels[0]} to {labels[-1]}",
+                expected=f"a name from {axis.labels[0]} to {axis.labels[-1]}",
                 do="correct the name, or leave its port out",
             )
-        i = labels.index(only)
-        labels, channels, at = (only,), (channels[i],), torch.tensor([i])
-        metric = None if stack.metric is None else stack.metric[at]
-        stack = MapStack(stack.outer, stack.index[at], metric, stack.position[at])
+        row = slice(axis.labels.index(only), axis.labels.index(only) + 1)
+        axis = Axis(axis.name, axis.labels[row], axis.groups[row])
+        metric = None if stack.metric is None else stack.metric[row]
+        stack = MapStack(stack.outer, stack.index[row], metric, stack.position[row])
     trace, square = self_moments(stack)
     _, variance = haar_moments(1.0, 1.0, 1.0, square / trace**2, stream.d_model)
-    return _Heads(labels, channels, stack, trace.sqrt(), variance.sqrt())
+    return _Heads(axis, stack, trace.sqrt(), variance.sqrt())
 
 
-def _fill(
-    score: Tensor, heads: _Heads, neurons: NeuronSide, device: str, memory_mb: int, progress: Progress | None
-) -> Tensor:
-    """Fill (heads, neurons) in with the scores of all pairs that reach; returns the neurons' norms."""
+def _fill(score: Tensor, heads: _Heads, neurons: NeuronSide, workspace: tuple[str, int, Progress]) -> Tensor:
+    """Fill (heads, neurons) in with the scores of all pairs that reach; returns the neurons' norms.
+
+    Args:
+        score: to be filled in.
+        heads: one side.
+        neurons: the other.
+        workspace: device, MiB of neurons' directions held at once, and progress.
+    """
+    device, memory_mb, progress = workspace
     norms = torch.empty(len(neurons.labels), dtype=accumulate)
     reading, done = neurons.port != "out", 0
-    for group in neurons.groups(memory_mb * 2**20):
-        held = [neurons.load(place, device) for place in group]
-        for rows in held:
+    for batch in neurons.batches(memory_mb * 2**20):
+        loaded = [neurons.load(part, device) for part in batch]
+        for rows in loaded:
             norms[rows.number.cpu()] = rows.norms.cpu()
-        for position in heads.stack.position.unique().tolist():
-            at = (heads.stack.position == position).nonzero()[:, 0]
-            met = [r for r in held if (position <= r.position if reading else r.position <= position)]
-            unit = heads.unit(at, device) if met else None
-            for rows in met:
-                assert unit is not None
-                for cut, found in _products(unit, rows.unit):
-                    score[at[:, None], rows.number[cut].cpu()] = found.cpu()
-            done += len(at) * sum(len(rows.norms) for rows in held)
-            if progress is not None:
-                progress(done, score.numel())
+        for state in heads.stack.position.unique().tolist():
+            chosen = (heads.stack.position == state).nonzero()[:, 0]
+            partners = [rows for rows in loaded if (state <= rows.position if reading else rows.position <= state)]
+            unit = heads.unit(chosen, device) if partners else torch.empty(0)
+            for rows in partners:
+                for cut, products in _products(unit, rows.unit):
+                    score[chosen[:, None], rows.number[cut].cpu()] = products.cpu()
+            done += len(chosen) * sum(len(rows.norms) for rows in loaded)
+            progress(done, score.numel())
     return norms
 
 
@@ -234,11 +218,3 @@ def _columns(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterato
     yield Column("null_ratio", score * d**0.5, "1 (ratio)", "score over its root mean square at random, 1/sqrt(d)")
     z = score.square().sub_(1 / d).div_(deviation.float())
     yield Column("z", z, "standard deviations", "strength^2 against its Haar mean and deviation")
-
-
-def _stamp(stream: Stream) -> dict[str, object]:
-    return {
-        "norm": stream.norm_stamp,
-        "gauge": "heads by circuits, neurons by their own basis",
-        "compute_dtype": "float32",
-    }

@@ -1,4 +1,4 @@
-"""Overlap of subspaces: whether what a part writes lies where another reads, whatever the gains."""
+"""Overlap of subspaces: whether what a component writes lies where another reads, whatever the gains."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.circuits import HeadRole, frames, heads_in, need_heads, rank_cut
-from virtual_weights.analysis.maps.map_side import (
-    Side,
-    Square,
-    by_depth,
-    check_port,
-    heads_side,
-    meet,
-    wide_readers,
-    with_parts,
-)
-from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Progress, Spectrum, overlap_moments
-from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Stream
-from virtual_weights.stream.group import HEAD_PORTS, Port, Writers
-from virtual_weights.stream.question import Question
+from virtual_weights.analysis.maps.circuits import HeadRole, check_energy, rank_cut, subspace_axis, subspace_bases
+from virtual_weights.analysis.maps.map_side import Gram, MapSide, pair_products, wide_readers, writing_side
+from virtual_weights.linalg import ZERO, MapStack, Spectrum, overlap_moments
+from virtual_weights.progress import Progress, silent
+from virtual_weights.record import Column, Record
+from virtual_weights.stream import Question, Stream, cost
+from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 
 
 @dataclass(frozen=True)
-class Overlap(Question):
-    """Mean squared cosine of the principal angles between what every writer can write and what a port can read.
+class Overlap(Question[Stream]):
+    """Mean squared cosine of the principal angles between what each writer can write and what a port can read.
 
     With orthonormal bases ``Q_w`` of a writer's column space (dimension r_w) and ``Q_r`` of a reader's row space
     (dimension r_r), ``overlap = ||Q_r^T Q_w||_F^2 / min(r_r, r_w)``, the projection kernel normalised to [0, 1].
@@ -42,32 +32,28 @@ class Overlap(Question):
 
     Attributes:
         port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` or ``"unembed"``.
-        device: any torch device.
-        memory_mb: workspace of the kernel in MiB.
         writers: ``"heads"``, or ``"all"``: embeddings, MLPs and biases too.
         energy: keep of each map the fewest leading directions with this share of its squared gains, in (0, 1]; None
             keeps its whole numerical rank.
+        device: any torch device.
+        memory_mb: workspace of the kernel in MiB.
 
     Reference: Hamm and Lee 2008, "Grassmann discriminant analysis" (projection kernel).
     """
 
     question: ClassVar[str] = "overlap"
     port: Port = "K"
-    device: str = "cpu"
-    memory_mb: int = 256
     writers: Writers = "heads"
     energy: float | None = None
+    device: str = cost("cpu")
+    memory_mb: int = cost(256)
 
     def __post_init__(self) -> None:
         check_port(self.port)
-        if self.writers not in ("heads", "all") or not (self.energy is None or 0 < self.energy <= 1):
-            raise UsageError(
-                f"writers {self.writers!r}, energy {self.energy}",
-                expected="heads or all, and a share in (0, 1]",
-                do="pass for example writers='all', energy=0.9",
-            )
+        check_writers(self.writers)
+        check_energy(self.energy)
 
-    def __call__(self, stream: Stream, progress: Progress | None = None) -> Record:
+    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.
 
         Returns:
@@ -76,60 +62,47 @@ class Overlap(Question):
         Raises:
             UsageError: the model has no such port, or the checkpoint holds no reader or no writer.
         """
-        readers, writers = self._readers(stream), self._writers(stream)
-        found = meet(readers, writers, device=self.device, memory=self.memory_mb * 2**20, progress=progress)
-        order = by_depth(writers)
-        r, w = found.readers[0].round()[:, None], found.writers[0].round()[None, order]  # the trace of a projector
-        overlap = found.squared[:, order] / torch.minimum(r, w)
-        mean, variance = overlap_moments(r, w, stream.d_model)
-        return Record(
-            self.question,
-            (
-                Axis("reader", readers.labels, readers.channels),
-                Axis("writer", tuple(writers.labels[i] for i in order.tolist())),
-            ),
-            (
-                Column("overlap", overlap, "1, in [0, 1]", "mean cos^2 of principal angles"),
-                Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_r, r_w)/d"),
-                Column("z", _standard(overlap - mean, variance), "standard deviations", "against the Haar moments"),
-            ),
-            parameters={"port": self.port, "writers": self.writers, "energy": self.energy},
-            stamp={"norm": stream.norm_stamp, "gauge": "subspaces: free of heads' inner bases"},
-            provenance=stream.provenance,
+        products = pair_products(
+            self._readers(stream),
+            self._projected(stream, writing_side(stream, self.writers, lambda: self._heads(stream, "writer", "O"))),
+            device=self.device,
+            memory=self.memory_mb * 2**20,
+            progress=progress,
         )
+        r, w = products.readers[0].round()[:, None], products.writers[0].round()[None, :]  # the trace of a projector
+        overlap = products.squared / torch.minimum(r, w)
+        mean, variance = overlap_moments(r, w, stream.d_model)
+        # a map that spans the stream has no deviation, and z is absent
+        z = torch.where(variance > ZERO, (overlap - mean) / variance.sqrt(), float("nan"))
+        columns = (
+            Column("overlap", overlap, "1, in [0, 1]", "mean cos^2 of principal angles"),
+            Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_r, r_w)/d"),
+            Column("z", z, "standard deviations", "against the Haar moments"),
+        )
+        return stream.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")
 
-    def _readers(self, stream: Stream) -> Side:
-        if self.port not in HEAD_PORTS:
-            return self._projected(stream, wide_readers(stream, self.port))
-        return self._heads(stream, self.port)
+    def _readers(self, stream: Stream) -> MapSide:
+        if self.port in HEAD_PORTS:
+            return self._heads(stream, "reader", self.port)
+        return self._projected(stream, wide_readers(stream, self.port))
 
-    def _writers(self, stream: Stream) -> Side:
-        alone = self.writers == "heads"
-        heads = self._heads(stream, "O") if alone or stream.heads else heads_side(stream, None, ())
-        return heads if alone else self._projected(stream, with_parts(stream, heads))
+    def _heads(self, stream: Stream, name: str, role: HeadRole) -> MapSide:
+        groups = stream.groups.readers("Q")
+        axis, position = subspace_axis(stream, name, role)
+        axis = replace(axis, labels=tuple(label.removesuffix(".O") for label in axis.labels))
+        basis = subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis
+        stack = MapStack(basis, torch.arange(len(basis)), None, position)
+        return MapSide(axis, position, stack, (), stream.d_model)
 
-    def _heads(self, stream: Stream, role: HeadRole) -> Side:
-        need_heads(stream)
-        side = heads_in(stream, role)
-        basis = frames(stream, role, stream.attention_layers, rank_cut(stream), self.energy).basis
-        stack = MapStack(basis, torch.arange(len(basis)), None, side.position)
-        names = tuple(name.removesuffix(".O") for name in side.names)
-        return heads_side(stream, stack, names, side.channels)
-
-    def _projected(self, stream: Stream, side: Side) -> Side:
-        """Every square replaced by the projector on its leading eigenvectors."""
+    def _projected(self, stream: Stream, side: MapSide) -> MapSide:
+        """Every Gram replaced by the projector on its leading eigenvectors."""
         cut = rank_cut(stream)
-        return replace(side, wide=tuple(partial(_projector, make, cut, self.energy) for make in side.wide))
+        return replace(side, wide=tuple(partial(_projector, gram, cut, self.energy) for gram in side.wide))
 
 
-def _projector(make: Square, cut: float, energy: float | None) -> Tensor:
-    values, vectors = torch.linalg.eigh(make())
+def _projector(gram: Gram, cut: float, energy: float | None) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram())
     gains = values.flip(0).clamp_min(0).sqrt()
-    kept = int((gains > cut * gains[0]).sum()) if energy is None else Spectrum(gains).energy_rank(energy)
-    basis = vectors[:, len(gains) - kept :]
+    rank = int((gains > cut * gains[0]).sum()) if energy is None else Spectrum(gains).energy_rank(energy)
+    basis = vectors[:, len(gains) - rank :]
     return basis @ basis.T
-
-
-def _standard(distance: Tensor, variance: Tensor) -> Tensor:
-    """In standard deviations; a map that spans the stream has none and is absent."""
-    return torch.where(variance > 1e-12, distance / variance.sqrt(), float("nan"))

@@ -3,25 +3,25 @@ function evidence() {
   const found = data.evidence;
   if (!found) return null;
   const { rows, ports, units, stamps } = found, scale = effects(rows);
-  const UNDONE = { delivered: "nothing was observed", attribution: "no gradient was taken", prove: "no edge was removed" };
+  const UNDONE = { contribution: "nothing was observed", attribution: "no gradient was taken", ablation: "no edge was removed" };
   const HEADS = { Q: 1, K: 1, V: 1 };
-  const missing = (question) => (e) => (!ports[question].length ? `not run on text: ${UNDONE[question]}` : question === "prove" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
+  const missing = (question) => (e) => (!ports[question].length ? `not run on text: ${UNDONE[question]}` : question === "ablation" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
   const known = (key, why, form) => ({ key, cell: (e, text) => (isNumber(e[key]) ? (form ? form(e[key]) : text) : dash(why(e))) });
   const weights = (e) => (ports.composition.includes(e.port) ? "not computed for this pair" : "composition through this port is not in the atlas");
-  const share = (e) => (e.port in HEADS ? missing("delivered")(e) : "told of queries, keys and values only");
+  const share = (e) => (e.port in HEADS ? missing("contribution")(e) : "told of queries, keys and values only");
   const ends = [{ key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) },
     { key: "reader", title: "reader", text: true, cell: readersCell }];
   const columns = [...ends,
     { ...known("score", weights), group: "potential", title: "score", hint: "composition of the weights, between 0 and 1" },
     { ...known("z", weights), group: "potential", title: "z", hint: "standard deviations of the squared strength above random orientation" },
-    { key: "delivered", group: "actual", title: "delivered", hint: "energy that the writer puts on the port, mean over the text: squared logits for Q and K, squared norm for V", cell: (e) => (isNumber(e.delivered) ? make("span", { title: units[e.port] }, number(e.delivered)) : dash(missing("delivered")(e))) },
+    { key: "contribution", group: "actual", title: "contribution", hint: "energy that the writer puts on the port, mean over the text: squared logits for Q and K, squared norm for V", cell: (e) => (isNumber(e.contribution) ? make("span", { title: units[e.port] }, number(e.contribution)) : dash(missing("contribution")(e))) },
     { ...known("share", share, (v) => number(v, 2)), group: "actual", title: "share", hint: "of the energy of all that the port receives; contributions can cancel, so shares need not sum to 1" },
-    { key: "rank", group: "actual", title: "rank", hint: "by delivered energy, among all writers that reach this reader", up: true, cell: (e) => (isNumber(e.rank) ? `${e.rank} / ${e.of}` : dash(missing("delivered")(e))) },
+    { key: "rank", group: "actual", title: "rank", hint: "by contribution, among all writers that reach this reader", up: true, cell: (e) => (isNumber(e.rank) ? `${e.rank} / ${e.of}` : dash(missing("contribution")(e))) },
     { ...known("attribution", missing("attribution"), brief), group: "causal", title: "first order", hint: "attribution: first-order change of the loss without the edge, in nats" },
-    { ...known("effect", missing("prove"), brief), group: "causal", title: "effect", hint: "loss without the edge less loss with it, in nats" },
-    { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, bootstrap over sequences; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("prove")(e))) },
-    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.prove[0]?.rule, cell: (e) => (e.verdict ? chip(e.verdict === "causal" ? { style: "good", sign: "✓", word: "causal" } : { style: "none", sign: "?", word: e.verdict }) : dash(missing("prove")(e))) }];
-  const sort = ports.prove.length ? "effect" : ports.delivered.length ? "share" : "score";
+    { ...known("effect", missing("ablation"), brief), group: "causal", title: "effect", hint: "loss without the edge less loss with it, in nats" },
+    { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, bootstrap over sequences; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("ablation")(e))) },
+    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip(e.verdict === "causal" ? { style: "good", sign: "✓", word: "causal" } : { style: "none", sign: "?", word: e.verdict }) : dash(missing("ablation")(e))) }];
+  const sort = ports.ablation.length ? "effect" : ports.contribution.length ? "share" : "score";
   const list = sortable(columns, rows, { sort });
   const shown = [...new Set(rows.map((e) => e.port))], state = { port: null };
   const buttons = shown.map((port) => make("button", { type: "button", class: port, "aria-pressed": "false", onclick: () => {
@@ -32,7 +32,7 @@ function evidence() {
   return section("evidence", "Potential, actual, causal",
     make("p", {}, "The strongest edges between heads, and all that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: what the loss does when this one edge is taken away while the model runs, estimated to first order and then measured."),
     make("div", { class: "bar" }, ...buttons), list.element,
-    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.channel) ? "Heads that share a key or value head are one channel: score, delivered energy and rank are those of the head named first, removal takes the edge from all of them." : "",
+    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.group) ? "Heads that share a key or value head are one group: score, contribution and rank are those of the head named first, removal takes the edge from all of them." : "",
       scale ? " On the scale of effects the grey band is the range of the matched random edges, the line at 0 is no effect; it is even within the largest random effect and logarithmic beyond." : ""));
 }
 
@@ -44,13 +44,13 @@ function readersCell(e) {
   const alike = [...new Set(others.map(labelOf))].map((label) => others.filter((name) => labelOf(name) === label));
   const groups = alike.map((names) => make("span", { title: names.map((name) => [told(name), attention(name)].filter(Boolean).join(": ")).join("\n") }, names.map((name) => `H${headOf(name)}`).join(", "), tag(names[0])));
   const port = e.port === e.reader ? null : make("span", { class: `port ${e.port}`, title: EXPLAIN[e.port] }, `.${e.port}`);
-  return make("div", { class: "named" }, e.reader, port, tag(e.reader), groups.length ? make("div", { class: "shared", title: `${e.channel} is shared by ${e.shared.join(", ")}` }, "+ ", ...groups.flatMap((g, i) => (i ? [", ", g] : [g])), ` · ${e.channel.replace(/^L\d+\./, "")}`) : null);
+  return make("div", { class: "named" }, e.reader, port, tag(e.reader), groups.length ? make("div", { class: "shared", title: `${e.group} is shared by ${e.shared.join(", ")}` }, "+ ", ...groups.flatMap((g, i) => (i ? [", ", g] : [g])), ` · ${e.group.replace(/^L\d+\./, "")}`) : null);
 }
-function measuredOn({ delivered, attribution, prove }) {
+function measuredOn({ contribution, attribution, ablation }) {
   const on = (stamp) => (stamp.text ? ` on ${stamp.text}` : "");
-  return [delivered ? `Delivered energy: ${number(delivered.tokens, 12)} tokens${on(delivered)}. ` : "",
+  return [contribution ? `Contribution: ${number(contribution.tokens, 12)} tokens${on(contribution)}. ` : "",
     attribution ? make("span", {}, `First order: ${attribution.sequences} sequences${on(attribution)}, metric `, make("code", {}, attribution.metric), ". ") : "",
-    ...prove.map((each) => `Removal: ${each.sequences} sequences${on(each)}, ${number(each.clean_loss)} nats with every edge. `)];
+    ...ablation.map((stamp) => `Removal: ${stamp.sequences} sequences${on(stamp)}, ${number(stamp.clean_loss)} nats with every edge. `)];
 }
 
 // The common scale of all effects: even up to the largest random effect, logarithmic beyond, 0 always on it.

@@ -68,12 +68,12 @@ function heatmaps() {
     const c = Math.floor(((event.clientX - box.left) * zoom - left) / w), r = rows - 1 - Math.floor(((event.clientY - box.top) * zoom) / h);
     if (r < 0 || c < 0 || r >= rows || c >= columns) return;
     const value = values[r * columns + c], reader = current.readers[r], writer = current.writers[c];
-    const channel = current.channels[r];
+    const group = current.groups[r];
     const where = current.by_layer ? `strongest pair of ${writer} → ${reader}` : `${told(writer)} → ${told(reader)}`;
     readout.replaceChildren(make("b", {}, where), make("br"),
       Number.isNaN(value) ? "cannot reach: the writer comes too late" : `${TITLE[current.question]} ${number(value)}`,
       ...(Number.isNaN(value) || current.question !== "composition" ? [] : [make("br"), `${number(value * Math.sqrt(data.model.sizes.d_model))} times chance`]),
-      ...(channel ? [make("br"), `${channel}, shared by its query heads`] : []));
+      ...(group ? [make("br"), `${group}, shared by its query heads`] : []));
   }
   for (const name of ["pointermove", "pointerdown"]) canvas.addEventListener(name, read);
   document.addEventListener("theme", draw);
@@ -100,13 +100,13 @@ function edges() {
   if (!data.edges.length) return null;
   const state = { text: "", merged: true };
   const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) }, { key: "reader", title: "reader", text: true, cell: (e) => namedAll(e.readers ?? [e.reader]) },
-    { key: "channel", title: "shared channel", text: true, style: "shared", cell: (e) => (e.channel ? `${e.channel} (${e.shared.join(" ")})` : "") },
-    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"]].map(([key, title]) => ({ key, title }))].filter((c) => c.key !== "channel" || data.edges.some((e) => e.channel));
+    { key: "group", title: "key/value group", text: true, style: "shared", cell: (e) => (e.group ? `${e.group} (${e.shared.join(" ")})` : "") },
+    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"]].map(([key, title]) => ({ key, title }))].filter((c) => c.key !== "group" || data.edges.some((e) => e.group));
   const behaviours = (e) => [e.writer, ...(e.readers ?? [e.reader])].flatMap((name) => (labelOf(name) ?? "").split(" "));
   function fitting() {
     const wanted = state.text.trim().toLowerCase().split(/\s+/).filter(Boolean), sorted = [...data.edges].sort((a, b) => b.score - a.score);
     const fits = (name, w) => name === w || name.startsWith(`${w}h`) || name.startsWith(`${w}.`) || name === w.replace(".", "h");
-    return (state.merged ? distinct(sorted) : sorted).filter((e) => wanted.every((w) => [e.port, e.writer, ...(e.readers ?? [e.reader]), e.channel ?? "", ...behaviours(e)].some((name) => fits(name.toLowerCase(), w))));
+    return (state.merged ? distinct(sorted) : sorted).filter((e) => wanted.every((w) => [e.port, e.writer, ...(e.readers ?? [e.reader]), e.group ?? "", ...behaviours(e)].some((name) => fits(name.toLowerCase(), w))));
   }
   const list = sortable(columns, fitting(), { sort: "score" }), show = () => list.show(fitting());
   const search = make("input", { type: "search", placeholder: `filter: K L16H0, or L18${data.labels.length ? ", or induction" : ""}`, "aria-label": "filter edges", oninput: (event) => { state.text = event.target.value; show(); } });
@@ -114,6 +114,6 @@ function edges() {
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
   const apart = data.edges.some((e) => !isHead(e.writer)) ? ", from heads and from all other writers apart" : "";
   return section("edges", "The strongest edges",
-    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas beside this file holds all of them. Heads that share a key or value head are one channel under several names.`),
-    make("div", { class: "bar" }, search, data.edges.some((e) => e.channel) ? make("label", {}, merge, "one row per channel") : null), list.element);
+    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas beside this file holds all of them. Heads that share a key or value head are one group under several names.`),
+    make("div", { class: "bar" }, search, data.edges.some((e) => e.group) ? make("label", {}, merge, "one row per group") : null), list.element);
 }

@@ -1,13 +1,13 @@
-// The stream itself: where every part stands on it, and the strongest channels as arcs.
+// The stream itself: where every part stands on it, and the strongest connections as arcs.
 const EXPLAIN = { Q: "queries", K: "keys", V: "values", gate: "MLP gates", up: "MLP up rows", in: "MLP inputs", unembed: "unembedding" };
 const PORTS = Object.keys(EXPLAIN).filter((port) => data.maps.some((m) => m.port === port) || data.edges.some((e) => e.port === port));
 const COMPOSED = PORTS.filter((port) => data.edges.some((e) => e.port === port));
 
-// Edges into heads that share keys or values are one channel: keep the strongest and name all readers.
+// Edges into heads that share keys or values are one group: keep the strongest and name all readers.
 function distinct(edges) {
   const groups = new Map();
   for (const edge of edges) {
-    const key = `${edge.port} ${edge.writer} ${edge.channel ?? edge.reader}`;
+    const key = `${edge.port} ${edge.writer} ${edge.group ?? edge.reader}`;
     const group = groups.get(key);
     if (group) group.readers.push(edge.reader);
     else groups.set(key, { ...edge, readers: [edge.reader] });
@@ -20,7 +20,7 @@ const facts = (edge) => [
   `${told(edge.writer)} → ${toldReaders(edge)}, ${EXPLAIN[edge.port]}`,
   `score ${number(edge.score)}, ${number(edge.null_ratio)} times chance`,
   `strength ${number(edge.strength)}, z ${number(edge.z)}`,
-  edge.channel ? `${edge.channel} is shared by ${edge.shared.join(", ")}` : "",
+  edge.group ? `${edge.group} is shared by ${edge.shared.join(", ")}` : "",
 ].filter(Boolean);
 
 function spine() {
@@ -97,12 +97,12 @@ function spine() {
   const names = data.model.components.map((c) => c.label).filter((label) => isHead(label) || ends.has(label));
   const focus = make("select", { "aria-label": "only edges of one part", onchange: (event) => { state.focus = event.target.value || null; draw(); } },
     make("option", { value: "" }, "all parts"), ...names.map((name) => make("option", { value: name }, name)));
-  const slider = make("input", { type: "range", min: 4, max: 80, value: state.count, "aria-label": "how many channels", oninput: (event) => { state.count = Number(event.target.value); draw(); } });
+  const slider = make("input", { type: "range", min: 4, max: 80, value: state.count, "aria-label": "how many connections", oninput: (event) => { state.count = Number(event.target.value); draw(); } });
   const mixed = data.edges.some((e) => !isHead(e.writer)) && data.edges.some((e) => isHead(e.writer));
   const writers = make("select", { "aria-label": "which writers", onchange: (event) => { state.writers = event.target.value; draw(); } },
     ...[["all", "all writers"], ["heads", "heads"], ["others", "MLPs, embeddings, biases"]].map(([value, text]) => make("option", { value }, text)));
   draw();
-  return section("stream", "The stream and its strongest channels",
+  return section("stream", "The stream and its strongest connections",
     make("p", {}, "The line is the residual stream, from the embedding to the unembedding. Ticks below it are attention heads, boxes on it are MLPs. An arc is a virtual weight: what one part writes, read directly by a later one through the port that its colour names. Wider means a higher composition score; heads that share one key or value head are one arc."),
     make("div", { class: "bar" }, ...ports, make("label", {}, "strongest", slider, count), make("label", {}, "of", focus), mixed ? make("label", {}, "from", writers) : null),
     make("div", { class: "scroll" }, svg));

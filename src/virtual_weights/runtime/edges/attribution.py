@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Progress
+from virtual_weights.linalg import accumulate
+from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edges.edge import ROLES, Place, check_tokens, next_token_loss
-from virtual_weights.runtime.running.hooks import Kind, module_of, split, watching
-from virtual_weights.runtime.running.model import load
-from virtual_weights.stream import Component, Stream, scale
-from virtual_weights.stream.group import HEAD_PORTS, Port, Writers
+from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.running.hooks import Place, leaf, module_of, split, watched, wide
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream import Group, Question, Stream, cost
+from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, T, V) and tokens (B, T) to one number a sequence, (B,)."""
 
-_Key = tuple[Port, int | None]  # a port of one layer, None the unembedding's
-_Read = Iterator[tuple[_Key, Tensor]]
+_Reader = tuple[Port, str]  # a port and the id of the group that reads through it
 
 
-def attribute(  # noqa: PLR0913 - which edges, by keyword only
-    stream: Stream,
-    tokens: Tensor,
-    metric: Metric | None = None,
-    model: nn.Module | None = None,
-    batch: int = 2,
-    progress: Progress | None = None,
-    *,
-    ports: Sequence[Port] = HEAD_PORTS,
-    writers: Writers = "heads",
-) -> dict[str, Record]:
+@final
+@dataclass(frozen=True)
+class LogitDifference:
+    """A metric: the logit of a token after the last one of each sequence, less that of another.
+
+    Attributes:
+        token: id of the token.
+        against: id of the other; None for the logit itself.
+    """
+
+    token: int
+    against: int | None = None
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """The difference, (B,)."""
+        del tokens  # it does not depend on them
+        last = logits[:, -1]
+        return last[:, self.token] if self.against is None else last[:, self.token] - last[:, self.against]
+
+    @property
+    def identity(self) -> str:
+        """The metric in words, for keys and captions."""
+        return f"logit_difference, token={self.token}, against={self.against}"
+
+
+@final
+@dataclass(frozen=True)
+class Attribution(Question[Run]):
     """What removing each direct edge would do to a metric, to first order.
 
     For writer i and reader port j, with g the gradient of the metric at the port's output (of heads before rotary, of
@@ -45,196 +63,183 @@ def attribute(  # noqa: PLR0913 - which edges, by keyword only
         h_j(t) = R~_j^T g_j(t) / s_j(t)
         attribution[j, i] = sum_t < h_j(t), mean y_i - y_i(t) >
 
-    the derivative of the metric along the removal of ``Removal()``, which ``prove`` carries out in full; the mean is
+    the derivative of the metric along the removal of ``Removal()``, which ``Ablation`` carries out in full; the mean is
     over all tokens of all sequences. It is exact for small parts of an edge and can be far off where attention
     saturates. The mean over sequences is reported.
 
-    Args:
-        stream: the model, with the norm's gain in its readers.
-        tokens: (sequences, tokens) ids; nothing is padded.
-        metric: of logits and tokens, one number a sequence; None is the mean next-token loss in nats.
-        model: what runs; loaded in float32 where None. Its parameters' gradients are left alone.
-        batch: sequences in one backward pass; what all writers write to them, (writers, tokens, d), is held at once.
-        progress: called with (batches done, batches).
-        ports: through what is read: of heads ``"Q"``, ``"K"``, ``"V"``, of MLPs ``"gate"`` and ``"up"`` or ``"in"``,
-            and ``"unembed"``.
-        writers: ``"heads"``, or ``"all"``: embeddings and MLPs too. Biases are no edge that could be removed: what
-            they write is their mean.
+    The answer is a Record over (reader, writer), both in order of depth, with columns ``attribution`` and ``size``, its
+    absolute value. A shared key or value head has the same row under all its readers' names, and its gradient is the
+    sum over all of them.
 
-    Returns:
-        By port, a Record over (reader, writer), both in order of depth, with columns ``attribution`` and ``size``, its
-        absolute value. A shared key or value head has the same row under all its readers' names, and its gradient is
-        the sum over all of them.
+    Questions that differ in their port alone are answered ``together``, by one backward pass a batch; all ports of a
+    model are ``stream.groups.ports``. The gradients of the model's parameters are left alone. Progress is (batches
+    done, batches).
+
+    Attributes:
+        port: through what is read: of heads ``"Q"``, ``"K"``, ``"V"``, of MLPs ``"gate"`` and ``"up"`` or ``"in"``, and
+            ``"unembed"``.
+        writers: ``"heads"``, or ``"all"``: embeddings and MLPs too. Biases are not edges that could be removed: what
+            they write is their mean.
+        metric: of logits and tokens, one number a sequence; None is the mean next-token loss in nats, from the first
+            token of the run that counts. A metric enters the key by its ``identity``, else by its name.
+        sequences: how many of the run's first whole chunks; None for all.
+        batch: sequences in one backward pass; what all writers write to them, (writers, tokens, d), is held at once.
 
     Raises:
-        UsageError: readers without gain, no such port, or tokens of another shape.
+        UsageError: no such port or writers; when asked, readers without gain, or a port that the model has not.
 
     Reference: Syed, Rager, Conmy 2023, "Attribution Patching Outperforms Automated Circuit Discovery".
     """
-    _check(stream, ports, writers)
-    tokens, run, metric = check_tokens(tokens), load(stream, model), metric or next_token_loss
-    batches = tokens.to(next(run.parameters()).device).split(batch)
-    states: dict[_Key, int] = {(p, c.label.layer): c.reads or 0 for p in ports for c in _readers(stream, p)}
-    sources = _writers(stream, writers)
-    runs = _runs(stream, run, batches, states, sources, metric)
-    effects = {key: (x / len(tokens)).cpu() for key, x in _sums(runs, len(batches), progress).items()}
-    parameters = {"metric": _name(metric), "sequences": len(tokens), "writers": writers}
-    return {port: _record(stream, port, sources, effects, {**parameters, "port": port}) for port in ports}
 
+    question: ClassVar[str] = "attribution"
 
-def logit_difference(logits: Tensor, _tokens: Tensor, token: int, against: int | None = None) -> Tensor:
-    """The logit of a token after the last one of each sequence, less that of another, (B,)."""
-    last = logits[:, -1]
-    return last[:, token] if against is None else last[:, token] - last[:, against]
+    port: Port = "K"
+    writers: Writers = "heads"
+    metric: Metric | None = None
+    sequences: int | None = None
+    batch: int = cost(2)
 
+    def __post_init__(self) -> None:
+        check_port(self.port)
+        check_writers(self.writers)
 
-def ports_of(stream: Stream) -> tuple[Port, ...]:
-    """Every port through which this model reads."""
-    mlp: tuple[Port, ...] = ("gate", "up") if stream.spec.gated else ("in",)
-    every: tuple[Port, ...] = (*HEAD_PORTS, *mlp, "unembed")
-    return tuple(port for port in every if _readers(stream, port))
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """As of every question; the metric by its name where it has no identity."""
+        metric: Any = self.metric or next_token_loss
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return {**super().parameters, "metric": getattr(metric, "identity", name)}
 
+    def __call__(self, subject: Run, progress: Progress = silent) -> Record:
+        return next(self.together([self], subject, progress))[1]
 
-def _check(stream: Stream, ports: Sequence[Port], writers: Writers) -> None:
-    if not stream.folded:
-        raise UsageError("attribution needs the norm's gain in the readers", expected="folded", do="open it folded")
-    allowed = ports_of(stream)
-    if not ports or not set(ports) <= set(allowed) or writers not in ("heads", "all"):
-        raise UsageError(
-            f"ports {', '.join(map(str, ports)) or 'none'} and writers {writers!r} of this model",
-            expected=f"ports among {', '.join(allowed)}; heads or all",
-            do="name some of these",
+    @classmethod
+    def together(
+        cls, questions: Sequence[Question[Any]], subject: Run, progress: Progress = silent
+    ) -> Iterator[tuple[Question[Any], Record]]:
+        if not subject.stream.folded:
+            raise UsageError("attribution needs the norm's gain in the readers", expected="folded", do="open it folded")
+        alike: dict[Attribution, list[Attribution]] = {}
+        for question in questions:
+            assert isinstance(question, Attribution)
+            alike.setdefault(replace(question, port="K"), []).append(question)
+        for how, group in alike.items():
+            sums = _Sums(subject, [question.port for question in group], how)
+            tokens = subject.sequences(how.sequences)
+            batches = tokens.split(how.batch)
+            for i, batch in enumerate(batches):
+                sums.add(batch)
+                progress(i + 1, len(batches))
+            for question in group:
+                yield question, question._record(subject, sums.effects(question.port) / len(tokens), len(tokens))
+
+    def _record(self, run: Run, effects: Tensor, sequences: int) -> Record:
+        readers, writers = run.stream.groups.readers(self.port), _writers(run.stream, self.writers)
+        names, sources = (tuple(label for group in groups for label in group.labels) for groups in (readers, writers))
+        reaches = [[w.reaches(r.reads) for w in writers for _ in w.labels] for r in readers for _ in r.labels]
+        effects = effects.masked_fill(~torch.tensor(reaches), torch.nan)
+        columns = (
+            Column(
+                "attribution", effects, "nats, or the metric's", "first-order change of the metric without the edge"
+            ),
+            Column("size", effects.abs(), "the same", "|attribution|"),
         )
+        kv_groups = tuple(name for group in readers for name in group.kv_groups(self.port))
+        axes = (Axis("reader", names, kv_groups), Axis("writer", sources))
+        return run.record(self, axes, columns, replacement="mean", scalars="held", sequences=sequences)
 
 
-def _readers(stream: Stream, port: Port) -> list[Component]:
-    kind = "head" if port in HEAD_PORTS else "unembed" if port == "unembed" else "mlp"
-    return [c for c in stream.components if c.kind == kind]
+@final
+class _Sums:
+    """Sums over all tokens t, in float64, from which every effect of some ports is made.
+
+    Attributes:
+        products: of every reader ``sum_t <h(t), y(t)>``, (m, writers).
+        gradients: of every reader ``sum_t h(t)``, (m, d).
+        written: ``sum_t y(t)``, (writers, d).
+        tokens: how many there are.
+    """
+
+    def __init__(self, run: Run, ports: Sequence[Port], how: Attribution) -> None:
+        self.run, self.metric = run, how.metric or partial(next_token_loss, first=run.first)
+        groups = run.stream.groups
+        self.readers: dict[_Reader, Group] = {(port, g.id): g for port in ports for g in groups.readers(port)}
+        self.writers = _writers(run.stream, how.writers)
+        self.products, self.gradients = dict[_Reader, Tensor](), dict[_Reader, Tensor]()
+        count = sum(len(group.components) for group in self.writers)
+        self.written = torch.zeros(count, run.stream.d_model, dtype=accumulate, device=run.device)
+        self.tokens = 0
+
+    def add(self, tokens: Tensor) -> None:
+        """A batch, (B, T)."""
+        signals, gradients = self._backward(tokens)
+        written = self._written(signals, tokens)
+        self.written += written.sum(1, dtype=accumulate)
+        self.tokens += tokens.numel()
+        for reader, gradient in gradients.items():
+            h = self._at_the_stream(reader, gradient, signals["state", self.readers[reader].reads or 0])
+            self.products[reader] = self.products.get(reader, 0.0) + (h.flatten(1) @ written.flatten(1).T).double()
+            self.gradients[reader] = self.gradients.get(reader, 0.0) + h.sum(1).double()
+
+    def effects(self, port: Port) -> Tensor:
+        """``sum_t <h(t), mean y - y(t)>``, (readers, writers)."""
+        mean = self.written / self.tokens
+        return torch.cat(
+            [
+                (self.gradients[reader] @ mean.T - self.products[reader]).repeat_interleave(group.shared(port), 0)
+                for reader, group in self.readers.items()
+                if reader[0] == port
+            ]
+        ).cpu()
+
+    def _backward(self, tokens: Tensor) -> tuple[dict[Place, Tensor], dict[_Reader, Tensor]]:
+        """What writers write from and readers read, and the gradient of the summed metric at each port's output."""
+        module, stream = self.run.module, self.run.stream
+        outputs: dict[_Reader, Tensor] = {}
+        places = {_place(group) for group in self.writers}
+        places |= {("state", group.reads or 0) for group in self.readers.values()}
+
+        def keep(reader: _Reader, _module: nn.Module, _given: object, output: Tensor) -> None:
+            outputs[reader] = output
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.callback(module_of(module, stream, "embed", "embed").register_forward_hook(leaf).remove)
+            for reader in self.readers:
+                port, group = reader
+                hook = module_of(module, stream, READINGS[port], group).register_forward_hook(partial(keep, reader))
+                stack.callback(hook.remove)
+            signals, logits = watched(module, stream, places, tokens)
+            total = self.metric(logits, tokens).sum()
+            distinct = list({id(output): output for output in outputs.values()}.values())  # fused ports are one output
+            gradients = {id(o): g for o, g in zip(distinct, torch.autograd.grad(total, distinct), strict=True)}
+        return signals, {
+            (port, group): split(stream, READINGS[port], group, gradients[id(output)])
+            for (port, group), output in outputs.items()
+        }
+
+    def _written(self, signals: Mapping[Place, Tensor], tokens: Tensor) -> Tensor:
+        """What every writer writes, (writers, B T, d): ``O z`` of heads for z (B, T, m, k), a group at a time."""
+        outputs: list[Tensor] = []
+        for group in self.writers:
+            z = wide(signals[_place(group)])
+            z = z.expand(*tokens.shape, *z.shape[2:]).flatten(0, 1)
+            heads = group.kind == "head"
+            outputs.append(torch.einsum("mdk,tmk->mtd", self.run.stream.write(group).to(z), z) if heads else z[None])
+        return torch.cat(outputs)
+
+    def _at_the_stream(self, reader: _Reader, gradient: Tensor, x: Tensor) -> Tensor:
+        """``R~^T g / s``, (m, B T, d), for g (B, T, m, k), of one map (B, T, k), and x (B, T, d)."""
+        x = wide(x.flatten(0, 1))
+        maps = self.run.stream.read(*reader).maps.to(x)
+        gradient = gradient.flatten(0, 1).to(x).reshape(len(x), *maps.shape[:2])
+        return torch.einsum("mkd,tmk->mtd", maps, gradient / self.run.stream.scale(x)[:, None, None])
 
 
-def _writers(stream: Stream, writers: Writers) -> list[Component]:
-    kinds = ("head",) if writers == "heads" else ("embed", "pos", "head", "mlp")
-    return [c for c in stream.components if c.kind in kinds]
+def _writers(stream: Stream, writers: Writers) -> tuple[Group, ...]:
+    """The groups of writers that differ between tokens."""
+    return stream.groups.kind("head") if writers == "heads" else stream.groups.kind("embed", "pos", "head", "mlp")
 
 
-def _runs(
-    stream: Stream,
-    run: nn.Module,
-    batches: Sequence[Tensor],
-    states: Mapping[_Key, int],
-    writers: Sequence[Component],
-    metric: Metric,
-) -> Iterator[tuple[_Read, Tensor]]:
-    """Batch by batch: every port's h, (m, B T, d), one at a time, and what every writer writes, (writers, B T, d)."""
-    for part in batches:
-        seen, grads = _backward(stream, run, part, states, writers, metric)
-        wrote = _wrote(stream, writers, seen, part)
-        yield ((key, _at_the_stream(stream, key, grads[key], seen["state", n])) for key, n in states.items()), wrote
-
-
-def _sums(runs: Iterable[tuple[_Read, Tensor]], batches: int, progress: Progress | None) -> dict[_Key, Tensor]:
-    """``sum_t <h(t), mean y - y(t)>`` over all tokens, (m, writers) float64 by port."""
-    products: dict[_Key, Tensor] = {}  # (m, writers), sum_t <h, y>
-    gradients: dict[_Key, Tensor] = {}  # (m, d), sum_t h
-    written: list[Tensor] = []  # (writers, d), sum_t y
-    tokens = 0
-    for i, (read, wrote) in enumerate(runs):
-        written.append(wrote.sum(1, dtype=torch.float64))
-        tokens += wrote.shape[1]
-        for key, h in read:
-            _add(products, key, h.flatten(1) @ wrote.flatten(1).T)
-            _add(gradients, key, h.sum(1))
-        if progress is not None:
-            progress(i + 1, batches)
-    mean = torch.stack(written).sum(0) / tokens
-    return {key: gradients[key] @ mean.T - products[key] for key in products}
-
-
-def _backward(
-    stream: Stream,
-    run: nn.Module,
-    tokens: Tensor,
-    states: Mapping[_Key, int],
-    writers: Sequence[Component],
-    metric: Metric,
-) -> tuple[dict[Place, Tensor], dict[_Key, Tensor]]:
-    """What writers write from and readers read, and the gradient of the summed metric at each port's output."""
-    seen: dict[Place, Tensor] = {}
-    outputs: dict[_Key, Tensor] = {}
-    places: set[Place] = {*map(_place, writers), *(("state", state) for state in states.values())}
-
-    def see(kind: Kind, layer: int, tensor: Tensor) -> None:
-        if (kind, layer) in places:
-            seen[kind, layer] = tensor
-
-    def begin(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()  # gradients even where no parameter asks for one
-
-    def keep(key: _Key, _module: nn.Module, _given: object, output: Tensor) -> None:
-        outputs[key] = output
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(watching(run, stream, {kind for kind, _ in places}, see))
-        stack.callback(module_of(run, stream, "embed").register_forward_hook(begin).remove)
-        for key in states:
-            module = module_of(run, stream, ROLES[key[0]], key[1])
-            stack.callback(module.register_forward_hook(partial(keep, key)).remove)
-        total = metric(run(tokens, use_cache=False).logits, tokens).sum()
-        distinct = list({id(output): output for output in outputs.values()}.values())  # fused ports are one output
-        found = {id(output): g for output, g in zip(distinct, torch.autograd.grad(total, distinct), strict=True)}
-    return seen, {key: split(stream, ROLES[key[0]], found[id(output)]) for key, output in outputs.items()}
-
-
-def _place(writer: Component) -> Place:
-    kinds: dict[str, Kind] = {"head": "inner", "mlp": "mlp", "embed": "embed", "pos": "pos"}
-    return kinds[writer.kind], writer.label.layer or 0
-
-
-def _wrote(stream: Stream, writers: Sequence[Component], seen: Mapping[Place, Tensor], tokens: Tensor) -> Tensor:
-    """What every writer writes, (writers, B T, d): ``O z`` of heads for z (B, T, heads, k), a layer at a time."""
-    found: list[Tensor] = []
-    for kind, layer in dict.fromkeys(_place(c) for c in writers):
-        z = seen[kind, layer]
-        z = z.to(torch.promote_types(z.dtype, torch.float32)).expand(*tokens.shape, *z.shape[2:]).flatten(0, 1)
-        heads = kind == "inner"
-        found.append(torch.einsum("hdk,thk->htd", stream.write("head", layer).to(z), z) if heads else z[None])
-    return torch.cat(found)
-
-
-def _at_the_stream(stream: Stream, key: _Key, grad: Tensor, x: Tensor) -> Tensor:
-    """``R~^T g / s``, (m, B T, d), for g (B, T, m, k), of one reader (B, T, k), and x (B, T, d)."""
-    x = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
-    s = scale(x, stream.spec.norm, stream.spec.norm_eps)
-    maps = stream.read(key[0], key[1]).maps.to(x)
-    grad = grad.flatten(0, 1).to(x).reshape(len(x), *maps.shape[:2])
-    return torch.einsum("mkd,tmk->mtd", maps, grad / s[:, None, None])
-
-
-def _name(metric: Any) -> str:
-    inner, given = (metric.func, metric.keywords) if isinstance(metric, partial) else (metric, {})
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return ", ".join([name, *(f"{key}={value}" for key, value in given.items())])
-
-
-def _add(sums: dict[_Key, Tensor], key: _Key, more: Tensor) -> None:
-    sums[key] = sums[key] + more if key in sums else more.double()
-
-
-def _record(
-    stream: Stream, port: Port, writers: Sequence[Component], effects: dict[_Key, Tensor], parameters: dict[str, Any]
-) -> Record:
-    readers = _readers(stream, port)
-    group = stream.spec.group if port in ("K", "V") else 1
-    rows = [effects[port, layer].repeat_interleave(group, 0) for layer in dict.fromkeys(c.label.layer for c in readers)]
-    reads, writes = torch.tensor([c.reads for c in readers]), torch.tensor([c.writes for c in writers])
-    found = torch.cat(rows).masked_fill(writes > reads[:, None], torch.nan)
-    channels = tuple(c.channel or "" for c in readers) if group > 1 else ()
-    columns = (
-        Column("attribution", found, "nats, or the metric's", "first-order change of the metric without the edge"),
-        Column("size", found.abs(), "the same", "|attribution|"),
-    )
-    stamp = {"norm": stream.norm_stamp, "replacement": "mean", "scalars": "held"}
-    names, sources = (tuple(str(c.label) for c in each) for each in (readers, writers))
-    axes = (Axis("reader", names, channels), Axis("writer", sources))
-    return Record("attribution", axes, columns, parameters, stamp, stream.provenance)
+def _place(writer: Group) -> Place:
+    return "inner" if writer.kind == "head" else "written", writer.id

@@ -1,24 +1,33 @@
-"""An edge: one writer, one port of one later reader, and what of the model's run belongs to each."""
+"""An edge, one writer and one port of one later reader: what of a run belongs to each, and its exact removal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime.running.hooks import Kind
-from virtual_weights.stream import Label, Stream, parse
-from virtual_weights.stream.group import Port
+from virtual_weights.runtime.running.hooks import (
+    Hook,
+    Place,
+    Signal,
+    module_name,
+    module_named,
+    module_of,
+    split,
+    watching,
+    wide,
+)
+from virtual_weights.stream import Group, Label, Stream, parse
+from virtual_weights.stream.group import READINGS, Port
 
-Place = tuple[Kind, int]
-"""What ``watching`` tells: a kind and its layer."""
 
-_PORTS = {"head": "Q, K or V", "mlp": "gate, up or in", "neuron": "gate, up or in"}
-ROLES: dict[Port, str] = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "up": "up", "in": "up", "unembed": "unembed"}
-
-
+@final
 @dataclass(frozen=True)
 class Edge:
     """The direct edge of a writer into one port of a reader, and nothing else of either.
@@ -27,16 +36,22 @@ class Edge:
         writer: a head, an MLP, a neuron or an embedding.
         reader: a head's ``Q``, ``K`` or ``V``, an MLP's or neuron's ``gate``, ``up`` or ``in``, or the unembedding.
         port: the reader's port.
+        source: id of the writer's group.
+        target: id of the reader's group.
         state: number of the state of the stream that the reader reads.
-        channel: the shared key/value head that is the reader in truth, None where the reader is its own.
+        map_index: which of the port's maps, (m, k, d), it reads through.
+        kv_group: the key/value head through which it reads with others, None where it shares none.
         shared_with: the other heads that read through it.
     """
 
     writer: Label
     reader: Label
     port: Port
+    source: str
+    target: str
     state: int
-    channel: str | None = None
+    map_index: int = 0
+    kv_group: str | None = None
     shared_with: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -45,136 +60,108 @@ class Edge:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Equal for edges that are one channel under several names."""
-        return str(self.writer), self.channel or str(self.reader), self.port
+        """Equal for edges that are one edge under several names, those of the heads that share the port."""
+        return str(self.writer), self.kv_group or str(self.reader), self.port
 
     @classmethod
     def of(cls, stream: Stream, writer: str, reader: str) -> Edge:
         """The edge between two names, e.g. ``Edge.of(stream, "L16H0", "L18H6.K")``.
 
         Raises:
-            UsageError: a name is no writer or no port of this model, the writer cannot reach the reader, or it writes
-                the same at every token, so that its mean replaces nothing.
+            UsageError: a name is not a writer or not a port of this model, the writer cannot reach the reader, or it
+                writes the same at every token, so that its mean replaces nothing.
         """
-        source, target = parse(writer), parse(reader)
-        places = {c.label: c for c in stream.components}
-        written = places.get(_whole(stream, source))
-        read = places.get(_whole(stream, replace(target, port=None)))
-        wanted = "unembed" if target.kind == "unembed" else target.port
-        port: Port | None = next((each for each in ROLES if each == wanted), None)
-        if written is None or written.writes is None or source.port or source.kind in ("attn_bias", "mlp_bias"):
+        written, read = parse(writer), parse(reader)
+        source, target = stream.groups.of(written), stream.groups.of(read)
+        if written.port or not source.writes or source.constant:
             raise UsageError(
-                f"{writer} is no writer that differs between tokens",
+                f"{writer} is not a writer, or writes the same at every token",
                 expected="a head, an MLP, a neuron or an embedding of this model, such as L5H3, L5.mlp, L5N7 or embed",
                 do="name one of these",
             )
-        allowed = ("Q", "K", "V") if target.kind == "head" else ("gate", "up") if stream.spec.gated else ("in",)
-        if read is None or read.reads is None or port is None or (port != "unembed" and port not in allowed):
+        name = "unembed" if read.kind == "unembed" else read.port
+        port: Port | None = next((port for port in target.ports if port == name), None)
+        if port is None or target.reads is None:
             raise UsageError(
-                f"{reader} is no port that reads the stream",
-                expected=f"a part of this model with its port ({_PORTS.get(target.kind, 'none')}), such as L5H3.K",
+                f"{reader} is not a port that reads the stream",
+                expected=f"a component of this model with its port ({', '.join(target.ports) or 'none'}), e.g. L5H3.K",
                 do="name one of these",
             )
-        if written.writes > read.reads:
+        if not source.reaches(target.reads):
             raise UsageError(f"{writer} cannot reach {reader}", expected="an earlier writer", do="turn the edge round")
-        shared = read.channel if port in ("K", "V") else None
-        others = (c.label for c in stream.heads if shared and c.channel == shared and c.label != read.label)
-        return cls(source, target, port, read.reads, shared, tuple(map(str, others)))
+        head = (read.index or 0) if read.kind == "head" else 0
+        kv_groups, label = target.kv_groups(port), str(replace(read, port=None))
+        kv_group = kv_groups[head] if kv_groups else None
+        sharing = zip(target.labels, kv_groups, strict=False)  # none where no head shares this port
+        others = tuple(other for other, group in sharing if group == kv_group and other != label)
+        index = head // target.shared(port)
+        return cls(written, read, port, source.id, target.id, target.reads, index, kv_group, others)
 
     def maps(self, stream: Stream, like: Tensor) -> Tensor:
         """The reader's effective map R~, (k, d), in the dtype and on the device of ``like``."""
-        maps = stream.read(self.port, self.reader.layer).maps.to(like)
-        return maps[self.row(stream), self.inner]
-
-    def row(self, stream: Stream) -> int:
-        """Which of the port's heads it is."""
-        index = self.reader.index
-        if self.reader.kind != "head" or index is None:
-            return 0
-        return index if self.port == "Q" else index // stream.spec.group
+        return stream.read(self.port, self.target).maps[self.map_index, self.rows].to(like)
 
     @property
-    def inner(self) -> slice:
-        """Which of the head's or MLP's rows it is: all, or a neuron's."""
-        return _neuron(self.reader)
-
-    @property
-    def role(self) -> str:
-        """The role of the tables whose module computes the port."""
-        return ROLES[self.port]
+    def rows(self) -> slice:
+        """Which rows of the map: all, or a neuron's."""
+        return _rows(self.reader)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What some parts of one layer write: ``O z`` for z that the model's run shows.
+    """What some components of one group write: ``O z`` for z that the model's run shows.
 
     Attributes:
-        place: where z is seen; of embeddings ``O z`` itself.
-        maps: O, (d, columns), None for embeddings.
-        columns: which of the layer's inner activations, heads after one another.
+        stream: the model.
+        group: the group.
+        components: which of its m components.
+        rows: which of their k inner activations: all, or a neuron's.
     """
 
-    place: Place
-    maps: Tensor | None
-    columns: slice
+    stream: Stream
+    group: Group
+    components: slice
+    rows: slice
 
     @classmethod
-    def of(cls, stream: Stream, label: Label, heads: slice | None = None) -> Written:
-        """What one part writes; ``heads`` names several heads of its layer instead of its own."""
-        layer = label.layer
-        if label.kind in ("embed", "pos"):
-            return cls(("pos" if label.kind == "pos" else "embed", 0), None, slice(None))
-        assert layer is not None
-        if label.kind == "head":
-            assert label.index is not None
-            own = heads or slice(label.index, label.index + 1)
-            maps, k = stream.write("head", layer)[own], stream.spec.d_head
-            return cls(("inner", layer), maps.transpose(0, 1).flatten(1), slice(own.start * k, own.stop * k))
-        columns = _neuron(label)
-        return cls(("neurons", layer), stream.write("mlp", layer)[0][:, columns], columns)
+    def of(cls, stream: Stream, label: Label, shared: int = 1) -> Written:
+        """What one component or neuron writes; of a head, with the others of the ``shared`` that it stands among."""
+        first = (label.index or 0) // shared * shared if label.kind == "head" else 0
+        return cls(stream, stream.groups.of(label), slice(first, first + shared), _rows(label))
 
-    def __call__(self, seen: Tensor) -> Tensor:
-        """``O z``, (B, T, d), of what was seen at ``place``."""
-        if self.maps is None:
-            return seen
-        z = seen.flatten(2) if self.place[0] == "inner" else seen
-        return z[..., self.columns] @ self.maps.to(z).T
+    @property
+    def place(self) -> Place:
+        """Where z is seen; of embeddings ``O z`` itself."""
+        return "written" if self.group.kind in ("embed", "pos") else "inner", self.group.id
+
+    def __call__(self, signals: Mapping[Place, Tensor]) -> Tensor:
+        """``O z``, (B, T, d), of what a run showed at ``place``."""
+        signal = signals[self.place]
+        if self.place[0] == "written":
+            return signal
+        z = signal[..., self.components, self.rows]
+        maps = self.stream.write(self.group)[self.components, :, self.rows].to(z)
+        return torch.einsum("mdk,btmk->btd", maps, z)
 
 
 def affected(stream: Stream, edge: Edge) -> Written | None:
     """What the heads (or MLP, or neuron) that read through an edge write; None of the unembedding."""
-    if edge.port == "unembed":
-        return None
-    row, group = edge.row(stream), stream.spec.group
-    shared = edge.reader.kind == "head" and edge.port != "Q"
-    return Written.of(stream, edge.reader, slice(row * group, (row + 1) * group) if shared else None)
+    target = stream.groups[edge.target]
+    return Written.of(stream, edge.reader, target.shared(edge.port)) if target.writes else None
 
 
-def channel_readers(stream: Stream, port: str) -> tuple[str, ...]:
-    """The readers of one port, of those that share a channel the first alone: ``("L0H0.K", "L0H3.K", ...)``."""
-    if port in ("Q", "K", "V"):
-        step = 1 if port == "Q" else stream.spec.group
-        return tuple(
-            f"{c.label}.{port}" for c in stream.heads if c.label.index is not None and not c.label.index % step
-        )
-    if port == "unembed":
-        return ("unembed",)
-    return tuple(f"{c.label}.{port}" for c in stream.components if c.kind == "mlp")
-
-
-def check_tokens(tokens: Tensor) -> Tensor:
-    """Check (N, T) token ids.
+def group_readers(stream: Stream, port: str) -> tuple[str, ...]:
+    """The readers of one port, of those that share a map the first alone: ``("L0H0.K", "L0H3.K", ...)``.
 
     Raises:
-        UsageError: they are not, or there is nothing to predict.
+        UsageError: nothing in this model reads through it.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2 or not len(tokens) or tokens.min() < 0:
-        raise UsageError(
-            f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}",
-            expected="token ids (sequences, tokens), two tokens or more, no padding",
-            do="cut the text into sequences of one length",
-        )
-    return tokens
+    return tuple(
+        label if label == port else f"{label}.{port}"  # the unembedding is its own port
+        for group in stream.groups.readers(port)
+        for label in group.labels[:: group.shared(port)]
+    )
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
@@ -185,18 +172,167 @@ def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
         tokens: (B, T).
         first: the first token that counts, at least 1; half the length where the second half repeats the first.
     """
-    wide = logits[:, first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide.mT, tokens[:, first:], reduction="none").mean(1)
+    predicted = wide(logits[:, first - 1 : -1])
+    return torch.nn.functional.cross_entropy(predicted.mT, tokens[:, first:], reduction="none").mean(1)
 
 
-def _whole(stream: Stream, label: Label) -> Label:
-    """The component under which a neuron is listed, where there is such a neuron."""
-    if label.kind == "neuron" and label.index is not None and label.index < stream.spec.d_mlp:
-        return Label("mlp", label.layer)
-    return label if label.kind != "mlp" else replace(label, port=None)
-
-
-def _neuron(label: Label) -> slice:
+def _rows(label: Label) -> slice:
     if label.kind != "neuron" or label.index is None:
         return slice(None)
     return slice(label.index, label.index + 1)
+
+
+Replacement = Literal["mean", "resample"]
+Scalars = Literal["held", "move"]
+
+
+def starting_group(stream: Stream, edges: Sequence[Edge]) -> Group:
+    """Where a run without some edges must start: the attention of the first block that reads one, or the unembedding.
+
+    Nothing before it depends on these edges.
+    """
+    state = min(edge.state for edge in edges)
+    starts = (*stream.groups.heads, stream.groups["unembed"])
+    return [group for group in starts if group.reads is not None and group.reads <= state][-1]
+
+
+@contextmanager
+def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> Generator[None]:
+    """Let the blocks before a group's give what they gave in an earlier run, at no cost.
+
+    The model goes on as it does after them, by its own modules: embeddings, masks and rotary angles are made as ever.
+    Hooks inside the blocks left out do not fire.
+
+    Args:
+        model: what runs, see ``load``.
+        stream: the same model.
+        group: the attention of the first block that runs; the unembedding where none does.
+        state: (B, T, d) the state ``group.reads``, as an earlier run on the same tokens showed it.
+    """
+    before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
+    names = [module_name(stream, "norm", earlier.id).rpartition(".")[0] for earlier in before]
+    blocks: list[Any] = [module_named(model, stream, name) for name in names]
+    overrides = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        for block, override in zip(blocks, overrides, strict=True):
+            del block.forward
+            if override is not None:
+                block.forward = override
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """How an edge is removed.
+
+    The reader's port, before any rotary embedding, gets ``f R~ (r(t) - O z(t)) / s(t)`` added, where r replaces what
+    the writer writes. Where scalars move, it gets ``R~ (x'/s(x') - x/s(x))`` with ``x' = x + f (r - O z)``.
+
+    Attributes:
+        replacement: r is the writer's mean over tokens, or what it writes at the same place of the next sequence.
+        scalars: the norm scalar is held at its value of the run, or follows the stream without the edge.
+        fraction: f, how much of it is removed; 1 is all.
+        means: writers' means, (d,) each, by label; a writer that is not there gets its mean over the pass.
+    """
+
+    replacement: Replacement = "mean"
+    scalars: Scalars = "held"
+    fraction: float = 1.0
+    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def __post_init__(self) -> None:
+        if self.replacement not in ("mean", "resample") or self.scalars not in ("held", "move"):
+            raise UsageError(
+                f"a removal by {self.replacement!r} with scalars {self.scalars!r}",
+                expected="mean or resample; held or move",
+                do="choose one of these",
+            )
+
+    def change(self, stream: Stream, edge: Edge, written: Tensor, x: Tensor) -> Tensor:
+        """What is added to the port: (B, T, k), of ``O z`` (B, T, d) and the stream x (B, T, d) at the reader."""
+        x = wide(x)
+        written = written.to(x)
+        if self.replacement == "mean":
+            mean = self.means.get(str(edge.writer))
+            substitute = written.mean((0, 1)) if mean is None else mean.to(written)
+        else:
+            substitute = written.roll(-1, 0)
+        moved, s = self.fraction * (substitute - written), stream.scale(x)[..., None]
+        if self.scalars == "move":
+            without = x + moved
+            return (without / stream.scale(without)[..., None] - x / s) @ edge.maps(stream, x).T
+        return moved @ edge.maps(stream, x).T / s
+
+
+@contextmanager
+def removed(
+    model: nn.Module,
+    stream: Stream,
+    edges: Sequence[Edge],
+    removal: Removal | None = None,
+    earlier: Mapping[Place, Tensor] | None = None,
+) -> Generator[None]:
+    """Let the model run without an edge; several edges along the batch, each removed from its own block of it.
+
+    With E edges a batch has E times B sequences, and block i runs without edge i alone. All else is the model's own.
+
+    Args:
+        model: what runs, see ``load``.
+        stream: the same model, with the norm's gain in its readers.
+        edges: one per block of the batch.
+        removal: ``Removal()`` where None.
+        earlier: what an earlier run on the same batch showed of blocks that do not run in this one, see ``restarted``.
+
+    Raises:
+        UsageError: readers without gain; while it runs, a batch that is no multiple of the edges, or fewer than two
+            sequences where each gets another's.
+
+    Example:
+        >>> with removed(model, stream, [Edge.of(stream, "L16H0", "L18H6.K")]):  # doctest: +SKIP
+        ...     logits = model(tokens).logits
+    """
+    if not stream.folded:
+        raise UsageError("removal needs the norm's gain in the readers", expected="folded", do="open it folded")
+    removal = removal or Removal()
+    writes = [Written.of(stream, edge.writer) for edge in edges]
+    places: set[Place] = {*(("state", edge.state) for edge in edges), *(write.place for write in writes)}
+    signals: dict[Place, Tensor] = dict(earlier or {})
+
+    def see(signal: Signal, where: Any, tensor: Tensor) -> None:
+        signals[signal, where] = tensor
+
+    def without(role: str, group: str) -> Hook:
+        indices = [i for i, edge in enumerate(edges) if (READINGS[edge.port], edge.target) == (role, group)]
+
+        def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+            output = output.clone()
+            for i in indices:
+                edge, block = edges[i], _block(len(output), len(edges), i, removal.replacement)
+                port = split(stream, role, group, output)[block]  # a view: what is added stays
+                values = port[..., edge.map_index, :] if edge.reader.kind == "head" else port
+                written = writes[i](signals).expand(len(output), -1, -1)[block]
+                values[..., edge.rows] += removal.change(stream, edge, written, signals["state", edge.state][block])
+            return output
+
+        return module_of(model, stream, role, group).register_forward_hook(hook)
+
+    with ExitStack() as stack:
+        stack.enter_context(watching(model, stream, places, see))
+        for role, group in {(READINGS[edge.port], edge.target) for edge in edges}:
+            stack.callback(without(role, group).remove)
+        yield
+
+
+def _block(size: int, edges: int, i: int, replacement: Replacement) -> slice:
+    sequences = size // edges
+    if size % edges or (replacement == "resample" and sequences < 2):
+        raise UsageError(
+            f"a batch of {size} sequences for {edges} edges",
+            expected=f"a multiple of {edges if replacement == 'mean' else 2 * edges} sequences",
+            do="repeat the batch once per edge",
+        )
+    return slice(i * sequences, (i + 1) * sequences)

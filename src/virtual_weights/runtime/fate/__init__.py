@@ -1,1 +1,1 @@
-"""Questions about what becomes of what was written: erased, persisting, worth erasing."""
+"""Questions about what becomes of what was written: what is erased, what persists, and what is worth erasing."""

@@ -1,52 +1,117 @@
-"""Hooks placed by the tables: what a running model's parts receive and give, one tensor at a time."""
+"""Hooks placed by the tables: what a running model's modules receive and give, one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import einops
 import torch
 from torch import Tensor, nn
 
-from virtual_weights.architecture import FAMILIES
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream import Stream
+from virtual_weights.stream.group import READINGS, WRITINGS, Port
+from virtual_weights.stream.names import Kind
+
+Signal = Literal["state", "inner", "written", "pattern"] | Port
+"""What can be seen, B prompts of T tokens:
+
+=============  =============================================================================================
+state          (B, T, d) what a norm receives; its place is the number of the state, ``stream.states - 1`` last
+inner          (B, T, m, k) what the output map of attention (m heads) or of an MLP (m = 1) receives
+written        (B, T, d) what an MLP writes, without its bias, which is a writer of its own; what embeddings write
+Q, K, V        (B, T, heads or shared heads, k) before rotary turns them, constants included
+gate, up, in   (B, T, n) pre-activations, constants included
+unembed        (B, T, V) the logits
+pattern        (B, heads, T, T) attention probabilities, [query, key]
+=============  =============================================================================================
+"""
+
+Place = tuple[Signal, str | int]
+"""A signal and the id of its group; of a state its number."""
+
+See = Callable[[Signal, Any, Tensor], None]
+Hook = Any
 
 
-def module_name(stream: Stream, role: str, layer: int | None = None) -> str:
+def places(stream: Stream, *signals: Signal) -> list[Place]:
+    """Every place of some signals in a model."""
+    return [(signal, where) for signal in signals for where in _wheres(stream, signal)]
+
+
+@contextmanager
+def watching(module: nn.Module, stream: Stream, wanted: Collection[Place], see: See) -> Generator[None]:
+    """Call ``see(signal, place, tensor)`` whenever the model computes one of these.
+
+    Args:
+        module: what runs, see ``load``.
+        stream: the same model.
+        wanted: places, see ``places``.
+        see: gets the model's own tensors, detached; it must not change them.
+
+    Raises:
+        MissingTensorError: the model is not of the stream's family.
+        UsageError: while it runs, a pattern is wanted and the model's attention keeps none.
+    """
+    hooks = [_hook(module, stream, place, see) for place in wanted]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def watched(
+    module: nn.Module, stream: Stream, wanted: Collection[Place], tokens: Tensor
+) -> tuple[dict[Place, Tensor], Tensor]:
+    """Run a model on tokens (B, T); what it computed at some places, and its logits (B, T, V)."""
+    signals: dict[Place, Tensor] = {}
+
+    def see(signal: Signal, place: Any, tensor: Tensor) -> None:
+        signals[signal, place] = tensor
+
+    with watching(module, stream, set(wanted), see):
+        logits: Tensor = module(tokens, use_cache=False).logits
+    return signals, logits
+
+
+def module_name(stream: Stream, role: str, group: str) -> str:
     """The dotted path of the module that holds a role's weight, in transformers' spelling.
 
     Args:
         stream: the model; it may come from a file of another dialect.
-        role: a role of the tables, e.g. ``"o"``, ``"down"``, ``"attn_norm"``, ``"embed"``.
-        layer: the layer; None outside the blocks.
+        role: a role of the tables, e.g. ``"o"``, ``"down"``, ``"norm"``, ``"embed"``.
+        group: whose, e.g. ``"L3.attn"``, ``"embed"``, ``"unembed"`` (the last norm too).
 
     Raises:
         MissingTensorError: transformers' table of this family has no such role.
 
     Example:
-        >>> module_name(stream, "o", 3)  # doctest: +SKIP
+        >>> module_name(stream, "o", "L3.attn")  # doctest: +SKIP
         'model.layers.3.self_attn.o_proj'
     """
-    table = next(f for f in FAMILIES if f.name == stream.model.family).dialects["hf"]
-    row = next((row for row in table.rows if role in row.roles), None)
+    table = stream.model.hf
+    row = table.row(role, group)
     if row is None:
         raise MissingTensorError(
-            f"the {stream.model.family} family has no role {role!r}",
-            expected=", ".join(sorted({each for one in table.rows for each in one.roles})),
+            f"the {stream.model.family} family has no role {role!r} in {group!r}",
+            expected=", ".join(sorted({f"{role} of {row.group}" for row in table.rows for role in row.roles})),
             do="name one of these roles",
         )
-    spelling = row.name.split("|")[-1]
-    name = spelling[1:] if spelling.startswith("/") else table.prefixes[0] + spelling
-    return name.format(l=layer).rpartition(".")[0]
+    return table.spelled(row, group).rpartition(".")[0]
 
 
-def module_of(model: nn.Module, stream: Stream, role: str, layer: int | None = None) -> nn.Module:
+def module_of(model: nn.Module, stream: Stream, role: str, group: str) -> nn.Module:
     """The module itself, in a model with its head (``AutoModelForCausalLM``) or the base model of one."""
+    return module_named(model, stream, module_name(stream, role, group))
+
+
+def module_named(model: nn.Module, stream: Stream, name: str) -> nn.Module:
+    """A module by its dotted path in the model with its head."""
     modules = dict(model.named_modules())
-    name = module_name(stream, role, layer)
     for spelling in (name, name.partition(".")[2]):
         if spelling in modules:
             return modules[spelling]
@@ -57,51 +122,10 @@ def module_of(model: nn.Module, stream: Stream, role: str, layer: int | None = N
     )
 
 
-Kind = Literal["state", "inner", "neurons", "mlp", "embed", "pos", "Q", "K", "V", "gate", "in", "pattern"]
-"""What can be seen, B prompts of T tokens:
-
-===========  ===============================================================================================
-state        (B, T, d) what a norm receives; its layer is the number of the state, ``stream.states - 1`` last
-inner        (B, T, heads, k) what the heads' output map receives
-neurons      (B, T, n) what the MLP's output map receives
-mlp          (B, T, d) what the MLP writes, without its bias, which is a writer of its own
-embed, pos   (B, T, d) what the embeddings write
-Q, K, V      (B, T, heads or shared heads, k) before rotary turns them, constants included
-gate, in     (B, T, n) pre-activations, constants included
-pattern      (B, heads, T, T) attention probabilities, [query, key]
-===========  ===============================================================================================
-"""
-
-See = Callable[[Kind, int, Tensor], None]
-_ROLES = {"Q": "q", "K": "k", "V": "v", "gate": "gate", "in": "up"}
-
-
-@contextmanager
-def watching(model: nn.Module, stream: Stream, kinds: Iterable[Kind], see: See) -> Generator[None]:
-    """Call ``see(kind, layer, tensor)`` whenever the model computes one of these; embeddings have layer 0.
-
-    Args:
-        model: what runs, see ``load``.
-        stream: the same model.
-        kinds: what is wanted.
-        see: gets the model's own tensors, detached; it must not change them.
-
-    Raises:
-        MissingTensorError: the model is not of the stream's family.
-        UsageError: while it runs, a pattern is wanted and the model's attention keeps none.
-    """
-    hooks = [hook for kind in kinds for hook in _hooks(model, stream, kind, see)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def split(stream: Stream, role: str, output: Tensor) -> Tensor:
+def split(stream: Stream, role: str, group: str, output: Tensor) -> Tensor:
     """What the module of a role gives, taken apart as its table says: queries, keys and values (..., heads, k)."""
-    table = next(f for f in FAMILIES if f.name == stream.model.family).dialects["hf"]
-    row = next(row for row in table.rows if role in row.roles)
+    row = stream.model.hf.row(role, group)
+    assert row is not None
     # the weight's layout without the stream's axis is that of the output: "d (three h k)" gives "(three h k)"
     given, wanted = (" ".join(x for x in side.split() if x != "d") for side in row.layout.split("->"))
     fused = len(row.roles) > 1
@@ -112,53 +136,89 @@ def split(stream: Stream, role: str, output: Tensor) -> Tensor:
     return tensor[row.roles.index(role)] if fused else tensor
 
 
-def _hooks(model: nn.Module, stream: Stream, kind: Kind, see: See) -> list[Any]:
-    """The hooks of one kind, in every layer."""
-    spec, layers = stream.spec, range(stream.spec.n_layers)
-
-    def before(role: str, layer: int | None, at: int, change: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
-        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            see(kind, at, change(given[0].detach()))
-
-        return module_of(model, stream, role, layer).register_forward_pre_hook(hook)
-
-    def after(role: str, layer: int | None, at: int, change: Callable[[Tensor], Tensor]) -> Any:
-        def hook(_module: nn.Module, _given: object, output: Tensor) -> None:
-            see(kind, at, change(output.detach()))
-
-        return module_of(model, stream, role, layer).register_forward_hook(hook)
-
-    if kind == "state":
-        norms = ("attn_norm",) if spec.parallel else ("attn_norm", "mlp_norm")
-        places = [(norm, layer) for layer in layers for norm in norms]
-        return [before(role, layer, at) for at, (role, layer) in enumerate([*places, ("final_norm", None)])]
-    if kind == "inner":
-        return [before("o", i, i, lambda z: z.unflatten(-1, (spec.n_heads, spec.d_head))) for i in layers]
-    if kind == "neurons":
-        return [before("down", i, i) for i in layers]
-    if kind == "mlp":
-        biases = [stream.weight("down_bias", i) for i in layers]
-        return [after("down", i, i, lambda x, b=b: x if b is None else x - b.to(x)) for i, b in enumerate(biases)]
-    if kind in ("embed", "pos"):
-        return [after(kind, None, 0, lambda x: x)]
-    if kind == "pattern":
-        return [_pattern_hook(model, stream, i, see) for i in layers]
-    return [after(_ROLES[kind], i, i, lambda x: split(stream, _ROLES[kind], x)) for i in layers]
+def _wheres(stream: Stream, signal: Signal) -> list[str] | range:
+    groups = stream.groups
+    if signal == "state":
+        return range(stream.states)
+    kinds: dict[str, tuple[Kind, ...]] = {
+        "written": ("embed", "pos", "mlp"),
+        "inner": ("head", "mlp"),
+        "pattern": ("head",),
+    }
+    emitters = groups.kind(*kinds[signal]) if signal in kinds else [group for group in groups if signal in group.ports]
+    return [group.id for group in emitters]
 
 
-def _pattern_hook(model: nn.Module, stream: Stream, layer: int, see: See) -> Any:
+def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
+    """The hook of one place."""
+    signal, where = place
+    if signal == "state":
+        site = stream.groups.sited(int(where))[0].id
+        return _before(module_of(module, stream, "norm", site), partial(see, signal, where))
+    group = stream.groups[str(where)]
+    if signal == "pattern":
+        return _pattern(module, stream, group.id, partial(see, signal, where))
+    if signal in ("inner", "written"):
+        output = module_of(module, stream, WRITINGS[group.kind], group.id)
+        if signal == "inner":
+            shape = len(group.components), group.width
+            return _before(output, lambda tensor: see(signal, where, tensor.unflatten(-1, shape)))
+        bias = stream.weight("bias", f"{group.id}.bias")
+        return _after(output, lambda tensor: see(signal, where, tensor if bias is None else tensor - bias.to(tensor)))
+    role = READINGS[signal]
+    reader = module_of(module, stream, role, group.id)
+    return _after(reader, lambda tensor: see(signal, where, split(stream, role, group.id, tensor)))
+
+
+def _before(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+    def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        see(given[0].detach())
+
+    return module.register_forward_pre_hook(hook)
+
+
+def _after(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+    def hook(_module: nn.Module, _given: object, output: Tensor) -> None:
+        see(output.detach())
+
+    return module.register_forward_hook(hook)
+
+
+def _pattern(module: nn.Module, stream: Stream, group: str, see: Callable[[Tensor], None]) -> Hook:
     """Attention probabilities are the second thing that the module around the output map gives."""
-    name = module_name(stream, "o", layer).rpartition(".")[0]
-    modules = dict(model.named_modules())
-    attention = modules.get(name) or modules[name.partition(".")[2]]
 
     def hook(_module: nn.Module, _given: object, output: tuple[Tensor | None, ...]) -> None:
-        if len(output) < 2 or not torch.is_tensor(output[1]):
+        probabilities = output[1] if len(output) > 1 else None
+        if probabilities is None:
             raise UsageError(
-                f"the attention of this {type(model).__name__} keeps no pattern",
+                f"the attention of this {type(module).__name__} keeps no pattern",
                 expected="eager attention",
                 do="run what load(stream, model) gives, or load it with attn_implementation='eager'",
             )
-        see("pattern", layer, output[1].detach())
+        see(probabilities.detach())
 
-    return attention.register_forward_hook(hook)
+    name = module_name(stream, "o", group).rpartition(".")[0]
+    return module_named(module, stream, name).register_forward_hook(hook)
+
+
+def forward(module: nn.Module, tokens: Tensor) -> None:
+    """Run the blocks on (B, T) token ids; the unembedding, which nothing here looks at, is left out."""
+    body: Any = getattr(module, "base_model", module)  # transformers' name for a model without its head
+    body(tokens.to(next(module.parameters()).device), use_cache=False)
+
+
+def activation(name: str) -> nn.Module:
+    """A nonlinearity by transformers' name for it."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def leaf(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+    """A forward hook that makes a module's output a leaf: gradients even where no parameter asks for one."""
+    return output.detach().requires_grad_()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
 
-from virtual_weights.checkpoint.live_module import NnsightModel, derives_from, twin, unwrapped
+from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from, twin, unwrapped
 from virtual_weights.errors import UsageError
 from virtual_weights.stream import Stream
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """What runs a model: a module, loaded when it is first needed and shared by whatever runs it.
+
+    Attributes:
+        stream: the model.
+        model: a loaded model to take, see ``load``; None loads the checkpoint.
+        dtype: of the weights, where the checkpoint is loaded.
+        device: any torch device, likewise.
+    """
+
+    stream: Stream
+    model: nn.Module | NnsightModel | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return load(self.stream, self.model, dtype=self.dtype, device=self.device)
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the run; nothing is loaded to tell it."""
+        return str(self.dtype if self.model is None else next(self.module.parameters()).dtype).removeprefix("torch.")
+
+
+Runs = nn.Module | NnsightModel | Runner | None
+"""What can be named as the model that runs; None is the checkpoint itself."""
 
 
 def load(
@@ -65,8 +99,8 @@ def load(
 
 def _eager(model: nn.Module) -> nn.Module:
     """A transformers model whose attention keeps its pattern: the model itself, or a twin switched to that."""
-    own: Any = model
-    if not derives_from(model, "transformers", "PreTrainedModel") or own.config._attn_implementation == "eager":
+    plain: Any = model
+    if not derives_from(model, "transformers", "PreTrainedModel") or plain.config._attn_implementation == "eager":
         return model
     switched: Any = twin(model)
     switched.set_attn_implementation("eager")

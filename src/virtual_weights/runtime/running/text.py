@@ -1,4 +1,4 @@
-"""Text to token chunks (B, T): files, folders, standard input, the default text, or token ids."""
+"""Text to chunks of token ids: files, folders, standard input, the default text, or random tokens that repeat."""
 
 from __future__ import annotations
 
@@ -76,43 +76,46 @@ def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
         yield torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def batches(
-    documents: Iterable[Tensor], length: int = 256, batch: int = 4, limit: int | None = None
-) -> Iterator[Tensor]:
-    """Documents cut into chunks of ``length`` tokens and stacked ``batch`` at a time, (B, T), padded with ``PADDING``.
+def chunks(documents: Iterable[Tensor], length: int = 256, limit: int | None = None) -> Iterator[Tensor]:
+    """Documents cut into chunks of at most ``length`` tokens, (T,).
 
     Every token is in exactly one chunk; a chunk never crosses two documents, and each begins its context anew.
 
     Args:
         documents: token ids (T,) each.
         length: of a chunk.
-        batch: chunks in a batch.
         limit: stop after so many tokens.
     """
-    if length < 1 or batch < 1 or (limit is not None and limit < 1):
-        raise UsageError(f"length {length}, batch {batch}, limit {limit}", expected="numbers >= 1", do="pass such")
-    held: list[Tensor] = []
-    left = limit
+    if length < 1 or (limit is not None and limit < 1):
+        raise UsageError(f"length {length}, limit {limit}", expected="numbers >= 1", do="pass such")
+    rest = limit
     for chunk in (c for document in documents for c in document.split(length) if len(c)):
-        held.append(chunk if left is None else chunk[:left])
-        left = None if left is None else left - len(held[-1])
-        if len(held) == batch or left == 0:
-            yield _stacked(held)
-            held = []
-        if left == 0:
+        yield chunk if rest is None else chunk[:rest]
+        rest = None if rest is None else rest - min(rest, len(chunk))
+        if rest == 0:
             return
-    if held:
-        yield _stacked(held)
 
 
-def kept(batch: Tensor) -> Tensor:
+def padded(rows: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
+    """Chunks stacked ``batch`` at a time, (B, T), shorter ones ending in ``PADDING``."""
+    stacked: list[Tensor] = []
+    for row in rows:
+        stacked.append(row)
+        if len(stacked) == batch:
+            yield _stack(stacked)
+            stacked = []
+    if stacked:
+        yield _stack(stacked)
+
+
+def is_token(batch: Tensor) -> Tensor:
     """Which places of a batch (B, T) hold tokens.
 
     Raises:
         UsageError: it has another shape, or padding stands before a token.
     """
-    there = batch != PADDING
-    if batch.ndim != 2 or bool((there[:, 1:] & ~there[:, :-1]).any()):
+    mask = batch != PADDING
+    if batch.ndim != 2 or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise UsageError(
             f"a batch of shape {tuple(batch.shape)} with padding before a token"
             if batch.ndim == 2
@@ -120,14 +123,14 @@ def kept(batch: Tensor) -> Tensor:
             expected=f"token ids (B, T), rows ending in {PADDING} where they are shorter",
             do="pad on the right",
         )
-    return there
+    return mask
 
 
-def repeated_tokens(vocab: int, length: int = 128, batch: int = 4, seed: int = 0) -> Tensor:
+def repeated_tokens(vocabulary: int, length: int = 128, batch: int = 4, seed: int = 0) -> Tensor:
     """Uniformly random tokens, then the same again, (batch, 2 length): only copying predicts the second half."""
-    once = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    once = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     return once.repeat(1, 2)
 
 
-def _stacked(chunks: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True, padding_value=PADDING)
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)

@@ -1,0 +1,124 @@
+"""Single neurons as readers and writers: unit directions and lengths, one MLP at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import accumulate
+from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.group import NEURON_PORTS, NeuronPort
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NeuronRows:
+    """The neurons of one MLP.
+
+    Attributes:
+        number: (n,) where each stands among the neurons of its side.
+        position: the state of the stream that they read, or in which they first appear.
+        unit: (n, d) float32, directions of length 1; NaN where a neuron reads or writes nothing.
+        norms: (n,) float64, the lengths taken away.
+    """
+
+    number: Tensor
+    position: int
+    unit: Tensor
+    norms: Tensor
+
+    def nonzero(self) -> NeuronRows:
+        """Only the neurons that have a direction."""
+        rows = ((self.norms > 0) & self.norms.isfinite()).nonzero()[:, 0]
+        return NeuronRows(self.number[rows], self.position, self.unit[rows], self.norms[rows])
+
+
+@final
+@dataclass(frozen=True)
+class NeuronRange:
+    """Some neurons of one MLP: a slice of them, numbered from ``first`` among all of their side."""
+
+    mlp: Group
+    position: int
+    neurons: slice
+    first: int
+
+    @property
+    def count(self) -> int:
+        """How many neurons."""
+        return self.neurons.stop - self.neurons.start
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NeuronSide:
+    """All neurons of a model, or a single one, as readers of a port or as writers (``"out"``).
+
+    Attributes:
+        stream: the model.
+        port: ``"in"``, ``"up"``, ``"gate"`` or ``"out"``.
+        labels: their names, in order of depth.
+        ranges: their MLPs, in order of depth.
+    """
+
+    stream: Stream
+    port: NeuronPort | Literal["out"]
+    labels: tuple[str, ...]
+    ranges: tuple[NeuronRange, ...]
+
+    def load(self, part: NeuronRange, device: str) -> NeuronRows:
+        """The neurons of one MLP, read anew each time."""
+        if self.port == "out":
+            rows = self.stream.write(part.mlp)[0].T[part.neurons]
+        else:
+            rows = self.stream.read(self.port, part.mlp).maps[0, part.neurons]
+        rows = rows.to(device)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulate)
+        number = torch.arange(part.first, part.first + len(rows), device=device)
+        return NeuronRows(number, part.position, rows.float() / norms[:, None].float(), norms)
+
+    def batches(self, memory: int) -> Iterator[tuple[NeuronRange, ...]]:
+        """Consecutive MLPs whose directions fit into so many bytes together, at least one at a time."""
+        step = max(1, memory // (4 * self.stream.d_model * max(1, self.stream.spec.d_mlp)))
+        return (self.ranges[i : i + step] for i in range(0, len(self.ranges), step))
+
+
+def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | None = None) -> NeuronSide:
+    """All neurons on one side, or only the one of this name.
+
+    Raises:
+        UsageError: the model has no such port or neuron, or the checkpoint holds no MLP.
+    """
+    mlps = stream.groups.mlps if port == "out" else stream.groups.readers(port)
+    if not mlps:
+        raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
+    ranges: list[NeuronRange] = []
+    labels: list[str] = []
+    for mlp in mlps:
+        position = mlp.first if port == "out" else mlp.reads
+        assert position is not None
+        if only in mlp.neurons:
+            i = mlp.neurons.index(only)
+            return NeuronSide(stream, port, (only,), (NeuronRange(mlp, position, slice(i, i + 1), 0),))
+        ranges.append(NeuronRange(mlp, position, slice(0, mlp.width), len(labels)))
+        labels += mlp.neurons
+    if only is not None:
+        raise UsageError(
+            f"this model has no neuron {only!r}",
+            expected=f"a name from {labels[0]} to {labels[-1]}",
+            do="correct the name, or leave its port out",
+        )
+    return NeuronSide(stream, port, tuple(labels), tuple(ranges))
+
+
+def check_neuron_port(port: str) -> None:
+    """Refuse what no neuron reads through."""
+    if port not in NEURON_PORTS:
+        raise UsageError(
+            f"no neuron reads through port {port!r}", expected=", ".join(NEURON_PORTS), do="choose one of these ports"
+        )

@@ -1,0 +1,148 @@
+"""``vweights ablate`` and ``attribute``: what removing edges from a running model costs, exactly or to first order."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import typer
+
+from virtual_weights.analysis.pairs.composition import Composition
+from virtual_weights.cli import options as o
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, running_verb
+from virtual_weights.errors import UsageError
+from virtual_weights.record import Record
+from virtual_weights.runtime.edges.ablation import Ablation
+from virtual_weights.runtime.edges.attribution import Attribution, LogitDifference
+from virtual_weights.runtime.edges.edge import Edge
+from virtual_weights.stream.group import HEAD_PORTS
+from virtual_weights.survey.edges import strongest
+
+_FIGURES = ("effect_nats", "verdict", "p", "pattern_change", "output_change", "top_changed", "group")
+_EDGE = ("writer", "reader", "attribution", "group")
+
+
+class Replaced(StrEnum):
+    """What stands in for a writer that is removed."""
+
+    mean = "mean"
+    resample = "resample"
+
+
+@running_verb("text", "repeated", tokens=1024, length=128, batch=8)
+def ablate(
+    session: Session,
+    writer: Annotated[str | None, typer.Argument(help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
+    reader: Annotated[str | None, typer.Argument(help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
+    port: Annotated[
+        o.PortName, typer.Option("--port", help="without WRITER: the port whose strongest edges are removed")
+    ] = o.PortName.K,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="without WRITER: how many of them")] = 20,
+    random: Annotated[
+        int, typer.Option("--random", metavar="N", min=0, help="matched random edges to compare with")
+    ] = 20,
+    replaced: Annotated[Replaced, typer.Option("--replace", help="by the writer's mean, or by another sequence's")] = (
+        Replaced.mean
+    ),
+    move: Annotated[
+        bool, typer.Option("--move-scalars", help="let the norm scalar follow; it is held otherwise")
+    ] = False,
+) -> Answer:
+    """Remove direct edges one by one while the model runs: loss, attention and output, against random edges."""
+    if (writer is None) != (reader is None):
+        raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
+    scalars: Literal["held", "move"] = "move" if move else "held"
+    if writer is not None and reader is not None:
+        scores, edges = {}, [(writer, reader)]
+    else:
+        scores = strongest(session.ask(Composition(port.value)), top, "score")
+        edges = list(scores)
+    seed, batch = session.options["seed"], session.options["batch"]
+    record = session.ask(Ablation(edges, random, replaced.value, scalars, seed=seed, batch=batch))
+    rows = [_row(row, scores) for row in record.rows()]
+    names = ("writer", "reader", "effect_nats", "interval", *_FIGURES[1:])
+    shown: list[Table | str] = []
+    for title, kind in (("edges removed one by one", "asked"), ("matched random edges", "random")):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        shown += [Table(f"{title} · {session.name}", of_kind, names)] if of_kind else []
+    shown += [
+        f"loss with every edge {record.stamp['clean_loss']:.4g} nats on {record.stamp['sequences']} sequences of "
+        f"{record.stamp['text']}",
+        record.stamp["rule"],
+    ]
+    summary = {"clean_loss": record.stamp["clean_loss"], "causal": sum(row["verdict"] == "causal" for row in rows)}
+    return Answer(record, rows, summary, shown)
+
+
+@running_verb(tokens=1024, length=128, batch=2)
+def attribute(
+    session: Session,
+    port: Annotated[
+        list[o.PortName] | None, typer.Option("--port", help="of the readers, more than once for several; Q, K and V")
+    ] = None,
+    writers: o.WriterOption = o.WriterSet.heads,
+    token: o.Logit = None,
+    against: o.Against = None,
+    top: o.Top = 20,
+) -> Answer:
+    """First-order effect on the loss, or on a logit, of removing every direct edge; one backward pass per batch."""
+    metric = _metric(session, token, against)
+    ports: list[Any] = [name.value for name in port or []] or list(HEAD_PORTS)
+    questions = [Attribution(name, writers.value, metric, batch=session.options["batch"]) for name in ports]
+    first, *rest = records = session.survey.answers(questions)
+    rows = sorted((row for record in records for row in _largest(session, record, top)), key=_by_size)[:top]
+    what = "the mean next-token loss in nats" if metric is None else _named(session, metric)
+    shown = [
+        Table(f"edges of largest first-order effect · {session.name}", rows, _EDGE),
+        f"attribution: change of {what} without the edge, to first order, on {session.run.text}",
+        "ablate an edge to see what removing it does in full",
+    ]
+    more = [Answer(record, _largest(session, record, top)) for record in rest]
+    return Answer(first, rows, {"metric": what, "ports": ports}, shown, more)
+
+
+def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str, Any]:
+    """One edge with its interval, who shares it, and its score where it was chosen by one."""
+    edge = {"writer": row["writer"], "reader": row["reader"], "kind": row["kind"], "effect_nats": row["effect_nats"]}
+    edge |= {"interval": None if row["low"] is None else [row["low"], row["high"]]}
+    edge |= {name: row[name] for name in _FIGURES[1:]}
+    edge |= {"shared_with": row["shared_with"].split()}
+    score = scores.get((row["writer"], row["reader"]))
+    return edge if score is None or row["kind"] == "random" else edge | {"score": score}
+
+
+def _largest(session: Session, record: Record, top: int) -> list[dict[str, Any]]:
+    """The edges of one port, largest first."""
+    rows: list[dict[str, Any]] = []
+    values = {(row["writer"], row["reader"]): row["attribution"] for row in record.rows()}
+    for writer, reader in strongest(record, top, "size"):
+        edge = Edge.of(session.stream, writer, reader)
+        value = values[writer, reader if (writer, reader) in values else reader.rpartition(".")[0]]
+        row = {"writer": writer, "reader": reader, "attribution": value}
+        rows.append(row | {"group": edge.kv_group, "shared_with": list(edge.shared_with)})
+    return rows
+
+
+def _by_size(row: dict[str, Any]) -> float:
+    return -abs(row["attribution"])
+
+
+def _metric(session: Session, token: str | None, against: str | None) -> LogitDifference | None:
+    """A logit after the prompt; None is the mean next-token loss."""
+    if token is None and against is None:
+        return None
+    prompted = session.options["prompt"] is not None or session.options["prompt_ids"] is not None
+    if token is None or not prompted:
+        raise UsageError(
+            "--against without --token" if token is None else "--token without a prompt",
+            expected='--prompt TEXT --token " Paris" --against " Rome"',
+            do="add what is missing",
+        )
+    return LogitDifference(session.token(token), None if against is None else session.token(against))
+
+
+def _named(session: Session, metric: LogitDifference) -> str:
+    texts = session.stream.source.token_texts()
+    ids = [token for token in (metric.token, metric.against) if token is not None]
+    return f"the logit of {' less that of '.join(repr(texts[i]) if texts else str(i) for i in ids)}"

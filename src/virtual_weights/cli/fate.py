@@ -1,0 +1,151 @@
+"""``vweights erased``, ``persistence`` and ``frontier``: what becomes of what was written while the model runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from virtual_weights.cli import options as o
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, running_verb
+from virtual_weights.record import Record
+from virtual_weights.runtime.fate.erased import Erased
+from virtual_weights.runtime.fate.frontier import ErasurePolicy, Frontier
+from virtual_weights.runtime.fate.persistence import ErasedBy, Persistence, PersistenceSummary
+
+_ERASER = ("eraser", "mean", "spread", "erased", "strengthened", "bimodality", "tokens")
+_VERDICTS: tuple[str, ...] = ("unconditional", "conditional", "rare", "never")
+_ERASERS = 3  # named for each writer
+_WRITER = ("writer", "start", "final", "lowest", "lowest_state", "half_state", "eraser", "taken")
+_PRICES = (
+    "price",
+    "lambda",
+    "optimal",
+    "model",
+    "shuffled",
+    "keep_all",
+    "erased_by_optimal",
+    "erased_by_model",
+    "agreement",
+    "chance",
+)
+_POLICY = ("writer", "utility", "interference", "intended", "erased_by_optimal", "erased_by_model", "excess")
+
+
+class EraserKind(StrEnum):
+    """What erases."""
+
+    neuron = "neuron"
+    head = "head"
+    mlp = "mlp"
+
+
+@running_verb("text", "repeated", tokens=16384)
+def erased(
+    session: Session,
+    clears: Annotated[float, typer.Option("--clears", metavar="C", help="a coefficient above this erases")] = 0.5,
+    kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to show; counts are of all")] = (
+        EraserKind.neuron
+    ),
+    top: o.Top = 10,
+) -> Answer:
+    """Which neurons, heads and MLPs erase what they read: on all tokens of a text, on some, or on few."""
+    question = Erased(clears)
+    record = session.ask(question)
+    counts = _counts(record)
+    best = {name: _most(record, kind, name, top) for name in ("unconditional", "conditional")}
+    shown: list[Table | str] = [
+        Table(
+            f"erasers of {session.name} on {record.stamp['tokens']} tokens",
+            [{"kind": name, **row} for name, row in counts.items()],
+        )
+    ]
+    for name, rows in best.items():
+        order = "by share of tokens, then nearest 1" if name == "unconditional" else "by bimodality"
+        shown.append(Table(f"the {len(rows)} most {name} of kind {kind.value}, {order}", rows, _ERASER))
+    shown.append(
+        f"coefficient above {clears:g}: on {question.always:.0%} of tokens or more unconditional, on "
+        f"{question.seldom:.0%} or more conditional, else rare; of heads and MLPs cut to ±{question.tail:g}, "
+        f"but for shares · {session.run.text}"
+    )
+    return Answer(record, [row for rows in best.values() for row in rows], {"counts": counts}, shown)
+
+
+@running_verb("text", "repeated", tokens=2048)
+def persistence(
+    session: Session,
+    writer: Annotated[
+        str | None, typer.Option("--writer", metavar="NAME", help="follow one, e.g. L5H3, L2.mlp, embed")
+    ] = None,
+    centred: Annotated[
+        bool, typer.Option("--centred", help="leave out what a writer writes alike at every token")
+    ] = False,
+    top: o.Top = 20,
+) -> Answer:
+    """How long a component's output persists in the stream, and which later components remove it."""
+    questions = [PersistenceSummary(centred), Persistence(centred), ErasedBy(centred)]
+    summary, projection, shares = session.survey.answers(questions)
+    if writer is not None:
+        rows = list(summary.select("writer", [writer]).rows())
+        along = list(projection.select("writer", [writer]).rows())
+        removed = sorted(_shares(shares, writer), key=lambda row: -abs(row["share"]))[:top]
+        shown: list[Table | str] = [
+            Table(f"{writer} · {session.name}", rows, _WRITER),
+            Table("the stream along what it wrote", along, ("state", "projection")),
+        ]
+        more = [Answer(projection, along)]
+    else:
+        rows = sorted(summary.rows(), key=lambda row: abs(float(row["final"] or 0)))[:top]
+        removed = [s for row in rows for s in _shares(shares, str(row["writer"]))[:_ERASERS] if s["share"] < 0]
+        shown = [Table(f"writers of which least is left at the end · {session.name}", rows, _WRITER)]
+        more = []
+    heads = {"writer": "writer", "eraser": "later writer", "share": "share"}
+    shown.append(Table("which later writers remove it (negative) or add to it", removed, heads))
+    stamp = summary.stamp
+    shown.append(f"{stamp['tokens']} tokens of {session.run.text}, weighted by {stamp['weight']}")
+    return Answer(summary, rows, {}, shown, [*more, Answer(shares, removed)])
+
+
+@running_verb("text", "repeated", tokens=512, batch=2)
+def frontier(session: Session, top: o.Top = 10) -> Answer:
+    """The best policy of erasing at every price of interference, and where the model's own erasers stand."""
+    batch = session.options["batch"]
+    prices, policy = session.survey.answers([Frontier(batch=batch), ErasurePolicy(batch=batch)])
+    writers = list(policy.rows())
+    most = list(policy.top(top, "excess").rows())
+    least = sorted(writers, key=lambda row: float(row["excess"] or 0))[:top]
+    shown: list[Table | str] = [
+        Table(f"value of policies, nats, mean over units · {session.name}", list(prices.rows()), _PRICES)
+    ]
+    for word, rows in (("more", most), ("less", least)):
+        shown.append(
+            Table(f"writers of which the model erases {word} than the policy at the median price", rows, _POLICY)
+        )
+    units = prices.stamp["units"]
+    shown.append(f"{units} units: what one writer wrote at one token, on {session.run.text}")
+    return Answer(prices, None, {"units": units}, shown, [Answer(policy, writers)])
+
+
+def _counts(record: Record) -> dict[str, dict[str, int]]:
+    """How many erasers of each kind have each verdict."""
+    counts: dict[str, dict[str, int]] = {kind.value: dict.fromkeys(_VERDICTS, 0) for kind in EraserKind}
+    for row in record.rows():
+        counts[str(row["kind"])][str(row["verdict"] or "never")] += 1
+    return counts
+
+
+def _most(record: Record, kind: EraserKind, verdict: str, top: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [r for r in record.rows() if (r["kind"], r["verdict"]) == (kind.value, verdict)]
+    if verdict == "unconditional":
+        rows.sort(key=lambda row: (-row["erased"], abs(row["mean"] - 1)))
+    else:
+        rows.sort(key=lambda row: -(row["bimodality"] or 0))
+    return rows[:top]
+
+
+def _shares(record: Record, writer: str) -> list[dict[str, Any]]:
+    """What every later writer adds, most negative first."""
+    rows: list[dict[str, Any]] = list(record.select("writer", [writer]).rows())
+    return sorted(rows, key=lambda row: row["share"])

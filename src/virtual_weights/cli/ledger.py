@@ -1,0 +1,223 @@
+"""``vweights bandwidth``, ``superposition`` and ``basis``: the stream as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap
+from virtual_weights.analysis.crowding.directions import DIRECTIONS
+from virtual_weights.analysis.crowding.interference import FEWEST, Interference
+from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
+from virtual_weights.analysis.ledger.basis import Basis, summary
+from virtual_weights.cli import options as o
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, verb
+from virtual_weights.linalg import Subspace
+from virtual_weights.record import Record
+from virtual_weights.stream import Stream
+
+_LEDGER = {
+    "state": "state",
+    "after": "after",
+    "write_ranks": "written",
+    "oversubscription": "/d",
+    "written_dim": "span",
+    "written_entropy_rank": "eff.",
+    "read_ranks": "to read",
+    "read_dim": "span",
+    "read_entropy_rank": "eff.",
+    "live_dim": "live",
+    "live_entropy_rank": "eff.",
+    "unread_dim": "unread",
+    "unwritten_dim": "unwritten",
+    "neurons_before_per_d": "N_b/d",
+    "neurons_after_per_d": "N_a/d",
+    "saving": "saving",
+}
+
+
+@verb("no_fold", "partial", "offline", "allow_non_finite")
+def bandwidth(
+    session: Session,
+    state: Annotated[int | None, typer.Option("--state", min=0, help="show this state's unused directions")] = None,
+    cut: Annotated[float | None, typer.Option("--cut", help="share of the largest gain that counts as zero")] = None,
+    top: o.Top = 5,
+) -> Answer:
+    """What has been written and what is read later, at every state of the stream."""
+    question = Bandwidth(cut)
+    spaces = {} if state is None else _spaces(session.stream, state, cut)
+    record = session.ask(question)
+    unused = {name: _directions(session.stream, space, top) for name, space in spaces.items()}
+    figures: dict[str, Any] = {"bottleneck": bottleneck(record)}
+    if state is not None:
+        figures["directions"] = {"state": state, **unused}
+    shown = _ledger(session.name, record)
+    for name, space in unused.items():
+        shown.append(_directions_shown(f"{name} at state {state}: {space['dim']} dimensions", space["directions"]))
+    return Answer(record, None, figures, shown)
+
+
+@verb("no_fold", "partial", "offline", "allow_non_finite")
+def superposition(
+    session: Session,
+    kind: Annotated[
+        str,
+        typer.Option("--kind", help=f"directions: {', '.join(DIRECTIONS)} (neurons write, read, gate; heads write)"),
+    ] = "out",
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=2, help="at most N directions, chosen by the seed")
+    ] = 20_000,
+    eps: Annotated[
+        float | None, typer.Option("--eps", help="cosine for the capacity counts; the measured largest one if none")
+    ] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+) -> Answer:
+    """Coherence of the model's directions beside chance and Welch, capacity counts, interference and recovery."""
+    directions: Any = kind
+    question = Coherence(directions, sample, seed, device=device)
+    if eps is not None:
+        capacity(1, eps)  # refuses a wrong one before the work
+    coherence, recovery = session.ask(question), session.ask(Recovery(directions, seed=seed))
+    crowd, curves = gap(coherence), list(recovery.rows())
+    counts = _counts(session.stream.d_model, crowd["largest"] if eps is None else eps)
+    title = f"{crowd['directions']} directions ({kind}) in {crowd['dimension']} dimensions · {session.name}"
+    shown: list[Table | str] = [_crowd(title, crowd), f"closest: {' and '.join(crowd['largest_pair'])}"]
+    shown += [] if counts is None else [_capacity(counts)]
+    more = [Answer(recovery, curves, {}, _recovered(recovery, curves))]
+    if recovery.stamp["directions"] >= 4 * FEWEST:
+        more.insert(0, _growth(session.ask(Interference(directions, seed=seed))))
+    else:
+        shown.append(f"interference: fewer than {4 * FEWEST} directions give no power")
+    return Answer(coherence, None, {**crowd, "capacity": counts}, shown, more)
+
+
+@verb("no_fold", "partial", "offline", "allow_non_finite")
+def basis(
+    session: Session,
+    massive: Annotated[
+        float, typer.Option("--massive", help="multiple of the mean energy that is called massive")
+    ] = 3.0,
+    seed: o.Seed = 0,
+    top: o.Top = 10,
+) -> Answer:
+    """Kurtosis of weights over the stream's coordinates, as trained and rotated, and massive coordinates."""
+    record = session.ask(Basis(massive, seed))
+    figures, strongest = summary(record), list(record.top(top, "write_energy").rows())
+    rows = [
+        {"": side, "trained": figures[f"{side}_kurtosis"], "rotated": figures[f"{side}_kurtosis_turned"]}
+        for side in ("write", "read")
+    ]
+    coordinates = ", ".join(str(entry["coordinate"]) for entry in figures["massive"][:20])
+    names = ("coordinate", "write_energy", "write_kurtosis", "read_energy", "read_kurtosis")
+    shown = [
+        Table(f"mean kurtosis over coordinates · {session.name} · norm {record.stamp['norm']}", rows),
+        f"a direction without preferred basis has {figures['gaussian']:.3f}",
+        Table("coordinates into which most is written", strongest, names),
+        f"{len(figures['massive'])} coordinates above {massive:g} times the mean energy: {coordinates or 'none'}",
+    ]
+    return Answer(record, strongest, figures, shown)
+
+
+def _ledger(model: str, record: Record) -> list[Table | str]:
+    rows = [{name: _short(row[name]) for name in _LEDGER} for row in record.rows()]
+    title = f"bandwidth · {model} · d {record.stamp['d_model']} · norm {record.stamp['norm']}"
+    shown: list[Table | str] = [Table(title, rows, _LEDGER)]
+    tightest = bottleneck(record)
+    if tightest["state"] is not None:
+        shown.append(
+            f"tightest at state {tightest['state']} (after {tightest['after']}): {tightest['neurons_before']} neurons "
+            f"before, {tightest['neurons_after']} after; a map through d saves {tightest['saving']:.4g} times "
+            f"(N_b N_a / d^2 = {tightest['neuron_product']:.4g})"
+        )
+    cut = record.stamp["cut"]
+    return [*shown, f"singular values up to {cut:.2g} of the largest count as zero; every map counts alike"]
+
+
+def _short(cell: object) -> object:
+    """One decimal is what a table of states has room for; all digits are in the JSON."""
+    return f"{cell:.1f}" if isinstance(cell, float) else cell
+
+
+def _spaces(stream: Stream, state: int, cut: float | None) -> dict[str, Subspace]:
+    return {
+        "unread": unread(stream, state, cut=cut),
+        "unread by blocks": unread(stream, state, unembed=False, cut=cut),
+        "unwritten": unwritten(stream, state, cut=cut),
+    }
+
+
+def _directions(stream: Stream, space: Subspace, top: int) -> dict[str, Any]:
+    vectors = space.basis[:, :top]
+    if not vectors.shape[1]:
+        return {"dim": 0, "directions": []}
+    sides = [in_tokens(stream, vectors, side=side) for side in ("unembed", "embed")]
+    directions = [
+        {"unembed": [asdict(token) for token in out], "embed": [asdict(token) for token in into]}
+        for out, into in zip(*sides, strict=True)
+    ]
+    return {"dim": space.rank, "directions": directions}
+
+
+def _directions_shown(title: str, directions: list[dict[str, Any]]) -> Table | str:
+    def words(tokens: list[dict[str, Any]]) -> str:
+        return "  ".join(f"{t['token'] if t['text'] is None else repr(t['text'])} {t['cosine']:+.2f}" for t in tokens)
+
+    rows = [
+        {"direction": i, "unembedding (cosine)": words(entry["unembed"]), "embedding (cosine)": words(entry["embed"])}
+        for i, entry in enumerate(directions, 1)
+    ]
+    return Table(title, rows) if rows else title
+
+
+def _counts(d: int, eps: float) -> dict[str, Any] | None:
+    # parallel directions have a cosine of exactly 1, which no count is for; orthogonal ones of 0 have none
+    return {"eps": eps, **asdict(capacity(d, min(eps, 1 - 1e-7)))} if eps > 0 else None
+
+
+def _crowd(title: str, crowd: dict[str, Any]) -> Table:
+    least = "least possible (Welch)"
+    rows = [
+        {"": "largest |cos|", "model": crowd["largest"], "random": crowd["random_largest"], least: crowd["welch"]},
+        {
+            "": "mean square cosine",
+            "model": crowd["mean_square"],
+            "random": crowd["random_mean_square"],
+            least: crowd["welch"] ** 2,
+        },
+    ]
+    return Table(title, rows)
+
+
+def _capacity(counts: dict[str, Any]) -> Table:
+    figures = {
+        "directions, d / eps^2 (as published; not a bound)": counts["published"],
+        "directions, random code that exists (log10)": counts["log10_random_code"],
+        "directions at most (Welch; where eps^2 < 1/d)": counts["welch"],
+        "signals active at once, read linearly": counts["active_signals"],
+    }
+    rows = [{"count": name, "value": value} for name, value in figures.items()]
+    return Table(f"what fits at cosines up to {counts['eps']:.3g}", rows)
+
+
+def _growth(record: Record) -> Answer:
+    exponents = record.stamp["exponents"]
+    words = "n^{exponent:.3f} ({low:.3f} to {high:.3f}; random directions {random:.3f})"
+    lines = [
+        f"interference, {name}: {'none' if fitted is None else words.format(**fitted)}"
+        for name, fitted in exponents.items()
+    ]
+    return Answer(record, None, {"exponents": exponents}, lines)
+
+
+def _recovered(record: Record, curves: list[Any]) -> list[Table | str]:
+    names = [name for name in METHODS if name in curves[0]]
+    title = f"share of n signals recovered, among {record.stamp['directions']} directions"
+    shown: list[Table | str] = [Table(title, curves, ("n", *names))]
+    if "sparse" not in names:
+        shown.append("sparse recovery needs scikit-learn: install the extra 'recovery'")
+    return shown

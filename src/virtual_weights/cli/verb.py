@@ -1,0 +1,190 @@
+"""What all verbs share: options of opening a model and of running it, one refusal each, and how an answer is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, final
+
+from virtual_weights.checkpoint import open_source
+from virtual_weights.cli import options as o
+from virtual_weights.cli.show import Answer, put_json, steps
+from virtual_weights.errors import UsageError
+from virtual_weights.progress import Progress
+from virtual_weights.record import Record
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream import Question, Stream, open_stream
+from virtual_weights.survey.survey import Step, Survey
+
+_OPENING: dict[str, tuple[Any, Any]] = {
+    "no_fold": (o.NoFold, False),
+    "partial": (o.Partial, False),
+    "offline": (o.Offline, False),
+    "allow_non_finite": (o.AllowNonFinite, False),
+}
+_RUNNING: dict[str, tuple[Any, Any]] = {
+    "text": (o.Text, None),
+    "repeated": (o.Repeated, False),
+    "prompt": (o.Prompt, None),
+    "prompt_ids": (o.PromptIds, None),
+    "tokens": (o.Tokens, 4096),
+    "length": (o.Length, 256),
+    "batch": (o.Batch, 4),
+    "seed": (o.Seed, 0),
+    "dtype": (o.RunDtype, o.StoredDtype.float32),
+    "device": (o.Device, "cpu"),
+}
+_GIVEN: dict[str, tuple[Any, Any]] = {"json": (o.AsJson, False), "progress": (o.Progress, o.ProgressMode.auto)}
+_KINDS_OF_TEXT = {"text": "--text", "repeated": "--repeated", "prompt": "--prompt", "prompt_ids": "--prompt-ids"}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One command line: the model that it names, opened when first touched, and the run that it describes.
+
+    Attributes:
+        name: the model, as it was named.
+        step: begins a step of the progress.
+        options: values of the shared options.
+    """
+
+    name: str
+    step: Step
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The model's stream."""
+        progress: Progress = self.step("open")
+        offline, non_finite = (bool(self.options.get(name)) for name in ("offline", "allow_non_finite"))
+        source = open_source(self.name, offline=offline, allow_non_finite=non_finite, progress=progress)
+        return open_stream(source, fold=not self.options.get("no_fold"), partial=bool(self.options.get("partial")))
+
+    @property
+    def runs(self) -> bool:
+        """Whether a text is named in any of the four ways."""
+        return any(self.options.get(name) not in (None, False) for name in _KINDS_OF_TEXT)
+
+    @cached_property
+    def run(self) -> Run:
+        """The model on the text that the options name; on the default text where they name none."""
+        options = self.options
+        how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
+        if options["prompt"] is not None or options["prompt_ids"] is not None:
+            return Run.on_prompt(self.stream, options["prompt"] or whole_numbers(options["prompt_ids"]), **how)
+        size = options["tokens"], options["length"]
+        if options["repeated"]:
+            return Run.on_repeats(self.stream, *size, options["seed"], **how)
+        return Run.on_text(self.stream, options["text"], *size, **how)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What answers questions about the model, and about the run where the verb has one."""
+        return Survey(self.stream, None, self.run if "tokens" in self.options else None, self.step)
+
+    def ask(self, question: Question[Any]) -> Record:
+        """The answer to a question."""
+        return self.survey.ask(question)
+
+    def token(self, name: str) -> int:
+        """One token by its id, or by its text: ``" Paris"`` with the space before it.
+
+        Raises:
+            UsageError: the vocabulary has no such token.
+        """
+        if name.isdecimal():
+            return int(Run.on_prompt(self.stream, [int(name)]).chunks[0])  # refuses an id that is not there
+        texts = self.stream.source.token_texts()
+        if texts is None or name not in texts:
+            raise UsageError(
+                f"no token {name!r}" if texts else f"the checkpoint has no tokenizer to look {name!r} up in",
+                expected="one token's text, its space included, or its id",
+                do=f"try {' ' + name!r}" if texts and f" {name}" in texts else "pass a token id",
+            )
+        return texts.index(name)
+
+    def named(self, token: int) -> str:
+        """A token's id with its text, where the checkpoint knows it."""
+        texts = self.stream.source.token_texts()
+        return f"{token} {texts[token]!r}" if texts else str(token)
+
+
+def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+    """Make a command of a function of a session and of its own options: the shared options and the output are added.
+
+    Args:
+        opening: which of the options of opening a model it has: ``no_fold``, ``partial``, ``offline``,
+            ``allow_non_finite``.
+    """
+    return _command({name: _OPENING[name] for name in opening})
+
+
+def running_verb(*kinds: str, **defaults: Any) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+    """The same for a verb that runs the model, with the options that say on what.
+
+    Args:
+        kinds: which kinds of text it takes: ``text``, ``repeated``, ``prompt``; all without it.
+        defaults: of its options, such as ``tokens=16384``.
+    """
+    wanted = kinds or ("text", "repeated", "prompt")
+    without = {name for name in _KINDS_OF_TEXT if name.partition("_")[0] not in wanted}
+    shared = {
+        name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in without
+    }
+    return _command({**shared, "offline": _OPENING["offline"]}, dict.fromkeys(without))
+
+
+def whole_numbers(text: str) -> list[int]:
+    """``"3,17,5"`` as numbers.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"token ids {text}", expected="whole numbers such as 3,17,5", do="correct them") from None
+
+
+def _command(
+    shared: Mapping[str, tuple[Any, Any]], fixed: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+    def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
+        names = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=o.Model)]
+        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in names]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for name, (annotation, default) in {**shared, **_GIVEN}.items()
+        ]
+
+        def command(model: str, json: bool, progress: o.ProgressMode, **values: Any) -> None:
+            options = {**(fixed or {}), **{name: values.pop(name) for name in shared}}
+            _one_text(options)
+            with steps(progress) as step:
+                answer = function(Session(model, step, options), **values)
+            if json:
+                put_json(answer.as_json(model))
+            else:
+                answer.show()
+
+        command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
+
+
+def _one_text(options: Mapping[str, Any]) -> None:
+    """Refuse more than one kind of text."""
+    kinds = [flag for name, flag in _KINDS_OF_TEXT.items() if options.get(name) not in (None, False)]
+    if len(kinds) > 1:
+        raise UsageError(
+            f"more than one kind of text: {' and '.join(kinds)}",
+            expected="one of --text, --repeated, --prompt and --prompt-ids",
+            do="choose one of them",
+        )

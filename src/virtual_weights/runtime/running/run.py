@@ -1,0 +1,240 @@
+"""A run: a model and the tokens that it runs on, the second thing that a question can be asked of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from virtual_weights.errors import UsageError
+from virtual_weights.record import Axis, Column, Record
+from virtual_weights.runtime.running.model import Runner, Runs
+from virtual_weights.runtime.running.text import (
+    DEFAULT,
+    DEFAULT_TEXT,
+    chunks,
+    is_token,
+    padded,
+    repeated_tokens,
+    texts,
+    token_ids,
+    tokenizer_of,
+)
+from virtual_weights.stream import Question, Stream
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A model, the tokens that it runs on, the first of them that counts, and how it is run.
+
+    Make one with ``on_text``, ``on_repeats``, ``on_prompt`` or ``on_tokens``. The model is loaded when something is
+    first run; ``batch`` and the device are a matter of cost and change no answer beyond rounding.
+
+    Attributes:
+        stream: the model's weights.
+        chunks: token ids, (T,) each; the context begins anew with each.
+        first: the first token of a chunk whose prediction counts, at least 1: half the length where the second half
+            repeats the first.
+        text: what the tokens are, in words.
+        runner: what runs them.
+        batch: chunks that run at once.
+
+    Raises:
+        UsageError: there are no tokens, an id is not in the vocabulary, or ``first`` or ``batch`` is below 1.
+
+    Example:
+        >>> run = Run.on_repeats(stream, tokens=1024)  # doctest: +SKIP
+        >>> Ablation([("L16H0", "L18H6.K")])(run)["effect_nats"]  # doctest: +SKIP
+    """
+
+    stream: Stream
+    chunks: tuple[Tensor, ...]
+    first: int
+    text: str
+    runner: Runner
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.count:
+            raise UsageError("there are no tokens to run on", expected="a text", do="pass one that is not empty")
+        if self.first < 1 or self.batch < 1:
+            raise UsageError(
+                f"no token {self.first} to count from, batches of {self.batch}", expected="numbers >= 1", do="pass such"
+            )
+        size, ids = vocabulary(self.stream), torch.cat(self.chunks)
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if len(wrong):
+            raise UsageError(
+                f"token ids {', '.join(map(str, wrong[:4].tolist()))}",
+                expected=f"ids from 0 to {size - 1}",
+                do="correct them",
+            )
+
+    @classmethod
+    def on_tokens(  # noqa: PLR0913 - how it is run, by keyword only
+        cls,
+        stream: Stream,
+        tokens: Tensor | Iterable[Tensor],
+        first: int = 1,
+        text: str = "token ids",
+        *,
+        model: Runs = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        batch: int = 4,
+    ) -> Run:
+        """A run on token ids: (B, T) with ``PADDING`` after the end of shorter rows, or chunks (T,) each.
+
+        Args:
+            stream: the model.
+            tokens: the ids.
+            first: the first token of a chunk whose prediction counts.
+            text: what the tokens are, in words.
+            model: what runs: a loaded model, see ``load``, or another run's ``runner``; None loads the checkpoint.
+            dtype: of the weights, where the checkpoint is loaded.
+            device: any torch device, likewise.
+            batch: chunks that run at once.
+        """
+        rows = list(tokens)
+        for row in rows:
+            if row.ndim != 1 or row.is_floating_point():
+                raise UsageError(
+                    f"tokens of shape {tuple(row.shape)}, {row.dtype}", expected="token ids (T,)", do="pass whole ids"
+                )
+        trimmed = tuple(row[is_token(row[None])[0]].cpu() for row in rows)
+        runner = model if isinstance(model, Runner) else Runner(stream, model, dtype, device)
+        return cls(stream, tuple(row for row in trimmed if len(row)), first, text, runner, batch)
+
+    @classmethod
+    def on_text(
+        cls, stream: Stream, text: str | Path | None = None, tokens: int = 4096, length: int = 256, **how: Any
+    ) -> Run:
+        """A run on a text, cut into chunks.
+
+        Args:
+            stream: the model.
+            text: a file, a folder, ``"-"`` for standard input; None or ``"default"`` for the default text.
+            tokens: stop after so many.
+            length: tokens of a chunk.
+            how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
+
+        Raises:
+            UsageError: there is no such text, or no tokenizer.
+        """
+        documents = token_ids(texts(text), tokenizer_of(stream))
+        name = DEFAULT_TEXT if text is None or str(text) == DEFAULT else str(text)
+        return cls.on_tokens(stream, chunks(documents, length, tokens), text=name, **how)
+
+    @classmethod
+    def on_repeats(cls, stream: Stream, tokens: int = 1024, length: int = 128, seed: int = 0, **how: Any) -> Run:
+        """A run on random tokens of which the second half of a chunk repeats the first; that half counts.
+
+        Args:
+            stream: the model.
+            tokens: how many, in whole chunks.
+            length: tokens of a chunk, the repetition included.
+            seed: of the tokens.
+            how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
+        """
+        half = max(1, length // 2)
+        rows = repeated_tokens(vocabulary(stream), half, -(-tokens // (2 * half)), seed)
+        return cls.on_tokens(
+            stream, rows, half, f"repeated random tokens (seed {seed}, {half} before the repeat)", **how
+        )
+
+    @classmethod
+    def on_prompt(cls, stream: Stream, prompt: str | Sequence[int] | Tensor, **how: Any) -> Run:
+        """A run on one prompt, a text or token ids.
+
+        Raises:
+            UsageError: the ids are not in the vocabulary, or a text comes without a tokenizer.
+        """
+        if isinstance(prompt, str):
+            (ids,) = token_ids([prompt], tokenizer_of(stream))
+        else:
+            ids = torch.as_tensor(prompt)
+        return cls.on_tokens(stream, [ids], text="a prompt", **how)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs, loaded now if it was not yet."""
+        return self.runner.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.module.parameters()).device
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return sum(map(len, self.chunks))
+
+    @property
+    def identity(self) -> str:
+        """A hex sha256 of the tokens, their division into chunks, the first that counts and the dtype of the run."""
+        digest = sha256(f"{self.runner.precision} {self.first}".encode())
+        for chunk in self.chunks:
+            digest.update(f" {chunk.tolist()}".encode())
+        return digest.hexdigest()
+
+    def batches(self) -> Iterator[Tensor]:
+        """The chunks ``batch`` at a time, (B, T) each, shorter ones ending in ``PADDING``."""
+        return padded(self.chunks, self.batch)
+
+    def sequences(self, most: int | None = None) -> Tensor:
+        """The first whole chunks, those of the greatest length, (sequences, tokens), on the device.
+
+        Raises:
+            UsageError: they hold no token whose prediction counts.
+        """
+        length = max(map(len, self.chunks))
+        if not self.first < length:
+            raise UsageError(
+                f"no token {self.first} to count from in {length}",
+                expected=f"chunks of more than {self.first} tokens",
+                do="pass longer chunks or an earlier first token",
+            )
+        whole = [chunk for chunk in self.chunks if len(chunk) == length]
+        return torch.stack(whole[:most]).to(self.device)
+
+    def prompt(self, most: int | None = None) -> Run:
+        """The first chunk alone, or its first tokens."""
+        return replace(self, chunks=(self.chunks[0][:most],))
+
+    def shortened(self, length: int) -> Run:
+        """The same run with shorter chunks: as much before the first token that counts as fits into half, then on."""
+        before = min(self.first, max(1, length // 2))
+        rows = (torch.cat([c[:before], c[self.first : self.first + length - before]]) for c in self.chunks)
+        return replace(self, chunks=tuple(rows), first=before)
+
+    def halves(self) -> tuple[Run, Run]:
+        """The earlier and the later half of the chunks, as runs of their own.
+
+        Raises:
+            UsageError: there is one chunk.
+        """
+        middle = (len(self.chunks) + 1) // 2
+        return (
+            replace(self, chunks=self.chunks[:middle], text=f"{self.text}, earlier"),
+            replace(self, chunks=self.chunks[middle:], text=f"{self.text}, later"),
+        )
+
+    def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
+        """An answer about this run: as ``Stream.record``, with the text and the identity of the run in the stamp."""
+        stamp = {"text": self.text, "tokens": self.count, "run": self.identity, **stamp}
+        return self.stream.record(question, axes, columns, **stamp)
+
+
+def vocabulary(stream: Stream) -> int:
+    """How many tokens the embedding holds; no tensor is read."""
+    place = stream.model.placements.get(("embed", "embed"))
+    if place is None:
+        raise UsageError("this checkpoint has no embedding", expected="a complete model to run", do="open all of it")
+    return stream.source.tensors[place.tensor].shape[0]

@@ -1,0 +1,225 @@
+"""What a map asks of a model, part by part, and the call that computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, final
+
+from virtual_weights.analysis.channels.channel import Channel
+from virtual_weights.analysis.crowding.coherence import Coherence
+from virtual_weights.analysis.crowding.interference import Interference
+from virtual_weights.analysis.crowding.recovery import Recovery
+from virtual_weights.analysis.ledger.bandwidth import Bandwidth
+from virtual_weights.analysis.ledger.basis import Basis
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.analysis.memory.head_erasers import HeadErasers
+from virtual_weights.analysis.memory.neurons import Neurons
+from virtual_weights.analysis.pairs.composition import Composition
+from virtual_weights.analysis.pairs.contribution import Contribution
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
+from virtual_weights.analysis.pairs.overlap import Overlap
+from virtual_weights.analysis.pairs.subspaces import Subspaces
+from virtual_weights.atlas import Atlas
+from virtual_weights.errors import UsageError
+from virtual_weights.record import Record
+from virtual_weights.runtime.edges.ablation import Ablation
+from virtual_weights.runtime.edges.attribution import Attribution
+from virtual_weights.runtime.flow.labels import Labels
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.statements import Statements
+from virtual_weights.stream import Component, Question, Stream, open_stream
+from virtual_weights.stream.group import HEAD_PORTS
+from virtual_weights.stream.moments import Moments
+from virtual_weights.survey.edges import among_heads, foremost
+from virtual_weights.survey.survey import Step, Survey, quiet
+from virtual_weights.version import VERSION
+
+_NEURON_TABLES: tuple[Any, ...] = (NeuronNeuron, NeuronReaders, NeuronCosines)
+_SPECTRA = 6  # strongest edges into keys whose spectra the report shows
+_SEQUENCES = 8  # chunks on which edges are attributed and removed
+_RANDOM = 10  # matched random edges of every port
+
+
+class Part(StrEnum):
+    """What a map consists of, in the order of the report."""
+
+    composition = "composition"
+    overlap = "overlap"
+    subspaces = "subspaces"
+    bandwidth = "bandwidth"
+    memory = "memory"
+    neurons = "neurons"
+    superposition = "superposition"
+    basis = "basis"
+    statements = "statements"
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What is asked. What the checkpoint has nothing for is passed over.
+
+    Attributes:
+        parts: of the weights' side, and the statements.
+        rotary_offset: as in ``Composition``.
+        edges: with a run: how many edges are removed one by one.
+        moments: contributions by these moments, where there is no run.
+    """
+
+    parts: Sequence[Part] = tuple(Part)
+    rotary_offset: int | None = None
+    edges: int = 16
+    moments: Moments | None = None
+
+    def records(self, survey: Survey) -> Iterator[Record]:
+        """Ask everything; statements last, since they ask what the rest has answered."""
+        for part in self.parts:
+            if part is not Part.statements:
+                yield from survey.answers(list(self._questions(part, survey)))
+                if part is Part.composition and survey.stream.heads:
+                    yield from survey.answers(list(self._spectra(survey)))
+        if survey.run is not None:
+            yield from self._flow(survey, survey.run)
+        elif self.moments is not None:
+            yield from survey.answers(_contributions(survey.stream, self.moments))
+        if Part.statements in self.parts and survey.stream.folded:
+            yield survey.ask(Statements())
+
+    def _questions(self, part: Part, survey: Survey) -> Iterator[Question[Any]]:
+        """The questions of one part of the weights' side."""
+        groups = survey.stream.groups
+        of_heads: dict[Part, Callable[[], list[Question[Any]]]] = {
+            Part.overlap: lambda: [Overlap(port) for port in HEAD_PORTS],
+            Part.subspaces: lambda: [Subspaces("O", "K"), Subspaces("O", "V")],
+            Part.memory: lambda: [HeadErasers(), Erasure()],
+        }
+        of_mlps: dict[Part, Callable[[], list[Question[Any]]]] = {
+            Part.memory: lambda: [Neurons()],
+            Part.superposition: lambda: [Coherence(), Interference(), Recovery()],
+            Part.neurons: lambda: [table(port) for port in groups.mlps[0].ports for table in _NEURON_TABLES],
+        }
+        of_all: dict[Part, Callable[[], list[Question[Any]]]] = {
+            Part.composition: lambda: [self._composition(port) for port in groups.ports],
+            Part.bandwidth: lambda: [Bandwidth()],
+            Part.basis: lambda: [Basis()],
+        }
+        for table, present in ((of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))):
+            if present and part in table:
+                yield from table[part]()
+
+    def _composition(self, port: Any) -> Composition:
+        return Composition(port, self.rotary_offset, "all")
+
+    def _spectra(self, survey: Survey) -> Iterator[Question[Any]]:
+        """Spectra of the strongest edges into keys, one for each pair of a writer and a key/value group."""
+        keys = among_heads(survey.stream, [survey.ask(self._composition("K"))])["K"]
+        pairs = set[tuple[str, str]]()
+        for row in keys.top(_SPECTRA * 8).rows():
+            pair = str(row["writer"]), str(row.get("reader_group") or row["reader"])
+            if pair not in pairs and len(pairs) < _SPECTRA:
+                pairs.add(pair)
+                yield Channel(pair[0], f"{row['reader']}.K", self.rotary_offset)
+
+    def _flow(self, survey: Survey, run: Run) -> Iterator[Record]:
+        """Labels of heads, contributions to every port, attribution and ablation of the foremost edges."""
+        stream = survey.stream
+        if stream.heads:  # on random tokens of their own, whatever the text
+            yield survey.ask(Labels(), Run.on_repeats(stream, 512, 128, model=run.runner))
+        yield from survey.answers(_contributions(stream, survey.moments()))
+        if not stream.heads or max(len(chunk) for chunk in run.chunks) <= run.first:
+            return
+        attributed = survey.answers([Attribution(port, sequences=_SEQUENCES) for port in HEAD_PORTS])
+        yield from attributed
+        compositions = [self._composition(port) for port in HEAD_PORTS if Part.composition in self.parts]
+        scored = among_heads(stream, survey.answers(compositions))
+        edges = foremost(stream, scored, attributed, self.edges)
+        if edges:
+            yield survey.ask(Ablation(edges, _RANDOM, sequences=_SEQUENCES))
+
+
+def map_model(
+    model: Any,
+    path: str | Path,
+    *,
+    run: Run | None = None,
+    plan: Plan | None = None,
+    name: str | None = None,
+    step: Step = quiet,
+    **manner: Any,
+) -> Atlas:
+    """Compute every connection of a model and store the answers in an atlas, but for what the atlas holds already.
+
+    Args:
+        model: a Stream, or whatever ``open`` takes.
+        path: the folder of the atlas, new, empty, or an atlas of this model.
+        run: also ask what flows on a text, what heads do and what removing edges costs.
+        plan: what is asked; None is everything.
+        name: what to call the model; None takes its reference.
+        step: begins a step of the progress by name.
+        manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them.
+
+    Raises:
+        UsageError: the folder holds something else, or the run is of another model.
+
+    Example:
+        >>> atlas = vw.map("smollm2-135m", "atlas", run=vw.Run.on_repeats(stream))  # doctest: +SKIP
+        >>> vw.edges(atlas, reader="L18H6.K")  # doctest: +SKIP
+    """
+    stream = model if isinstance(model, Stream) else open_stream(model) if run is None else run.stream
+    survey = survey_into(path, stream, run, name or (model if isinstance(model, str) else None), step, **manner)
+    for _ in (plan or Plan()).records(survey):
+        pass
+    assert survey.atlas is not None
+    return survey.atlas
+
+
+map = map_model  # its public name, virtual_weights.map
+
+
+def survey_into(
+    path: str | Path, stream: Stream, run: Run | None, name: str | None, step: Step, **manner: Any
+) -> Survey:
+    """A survey that fills the atlas in a folder.
+
+    Raises:
+        UsageError: as ``map_model``.
+    """
+    if run is not None and run.stream.source.fingerprint != stream.source.fingerprint:
+        raise UsageError(
+            f"a run of {run.stream.source.reference}", expected=f"a run of {stream.source.reference}", do="make another"
+        )
+    return Survey(stream, Atlas.create(path, manifest_of(stream, name)), run, step, **manner)
+
+
+def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
+    """Name, fingerprint, family, sizes, norm and every component with its positions, as plain JSON values."""
+    spec = stream.spec
+    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "vocab", "parallel", "gated")
+    return {
+        "model": name or stream.source.reference,
+        "reference": stream.source.reference,
+        "fingerprint": stream.source.fingerprint,
+        "family": stream.model.family,
+        "norm": stream.norm_stamp,
+        "version": VERSION,
+        "sizes": {**{size: getattr(spec, size) for size in sizes}, "states": stream.states},
+        "components": [_component(component) for component in stream.components],
+    }
+
+
+def _component(component: Component) -> dict[str, Any]:
+    return {
+        "label": str(component.label),
+        "kind": component.kind,
+        "layer": component.label.layer,
+        "reads": component.reads,
+        "writes": component.writes,
+        "group": component.kv_group,
+    }
+
+
+def _contributions(stream: Stream, moments: Moments) -> list[Question[Any]]:
+    return [Contribution(port, moments, writers="all") for port in stream.groups.ports]

@@ -1,0 +1,138 @@
+"""Questions asked of one model, each once: the only thing that fills an atlas."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, final
+
+from virtual_weights.atlas import Atlas, task_key
+from virtual_weights.errors import RecordError
+from virtual_weights.progress import Progress, silent
+from virtual_weights.record import Record
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream import Composite, Question, Stream
+from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.question import batched, subject_of
+
+Step = Callable[[str], Progress]
+"""Begins a step of the work by name, and gives what its progress is reported to."""
+
+_TOLD_APART = ("port", "role_a", "role_b", "writer", "reader", "kind")
+
+
+def quiet(name: str) -> Progress:
+    """A step that is reported to nobody."""
+    del name
+    return silent
+
+
+@final
+class Survey:
+    """Questions asked of one model and of one run of it: already known, read from the atlas, or computed now.
+
+    Args:
+        stream: the model.
+        atlas: where answers are stored and looked up; None keeps them in memory.
+        run: what questions of a run are asked of; None refuses them.
+        step: begins a step of the progress by name.
+        manner: values of cost fields (``device``, ``memory_mb``, ``batch``) and of ``compute_dtype`` for every question
+            that has such a field, those that statements ask among them.
+
+    Example:
+        >>> survey = Survey(stream, run=Run.on_repeats(stream))  # doctest: +SKIP
+        >>> survey.ask(Composition("K")), survey.ask(Ablation([("L16H0", "L18H6.K")]))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, stream: Stream, atlas: Atlas | None = None, run: Run | None = None, step: Step = quiet, **manner: Any
+    ) -> None:
+        self.stream, self.atlas, self.run, self.step = stream, atlas, run, step
+        self._manner, self._fingerprint = manner, stream.source.fingerprint
+        self._records: dict[str, Record] = {}
+
+    def ask(self, question: Question[Any], subject: Run | None = None) -> Record:
+        """The answer to one question, of another run than the survey's own where one is given.
+
+        Raises:
+            UsageError: it needs a run, and there is none.
+        """
+        return self.answers([question], subject)[0]
+
+    def answers(self, questions: Sequence[Question[Any]], subject: Run | None = None) -> list[Record]:
+        """The answers to several questions, in order; those that one pass serves are computed together."""
+        adapted = [self._adapted(question) for question in questions]
+        subjects = (subject or self.run, self.stream)
+        keys = [self.key(question, subject_of(question, subjects)) for question in adapted]
+        missing = {key: question for key, question in zip(keys, adapted, strict=True) if not self._known(key)}
+        for batch in batched(missing.values()):
+            self._compute(batch, subjects)
+        return [self._records[key] for key in keys]
+
+    def key(self, question: Question[Any], subject: Run | Stream) -> str:
+        """The address of an answer: model, question, parameters and conventions; of a run its identity too."""
+        conventions = {"norm": self.stream.norm_stamp}
+        if isinstance(subject, Run):
+            conventions["run"] = subject.identity
+        return task_key(self._fingerprint, question.question, question.parameters, conventions)
+
+    def moments(self, observation: Observation | None = None) -> Moments:
+        """The averages of the survey's run, from the atlas or observed now; they are kept in a file beside the records.
+
+        Raises:
+            UsageError: there is no run.
+        """
+        observation = observation or Observation()
+        run: Run = subject_of(observation, [self.run])
+        key = self.key(observation, run)
+        path = None if self.atlas is None else self.atlas.path / f"moments-{key[:16]}.safetensors"
+        if path is not None and path.is_file():
+            try:
+                return Moments.load(path, self.stream)
+            except RecordError:  # cut short: observed anew
+                path.unlink()
+        began = time.monotonic()
+        moments = observation.moments(run, self.step("observation"))
+        if path is not None:
+            moments.save(path)
+        self._store(key, observation, observation.record(run, moments), time.monotonic() - began)
+        return moments
+
+    def _adapted(self, question: Question[Any]) -> Question[Any]:
+        """The question with the survey's own cost fields and dtype, which change no answer, or that of all alike."""
+        names = {f.name for f in fields(question) if f.metadata.get("cost") or f.name == "compute_dtype"}  # pyright: ignore[reportArgumentType]
+        manner = {name: value for name, value in self._manner.items() if name in names and value is not None}
+        return replace(question, **manner) if manner else question  # pyright: ignore[reportArgumentType]
+
+    def _known(self, key: str) -> bool:
+        if key not in self._records and self.atlas is not None and self.atlas.finished(key):
+            self._records[key] = self.atlas.get(key)
+        return key in self._records
+
+    def _compute(self, batch: Sequence[Question[Any]], subjects: Sequence[Any]) -> None:
+        subject, began = subject_of(batch[0], subjects), time.monotonic()
+        progress = self.step(_described(batch))
+        if isinstance(batch[0], Composite):
+            ask = partial(self.answers, subject=subjects[0])
+            answers = ((question, question(subject, progress, ask)) for question in batch)  # pyright: ignore[reportCallIssue]
+        else:
+            answers = type(batch[0]).together(batch, subject, progress)
+        for question, record in answers:
+            self._store(self.key(question, subject), question, record, time.monotonic() - began)
+
+    def _store(self, key: str, question: Question[Any], record: Record, seconds: float) -> None:
+        if self.atlas is not None and question.stored:
+            self.atlas.put(record, key=key, seconds=seconds)
+        self._records[key] = record
+
+
+def _described(batch: Sequence[Question[Any]]) -> str:
+    """The name of a question, and by what it is told apart from another of its kind where it is alone."""
+    name, parameters = batch[0].question, batch[0].parameters
+    if len(batch) > 1:
+        return name
+    values = [str(parameters[key]) for key in _TOLD_APART if parameters.get(key) is not None]
+    return " ".join([name, *values])

@@ -1,0 +1,230 @@
+"""Surveys ask each question once, whatever it costs; what cannot be asked is refused; every verb has one JSON shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from operating import operate
+from tiny_models import tiny
+
+import virtual_weights as vw
+from virtual_weights.analysis.memory.erasure import Erasure
+from virtual_weights.atlas import Atlas
+from virtual_weights.cli import run as command
+from virtual_weights.cli.app import app
+from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.progress import Progress
+from virtual_weights.record import Record
+from virtual_weights.runtime.fate.erased import Erased
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.survey import Part, Plan, Survey, map_model
+
+Capture = pytest.CaptureFixture[str]
+PARTS = (Part.composition, Part.bandwidth)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny("llama-grouped-untied").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the questions whose answers were computed, in order: only these are put into an atlas."""
+    names, put = list[str](), Atlas.put
+
+    def noting(atlas: Atlas, record: Record, **how: Any) -> str:
+        names.append(record.question)
+        return put(atlas, record, **how)
+
+    monkeypatch.setattr(Atlas, "put", noting)
+    return names
+
+
+def repeats(folder: Path, **how: Any) -> Run:
+    return Run.on_repeats(vw.open(folder), 64, 16, **how)
+
+
+def mapped(folder: Path, path: Path, plan: Plan, batch: int = 4, **manner: Any) -> Atlas:
+    return map_model(folder, path, run=repeats(folder, batch=batch), plan=plan, **manner)
+
+
+def test_what_only_costs_changes_no_address(folder: Path, tmp_path: Path, computed: list[str]) -> None:
+    atlas = mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=3))
+    keys = atlas.keys()
+    assert len(keys) == len(computed) == len(atlas.ledger()) > 20
+    computed.clear()
+    again = repeats(folder, batch=1)
+    map_model(folder, tmp_path / "atlas", run=again, plan=Plan(PARTS, edges=3), memory_mb=32, device="cpu:0")
+    assert computed == []
+    assert atlas.keys() == keys
+    assert "module" not in vars(again.runner), "nothing ran"
+
+
+def test_an_interrupted_map_goes_on_where_it_stopped(folder: Path, tmp_path: Path, computed: list[str]) -> None:
+    plan, path = Plan(PARTS, edges=2), tmp_path / "atlas"
+
+    def stopping(name: str) -> Progress:
+        def report(done: float, total: float) -> None:
+            if len(computed) == 3 or name.startswith("attribution"):
+                raise KeyboardInterrupt
+
+        return report
+
+    with pytest.raises(KeyboardInterrupt):
+        mapped(folder, path, plan, step=stopping)
+    first = Atlas.open(path).keys()
+    assert len(first) == len(computed) == 3
+    mapped(folder, path, plan)
+    whole = mapped(folder, tmp_path / "whole", plan).keys()
+    assert set(Atlas.open(path).keys()) == set(whole) > set(first)
+    assert len(computed) == 2 * len(whole), "none of the first three again"
+
+
+def test_one_more_edge_is_one_more_ablation(folder: Path, tmp_path: Path, computed: list[str]) -> None:
+    mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=6))
+    assert computed.count("ablation") == 6 + 3 * 10, "ten random edges for each port"
+    computed.clear()
+    mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=7))
+    assert computed == ["ablation"]
+
+
+def test_an_atlas_of_an_older_format_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    atlas = map_model(folder, tmp_path / "atlas", plan=Plan((Part.bandwidth,)))
+    (atlas.path / "manifest.json").write_text(json.dumps({**atlas.manifest, "format": 1}))
+    with pytest.raises(RecordError, match="format 1") as caught:
+        map_model(folder, atlas.path, plan=Plan((Part.bandwidth,)))
+    assert "map the model again into another folder" in caught.value.do
+    for verb in (["map", str(folder), "-o", str(atlas.path)], ["edges", str(atlas.path)]):
+        assert command(verb) == 3
+        assert "map the model again into another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "choices"),
+    [
+        ({"rotary_offset": 2}, ("rotary_offset=none", "rotary_offset=2")),
+        ({"fold": False}, ("norm=gain folded", "norm=left out")),
+    ],
+    ids=["offsets", "norm"],
+)
+def test_edges_under_several_conventions_are_asked_for_one(
+    other: dict[str, Any], choices: tuple[str, str], folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path, fold = tmp_path / "atlas", other.pop("fold", True)
+    atlas = map_model(folder, path, plan=Plan((Part.composition,)))
+    before = atlas.keys("composition")
+    map_model(vw.open(folder, fold=fold), path, plan=Plan((Part.composition,), **other))
+    after = set(atlas.keys("composition")) - set(before)
+    assert command(["edges", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "several conventions" in error
+    assert ", ".join(choices) in error
+    for choice, keys in zip(choices, (set(before), after), strict=True):
+        assert command(["edges", str(path), "--where", choice, "--top", "999", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert {row["key"] for row in rows} == keys
+    assert command(["edges", str(path), "--where", choices[0].replace("=", "=x")]) == 2
+    assert ", ".join(choices) in capsys.readouterr().err
+
+
+def test_a_convention_may_be_a_fraction(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    atlas = map_model(folder, tmp_path / "atlas", plan=Plan(()))
+    survey = Survey(vw.open(folder), atlas)
+    one, half = (survey.ask(Erasure(slope=slope)) for slope in (1.0, 0.5))
+    for choice, record in (("slope=1", one), ("slope=0.5", half)):
+        assert command(["edges", str(atlas.path), "--question", "erasure", "--where", choice, "--json"]) == 0
+        row = json.loads(capsys.readouterr().out)["rows"][0]
+        assert row["erasure"] == next(record.top(1, "erasure").rows())["erasure"]
+
+
+def test_ids_that_the_vocabulary_lacks_are_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert command(["observe", str(folder), "-o", str(tmp_path / "x"), "--prompt-ids", "3,99999"]) == 2
+    error = capsys.readouterr().err
+    assert "token ids 99999" in error
+    assert "ids from 0 to 36" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_question_of_a_run_needs_one(folder: Path) -> None:
+    survey = Survey(vw.open(folder))
+    for ask in (lambda: survey.ask(Erased()), survey.moments):
+        with pytest.raises(UsageError, match="cannot be asked without a Run") as caught:
+            ask()
+        assert "Run.on_repeats" in caught.value.do
+
+
+SHAPE = ["model", "question", "parameters", "stamp", "provenance", "summary", "rows"]
+RUNS = ("--repeated", "--tokens", "32", "--length", "16")
+VERBS: dict[str, tuple[str, ...]] = {
+    "map": ("MODEL", "-o", "NEW", "--only", "composition,neurons,bandwidth"),
+    "edges": ("ATLAS", "--top", "3"),
+    "composition": ("MODEL", "--top", "3", "--moments", "MOMENTS"),
+    "channel": ("MODEL", "L0H1", "L1H2.K", "--nearest", "2", "--components", "--offsets", "0:2"),
+    "neurons": ("MODEL", "--top", "3"),
+    "subspaces": ("MODEL", "--top", "3"),
+    "bandwidth": ("MODEL", "--state", "1"),
+    "superposition": ("MODEL",),
+    "basis": ("MODEL",),
+    "memory": ("MODEL", "--component", "L1H2", "--top", "3"),
+    "linear": ("MODEL", "--point", "POINT"),
+    "paths": ("MODEL", "L0H1", "L1H2.V"),
+    "statements": ("MODEL", "--samples", "2", "--only", "L1,L3,T7,C1"),
+    "trace": ("MODEL", "--prompt-ids", "3,17,5", "--lens"),
+    "labels": ("MODEL", *RUNS),
+    "observe": ("MODEL", "-o", "NEW", *RUNS),
+    "attribute": ("MODEL", *RUNS, "--top", "3"),
+    "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", *RUNS),
+    "erased": ("MODEL", *RUNS),
+    "persistence": ("MODEL", *RUNS, "--writer", "L0H1"),
+    "frontier": ("MODEL", *RUNS),
+    "validate": ("MODEL", *RUNS, "--edges", "3"),
+    "rotate": ("MODEL", "NEW"),
+}
+
+
+@pytest.fixture(scope="module", params=["llama-grouped-untied", "gpt2"])
+def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What stands for the capitals in the arguments of verbs."""
+    path = tmp_path_factory.mktemp("verbs")
+    model = tiny(request.param)
+    model.save_pretrained(path / "model")
+    stream = vw.open(path / "model")
+    operate(model, stream, torch.arange(5))[0].save(path / "point")
+    Observation().moments(Run.on_repeats(stream, 32, 16, model=model)).save(path / "moments")
+    map_model(stream, path / "atlas", plan=Plan((Part.composition,)))
+    return {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
+
+
+def check_shape(answer: dict[str, Any]) -> None:
+    assert list(answer) == SHAPE + (["more"] if "more" in answer else [])
+    assert all(type(answer[name]) is str for name in SHAPE[:2])
+    assert all(type(answer[name]) is dict for name in SHAPE[2:6])
+    assert type(answer["rows"]) is list
+    assert all(type(row) is dict for row in answer["rows"])
+    for further in answer.get("more", []):
+        check_shape(further)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_the_one_shape(verb: str, places: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    arguments = [str({**places, "NEW": tmp_path / "new"}.get(text, text)) for text in VERBS[verb]]
+    assert command([verb, *arguments, "--json"]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    refuse: Callable[[str], None] = lambda word: pytest.fail(f"{word} is no JSON")  # noqa: E731
+    answer = json.loads(out, parse_constant=refuse)
+    check_shape(answer)
+    assert answer["provenance"]["fingerprint"] == vw.open(places["MODEL"]).source.fingerprint
+
+
+def test_no_verb_is_left_out() -> None:
+    assert {entry.name for entry in app.registered_commands} == VERBS.keys()

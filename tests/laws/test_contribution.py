@@ -1,0 +1,178 @@
+"""Contribution equals its definition, averaged token by token over what transformers' own modules computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exactness import contributions
+from regauge import rebased, rotated
+from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
+from torch import Tensor, nn
+
+import virtual_weights as vw
+from virtual_weights.analysis.pairs.contribution import Contribution
+from virtual_weights.runtime.flow.observation import Observation
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.runtime.running.text import PADDING
+from virtual_weights.stream import Group, Stream, scale
+from virtual_weights.stream.moments import Moments
+
+ROWS = [torch.tensor(row) for row in ([3, 17, 5, 5, 30, 1, 22], [9, 9, 2, 36, 11, 0, 4], [8, 1, 30, 17])]
+BATCH = torch.nn.utils.rnn.pad_sequence(ROWS, batch_first=True, padding_value=PADDING)
+
+
+def _observed(model: nn.Module, tokens: Tensor = BATCH, batch: int = 4, **options: Any) -> tuple[Stream, Moments]:
+    stream = vw.open(model).to(torch.float64)
+    with norms_in_full_precision():
+        return stream, Observation(**options).moments(Run.on_tokens(stream, tokens, model=model, batch=batch))
+
+
+def _naive(model: nn.Module, stream: Stream, port: str, centred: bool, offset: int | None) -> dict[str, Any]:
+    """Energies of every pair and of every reader's input from the definition, one prompt after another."""
+    spec, flows = stream.spec, [flow(model, row) for row in ROWS]
+    written = [contributions(stream, signals, row) for signals, row in zip(flows, ROWS, strict=True)]
+    names = [str(c.label) for c in stream.components if c.writes is not None]
+    energies: dict[str, Any] = {}
+    for group in stream.groups.readers(port):
+        reaching = [i for i, (position, _) in enumerate(written[0]) if position <= group.reads]
+        scalars = [scale(sum(w[i][1] for i in reaching), spec.norm, spec.norm_eps)[:, None] for w in written]
+        read = stream.read(port, group)
+        for head, label in enumerate(group.labels):
+            rows = read.maps[head // (spec.group if port in "KV" else 1)].double()
+            after = _after(stream, flows, port, group, head, offset)
+            total = 0
+            for i in reaching:
+                received = torch.cat([w[i][1] / s for w, s in zip(written, scalars, strict=True)]) @ rows.T
+                total = total + received
+                energies[label, names[i]] = _energy(received, after, centred)
+            energies[label] = _energy(total, after, centred)
+    return energies
+
+
+def _energy(received: Tensor, after: list[tuple[float, Tensor]], centred: bool) -> float:
+    received = received - received.mean(0) if centred else received
+    return sum(weight * float((received @ a.T).square().sum(1).mean()) for weight, a in after)
+
+
+def _after(stream: Stream, flows: list[Any], port: str, group: Group, head: int, offset: int | None) -> Any:
+    """What becomes of the reader's input: a list of (weight, matrix A)."""
+    spec = stream.spec
+    if port == "V":
+        return [(1.0, stream.write(group)[head].double())]
+    if port not in "QK":
+        return [(1.0, torch.eye(stream.read(port, group).maps.shape[1], dtype=torch.float64))]
+    opposite = "K" if port == "Q" else "Q"
+    other = torch.cat([f.reads[opposite, group.layer] for f in flows]).unflatten(1, (-1, spec.d_head))
+    other = other[:, head // (spec.group if port == "Q" else 1)]
+    length = max(map(len, ROWS))
+    pairs = [(t, u) for t in range(length) for u in range(t + 1)] if offset is None else [(offset, 0)]
+    after = []
+    for t, u in pairs:
+        turn = torch.eye(spec.d_head, dtype=torch.float64) if spec.rotary is None else stream.rotation(t - u)
+        rows = other @ turn if port == "Q" else other @ turn.T  # q^T (Rot^T k), (Rot q)^T k
+        after.append((1 / len(pairs) / len(rows) / spec.d_head, rows))
+    return after
+
+
+@pytest.mark.parametrize(("centred", "offset"), [(False, None), (True, 2)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_contribution_is_the_average_over_tokens(name: str, centred: bool, offset: int | None) -> None:
+    model = tiny(name, seed=2, dtype=torch.float64)
+    stream, moments = _observed(model)
+    assert (moments.form, moments.tokens, moments.length) == ("exact", 18, 7)
+    heads = {str(c.label) for c in stream.heads}
+    biases = {str(c.label) for c in stream.components if c.kind in ("attn_bias", "mlp_bias")}
+    for port in ("Q", "K", "V", *(("gate", "up") if stream.spec.gated else ("in",)), "unembed"):
+        record = Contribution(port, moments, centred, "all", offset)(stream)
+        naive = _naive(model, stream, port, centred, offset)
+        rows = {(r["reader"], r["writer"]): r for r in record.rows()}
+        assert rows.keys() == {key for key in naive if isinstance(key, tuple)}
+        for (reader, writer), row in rows.items():
+            expected = naive[reader, writer]
+            if writer in heads | biases or _next(stream, reader, writer):
+                assert row["contribution"] == pytest.approx(expected, rel=1e-9, abs=1e-14), (port, reader, writer)
+            if port in "QKV" and writer in heads:
+                assert row["share"] == pytest.approx(expected / naive[reader], rel=1e-9), (port, reader, writer)
+
+
+def _next(stream: Stream, reader: str, writer: str) -> bool:
+    """Whether the reader reads the very state in which the write first appears: there wide writers are exact too."""
+    places = {str(c.label): c for c in stream.components}
+    return places[reader].reads == places[writer].writes
+
+
+def test_factorised_moments_are_exact_in_the_energy_written() -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+    stream, exact = _observed(model)
+    _, factorised = _observed(model, memory_mb=0)
+    assert factorised.form == "factorised"
+    assert "embed" not in factorised.second
+    for group, writes in (("L0.attn", 1), ("L1.attn", 3)):
+        out = stream.write(group).double()
+        square = out.mT @ out
+        for state in range(writes, stream.states):
+            energies = [(square * m.held_at(group, state - writes)[0]).sum((1, 2)) for m in (exact, factorised)]
+            torch.testing.assert_close(energies[0], energies[1], rtol=1e-9, atol=0)
+            torch.testing.assert_close(energies[0], exact.energy[group][state - writes], rtol=1e-9, atol=0)
+        assert not torch.allclose(exact.held_at(group, 1)[0], factorised.held_at(group, 1)[0], rtol=1e-3)
+    alone = Contribution("K", factorised, writers="all")(stream)
+    assert "embed" not in alone.axis("writer").labels
+
+
+def test_padding_never_counts_and_batching_changes_nothing() -> None:
+    model = tiny("llama-biases-wide-heads", dtype=torch.float64)
+    _, together = _observed(model)
+    for tokens, batch in ((BATCH, 1), (BATCH, 2), (BATCH[[2, 0, 1]], 4)):
+        _, apart = _observed(model, tokens, batch)
+        assert apart.tokens == together.tokens == 18
+        for name, tensor in together._tensors().items():
+            torch.testing.assert_close(apart._tensors()[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_padding_before_a_token_is_refused() -> None:
+    with pytest.raises(vw.VirtualWeightsError, match="padding before a token"):
+        _observed(tiny("gpt2"), BATCH.flip(1))
+    with pytest.raises(vw.VirtualWeightsError, match="no tokens"):
+        _observed(tiny("gpt2"), BATCH[:0])
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2", "neox-parallel-partial-rotary"])
+def test_re_basing_of_values_changes_nothing(name: str) -> None:
+    """Values in another basis; queries and keys too where no rotary turns them."""
+    model = tiny(name, dtype=torch.float64)
+    for bias in (p for n, p in model.named_parameters() if n.endswith(("attn.c_attn.bias", "query_key_value.bias"))):
+        bias.data.zero_()
+    ports = ("Q", "K", "V") if name == "gpt2" else ("V",)
+    if name != "gpt2":
+        for n, p in model.named_parameters():
+            p.data.mul_(0 if n.endswith(("q_proj.weight", "k_proj.weight")) else 1)  # else rotary sees the basis
+    if name.startswith("neox"):
+        fused = [m.query_key_value.weight.data.view(4, 3, 8, -1) for m in (x.attention for x in model.gpt_neox.layers)]
+        for weight in fused:
+            weight[:, :2] = 0
+    answers = []
+    for variant in (model, rebased(model, 3)):
+        stream, moments = _observed(variant)
+        answers.append([Contribution(port, moments)(stream)["contribution"] for port in ports])
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12, equal_nan=True)
+
+
+def test_rotation_of_the_stream_changes_nothing() -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+    answers = []
+    for variant in (model, rotated(model, 5)):
+        stream, moments = _observed(variant)
+        answers.append(
+            [Contribution(port, moments, writers="all")(stream)["contribution"] for port in ("Q", "K", "V", "up")]
+        )
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12, equal_nan=True)
+
+
+def test_moments_of_another_model_are_refused() -> None:
+    _, moments = _observed(tiny("gpt2"))
+    with pytest.raises(vw.VirtualWeightsError, match="another checkpoint"):
+        Contribution("K", moments)(vw.open(tiny("gpt2", seed=9)))
