@@ -154,6 +154,19 @@ def test_ids_that_the_vocabulary_lacks_are_refused(folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_chunks_longer_than_the_models_positions_are_refused() -> None:
+    module = tiny("gpt2")
+    with pytest.raises(UsageError, match="at most 32, the model's positions"):
+        Run.on_repeats(vw.open(module), 66, 66, model=module)
+
+
+def test_questions_of_streams_and_runs_are_asked_together(folder: Path) -> None:
+    survey = Survey(vw.open(folder), run=repeats(folder))
+    questions = [vw.Composition("K"), vw.Labels(), vw.Statements(("L1",))]
+    assert [r.question for r in survey.answers(questions)] == ["composition", "labels", "statements"]
+    assert [r.question for r in survey.answers(questions[::-1])] == ["statements", "labels", "composition"]
+
+
 def test_a_question_of_a_run_needs_one(folder: Path) -> None:
     survey = Survey(vw.open(folder))
     for ask in (lambda: survey.ask(Erased()), survey.moments):

@@ -13,7 +13,7 @@ from virtual_weights.report.tables import plain
 from virtual_weights.stream.names import parse
 
 TOP = 20
-"""Edges between heads that each port shows, by composition score, one per channel."""
+"""Edges between heads that each port shows, by composition score, one per group."""
 
 _HEAD_PORTS = ("K", "Q", "V")
 _EFFECT = {"effect_nats": "effect", "low": "low", "high": "high", "p": "p", "verdict": "verdict"}
@@ -95,7 +95,7 @@ class _Evidence:
         return None if pairs is None else pairs.value(column, reader, writer)
 
     def leading(self) -> Iterator[_Key]:
-        """The strongest edges between heads of each port by score, one per channel."""
+        """The strongest edges between heads of each port by score, one per group."""
         for port in _HEAD_PORTS:
             if port not in self.pairs["composition"]:
                 continue
@@ -130,7 +130,7 @@ def _row(evidence: _Evidence, key: _Key, effect: Mapping[str, Any]) -> dict[str,
     """An edge: its ends, ``score``, ``z``; ``contribution``, ``share``, ``rank`` ``of`` how many; what ablation does.
 
     A group comes once: ``reader`` is the one of its readers with the highest score, whose score and contribution
-    these are, and ``shared`` all of them. Attribution and effect are of the channel. What is not known is None.
+    these are, and ``shared`` all of them. Attribution and effect are of the group. What is not known is None.
     """
     port, writer, end = key
     readers = _readers(evidence, port, end) or list(effect.get("readers", [end]))

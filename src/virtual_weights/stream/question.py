@@ -122,5 +122,7 @@ def batched(questions: Iterable[Question[Any]]) -> list[list[Question[Any]]]:
     """Questions divided into those that are answered together, each question once."""
     batches: dict[Any, list[Question[Any]]] = {}
     for question in dict.fromkeys(questions):
-        batches.setdefault(type(question).together.__func__, []).append(question)  # pyright: ignore[reportFunctionMemberAccess]
+        together = type(question).together.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        alone = together is Question.together.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        batches.setdefault(question if alone else together, []).append(question)
     return list(batches.values())

@@ -46,7 +46,8 @@ class Run:
         batch: chunks that run at once.
 
     Raises:
-        UsageError: there are no tokens, an id is not in the vocabulary, or ``first`` or ``batch`` is below 1.
+        UsageError: there are no tokens, an id is not in the vocabulary, a chunk is longer than the model has positions,
+            or ``first`` or ``batch`` is below 1.
 
     Example:
         >>> run = Run.on_repeats(stream, tokens=1024)  # doctest: +SKIP
@@ -74,6 +75,11 @@ class Run:
                 f"token ids {', '.join(map(str, wrong[:4].tolist()))}",
                 expected=f"ids from 0 to {size - 1}",
                 do="correct them",
+            )
+        length, positions = max(map(len, self.chunks)), _positions(self.stream)
+        if positions is not None and length > positions:
+            raise UsageError(
+                f"chunks of {length} tokens", expected=f"at most {positions}, the model's positions", do="pass shorter ones"
             )
 
     @classmethod
@@ -238,3 +244,9 @@ def vocabulary(stream: Stream) -> int:
     if place is None:
         raise UsageError("this checkpoint has no embedding", expected="a complete model to run", do="open all of it")
     return stream.source.tensors[place.tensor].shape[0]
+
+
+def _positions(stream: Stream) -> int | None:
+    """How many positions the model has embeddings for; None where it has no such table."""
+    place = stream.model.placements.get(("pos", "pos"))
+    return None if place is None else stream.source.tensors[place.tensor].shape[0]
