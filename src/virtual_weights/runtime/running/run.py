@@ -79,7 +79,9 @@ class Run:
         length, positions = max(map(len, self.chunks)), _positions(self.stream)
         if positions is not None and length > positions:
             raise UsageError(
-                f"chunks of {length} tokens", expected=f"at most {positions}, the model's positions", do="pass shorter ones"
+                f"chunks of {length} tokens",
+                expected=f"at most {positions}, the model's positions",
+                do="pass shorter ones",
             )
 
     @classmethod
