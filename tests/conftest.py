@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 from tiny_models import norms_in_full_precision
 
 torch.set_num_threads(1)  # two workers on two cores: more threads only wait for each other
+os.environ.pop("COLUMNS", None)  # output in a pipe is as wide as it likes, but workers name a width
 settings.register_profile("patient", deadline=None, max_examples=25)
 settings.load_profile("patient")
 

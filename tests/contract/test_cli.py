@@ -20,6 +20,7 @@ import virtual_weights as vw
 from virtual_weights.atlas import Atlas
 from virtual_weights.cli import run
 from virtual_weights.errors import ResourceError
+from virtual_weights.survey.edges import ported
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,18 +48,20 @@ def test_composition_json_is_the_record(folder: Path, port: str, capsys: Capture
     assert given["parameters"] == vw.Composition(port).parameters
     assert given["stamp"]["norm"] == "gain folded"
     for edge, row in zip(given["rows"], expected, strict=True):
-        assert {k: edge[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")} == {
-            k: row[k] for k in ("writer", "reader", "score", "strength", "null_ratio", "z")
+        assert edge["reader"] == ported(str(row["reader"]), port)
+        assert {k: edge[k] for k in ("writer", "score", "strength", "null_ratio", "z")} == {
+            k: row[k] for k in ("writer", "score", "strength", "null_ratio", "z")
         }
 
 
 def test_heads_that_share_keys_are_shown_as_one_group(folder: Path, capsys: Capture) -> None:
     given = answer(["composition", folder, "--port", "K", "--top", 30, "--json"], capsys)
     edge, groups = given["rows"][0], given["summary"]["groups"]
-    layer, head = edge["reader"][1:].split("H")
+    reader = edge["reader"].removesuffix(".K")
+    layer, head = reader[1:].split("H")
     members = {f"L{layer}H{h}" for h in range(6) if h // 3 == int(head) // 3}
     assert edge["group"] == f"L{layer}.kv{int(head) // 3}"
-    assert set(edge["shared_with"]) | {edge["reader"]} == members
+    assert set(edge["shared_with"]) | {reader} == members
     assert len(groups) < 30
     assert sum(len(group["readers"]) for group in groups) == 30
     assert "group" not in answer(["composition", folder, "--port", "Q", "--json"], capsys)["rows"][0]
@@ -75,6 +78,7 @@ def test_save_writes_the_matrix_with_its_labels(folder: Path, tmp_path: Path, ca
     readers, writers = json.loads(metadata["readers"]), json.loads(metadata["writers"])
     assert score.shape == (18, 18)
     edge = given["rows"][0]
+    readers = [ported(name, "K") for name in readers]
     assert score[readers.index(edge["reader"]), writers.index(edge["writer"])].item() == edge["score"]
     assert torch.isnan(score[0]).all()
     assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
@@ -203,7 +207,7 @@ def test_interruption_is_130(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("virtual_weights.cli.verb.open_source", stop)
+    monkeypatch.setattr("virtual_weights.checkpoint.open_source", stop)
     assert run(["composition", str(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -215,7 +219,7 @@ def test_too_small_a_budget_is_5(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("virtual_weights.cli.verb.open_source", full)
+    monkeypatch.setattr("virtual_weights.checkpoint.open_source", full)
     assert run(["composition", str(folder)]) == 5
     assert "out of resources" in capsys.readouterr().err
 

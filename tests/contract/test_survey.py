@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from operating import operate
@@ -34,6 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny("llama-grouped-untied").save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def every(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An atlas of all questions about edges."""
+    path = tmp_path_factory.mktemp("every") / "atlas"
+    parts = (Part.composition, Part.overlap, Part.neurons)
+    return map_model(folder, path, run=repeats(folder), plan=Plan(parts, edges=3)).path
 
 
 @pytest.fixture
@@ -80,13 +90,24 @@ def test_an_interrupted_map_goes_on_where_it_stopped(folder: Path, tmp_path: Pat
         return report
 
     with pytest.raises(KeyboardInterrupt):
-        mapped(folder, path, plan, step=stopping)
+        mapped(folder, path, plan, progress=stopping)
     first = Atlas.open(path).keys()
     assert len(first) == len(computed) == 3
     mapped(folder, path, plan)
     whole = mapped(folder, tmp_path / "whole", plan).keys()
     assert set(Atlas.open(path).keys()) == set(whole) > set(first)
     assert len(computed) == 2 * len(whole), "none of the first three again"
+
+
+def test_a_map_draws_bars_where_they_can_be_watched(folder: Path, tmp_path: Path, capfd: Capture) -> None:
+    plan = Plan((Part.bandwidth,))
+    map_model(folder, tmp_path / "quiet", plan=plan)
+    assert capfd.readouterr() == ("", "")
+    map_model(folder, tmp_path / "shown", plan=plan, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "bandwidth" in err
+    assert "100%" in err
 
 
 def test_one_more_edge_is_one_more_ablation(folder: Path, tmp_path: Path, computed: list[str]) -> None:
@@ -217,12 +238,12 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
 
 
+SCHEMA: dict[str, Any] = json.loads((files("virtual_weights.cli") / "answer.schema.json").read_text())
+
+
 def check_shape(answer: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator(SCHEMA).validate(answer)
     assert list(answer) == SHAPE + (["more"] if "more" in answer else [])
-    assert all(type(answer[name]) is str for name in SHAPE[:2])
-    assert all(type(answer[name]) is dict for name in SHAPE[2:6])
-    assert type(answer["rows"]) is list
-    assert all(type(row) is dict for row in answer["rows"])
     for further in answer.get("more", []):
         check_shape(further)
 
@@ -237,6 +258,47 @@ def test_every_verb_has_the_one_shape(verb: str, places: dict[str, Path], tmp_pa
     answer = json.loads(out, parse_constant=refuse)
     check_shape(answer)
     assert answer["provenance"]["fingerprint"] == vw.open(places["MODEL"]).source.fingerprint
+
+
+@pytest.mark.parametrize("question", ["overlap", "attribution", "ablation", "neuron_edges", "contribution"])
+def test_stored_edges_of_every_question_have_the_one_shape(question: str, every: Path, capsys: Capture) -> None:
+    assert command(["edges", str(every), "--question", question, "--top", "40", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    check_shape(answer)
+    assert answer["rows"]
+    for row in answer["rows"]:
+        assert row["reader"] not in row.get("shared_with", ())
+        assert ("group" in row) == ("shared_with" in row)
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["fetch", "smollm2-135m"]])
+def test_what_opens_no_model_has_the_one_shape(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("virtual_weights.checkpoint.locate", lambda *_, **__: tmp_path)
+    assert command(["model", *arguments, "--json"]) == 0
+    check_shape(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("question", "wrong"),
+    [
+        ("composition", {"rows": [{"writer": "L0H1", "reader": "L1H2"}]}),
+        ("composition", {"rows": [{"writer": "L0H1", "reader": "L1H2.K", "group": "L1.kv0"}]}),
+        ("ablation", {"rows": [{"writer": "L0H1", "reader": "L1H2.K", "effect_nats": "0.1"}]}),
+        ("statements", {"rows": [{"id": "L1", "verdict": "perhaps", "evidence": {}}]}),
+        ("validation", {"rows": [{"predictor": "overlap", "port": "K", "target": "effect"}]}),
+        ("neurons", {"summary": {"count": 3}}),
+        ("basis", {"provenance": {}}),
+        ("basis", {"more": [{}]}),
+    ],
+)
+def test_the_schema_refuses_what_is_wrong(question: str, wrong: dict[str, Any]) -> None:
+    shape: dict[str, Any] = {"model": "m", "question": question, "parameters": {}, "stamp": {}, "summary": {}}
+    shape |= {"provenance": {"fingerprint": "f"}, "rows": []}
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert validator.is_valid(shape) == (question != "neurons")
+    assert not validator.is_valid({**shape, **wrong})
 
 
 def test_no_verb_is_left_out() -> None:

@@ -1,4 +1,4 @@
-"""The Python blocks of the pages are run as they stand; the exit codes of the page are those of the command."""
+"""The Python of the pages runs as it stands and prints what they show; the exit codes are those of the command."""
 
 from __future__ import annotations
 
@@ -60,6 +60,14 @@ def test_a_wrong_convention_would_be_noticed(right: str, wrong: str) -> None:
         run_blocks(page, text.replace(right, wrong))
     line = [entry.lineno for entry in failure.traceback if Path(str(entry.path)) == page][-1]
     assert right in text.splitlines()[line], "another statement failed first"
+
+
+def test_a_wrong_output_would_be_noticed() -> None:
+    page = ROOT / "docs" / "bandwidth.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("[24, 48, 72]\n```") == 1
+    with pytest.raises(AssertionError, match="what block 1 of bandwidth"):
+        run_blocks(page, text.replace("[24, 48, 72]\n```", "[24, 48, 73]\n```"))
 
 
 def test_the_command_ends_with_the_exit_codes_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_one_edge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_strongest_edges_one_per_group(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = answer(capsys, "ablate", folder, "--port", "V", "--top", 6, "--random", 2)
+    given = answer(capsys, "ablate", folder, "--port", "V", "--edges", 6, "--random", 2)
     edges = by_kind(given, "asked")
     groups = [(edge["writer"], edge["group"]) for edge in edges]
     assert len(groups) == len(set(groups)) == 6
@@ -94,7 +94,7 @@ def test_the_strongest_edges_one_per_group(folder: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("port", "ending"), [("up", ".mlp.up"), ("unembed", "unembed"), ("Q", ".Q")])
 def test_other_ports(port: str, ending: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = answer(capsys, "ablate", folder, "--port", port, "--top", 2, "--random", 1)
+    given = answer(capsys, "ablate", folder, "--port", port, "--edges", 2, "--random", 1)
     assert len(by_kind(given, "asked")) == 2
     assert len(by_kind(given, "random")) >= 1
     assert all(edge["reader"].endswith(ending) for edge in given["rows"])

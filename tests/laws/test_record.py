@@ -207,3 +207,25 @@ def test_select_keeps_values_with_their_labels_and_groups():
     assert table.select("row", ["2"])["name"] == ("two",)
     with pytest.raises(UsageError, match="no reader 'z'"):
         record.select("reader", ["z"])
+
+
+def test_a_record_has_rows_is_equal_to_its_like_and_shows_itself_shortly():
+    record = pairs([[NAN, 0.5], [0.25, NAN]])
+    assert len(record) == 2
+    assert list(record) == list(record.rows())
+    assert record == pairs([[NAN, 0.5], [0.25, NAN]])
+    assert record != pairs([[NAN, 0.5], [0.5, NAN]])
+    assert record != 1
+    lines = repr(pairs([[float(i + j) for i in range(40)] for j in range(40)])).splitlines()
+    assert lines[0] == "Record 'composition' over reader (40) x writer (40), 1600 rows"
+    assert len(lines) <= 12
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_row_is_found_by_writer_and_reader_in_either_order():
+    record = pairs([[NAN, 0.5], [0.25, NAN]])
+    row = {"reader": "R0", "writer": "W1", "score": 0.5}
+    assert record["W1", "R0"] == record["R0", "W1"] == record["W1", "R0.K"] == row
+    for labels in (("W1", "R0.Q"), ("W0", "R0"), ("W1",), ("W1", "R9")):
+        with pytest.raises(UsageError):
+            record[labels]

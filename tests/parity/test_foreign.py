@@ -254,4 +254,11 @@ def test_what_the_page_shows_of_a_peer_is_so(library: str, tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = runpy.run_path(str(page), names)
-    assert results["effects"].axis("edge").labels[0] == "L0H1 -> L1H2.K"
+    assert results["ablation"].axis("edge").labels[0] == "L0H1 -> L1H2.K"
+    assert results["trace"].stamp["error"] < 1e-5
+    if "neurons" in results:
+        assert results["neurons"].shape[-1] == results["stream"].spec.d_mlp
+    else:
+        weights, bridge = results["weights"], results["bridge"]
+        assert torch.equal(weights["blocks.1.attn.W_Q"], bridge.blocks[1].attn.W_Q)
+        assert torch.equal(weights["unembed.W_U"], bridge.W_U)

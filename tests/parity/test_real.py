@@ -21,8 +21,8 @@ def test_induction_circuit_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     """L16H0, the strongest previous-token head, and L17H8 feed the keys of the strongest induction heads."""
     assert run(["composition", MODEL, "--port", "K", "--top", "10", "--json"]) == 0
     edges = json.loads(capsys.readouterr().out)["rows"]
-    induction = {("L16H0", reader) for reader in ("L17H3", "L17H4", "L17H5", "L18H6", "L18H7", "L18H8")}
-    induction |= {("L17H8", reader) for reader in ("L18H6", "L18H7", "L18H8")}
+    induction = {("L16H0", f"{reader}.K") for reader in ("L17H3", "L17H4", "L17H5", "L18H6", "L18H7", "L18H8")}
+    induction |= {("L17H8", f"{reader}.K") for reader in ("L18H6", "L18H7", "L18H8")}
     strongest = [edge for edge in edges if (edge["writer"], edge["reader"]) in induction]
     assert len(strongest) == 9
     assert all(0.15 <= edge["score"] <= 0.18 for edge in strongest)

@@ -87,6 +87,10 @@ class Atlas:
         >>> Atlas.open(folder).get(key).top(10)  # doctest: +SKIP
     """
 
+    def __repr__(self) -> str:
+        count = sum(1 for _ in (self.path / RECORDS).glob("[0-9a-f]*"))
+        return f"Atlas in {self.path}: {count} records; .keys(question), .get(key).top(10)"
+
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self._path, self._manifest = path, manifest
 

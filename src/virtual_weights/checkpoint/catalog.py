@@ -14,6 +14,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import final
 
+from platformdirs import user_cache_path
+
 from virtual_weights.errors import MalformedCheckpointError, OfflineError, UsageError
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record.durable import replacing
@@ -109,10 +111,9 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
 
 
 def cache_folder() -> Path:
-    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    if folder := os.environ.get("VWEIGHTS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtual-weights"
+    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (on Linux XDG_CACHE_HOME or ~/.cache)."""
+    folder = os.environ.get("VWEIGHTS_CACHE")
+    return Path(folder) if folder else user_cache_path("virtual-weights", appauthor=False)
 
 
 def store(path: Path, chunks: Iterable[bytes], size: int, digest: str) -> None:

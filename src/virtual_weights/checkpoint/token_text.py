@@ -2,7 +2,8 @@
 
 Byte-level vocabularies spell bytes as printable letters, SentencePiece spells a space as ``▁`` and a
 byte as ``<0x0A>``. Both are undone; bytes that do not form a UTF-8 character show in hexadecimal.
-The vocabulary is read as plain JSON: no tokenizer is built from a stranger's file.
+The vocabulary is read as plain JSON: no tokenizer is built from a stranger's file. The decoders of the tokenizers
+library would not do: they decode sequences, so they drop the first token's space and replace bytes that stand alone.
 """
 
 from __future__ import annotations

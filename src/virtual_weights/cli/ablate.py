@@ -7,17 +7,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from virtual_weights.analysis.pairs.composition import Composition
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
-from virtual_weights.record import Record
-from virtual_weights.runtime.edges.ablation import Ablation
-from virtual_weights.runtime.edges.attribution import Attribution, LogitDifference
-from virtual_weights.runtime.edges.edge import Edge
-from virtual_weights.stream.group import HEAD_PORTS
-from virtual_weights.survey.edges import strongest
 
 _FIGURES = ("effect_nats", "verdict", "p", "pattern_change", "output_change", "top_changed", "group")
 _EDGE = ("writer", "reader", "attribution", "group")
@@ -33,33 +27,41 @@ class Replaced(StrEnum):
 @running_verb("text", "repeated", tokens=1024, length=128, batch=8)
 def ablate(
     session: Session,
-    writer: Annotated[str | None, typer.Argument(help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
-    reader: Annotated[str | None, typer.Argument(help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
+    writer: Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
+    reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
     port: Annotated[
-        o.PortName, typer.Option("--port", help="without WRITER: the port whose strongest edges are removed")
+        o.PortName, typer.Option("--port", help="without WRITER: remove the strongest edges into this port")
     ] = o.PortName.K,
-    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="without WRITER: how many of them")] = 20,
-    random: Annotated[
-        int, typer.Option("--random", metavar="N", min=0, help="matched random edges to compare with")
+    top: Annotated[
+        int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")
     ] = 20,
-    replaced: Annotated[Replaced, typer.Option("--replace", help="by the writer's mean, or by another sequence's")] = (
-        Replaced.mean
-    ),
+    random: Annotated[
+        int, typer.Option("--random", metavar="N", min=0, help="how many matched random edges to remove for comparison")
+    ] = 20,
+    replaced: Annotated[
+        Replaced,
+        typer.Option("--replace", help="what stands in for the writer: its mean, or its output on another sequence"),
+    ] = (Replaced.mean),
     move: Annotated[
-        bool, typer.Option("--move-scalars", help="let the norm scalar follow; it is held otherwise")
+        bool, typer.Option("--move-scalars", help="let norm scalars change with the removal; they are held otherwise")
     ] = False,
 ) -> Answer:
-    """Remove direct edges one by one while the model runs: loss, attention and output, against random edges."""
+    """Remove connections while the model runs, one by one, and compare with random ones: what does each cost?
+
+    The effect on the loss in nats with its interval, on the reader's attention pattern and on its output.
+    """
+    from virtual_weights.survey.edges import strongest
+
     if (writer is None) != (reader is None):
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
     scalars: Literal["held", "move"] = "move" if move else "held"
     if writer is not None and reader is not None:
         scores, edges = {}, [(writer, reader)]
     else:
-        scores = strongest(session.ask(Composition(port.value)), top, "score")
+        scores = strongest(session.ask(vw.Composition(port.value)), top, "score")
         edges = list(scores)
     seed, batch = session.options["seed"], session.options["batch"]
-    record = session.ask(Ablation(edges, random, replaced.value, scalars, seed=seed, batch=batch))
+    record = session.ask(vw.Ablation(edges, random, replaced.value, scalars, seed=seed, batch=batch))
     rows = [_row(row, scores) for row in record.rows()]
     names = ("writer", "reader", "effect_nats", "interval", *_FIGURES[1:])
     shown: list[Table | str] = []
@@ -79,17 +81,23 @@ def ablate(
 def attribute(
     session: Session,
     port: Annotated[
-        list[o.PortName] | None, typer.Option("--port", help="of the readers, more than once for several; Q, K and V")
+        list[o.PortName] | None,
+        typer.Option("--port", help="ports of the readers; repeat it for several; Q, K and V by default"),
     ] = None,
     writers: o.WriterOption = o.WriterSet.heads,
     token: o.Logit = None,
     against: o.Against = None,
     top: o.Top = 20,
 ) -> Answer:
-    """First-order effect on the loss, or on a logit, of removing every direct edge; one backward pass per batch."""
+    """Estimate what removing each connection would cost, all at once: the change of the loss, or of a logit.
+
+    To first order, by one backward pass per batch.
+    """
+    from virtual_weights.stream.group import HEAD_PORTS
+
     metric = _metric(session, token, against)
     ports: list[Any] = [name.value for name in port or []] or list(HEAD_PORTS)
-    questions = [Attribution(name, writers.value, metric, batch=session.options["batch"]) for name in ports]
+    questions = [vw.Attribution(name, writers.value, metric, batch=session.options["batch"]) for name in ports]
     first, *rest = records = session.survey.answers(questions)
     rows = sorted((row for record in records for row in _largest(session, record, top)), key=_by_size)[:top]
     what = "the mean next-token loss in nats" if metric is None else _named(session, metric)
@@ -112,8 +120,11 @@ def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str,
     return edge if score is None or row["kind"] == "random" else edge | {"score": score}
 
 
-def _largest(session: Session, record: Record, top: int) -> list[dict[str, Any]]:
+def _largest(session: Session, record: vw.Record, top: int) -> list[dict[str, Any]]:
     """The edges of one port, largest first."""
+    from virtual_weights.runtime.edges.edge import Edge
+    from virtual_weights.survey.edges import strongest
+
     rows: list[dict[str, Any]] = []
     values = {(row["writer"], row["reader"]): row["attribution"] for row in record.rows()}
     for writer, reader in strongest(record, top, "size"):
@@ -128,7 +139,7 @@ def _by_size(row: dict[str, Any]) -> float:
     return -abs(row["attribution"])
 
 
-def _metric(session: Session, token: str | None, against: str | None) -> LogitDifference | None:
+def _metric(session: Session, token: str | None, against: str | None) -> vw.LogitDifference | None:
     """A logit after the prompt; None is the mean next-token loss."""
     if token is None and against is None:
         return None
@@ -139,10 +150,10 @@ def _metric(session: Session, token: str | None, against: str | None) -> LogitDi
             expected='--prompt TEXT --token " Paris" --against " Rome"',
             do="add what is missing",
         )
-    return LogitDifference(session.token(token), None if against is None else session.token(against))
+    return vw.LogitDifference(session.token(token), None if against is None else session.token(against))
 
 
-def _named(session: Session, metric: LogitDifference) -> str:
+def _named(session: Session, metric: vw.LogitDifference) -> str:
     texts = session.stream.source.token_texts()
     ids = [token for token in (metric.token, metric.against) if token is not None]
     return f"the logit of {' less that of '.join(repr(texts[i]) if texts else str(i) for i in ids)}"

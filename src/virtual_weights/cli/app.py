@@ -6,7 +6,7 @@ Exit codes: 0 ok, 1 a check failed, 2 usage, 3 bad input, 4 refused as unsafe, 5
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -33,39 +33,48 @@ COMMAND_LINE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="vweights",
-    help="Which components of a language model communicate over its residual stream, and how strongly.",
+    help="Which components of a language model communicate over its residual stream, and how strongly. "
+    "To begin: vweights map smollm2-135m -o atlas",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("map")(map_model)
-for command in (
-    edges,
-    composition,
-    channel,
-    neurons,
-    subspaces,
-    bandwidth,
-    superposition,
-    basis,
-    memory,
-    linear,
-    paths,
-    statements,
-    trace,
-    labels,
-    observe,
-    attribute,
-    ablate,
-    erased,
-    persistence,
-    frontier,
-    validate,
-    rotate,
-):
-    app.command(command.__name__)(command)
-app.add_typer(model_commands, name="model")
+START, PAIRS, CHANNEL, STREAM = "Start here", "Who talks to whom", "What a channel carries", "How the stream is used"
+RUNS, CAUSES, MODELS = "What happens on a text", "Cause and effect", "Models"
+WEIGHTS, RUN, EITHER = "from the weights alone", "runs the model", "runs the model only if you name a text"
+_M = "smollm2-135m"
+_PROMPT = '--prompt "The capital of France is"'
+VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
+    ("map", map_model, START, "2 min", EITHER, f"{_M} -o atlas"),
+    ("edges", edges, START, "3 s", "reads an atlas", "atlas --reader L18H6.K --top 10"),
+    ("composition", composition, START, "10 s", EITHER, f"{_M} --port K --top 10"),
+    ("trace", trace, START, "20 s", RUN, f"{_M} {_PROMPT}"),
+    ("neurons", neurons, PAIRS, "40 s", WEIGHTS, f"{_M} --reader L18N5"),
+    ("subspaces", subspaces, PAIRS, "8 s", WEIGHTS, f"{_M} --roles O-K"),
+    ("paths", paths, PAIRS, "3 s", WEIGHTS, f"{_M} L16H0 L18H6.K --order 2"),
+    ("channel", channel, CHANNEL, "10 s", WEIGHTS, f"{_M} L16H0 L17H3.K --nearest 5"),
+    ("bandwidth", bandwidth, STREAM, "12 s", WEIGHTS, f"{_M} --state 3"),
+    ("superposition", superposition, STREAM, "10 s", WEIGHTS, f"{_M} --kind in"),
+    ("basis", basis, STREAM, "8 s", WEIGHTS, f"{_M} --top 5"),
+    ("memory", memory, STREAM, "10 s", WEIGHTS, f"{_M} --component L5H3"),
+    ("linear", linear, STREAM, "6 s", WEIGHTS, f"{_M} --every 3"),
+    ("statements", statements, STREAM, "10 s", EITHER, f"{_M} --only L5,T3"),
+    ("labels", labels, RUNS, "40 s", RUN, f"{_M} --threshold 0.4"),
+    ("observe", observe, RUNS, "1 min", RUN, f"{_M} --tokens 4096 -o moments.safetensors"),
+    ("persistence", persistence, RUNS, "1 min", RUN, f"{_M} --writer L23H2"),
+    ("erased", erased, RUNS, "2 min", RUN, f"{_M} --tokens 2048 --kind head"),
+    ("frontier", frontier, RUNS, "2 min", RUN, f"{_M} --tokens 256"),
+    ("attribute", attribute, CAUSES, "1 min", RUN, f"{_M} --port K --repeated"),
+    ("ablate", ablate, CAUSES, "2 min", RUN, f"{_M} L16H0 L18H6.K --repeated"),
+    ("validate", validate, CAUSES, "3 min", RUN, f"{_M} --tokens 1024 --edges 16"),
+    ("rotate", rotate, MODELS, "15 s", WEIGHTS, f"{_M} rotated --seed 1"),
+)
+"""Every verb with its group, about how long its example takes, whether it runs the model, and the example."""
+for _name, _function, _panel, _time, _runs, _example in VERBS:
+    _about = f"{_runs[0].upper()}{_runs[1:]}. The example takes about {_time} on two processor cores."
+    app.command(_name, rich_help_panel=_panel, epilog=f"{_about}\n\nExample: vweights {_name} {_example}")(_function)
+app.add_typer(model_commands, name="model", rich_help_panel=MODELS)
 
 
 @app.callback(invoke_without_command=True)
@@ -95,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     except (MemoryError, OSError, RuntimeError) as error:
         if not _out_of_resources(error):
             raise
-        remedy = "lower --memory-mb, use --compute-dtype float32, or free memory or disk"
+        remedy = "lower --memory, use --compute-dtype float32, or free memory or disk"
         _complain(f"out of resources: {error}\n  to do: {remedy}")
         return OUT_OF_RESOURCES
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.channels.channel import Channel, Circuit, summary
-from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
-from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile
-from virtual_weights.analysis.pairs.composition import ComponentComposition
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import UsageError
-from virtual_weights.record import Record
-from virtual_weights.stream import parse
 
 _TOKEN = ("directions", "gain", "end", "side", "token", "text", "cosine", "random")
+_BLOCK = ("directions", "end", "side", "random", "gain")
 _COMPONENT = ("component", "reader", "score", "null_ratio", "z", "strength", "share", "gain", "gap")
 _OFFSET = ("offset", "strength", "score", "null_ratio", "norm_reader")
 
@@ -26,23 +23,39 @@ _OFFSET = ("offset", "strength", "score", "null_ratio", "norm_reader")
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def channel(
     session: Session,
-    writer: Annotated[str, typer.Argument(help="e.g. L16H0, L3.mlp, L3N7, embed; alone: a circuit, L16H0.ov")],
-    reader: Annotated[str | None, typer.Argument(help="e.g. L17H3.K, L5.mlp.up, unembed")] = None,
+    writer: Annotated[
+        str,
+        typer.Argument(
+            metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7 or embed; a circuit such as L16H0.ov without READER"
+        ),
+    ],
+    reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L17H3.K, L5.mlp.up, unembed")] = None,
     nearest: Annotated[
-        int | None, typer.Option("--nearest", metavar="N", min=1, help="the N tokens nearest to each direction")
+        int | None, typer.Option("--nearest", metavar="N", min=1, help="show the N tokens nearest to each direction")
     ] = None,
-    blocks: Annotated[int, typer.Option("--blocks", metavar="N", min=1, help="of how many directions or blocks")] = 3,
+    blocks: Annotated[
+        int,
+        typer.Option("--blocks", metavar="N", min=1, help="how many directions, or blocks of directions of equal gain"),
+    ] = 3,
     components: Annotated[
-        bool, typer.Option("--components", help="singular components of a writing head; alone: with all later heads")
+        bool,
+        typer.Option(
+            "--components", help="singular components of the writing head; without READER: against all later heads"
+        ),
     ] = False,
     offsets: Annotated[
-        str | None, typer.Option("--offsets", metavar="A:B", help="over rotary offsets A to B - 1 (A:B:STEP)")
+        str | None,
+        typer.Option("--offsets", metavar="A:B", help="at rotary offsets A to B - 1 (or 0:16:2, with a step)"),
     ] = None,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 12,
     seed: o.Seed = 0,
 ) -> Answer:
-    """Gains and effective ranks of the virtual weight from WRITER to READER; its tokens, components and offsets."""
+    """Look inside one connection: how many directions it carries, how strongly, and near which tokens they lie.
+
+    WRITER alone names a circuit, such as L16H0.ov. The option --components adds the single components of a head's
+    output, and --offsets how the connection changes with the distance between tokens.
+    """
     span = None if offsets is None else _span(offsets)
     if span is not None and reader is None:
         raise UsageError("--offsets without a reader", expected="a port Q or K, such as L17H3.K", do="name a reader")
@@ -51,11 +64,13 @@ def channel(
     if reader is not None or circuit or not components or nearest is not None:
         answers.append(_spectrum(session, writer, reader, rotary_offset, seed, top))
     if nearest is not None:
-        tokens = ChannelTokens(writer, reader, nearest, blocks, rotary_offset=rotary_offset)
+        tokens = vw.ChannelTokens(writer, reader, nearest, blocks, rotary_offset=rotary_offset)
         answers.append(_tokens(session.ask(tokens)))
     if components:
         name = writer.removesuffix(".ov")
-        answers.append(_components(session.ask(ComponentComposition(name, reader, rotary_offset=rotary_offset)), top))
+        answers.append(
+            _components(session.ask(vw.ComponentComposition(name, reader, rotary_offset=rotary_offset)), top)
+        )
     if span is not None and reader is not None:
         answers += _offsets(session, writer, reader, span)
     first, *rest = answers
@@ -64,10 +79,12 @@ def channel(
 
 def _spectrum(session: Session, writer: str, reader: str | None, offset: int | None, seed: int, top: int) -> Answer:
     """Figures and gains of the virtual weight, or of a circuit."""
+    from virtual_weights.analysis.channels.channel import summary
+
     if reader is None:
-        record = session.ask(Circuit(writer, offset))
+        record = session.ask(vw.Circuit(writer, offset))
     else:
-        record = session.ask(Channel(writer, reader, offset, seed=seed))
+        record = session.ask(vw.Channel(writer, reader, offset, seed=seed))
     figures, rows = summary(record), list(record.rows())
     title = f"{writer if reader is None else f'{writer} -> {reader}'} · {session.name}"
     tail = "; the null's edge is the 99% quantile of the largest gain at random orientation"
@@ -79,20 +96,33 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
     return Answer(record, rows, figures, shown)
 
 
-def _tokens(record: Record) -> Answer:
-    rows = [{name: row[name] for name in _TOKEN} for row in record.rows()]
+def _tokens(record: vw.Record) -> Answer:
+    """Every token with its cosine; only those that stand nearer than chance are shown."""
+    rows = [{name: row[name] for name in _TOKEN} | {"above_chance": _above(row)} for row in record.rows()]
     lines: dict[tuple[Any, ...], list[str]] = {}
-    for row in rows:
+    above = [row for row in rows if row["above_chance"]]
+    for row in above:
         text = row["token"] if row["text"] is None else repr(row["text"])
-        key = tuple(row[name] for name in ("directions", "gain", "end", "side", "random"))
-        lines.setdefault(key, []).append(f"{text} {row['cosine']:.3f}")
-    names = ("directions", "gain", "end", "side", "random")
-    listed = [dict(zip(names, key, strict=True)) | {"tokens": "  ".join(words)} for key, words in lines.items()]
-    title = "directions in tokens with cosines (random: what one of as many random tokens reaches)"
-    return Answer(record, rows, {}, [Table(title, listed)])
+        lines.setdefault(tuple(row[name] for name in _BLOCK), []).append(f"{text} {row['cosine']:.3f}")
+    listed = [dict(zip(_BLOCK, key, strict=True)) | {"tokens": "  ".join(words)} for key, words in lines.items()]
+    columns = {"directions": "directions", "end": "end", "side": "side", "tokens": "tokens and cosines"}
+    columns |= {"random": "chance", "gain": "gain"}
+    title = "directions in tokens (chance: the largest cosine of as many random tokens)"
+    shown: list[Table | str] = [Table(title, listed, columns)] if listed else []
+    ends = len({tuple(row[name] for name in _BLOCK) for row in rows})
+    if not listed:
+        shown.append(f"directions in tokens: none of the {ends} ends of directions is nearer to a token than chance")
+    elif len(listed) < ends:
+        shown.append(f"{ends - len(listed)} of {ends} ends of directions are nearer to no token than chance")
+    return Answer(record, rows, {"above_chance": len(above), "tokens": len(rows)}, shown)
 
 
-def _components(record: Record, top: int) -> Answer:
+def _above(row: Mapping[str, Any]) -> bool:
+    """Whether a token is nearer to a direction than the nearest of as many random ones."""
+    return abs(row["cosine"]) > row["random"]
+
+
+def _components(record: vw.Record, top: int) -> Answer:
     ordered = sorted(record.rows(), key=lambda row: -float(row["z"] or 0.0))
     rows = [{name: row[name] for name in _COMPONENT} for row in ordered]
     title = f"the {len(rows[:top])} singular components of {record.parameters['writer']} with largest z, of {len(rows)}"
@@ -100,8 +130,10 @@ def _components(record: Record, top: int) -> Answer:
 
 
 def _offsets(session: Session, writer: str, reader: str, span: range) -> list[Answer]:
-    profile, label = session.ask(OffsetProfile(writer, reader, span)), parse(reader)
-    mean = session.ask(MeanCircuit(f"L{label.layer}H{label.index}", span))
+    from virtual_weights.stream import parse
+
+    profile, label = session.ask(vw.OffsetProfile(writer, reader, span)), parse(reader)
+    mean = session.ask(vw.MeanCircuit(f"L{label.layer}H{label.index}", span))
     rows, average = list(profile.rows()), profile.stamp["root_mean_square"]
     rotary = profile.stamp["rotary_offset"]
     gains = ", ".join(f"{row['gain']:.4g}" for row in list(mean.rows())[:5])

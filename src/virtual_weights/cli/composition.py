@@ -6,29 +6,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from safetensors.torch import save_file
 
-from virtual_weights.analysis.maps.circuits import HeadRole
-from virtual_weights.analysis.pairs.alignment import beside
-from virtual_weights.analysis.pairs.composition import Composition
-from virtual_weights.analysis.pairs.contribution import Contribution
-from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
-from virtual_weights.cli.verb import Session, verb
+from virtual_weights.cli.verb import Session, need_runtime, verb
 from virtual_weights.errors import UsageError
-from virtual_weights.record import Record
-from virtual_weights.record.durable import replacing
-from virtual_weights.runtime.flow.observation import Observation
-from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream.moments import Moments
-from virtual_weights.survey.edges import edges_of, groups_of
+
+if TYPE_CHECKING:
+    from virtual_weights.analysis.maps.circuits import HeadRole
+
 
 FlowText = Annotated[
-    str | None, typer.Option("--text", metavar="FILE", help="run the model on it and show what flows too; or 'default'")
+    str | None,
+    typer.Option("--text", metavar="FILE", help="a file, a folder, - or 'default': run the model on it, too"),
 ]
 
 
@@ -45,28 +39,33 @@ def composition(
     save: o.Save = None,
     compute_dtype: o.ComputeDtype = "float64",
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """Composition of every writer with every later reader of a port, strongest first.
+    """Rank connections from the weights: how strongly each reader reads what each earlier writer writes.
 
-    With moments or a text, also how much each connection carries.
+    With --text or --moments, also how much each connection carries on a text.
     """
+    from virtual_weights.analysis.pairs.alignment import beside
+    from virtual_weights.survey.edges import groups_of
+
     if save is not None and save.suffix != ".safetensors":
-        raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="name the file so")
+        raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="change the name")
     if moments is not None and text is not None:
         raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
+    if text is not None:
+        need_runtime()
     memory = memory_mb or 256
-    question = Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
+    question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
     record, by = question(session.stream, session.step(f"composition {port.value}")), "score"
     averages = _moments(session, moments, text, tokens, device)
     if averages is not None:
-        flow = Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
+        flow = vw.Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
         contribution = flow(session.stream, session.step(f"contribution {port.value}"))
         record = beside(record, contribution, [column.name for column in contribution.columns])
         by = "contribution"
     if save is not None:
         save_matrices(record, save)
-    edges = edges_of(record, top, by)
+    edges = edge_rows(record, top, by)
     title = f"{port.value}-composition · {session.name} · norm {record.stamp['norm']}"
     written = [] if save is None else [f"matrices written to {save}"]
     summary = {"by": by, "groups": groups_of(edges)}
@@ -79,14 +78,19 @@ def subspaces(
     roles: Annotated[str, typer.Option("--roles", metavar="A-B", help="two of Q, K, V, O, e.g. O-K or V-V")] = "O-K",
     by: Annotated[str, typer.Option("--by", help="column to sort by, e.g. overlap, z, cosine, strength")] = "overlap",
     energy: Annotated[
-        float | None, typer.Option("--energy", help="keep directions with this share of the energy")
+        float | None, typer.Option("--energy", help="keep the directions that hold this share of the energy")
     ] = None,
     top: o.Top = 20,
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """Overlap, smallest angle and interference bound of every pair of heads in two ROLES, largest first."""
-    question = Subspaces(*_roles(roles), energy=energy, device=device, memory_mb=memory_mb or 512)
+    """Compare the subspaces that heads read and write: how much they overlap, and how far they can interfere.
+
+    For every pair of heads in two roles (--roles): overlap, smallest angle and a bound on interference, largest first.
+    """
+    from virtual_weights.analysis.pairs.subspaces import figures
+
+    question = vw.Subspaces(*_roles(roles), energy=energy, device=device, memory_mb=memory_mb or 512)
     record = question(session.stream, session.step(f"subspaces {roles}"))
     rows = [{name: row[name] for name in row if name != "place"} for row in record.top(top, by=by).rows()]
     summary = {name: value for name, value in asdict(figures(record)).items() if value is not None}
@@ -96,10 +100,25 @@ def subspaces(
     return Answer(record, rows, summary, [Table(title, rows, names), line])
 
 
-def edge_tables(title: str, record: Record, edges: Sequence[dict[str, Any]]) -> list[Table | str]:
+def edge_rows(record: vw.Record, top: int, by: str | None = None) -> list[dict[str, Any]]:
+    """The strongest edges, each reader with its port; a key/value head is shared with heads."""
+    from virtual_weights.survey.edges import edges_of, ported
+
+    port = str(record.parameters["port"])
+    rows = [{**edge, "reader": ported(edge["reader"], port)} for edge in edges_of(record, top, by)]
+    for row in rows:
+        if "shared_with" in row:
+            row["shared_with"] = [name.removesuffix(f".{port}") for name in row["shared_with"]]
+    return rows
+
+
+def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]]) -> list[Table | str]:
     """The strongest edges as a table, and below it the distinct ones where readers share a key/value head."""
-    heads = {"writer": "writer", "reader": "reader", "group": "key/value group"}
-    shown: list[Table | str] = [Table(title, edges, heads | {c.name: c.name.replace("_", " ") for c in record.columns})]
+    from virtual_weights.survey.edges import groups_of
+
+    heads = {"writer": "writer", "reader": "reader"} | {c.name: c.name.replace("_", " ") for c in record.columns}
+    shared = {"group": "key/value group"} if any("group" in edge for edge in edges) else {}
+    shown: list[Table | str] = [Table(title, edges, heads | shared)]
     merged = groups_of(edges)
     if len(merged) < len(edges):
         count = "one edge" if len(merged) == 1 else f"{len(merged)} edges"
@@ -108,8 +127,12 @@ def edge_tables(title: str, record: Record, edges: Sequence[dict[str, Any]]) -> 
     return shown
 
 
-def save_matrices(record: Record, path: Path) -> None:
+def save_matrices(record: vw.Record, path: Path) -> None:
     """Every column as a matrix (readers, writers), NaN where the writer cannot reach, labels in the metadata."""
+    from safetensors.torch import save_file
+
+    from virtual_weights.record.durable import replacing
+
     metadata = {
         "question": record.question,
         "readers": json.dumps(record.axis("reader").labels),
@@ -123,17 +146,19 @@ def save_matrices(record: Record, path: Path) -> None:
         save_file(matrices, temporary, metadata)
 
 
-def _moments(session: Session, file: Path | None, text: str | None, tokens: int, device: str) -> Moments | None:
+def _moments(session: Session, file: Path | None, text: str | None, tokens: int, device: str) -> vw.Moments | None:
     """The moments of a file or of a text; None where neither is named."""
     if file is not None:
-        return Moments.load(file, session.stream)
+        return vw.Moments.load(file, session.stream)
     if text is None:
         return None
-    run = Run.on_text(session.stream, text, tokens, device=device)
-    return Observation().moments(run, session.step("observation"))
+    run = vw.Run.on_text(session.stream, text, tokens, device=device)
+    return vw.Observation().moments(run, session.step("observation"))
 
 
 def _roles(text: str) -> tuple[HeadRole, HeadRole]:
+    from virtual_weights.analysis.maps.circuits import HeadRole
+
     roles = text.upper().split("-")
     if len(roles) != 2 or not set(roles) <= set(get_args(HeadRole)):
         raise UsageError(

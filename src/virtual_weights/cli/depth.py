@@ -8,12 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.depth.linear_composition import MAPS, LinearComposition
-from virtual_weights.analysis.depth.paths import Paths
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, verb
-from virtual_weights.stream import OperatingPoint
 
 _RANKS = {
     "block": "block",
@@ -31,18 +29,30 @@ def linear(
     session: Session,
     point: o.Point = None,
     position: o.Position = -1,
-    all_tokens: Annotated[bool, typer.Option("--all-tokens", help="all tokens exactly, where T d <= 1024")] = False,
-    every: Annotated[int, typer.Option("--every", metavar="N", min=1, help="spectra at every N-th block")] = 6,
+    all_tokens: Annotated[
+        bool, typer.Option("--all-tokens", help="all tokens exactly, where tokens times d are at most 1024")
+    ] = False,
+    every: Annotated[int, typer.Option("--every", metavar="N", min=1, help="show spectra at every N-th block")] = 6,
     norm_scalar: o.NormScalar = 1.0,
     gate: o.Gate = 1.0,
 ) -> Answer:
-    """Ranks and gains, by depth, of blocks, of their residual composition, its update and the path through all."""
+    """Take blocks as linear maps, and show how their ranks and gains change with depth.
+
+    For single blocks, for all blocks so far with the stream between them, for the change that these make, and for the
+    blocks in sequence without the stream.
+    """
+    from virtual_weights.analysis.depth.linear_composition import MAPS
+
     token = None if all_tokens else position
-    record = session.ask(LinearComposition(_point(session, point), token, every, norm_scalar, gate))
+    record = session.ask(vw.LinearComposition(_point(session, point), token, every, norm_scalar, gate))
     rows = list(record.rows())
     shown: list[Table | str] = []
     for name, title in zip(MAPS, ("block T", "prod(I + T)", "prod(I + T) - I", "path T_n ... T_1"), strict=True):
-        columns = {**_RANKS, "certified_rank": "certain"} if name == "composition" else _RANKS
+        columns = (
+            {"block": "block", "rank": "rank", "certified_rank": "certain"} | _RANKS
+            if name == "composition"
+            else _RANKS
+        )
         of_map = [row for row in rows if row["map"] == name]
         shown.append(Table(f"{title} · {session.name} · norm {record.stamp['norm']}", of_map, columns))
     errors = [float(row["pair_error"]) for row in rows if row["pair_error"] is not None]
@@ -54,22 +64,24 @@ def linear(
 @verb("no_fold", "offline", "allow_non_finite")
 def paths(
     session: Session,
-    writer: Annotated[str, typer.Argument(help="e.g. L16H0, L3.mlp, L3N7, embed")],
-    reader: Annotated[str, typer.Argument(help="e.g. L17H3.K, L5.mlp.up, unembed")],
-    order: Annotated[int, typer.Option("--order", min=1, help="1 is direct, 2 passes one component, ...")] = 2,
+    writer: Annotated[str, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")],
+    reader: Annotated[str, typer.Argument(metavar="READER", help="e.g. L17H3.K, L5.mlp.up, unembed")],
+    order: Annotated[
+        int, typer.Option("--order", min=1, help="longest paths: 1 direct, 2 through one other component, and so on")
+    ] = 2,
     point: o.Point = None,
     position: o.Position = -1,
     source: Annotated[
-        int | None, typer.Option("--source", help="place of the token at which WRITER writes; the same without it")
+        int | None, typer.Option("--source", help="token at which WRITER writes; that of --position by default")
     ] = None,
     norm_scalar: o.NormScalar = 1.0,
     gate: o.Gate = 1.0,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 20,
 ) -> Answer:
-    """Paths from WRITER to READER, strongest first, and what all of them together do."""
+    """List the direct and indirect paths from WRITER to READER, strongest first, and their sum."""
     ends = writer, reader, order, top, _point(session, point), position, source, norm_scalar, gate
-    record = session.ask(Paths(*ends, offset=rotary_offset or 0))
+    record = session.ask(vw.Paths(*ends, offset=rotary_offset or 0))
     rows, totals = list(record.rows()), record.stamp["totals"]
     rest = totals["remainder_share"]
     shown = [
@@ -82,8 +94,8 @@ def paths(
     return Answer(record, rows, totals, shown)
 
 
-def _point(session: Session, file: Path | None) -> OperatingPoint | None:
-    return None if file is None else OperatingPoint.load(file, session.stream)
+def _point(session: Session, file: Path | None) -> vw.OperatingPoint | None:
+    return None if file is None else vw.OperatingPoint.load(file, session.stream)
 
 
 def _assumed(stamp: Mapping[str, Any]) -> str:
@@ -92,5 +104,5 @@ def _assumed(stamp: Mapping[str, Any]) -> str:
         return f"operating point {str(stamp['point'])[:12]} of {stamp['tokens']} tokens: exact for that prompt"
     return (
         f"convention: norm scalar {stamp['norm_scalar']}, gate {stamp['gate']}, one token that attends to itself; "
-        "what a run does is in no weight"
+        "weights alone do not say what a run does"
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
-from virtual_weights.record import Record
-from virtual_weights.runtime.fate.erased import Erased
-from virtual_weights.runtime.fate.frontier import ErasurePolicy, Frontier
-from virtual_weights.runtime.fate.persistence import ErasedBy, Persistence, PersistenceSummary
 
 _ERASER = ("eraser", "mean", "spread", "erased", "strengthened", "bimodality", "tokens")
 _VERDICTS: tuple[str, ...] = ("unconditional", "conditional", "rare", "never")
@@ -24,12 +22,12 @@ _PRICES = (
     "lambda",
     "optimal",
     "model",
+    "agreement",
+    "chance",
     "shuffled",
     "keep_all",
     "erased_by_optimal",
     "erased_by_model",
-    "agreement",
-    "chance",
 )
 _POLICY = ("writer", "utility", "interference", "intended", "erased_by_optimal", "erased_by_model", "excess")
 
@@ -45,14 +43,16 @@ class EraserKind(StrEnum):
 @running_verb("text", "repeated", tokens=16384)
 def erased(
     session: Session,
-    clears: Annotated[float, typer.Option("--clears", metavar="C", help="a coefficient above this erases")] = 0.5,
-    kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to show; counts are of all")] = (
+    clears: Annotated[
+        float, typer.Option("--clears", metavar="C", help="coefficient above which a component counts as erasing")
+    ] = 0.5,
+    kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to list; all are counted")] = (
         EraserKind.neuron
     ),
     top: o.Top = 10,
 ) -> Answer:
-    """Which neurons, heads and MLPs erase what they read: on all tokens of a text, on some, or on few."""
-    question = Erased(clears)
+    """Find neurons, heads and MLPs that erase what they read: at every token of a text, at some, or at few."""
+    question = vw.Erased(clears)
     record = session.ask(question)
     counts = _counts(record)
     best = {name: _most(record, kind, name, top) for name in ("unconditional", "conditional")}
@@ -77,15 +77,15 @@ def erased(
 def persistence(
     session: Session,
     writer: Annotated[
-        str | None, typer.Option("--writer", metavar="NAME", help="follow one, e.g. L5H3, L2.mlp, embed")
+        str | None, typer.Option("--writer", metavar="NAME", help="follow one writer, e.g. L5H3, L2.mlp or embed")
     ] = None,
     centred: Annotated[
-        bool, typer.Option("--centred", help="leave out what a writer writes alike at every token")
+        bool, typer.Option("--centred", help="leave out what a writer writes equally at every token")
     ] = False,
     top: o.Top = 20,
 ) -> Answer:
     """How long a component's output persists in the stream, and which later components remove it."""
-    questions = [PersistenceSummary(centred), Persistence(centred), ErasedBy(centred)]
+    questions = [vw.PersistenceSummary(centred), vw.Persistence(centred), vw.ErasedBy(centred)]
     summary, projection, shares = session.survey.answers(questions)
     if writer is not None:
         rows = list(summary.select("writer", [writer]).rows())
@@ -110,12 +110,12 @@ def persistence(
 
 @running_verb("text", "repeated", tokens=512, batch=2)
 def frontier(session: Session, top: o.Top = 10) -> Answer:
-    """The best policy of erasing at every price of interference, and where the model's own erasers stand."""
+    """Compare what the model erases with what would be best to erase, for every price of interference."""
     batch = session.options["batch"]
-    prices, policy = session.survey.answers([Frontier(batch=batch), ErasurePolicy(batch=batch)])
+    prices, policy = session.survey.answers([vw.Frontier(batch=batch), vw.ErasurePolicy(batch=batch)])
     writers = list(policy.rows())
-    most = list(policy.top(top, "excess").rows())
-    least = sorted(writers, key=lambda row: float(row["excess"] or 0))[:top]
+    most = [row for row in policy.top(top, "excess").rows() if _excess(row) > 0]
+    least = sorted((row for row in writers if _excess(row) < 0), key=_excess)[:top]
     shown: list[Table | str] = [
         Table(f"value of policies, nats, mean over units · {session.name}", list(prices.rows()), _PRICES)
     ]
@@ -123,12 +123,23 @@ def frontier(session: Session, top: o.Top = 10) -> Answer:
         shown.append(
             Table(f"writers of which the model erases {word} than the policy at the median price", rows, _POLICY)
         )
-    units = prices.stamp["units"]
+    units, above = prices.stamp["units"], sum(_above(row) for row in prices.rows())
+    shown.insert(1, f"at {above} of {len(list(prices.rows()))} prices the model agrees with the policy above chance")
     shown.append(f"{units} units: what one writer wrote at one token, on {session.run.text}")
-    return Answer(prices, None, {"units": units}, shown, [Answer(policy, writers)])
+    return Answer(prices, None, {"units": units, "above_chance": above}, shown, [Answer(policy, writers)])
 
 
-def _counts(record: Record) -> dict[str, dict[str, int]]:
+def _excess(row: Mapping[str, Any]) -> float:
+    """How much more of a writer the model erases than the policy."""
+    return float(row["excess"] or 0)
+
+
+def _above(row: Mapping[str, Any]) -> bool:
+    """Whether the model's erasers agree with the policy better than chance."""
+    return row["agreement"] is not None and row["chance"] is not None and row["agreement"] > row["chance"]
+
+
+def _counts(record: vw.Record) -> dict[str, dict[str, int]]:
     """How many erasers of each kind have each verdict."""
     counts: dict[str, dict[str, int]] = {kind.value: dict.fromkeys(_VERDICTS, 0) for kind in EraserKind}
     for row in record.rows():
@@ -136,7 +147,7 @@ def _counts(record: Record) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _most(record: Record, kind: EraserKind, verdict: str, top: int) -> list[dict[str, Any]]:
+def _most(record: vw.Record, kind: EraserKind, verdict: str, top: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [r for r in record.rows() if (r["kind"], r["verdict"]) == (kind.value, verdict)]
     if verdict == "unconditional":
         rows.sort(key=lambda row: (-row["erased"], abs(row["mean"] - 1)))
@@ -145,7 +156,7 @@ def _most(record: Record, kind: EraserKind, verdict: str, top: int) -> list[dict
     return rows[:top]
 
 
-def _shares(record: Record, writer: str) -> list[dict[str, Any]]:
+def _shares(record: vw.Record, writer: str) -> list[dict[str, Any]]:
     """What every later writer adds, most negative first."""
     rows: list[dict[str, Any]] = list(record.select("writer", [writer]).rows())
     return sorted(rows, key=lambda row: row["share"])

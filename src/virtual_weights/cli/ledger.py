@@ -7,35 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.crowding.coherence import Coherence, capacity, gap
-from virtual_weights.analysis.crowding.directions import DIRECTIONS
-from virtual_weights.analysis.crowding.interference import FEWEST, Interference
-from virtual_weights.analysis.crowding.recovery import METHODS, Recovery
-from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
-from virtual_weights.analysis.ledger.basis import Basis, summary
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, verb
-from virtual_weights.linalg import Subspace
-from virtual_weights.record import Record
-from virtual_weights.stream import Stream
 
 _LEDGER = {
     "state": "state",
     "after": "after",
     "write_ranks": "written",
-    "oversubscription": "/d",
-    "written_dim": "span",
-    "written_entropy_rank": "eff.",
+    "oversubscription": "written / d",
     "read_ranks": "to read",
-    "read_dim": "span",
-    "read_entropy_rank": "eff.",
     "live_dim": "live",
-    "live_entropy_rank": "eff.",
     "unread_dim": "unread",
     "unwritten_dim": "unwritten",
-    "neurons_before_per_d": "N_b/d",
-    "neurons_after_per_d": "N_a/d",
+    "written_dim": "written span",
+    "written_entropy_rank": "written eff.",
+    "read_dim": "read span",
+    "read_entropy_rank": "read eff.",
+    "live_entropy_rank": "live eff.",
+    "neurons_before_per_d": "N_b / d",
+    "neurons_after_per_d": "N_a / d",
     "saving": "saving",
 }
 
@@ -43,12 +35,18 @@ _LEDGER = {
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def bandwidth(
     session: Session,
-    state: Annotated[int | None, typer.Option("--state", min=0, help="show this state's unused directions")] = None,
-    cut: Annotated[float | None, typer.Option("--cut", help="share of the largest gain that counts as zero")] = None,
+    state: Annotated[
+        int | None, typer.Option("--state", min=0, help="also show the unused directions at this state")
+    ] = None,
+    cut: Annotated[
+        float | None, typer.Option("--cut", help="singular values below this share of the largest count as zero")
+    ] = None,
     top: o.Top = 5,
 ) -> Answer:
-    """What has been written and what is read later, at every state of the stream."""
-    question = Bandwidth(cut)
+    """Show how many dimensions of the stream are written, and how many are still read, at every depth."""
+    from virtual_weights.analysis.ledger.bandwidth import bottleneck
+
+    question = vw.Bandwidth(cut)
     spaces = {} if state is None else _spaces(session.stream, state, cut)
     record = session.ask(question)
     unused = {name: _directions(session.stream, space, top) for name, space in spaces.items()}
@@ -66,23 +64,29 @@ def superposition(
     session: Session,
     kind: Annotated[
         str,
-        typer.Option("--kind", help=f"directions: {', '.join(DIRECTIONS)} (neurons write, read, gate; heads write)"),
+        typer.Option("--kind", help="directions: out, in, gate (of neurons) or ov (of heads)"),
     ] = "out",
     sample: Annotated[
-        int | None, typer.Option("--sample", metavar="N", min=2, help="at most N directions, chosen by the seed")
+        int | None, typer.Option("--sample", metavar="N", min=2, help="use at most N directions, drawn at random")
     ] = 20_000,
     eps: Annotated[
-        float | None, typer.Option("--eps", help="cosine for the capacity counts; the measured largest one if none")
+        float | None, typer.Option("--eps", help="cosine for the capacity counts; the largest measured one by default")
     ] = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
 ) -> Answer:
-    """Coherence of the model's directions beside chance and Welch, capacity counts, interference and recovery."""
+    """Measure how crowded the stream is: how close its directions lie, and how many signals can be read back.
+
+    Directions are compared with random ones and with the least possible closeness (the Welch bound).
+    """
+    from virtual_weights.analysis.crowding.coherence import capacity, gap
+    from virtual_weights.analysis.crowding.interference import FEWEST
+
     directions: Any = kind
-    question = Coherence(directions, sample, seed, device=device)
+    question = vw.Coherence(directions, sample, seed, device=device)
     if eps is not None:
         capacity(1, eps)  # refuses a wrong one before the work
-    coherence, recovery = session.ask(question), session.ask(Recovery(directions, seed=seed))
+    coherence, recovery = session.ask(question), session.ask(vw.Recovery(directions, seed=seed))
     crowd, curves = gap(coherence), list(recovery.rows())
     counts = _counts(session.stream.d_model, crowd["largest"] if eps is None else eps)
     title = f"{crowd['directions']} directions ({kind}) in {crowd['dimension']} dimensions · {session.name}"
@@ -90,7 +94,7 @@ def superposition(
     shown += [] if counts is None else [_capacity(counts)]
     more = [Answer(recovery, curves, {}, _recovered(recovery, curves))]
     if recovery.stamp["directions"] >= 4 * FEWEST:
-        more.insert(0, _growth(session.ask(Interference(directions, seed=seed))))
+        more.insert(0, _growth(session.ask(vw.Interference(directions, seed=seed))))
     else:
         shown.append(f"interference: fewer than {4 * FEWEST} directions give no power")
     return Answer(coherence, None, {**crowd, "capacity": counts}, shown, more)
@@ -100,13 +104,18 @@ def superposition(
 def basis(
     session: Session,
     massive: Annotated[
-        float, typer.Option("--massive", help="multiple of the mean energy that is called massive")
+        float, typer.Option("--massive", help="coordinates with more than this multiple of the mean energy are massive")
     ] = 3.0,
     seed: o.Seed = 0,
     top: o.Top = 10,
 ) -> Answer:
-    """Kurtosis of weights over the stream's coordinates, as trained and rotated, and massive coordinates."""
-    record = session.ask(Basis(massive, seed))
+    """Test whether the coordinates of the stream are special, or whether any rotation would do as well.
+
+    Kurtosis of the weights over coordinates, as trained and rotated, and the coordinates with most of the energy.
+    """
+    from virtual_weights.analysis.ledger.basis import summary
+
+    record = session.ask(vw.Basis(massive, seed))
     figures, strongest = summary(record), list(record.top(top, "write_energy").rows())
     rows = [
         {"": side, "trained": figures[f"{side}_kurtosis"], "rotated": figures[f"{side}_kurtosis_turned"]}
@@ -123,7 +132,9 @@ def basis(
     return Answer(record, strongest, figures, shown)
 
 
-def _ledger(model: str, record: Record) -> list[Table | str]:
+def _ledger(model: str, record: vw.Record) -> list[Table | str]:
+    from virtual_weights.analysis.ledger.bandwidth import bottleneck
+
     rows = [{name: _short(row[name]) for name in _LEDGER} for row in record.rows()]
     title = f"bandwidth · {model} · d {record.stamp['d_model']} · norm {record.stamp['norm']}"
     shown: list[Table | str] = [Table(title, rows, _LEDGER)]
@@ -143,7 +154,9 @@ def _short(cell: object) -> object:
     return f"{cell:.1f}" if isinstance(cell, float) else cell
 
 
-def _spaces(stream: Stream, state: int, cut: float | None) -> dict[str, Subspace]:
+def _spaces(stream: vw.Stream, state: int, cut: float | None) -> dict[str, vw.Subspace]:
+    from virtual_weights.analysis.ledger.bandwidth import unread, unwritten
+
     return {
         "unread": unread(stream, state, cut=cut),
         "unread by blocks": unread(stream, state, unembed=False, cut=cut),
@@ -151,7 +164,9 @@ def _spaces(stream: Stream, state: int, cut: float | None) -> dict[str, Subspace
     }
 
 
-def _directions(stream: Stream, space: Subspace, top: int) -> dict[str, Any]:
+def _directions(stream: vw.Stream, space: vw.Subspace, top: int) -> dict[str, Any]:
+    from virtual_weights.analysis.ledger.bandwidth import in_tokens
+
     vectors = space.basis[:, :top]
     if not vectors.shape[1]:
         return {"dim": 0, "directions": []}
@@ -176,6 +191,8 @@ def _directions_shown(title: str, directions: list[dict[str, Any]]) -> Table | s
 
 def _counts(d: int, eps: float) -> dict[str, Any] | None:
     # parallel directions have a cosine of exactly 1, which no count is for; orthogonal ones of 0 have none
+    from virtual_weights.analysis.crowding.coherence import capacity
+
     return {"eps": eps, **asdict(capacity(d, min(eps, 1 - 1e-7)))} if eps > 0 else None
 
 
@@ -204,7 +221,7 @@ def _capacity(counts: dict[str, Any]) -> Table:
     return Table(f"what fits at cosines up to {counts['eps']:.3g}", rows)
 
 
-def _growth(record: Record) -> Answer:
+def _growth(record: vw.Record) -> Answer:
     exponents = record.stamp["exponents"]
     words = "n^{exponent:.3f} ({low:.3f} to {high:.3f}; random directions {random:.3f})"
     lines = [
@@ -214,10 +231,14 @@ def _growth(record: Record) -> Answer:
     return Answer(record, None, {"exponents": exponents}, lines)
 
 
-def _recovered(record: Record, curves: list[Any]) -> list[Table | str]:
+def _recovered(record: vw.Record, curves: list[Any]) -> list[Table | str]:
+    from virtual_weights.analysis.crowding.recovery import METHODS
+
     names = [name for name in METHODS if name in curves[0]]
     title = f"share of n signals recovered, among {record.stamp['directions']} directions"
     shown: list[Table | str] = [Table(title, curves, ("n", *names))]
     if "sparse" not in names:
-        shown.append("sparse recovery needs scikit-learn: install the extra 'recovery'")
+        shown.append(
+            "sparse recovery needs scikit-learn: pip install '.[recovery]' in the folder of this project's source"
+        )
     return shown

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.memory.neurons import census
-from virtual_weights.atlas import Atlas
-from virtual_weights.atlas import edges as strongest_edges
+import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.composition import edge_tables
+from virtual_weights.cli.composition import edge_rows, edge_tables
 from virtual_weights.cli.show import Table, line, put_json, steps
-from virtual_weights.cli.verb import Session
+from virtual_weights.cli.verb import Session, need_runtime
 from virtual_weights.errors import UsageError
-from virtual_weights.record import Record
-from virtual_weights.report import write_report
-from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Stream
-from virtual_weights.stream.moments import Moments
-from virtual_weights.survey.edges import among_heads, edges_of, groups_of
-from virtual_weights.survey.plan import Part, Plan, manifest_of, survey_into
 
+if TYPE_CHECKING:
+    from virtual_weights.record import Axis
+
+
+PARTS = "composition, overlap, subspaces, bandwidth, memory, neurons, superposition, basis, statements"
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="DIR", help="the atlas folder; MODEL.atlas if none")
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="DIR", callback=o.checked_folder, help="the atlas folder; MODEL.atlas by default"
+    ),
 ]
 Only = Annotated[
     str | None,
-    typer.Option("--only", metavar="PARTS", help=f"some parts, separated by commas: {', '.join(Part)}"),
+    typer.Option("--only", metavar="PARTS", help=f"some of these parts, separated by commas: {PARTS}"),
 ]
-_HIDDEN = ("key", "question")
+_HIDDEN = ("key", "question", "port", "edge", "shared_with")
 _LENGTH = 128  # tokens of a chunk
 
 
@@ -45,11 +45,13 @@ def map_model(
     text: o.Text = None,
     repeated: o.Repeated = False,
     tokens: o.Tokens = 4096,
-    ablate: Annotated[int, typer.Option("--ablate", metavar="N", min=0, help="with a run: edges to remove")] = 16,
+    ablate: Annotated[
+        int, typer.Option("--ablate", metavar="N", min=0, help="with a text: how many edges to remove")
+    ] = 16,
     top: o.Top = 10,
     compute_dtype: o.ComputeDtype = "float64",
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
     no_fold: o.NoFold = False,
     partial: o.Partial = False,
     offline: o.Offline = False,
@@ -59,20 +61,22 @@ def map_model(
 ) -> None:
     """Compute every connection of a model from its weights and write a report. Resumes where it stopped.
 
-    With a text (or --repeated) the model runs, and the report shows what flows and what edges cause.
+    With --text or --repeated the model also runs. The report then shows how much each connection carries on the text,
+    and what removing the strongest ones costs.
     """
+    from virtual_weights.report import write_report
+    from virtual_weights.survey.plan import manifest_of, survey_into
+
     began, parts = time.monotonic(), _parts(only)
-    if sum((moments is not None, text is not None, repeated)) > 1:
-        raise UsageError(
-            "more than one source of what flows", expected="one of --moments, --text, --repeated", do="choose"
-        )
+    _check_source(moments, text, repeated)
     folder = output or Path(f"{Path(model.removeprefix('hf://')).name}.atlas")
+    o.checked_folder(folder)
     opening = {"no_fold": no_fold, "partial": partial, "offline": offline, "allow_non_finite": allow_non_finite}
     manner = {"compute_dtype": compute_dtype, "device": device, "memory_mb": memory_mb}
     with steps(progress) as step:
         stream = Session(model, step, opening).stream
         run = _run(stream, text, repeated, tokens, device)
-        plan = Plan(parts, rotary_offset, ablate, None if moments is None else Moments.load(moments, stream))
+        plan = vw.Plan(parts, rotary_offset, ablate, None if moments is None else vw.Moments.load(moments, stream))
         records = list(plan.records(survey_into(folder, stream, run, model, step, **manner)))
         report = folder / "report.html"
         write_report(report, records, manifest_of(stream, model))
@@ -80,21 +84,40 @@ def map_model(
     if as_json:
         paths = {"atlas": str(folder), "report": str(report), "seconds": seconds}
         parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": ablate}
+        rows = [edge for figures in summary["composition"].values() for edge in figures["edges"]]
         shape = {"model": model, "question": "map", "parameters": parameters, "stamp": {"norm": stream.norm_stamp}}
-        put_json({**shape, "provenance": stream.provenance, "summary": {**paths, **summary}, "rows": []})
+        put_json({**shape, "provenance": stream.provenance, "summary": {**paths, **summary}, "rows": rows})
         return
+    _show(model, stream, records, summary, top)
+    line(f"done in {seconds:.1f} s")
+    line(f"atlas:  {folder}")
+    line(f"report: {report}")
+
+
+def _check_source(moments: Path | None, text: str | None, repeated: bool) -> None:
+    """Refuse two sources of what flows, and a run that cannot be."""
+    if sum((moments is not None, text is not None, repeated)) > 1:
+        raise UsageError(
+            "more than one source of text or moments",
+            expected="one of --moments, --text, --repeated",
+            do="keep one of them",
+        )
+    if text is not None or repeated:
+        need_runtime()
+
+
+def _show(model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int) -> None:
+    """The strongest edges as tables, and the rest in a line each."""
+    from virtual_weights.survey.edges import among_heads
+
     for port, record in among_heads(stream, records).items():
-        for part in edge_tables(
-            f"{port}-composition · {model} · norm {stream.norm_stamp}", record, edges_of(record, top)
-        ):
+        title = f"{port}-composition · {model} · norm {stream.norm_stamp}"
+        for part in edge_tables(title, record, edge_rows(record, top)):
             part.show() if isinstance(part, Table) else line(part)
     if "statements" in summary:
         line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in summary["statements"].items()))
     if "ablation" in summary:
         line("removed one by one: {edges} edges, {causal} causal".format(**summary["ablation"]))
-    line(f"done in {seconds:.1f} s")
-    line(f"atlas:  {folder}")
-    line(f"report: {report}")
 
 
 def edges(
@@ -109,25 +132,29 @@ def edges(
         str | None,
         typer.Option(
             "--question",
-            help="composition (without it), overlap, erasure, contribution, attribution, ablation, neuron_edges",
+            help="composition by default; or overlap, erasure, contribution, attribution, ablation, neuron_edges",
         ),
     ] = None,
     moments: o.Moments = None,
     where: Annotated[
         list[str] | None,
-        typer.Option("--where", metavar="NAME=VALUE", help="only records of this convention, e.g. rotary_offset=2"),
+        typer.Option("--where", metavar="NAME=VALUE", help="only results with this parameter, e.g. rotary_offset=2"),
     ] = None,
-    by: Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="order; the question's first column")] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="COLUMN", help="column to sort by; the first by default")
+    ] = None,
     top: o.Top = 20,
     as_json: o.AsJson = False,
 ) -> None:
-    """The strongest edges that an atlas holds: of one reader, of one writer, or of all."""
+    """Show the strongest connections in an atlas: those of one reader, those of one writer, or all."""
     chosen = dict(_convention(text) for text in where or [])
     if moments is not None:
-        chosen["moments"] = Moments.load(moments).identity
+        chosen["moments"] = vw.Moments.load(moments).identity
     question = question or ("composition" if moments is None else "contribution")
-    store = Atlas.open(atlas)
-    rows = strongest_edges(store, reader, writer, question=question, by=by, top=top, where=chosen)
+    store = vw.Atlas.open(atlas)
+    rows = vw.edges(store, reader, writer, question=question, by=by, top=top, where=chosen)
+    headers = {key: store.header(key) for key in {row["key"] for row in rows}}
+    rows = [_edge(headers[row["key"]].axes, row) for row in rows]
     if as_json:
         parameters = {"reader": reader, "writer": writer, "by": by, "top": top, "where": chosen}
         shape = {"model": store.manifest.get("model"), "question": question, "parameters": parameters}
@@ -136,6 +163,22 @@ def edges(
         return
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _HIDDEN))
     Table(f"{len(rows)} strongest edges · {question} · {atlas}", rows, names).show()
+
+
+def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:
+    """A stored edge with the names that all verbs use: the reader with its port, and who shares its group."""
+    from virtual_weights.survey.edges import ported
+
+    edge = {"writer": row["writer"], "reader": row["reader"], **row}
+    if row.get("port"):
+        edge["reader"] = ported(row["reader"], row["port"])
+    if isinstance(edge.get("shared_with"), str):  # a column of ablations: names in one text
+        edge["shared_with"] = edge["shared_with"].split()
+    if group := edge.pop("reader_group", None):
+        axis = next(axis for axis in axes if axis.name == "reader")
+        names = [name for name, other in zip(axis.labels, axis.groups, strict=True) if other == group]
+        edge |= {"group": group, "shared_with": [n.partition(".")[0] for n in names if n != row["reader"]]}
+    return edge
 
 
 def _convention(text: str) -> tuple[str, Any]:
@@ -152,26 +195,29 @@ def _convention(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parts(only: str | None) -> tuple[Part, ...]:
+def _parts(only: str | None) -> tuple[vw.Part, ...]:
     """The parts asked for, in the order of the report."""
     wanted = [name.strip() for name in (only or "").split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in tuple(Part)]
+    unknown = [name for name in wanted if name not in tuple(vw.Part)]
     if unknown:
-        raise UsageError(f"no part {unknown[0]!r}", expected=", ".join(Part), do="name some of these in --only")
-    return tuple(part for part in Part if not wanted or part in wanted)
+        raise UsageError(f"no part {unknown[0]!r}", expected=", ".join(vw.Part), do="name some of these in --only")
+    return tuple(part for part in vw.Part if not wanted or part in wanted)
 
 
-def _run(stream: Stream, text: str | None, repeated: bool, tokens: int, device: str) -> Run | None:
+def _run(stream: vw.Stream, text: str | None, repeated: bool, tokens: int, device: str) -> vw.Run | None:
     if repeated:
-        return Run.on_repeats(stream, tokens, _LENGTH, batch=8, device=device)
-    return None if text is None else Run.on_text(stream, text, tokens, _LENGTH, batch=8, device=device)
+        return vw.Run.on_repeats(stream, tokens, _LENGTH, batch=8, device=device)
+    return None if text is None else vw.Run.on_text(stream, text, tokens, _LENGTH, batch=8, device=device)
 
 
-def _summary(stream: Stream, records: list[Record], top: int) -> dict[str, Any]:
+def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str, Any]:
     """The map in a few numbers and edges, as plain JSON values."""
+    from virtual_weights.analysis.memory.neurons import census
+    from virtual_weights.survey.edges import among_heads, groups_of
+
     summary: dict[str, Any] = {"composition": {}}
     for port, record in among_heads(stream, records).items():
-        edges = edges_of(record, top)
+        edges = edge_rows(record, top)
         summary["composition"][port] = {"edges": edges, "groups": groups_of(edges)}
     for record in records:
         if record.question == "neurons":

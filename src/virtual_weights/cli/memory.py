@@ -7,15 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.memory.clearing import Clearing
-from virtual_weights.analysis.memory.erasure import Erasure
-from virtual_weights.analysis.memory.head_erasers import HeadErasers
-from virtual_weights.analysis.memory.neurons import Neurons, census
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import UsageError
-from virtual_weights.record import Record
 
 _HEAD = (
     "head",
@@ -37,25 +33,22 @@ def memory(
     session: Session,
     threshold: Annotated[float, typer.Option("--threshold", help="cosine that divides the classes of neurons")] = 0.5,
     norm_scalar: o.NormScalar = 1.0,
-    slope: Annotated[float, typer.Option("--slope", help="slope assumed of MLPs taken as linear")] = 1.0,
+    slope: Annotated[float, typer.Option("--slope", help="slope that is assumed for MLPs, taken as linear")] = 1.0,
     component: Annotated[
         str | None,
-        typer.Option("--component", metavar="NAME", help="show its clearing spectrum too, e.g. L5H3 or L5.mlp"),
+        typer.Option("--component", metavar="NAME", help="also show how one component erases, e.g. L5H3 or L5.mlp"),
     ] = None,
-    by: Annotated[str, typer.Option("--by", help="order of the pairs: erasure, alignment or z")] = "erasure",
+    by: Annotated[str, typer.Option("--by", help="sort pairs by erasure, alignment or z")] = "erasure",
     seed: o.Seed = 0,
     top: o.Top = 10,
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """Which neurons weaken or strengthen what they read, which heads copy or erase, and which erase what others wrote.
-
-    From the weights alone.
-    """
-    neurons, heads = Neurons(threshold, seed=seed), HeadErasers(norm_scalar, seed=seed)
-    pairs = Erasure(norm_scalar, slope, device=device, memory_mb=memory_mb or 512)
+    """Find neurons and heads that amplify or erase what they read, and which erase what others wrote."""
+    neurons, heads = vw.Neurons(threshold, seed=seed), vw.HeadErasers(norm_scalar, seed=seed)
+    pairs = vw.Erasure(norm_scalar, slope, device=device, memory_mb=memory_mb or 512)
     groups, answers = session.stream.groups, list[Answer]()
-    spectrum = None if component is None else session.ask(Clearing(component, norm_scalar, slope))
+    spectrum = None if component is None else session.ask(vw.Clearing(component, norm_scalar, slope))
     if groups.mlps:
         answers.append(_neurons(session.name, session.ask(neurons)))
     if groups.heads:
@@ -66,14 +59,16 @@ def memory(
         answers.append(_spectrum(component or "", spectrum, top))
     if not answers:
         raise UsageError("this checkpoint holds no MLP and no head", expected="one of them", do="open all of it")
-    line = f"norm scalar {norm_scalar}, attention 1: what a run does is in no weight"
+    line = f"norm scalar {norm_scalar}, attention 1: assumed, since weights alone do not say what a run does"
     answers[-1] = replace(answers[-1], shown=[*answers[-1].shown, line])
     first, *rest = answers
     return replace(first, more=rest)
 
 
-def _neurons(model: str, record: Record) -> Answer:
+def _neurons(model: str, record: vw.Record) -> Answer:
     """The census of a model's neurons; their rows are the layers."""
+    from virtual_weights.analysis.memory.neurons import census
+
     figures = census(record)
     null, total, layers = figures["null"], figures["count"], figures.pop("by_layer")
     rows = [{"neurons": "in all", **{name: figures[name] for name in _CLASSES}}]
@@ -93,7 +88,7 @@ def _neurons(model: str, record: Record) -> Answer:
     return Answer(record, layers, figures, shown)
 
 
-def _heads(record: Record, top: int) -> Answer:
+def _heads(record: vw.Record, top: int) -> Answer:
     """The heads that most erase, and those that most copy."""
     names = {column.name for column in record.columns}
     copying = "token_copying" if "token_copying" in names else "copying"
@@ -109,7 +104,7 @@ def _heads(record: Record, top: int) -> Answer:
     return Answer(record, best["erasers"], {"count": count, "copiers": best["copiers"]}, shown)
 
 
-def _pairs(record: Record, top: int, by: str) -> Answer:
+def _pairs(record: vw.Record, top: int, by: str) -> Answer:
     """Who erases what others wrote."""
     renamed = ({"eraser": row["reader"], **row} for row in record.top(top, by).rows())
     rows = [{name: row[name] for name in _PAIR} for row in renamed]
@@ -117,11 +112,11 @@ def _pairs(record: Record, top: int, by: str) -> Answer:
     return Answer(record, rows, {"by": by}, [Table(title, rows, _PAIR)])
 
 
-def _spectrum(component: str, record: Record, top: int) -> Answer:
+def _spectrum(component: str, record: vw.Record, top: int) -> Answer:
     rows = list(record.rows())[:top]
     title = f"{component}: eigenvalues of its update nearest to -1"
     return Answer(record, rows, {"component": component}, [Table(title, rows, ("kept", "real", "imaginary"))])
 
 
-def _plain(record: Record) -> list[dict[str, Any]]:
+def _plain(record: vw.Record) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "place"} for row in record.rows()]

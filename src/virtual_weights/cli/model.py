@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from virtual_weights.checkpoint import built_in, is_cached, locate
-from virtual_weights.checkpoint.writing import write_checkpoint
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Table, line, put_json, steps
 from virtual_weights.cli.verb import Session
-from virtual_weights.stream.turned import Turned, config_of, random_turn
 
 model_commands = typer.Typer(help="The models that come built in.", no_args_is_help=True)
 
 
 @model_commands.command("list")
 def list_models(as_json: o.AsJson = False) -> None:
-    """Every built-in model, and whether it is on this machine."""
-    rows = [{"name": m.name, "here": is_cached(m.name), "licence": m.licence, "about": m.about} for m in built_in()]
+    """List the built-in models and whether they are on this machine."""
+    from virtual_weights.checkpoint import built_in, is_cached
+
+    rows: list[dict[str, Any]] = [
+        {"name": m.name, "here": is_cached(m.name), "licence": m.licence, "about": m.about} for m in built_in()
+    ]
     if as_json:
-        put_json({"models": rows})
+        shape: dict[str, Any] = {"model": None, "question": "models", "parameters": {}, "stamp": {}, "provenance": {}}
+        put_json({**shape, "summary": {"count": len(rows), "here": sum(row["here"] for row in rows)}, "rows": rows})
     else:
         Table("built-in models", rows).show()
 
@@ -35,28 +37,37 @@ def fetch(
     progress: o.Progress = o.ProgressMode.auto,
 ) -> None:
     """Fetch a built-in model, check its sha256 and keep it in the cache."""
+    from virtual_weights.checkpoint import locate
+
     with steps(progress) as step:
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
     if as_json:
-        put_json({"name": name, "path": str(path)})
+        shape = {"model": name, "question": "fetch", "parameters": {"offline": offline}, "stamp": {}, "provenance": {}}
+        put_json({**shape, "summary": {"path": str(path)}, "rows": []})
     else:
         line(f"{name} is at {path}")
 
 
 def rotate(
     model: o.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new checkpoint; new, or empty")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", callback=o.checked_folder, help="folder of the new checkpoint; new, or empty"),
+    ],
     seed: o.Seed = 0,
     dtype: Annotated[
         o.StoredDtype | None,
-        typer.Option("--dtype", help="of the new tensors; the source's, but float32 at least, where none is given"),
+        typer.Option("--save-dtype", help="precision of the new tensors; by default the source's, float32 at least"),
     ] = None,
     offline: o.Offline = False,
     allow_non_finite: o.AllowNonFinite = False,
     as_json: o.AsJson = False,
     progress: o.Progress = o.ProgressMode.auto,
 ) -> None:
-    """Write a rotated copy of a model: the same function in another basis, for transformers to load."""
+    """Write a copy of a model in a rotated basis: the same function, ready for transformers to load."""
+    from virtual_weights.checkpoint.writing import write_checkpoint
+    from virtual_weights.stream.turned import Turned, config_of, random_turn
+
     with steps(progress) as step:
         stream = Session(model, step, {"offline": offline, "allow_non_finite": allow_non_finite}).stream
         wide = any(info.dtype == "F64" for info in stream.source.tensors.values())

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import UsageError
-from virtual_weights.stream import Stream
-from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
-from virtual_weights.stream.names import Label, parse
+
+if TYPE_CHECKING:
+    from virtual_weights.stream.names import Label
 
 
 @verb("no_fold", "partial", "offline", "allow_non_finite")
@@ -30,13 +29,17 @@ def neurons(
     ] = None,
     port: Annotated[
         o.PortName | None,
-        typer.Option("--port", help="through which readers read; without: up or in, and Q, K and V of a named head"),
+        typer.Option(
+            "--port", help="port of the readers; by default up or in, and Q, K and V of a head named by --reader"
+        ),
     ] = None,
     top: o.Top = 20,
     device: o.Device = "cpu",
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """The strongest edges between neurons, from heads into neurons and from neurons into heads."""
+    """Find the strongest connections of single neurons, with each other and with attention heads."""
+    from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
+
     ends = _Ends(_end(reader, (*HEAD_PORTS, *NEURON_PORTS)), _end(writer, ("out", "O")))
     ports = ends.ports(session.stream, None if port is None else port.value)
     cost = {"device": device, "memory_mb": memory_mb or 512}
@@ -52,8 +55,10 @@ class _Ends:
     reader: Label | None
     writer: Label | None
 
-    def ports(self, stream: Stream, port: str | None) -> tuple[str, ...]:
+    def ports(self, stream: vw.Stream, port: str | None) -> tuple[str, ...]:
         """The port that is named, or those that go with the reader."""
+        from virtual_weights.stream.group import HEAD_PORTS
+
         named = None if self.reader is None else self.reader.port
         if named is not None and port not in (None, named):
             raise UsageError(f"reader {self.reader} and port {port}", expected="one port", do="leave --port out")
@@ -65,6 +70,8 @@ class _Ends:
 
     def kinds(self, port: str) -> list[tuple[str, str]]:
         """Which kinds of writer and reader fit a port and the ends that are named."""
+        from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
+
         into = "head" if port in HEAD_PORTS else "neuron" if port in NEURON_PORTS else None
         kinds = [
             (source, target)
@@ -85,14 +92,14 @@ def _answer(session: Session, ends: _Ends, port: Any, kinds: tuple[str, str], to
     names = {"reader": _name(ends.reader), "writer": _name(ends.writer)}
     summary: dict[str, Any] = {"from": kinds[0], "to": kinds[1], "port": port}
     if kinds == ("neuron", "neuron"):
-        question = NeuronNeuron(port, top, **names, **cost)
-        record, cosines = session.survey.answers([question, NeuronCosines(port, top, **names, **cost)])
+        question = vw.NeuronNeuron(port, top, **names, **cost)
+        record, cosines = session.survey.answers([question, vw.NeuronCosines(port, top, **names, **cost)])
         best = record.top(top, "magnitude")
         summary |= {name: cosines.stamp[name] for name in ("pairs", "mean_square", "null_mean_square")}
     else:
-        record = session.ask((HeadNeuron if kinds[1] == "neuron" else NeuronHead)(port, **names, **cost))
+        record = session.ask((vw.HeadNeuron if kinds[1] == "neuron" else vw.NeuronHead)(port, **names, **cost))
         best = record.top(top, "score")
-    rows = [_edge(row, *kinds) for row in best.rows()]
+    rows = [_edge(session.stream, row, *kinds, port) for row in best.rows()]
     title = f"{len(rows)} strongest edges from {kinds[0]} to {kinds[1]} by {port} · {session.name}"
     table = Table(f"{title} · norm {record.stamp['norm']}", rows, None if rows else ("writer", "reader", "score"))
     return Answer(record, rows, summary, [table, *_chance(summary)])
@@ -110,6 +117,8 @@ def _chance(summary: dict[str, Any]) -> list[str]:
 
 def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
     """A named head or neuron, with a port that fits its side or none."""
+    from virtual_weights.stream.names import parse
+
     label = None if name is None else parse(name)
     if label is not None and (label.kind not in ("head", "neuron") or label.port not in (None, *ports)):
         raise UsageError(
@@ -120,11 +129,19 @@ def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
     return label
 
 
-def _edge(row: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+def _edge(stream: vw.Stream, row: dict[str, Any], source: str, target: str, port: Any) -> dict[str, Any]:
     """One edge, whatever the record calls its ends."""
-    edge = {"writer": row.get("writer", row.get(source)), "reader": row.get("reader", row.get(target))}
+    from virtual_weights.survey.edges import ported
+
+    reader = str(row.get("reader", row.get(target)))
+    edge = {"writer": row.get("writer", row.get(source)), "reader": ported(reader, port)}
     edge |= {name: row[name] for name in ("score", "strength", "z")}
-    return edge | ({"group": row["head_group"]} if "head_group" in row else {})
+    if "head_group" not in row:
+        return edge
+    group = stream.groups.of(reader)
+    heads = zip(group.labels, group.kv_groups(port), strict=True)
+    shared = [str(head) for head, name in heads if name == row["head_group"] and str(head) != reader]
+    return edge | {"group": row["head_group"], "shared_with": shared}
 
 
 def _fits(label: Label | None, kind: str) -> bool:

@@ -7,35 +7,40 @@ from typing import Annotated, Any
 
 import typer
 
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
-from virtual_weights.record import Axis, Record
-from virtual_weights.record.durable import replacing
-from virtual_weights.runtime.flow.labels import BEHAVIOURS, Labels
-from virtual_weights.runtime.flow.observation import Observation, operating_point
-from virtual_weights.stream.moments import Moments
 
 
 @running_verb(tokens=16384)
 def observe(
     session: Session,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the safetensors file to write")],
-    memory_mb: Annotated[
-        int, typer.Option("--memory-mb", metavar="MIB", min=1, help="for second moments; with less they are factorised")
-    ] = 1024,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", callback=o.checked_file, help="the safetensors file to write"),
+    ],
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """Write moments over text, or with a prompt its operating point, for the questions that take one."""
+    """Run a model and store what other commands need: averages over a text, or one prompt in full.
+
+    Averages (moments) are what the option --moments of composition, map and edges takes; the operating point of one
+    prompt, written with --prompt, is what the option --point of linear, paths and statements takes.
+    """
+    from virtual_weights.record import Axis
+    from virtual_weights.record.durable import replacing
+    from virtual_weights.runtime.flow.observation import operating_point
+
     run = session.run
     if session.options["prompt"] is not None or session.options["prompt_ids"] is not None:
         point = operating_point(run)
         with replacing(output) as temporary:
             point.save(temporary)
         stamp = {"norm": session.stream.norm_stamp, "text": run.text, "tokens": run.count, "run": run.identity}
-        record = Record("operating_point", (Axis("row", ()),), (), {}, stamp, session.stream.provenance)
+        record = vw.Record("operating_point", (Axis("row", ()),), (), {}, stamp, session.stream.provenance)
         summary = {"file": str(output), "kind": "operating point", "identity": point.identity, "tokens": run.count}
         return Answer(record, [], summary, [f"operating point of {run.count} tokens of {run.text} written to {output}"])
-    question = Observation(memory_mb)
+    question = vw.Observation(memory_mb or 1024)
     moments = question.moments(run, session.step("observation"))
     with replacing(output) as temporary:
         moments.save(temporary)
@@ -56,11 +61,13 @@ def observe(
 @running_verb("repeated", repeated=True, tokens=512, length=128)
 def labels(
     session: Session,
-    threshold: Annotated[float, typer.Option("--threshold", help="least mean attention for a label")] = 0.4,
+    threshold: Annotated[float, typer.Option("--threshold", help="mean attention that a head needs for a label")] = 0.4,
     top: o.Top = 6,
 ) -> Answer:
-    """Previous-token, induction, duplicate-token, self and first-token heads, by attention on repeated tokens."""
-    question = Labels(threshold)
+    """Find induction, previous-token and other well-known heads, by their attention on repeated tokens."""
+    from virtual_weights.runtime.flow.labels import BEHAVIOURS
+
+    question = vw.Labels(threshold)
     record = session.survey.ask(question)
     rows = list(record.rows())
     shown: list[Table | str] = []
@@ -72,7 +79,7 @@ def labels(
     return Answer(record, rows, {"labelled": count, "heads": len(rows)}, shown)
 
 
-def _attention(session: Session, moments: Moments) -> list[dict[str, Any]]:
+def _attention(session: Session, moments: vw.Moments) -> list[dict[str, Any]]:
     """Mean attention of every head to self, previous and first token."""
     return [
         {"head": label, **dict(zip(("self", "previous", "first"), row, strict=True))}

@@ -9,16 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer
 from virtual_weights.cli.verb import Session, running_verb
-from virtual_weights.record import Record
-from virtual_weights.statements import Statements
-from virtual_weights.stream import OperatingPoint
-from virtual_weights.survey.survey import Survey
 
 
-@running_verb()
+@running_verb(always=False)
 def statements(
     session: Session,
     only: Annotated[
@@ -26,18 +23,22 @@ def statements(
     ] = None,
     point: o.Point = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="pairs of heads that a check looks at where it cannot look at all")
+        int,
+        typer.Option(
+            "--samples", min=1, help="how many pairs of heads a check samples where there are too many for all"
+        ),
     ] = 64,
 ) -> Answer:
-    """Check lemmas L1-L12, theorems T1-T7 and corollaries C1-C6 on a model: verdicts, each with its evidence.
+    """Check 25 published statements about the residual stream on a model: verdicts with their evidence.
 
-    By the weights alone; with a text or a prompt the model runs, for the statements about running models.
+    Lemmas L1-L12, theorems T1-T7 and corollaries C1-C6, from the weights alone. With a text or a prompt the model runs,
+    for the statements about running models.
     """
     wanted = tuple(dict.fromkeys(name.strip() for name in only.split(",") if name.strip())) if only else ()
-    question = Statements(wanted, samples, session.options["seed"])  # refuses a wrong id before a model is opened
+    question = vw.Statements(wanted, samples, session.options["seed"])  # refuses a wrong id before a model is opened
     if point is not None:
-        question = replace(question, point=OperatingPoint.load(point, session.stream))
-    survey = Survey(session.stream, None, session.run if session.runs else None, session.step)
+        question = replace(question, point=vw.OperatingPoint.load(point, session.stream))
+    survey = vw.Survey(session.stream, None, session.run if session.runs else None, session.step)
     record = survey.ask(question)
     rows = rows_of(record)
     counts = dict(Counter(str(row["verdict"]) for row in rows))
@@ -46,7 +47,7 @@ def statements(
     return Answer(record, rows, {"verdicts": counts, "run": record.stamp["run"]}, [*lines, total])
 
 
-def rows_of(record: Record) -> list[dict[str, Any]]:
+def rows_of(record: vw.Record) -> list[dict[str, Any]]:
     """The statements of a record as plain rows: id first, evidence as an object, witnesses as a list."""
     rows = list[dict[str, Any]]()
     for row in record.rows():

@@ -6,13 +6,10 @@ from typing import Annotated
 
 import typer
 
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
-from virtual_weights.runtime.flow.observation import Observation
-from virtual_weights.runtime.running.run import Run
-from virtual_weights.survey import Validation
-from virtual_weights.survey.survey import Survey
 
 _FIGURES = (
     "predictor",
@@ -30,22 +27,22 @@ def validate(
     session: Session,
     writers: o.WriterOption = o.WriterSet.heads,
     centred: Annotated[
-        bool, typer.Option("--centred", help="leave out what a writer writes alike at every token")
+        bool, typer.Option("--centred", help="leave out what a writer writes equally at every token")
     ] = False,
     edges: Annotated[
-        int, typer.Option("--edges", metavar="N", min=0, help="of each port: edges to ablate, drawn at random; 0: none")
+        int, typer.Option("--edges", metavar="N", min=0, help="random edges to ablate for each port; 0 for none")
     ] = 48,
-    memory_mb: o.MemoryMb = None,
+    memory_mb: o.Memory = None,
 ) -> Answer:
-    """Rank correlation of each predictor of edges into heads with the contributions on a text, and with ablations.
+    """Measure how well scores from the weights predict what flows on a text, and what ablations show.
 
-    The moments that predict are of other text: the default text where --text names one, or of --repeated tokens another
-    seed's; else the tokens that come before those of the target.
+    Predictors may use moments of another text: the default text where --text names one, other random tokens with
+    --repeated, and otherwise the tokens before those that are predicted.
     """
     before, target = _texts(session)
     memory = memory_mb or 1024
-    moments = Observation(memory).moments(before, session.step("observation of another text"))
-    question = Validation(
+    moments = vw.Observation(memory).moments(before, session.step("observation of another text"))
+    question = vw.Validation(
         moments,
         writers.value,
         centred,
@@ -54,7 +51,7 @@ def validate(
         memory_mb=memory,
         device=session.options["device"],
     )
-    record = Survey(session.stream, None, target, session.step).ask(question)
+    record = vw.Survey(session.stream, None, target, session.step).ask(question)
     rows = list(record.rows())
     title = f"rank correlation with contributions and with the effects of ablating edges · {session.name}"
     shown = [
@@ -69,18 +66,18 @@ def validate(
     return Answer(record, rows, {"predicted_from": moments.text, "target_text": target.text}, shown)
 
 
-def _texts(session: Session) -> tuple[Run, Run]:
+def _texts(session: Session) -> tuple[vw.Run, vw.Run]:
     """The run whose moments predict, and the run that is predicted."""
     options = session.options
     size = options["tokens"], options["length"]
     how = {"batch": options["batch"]}
     if options["repeated"]:
         target = session.run
-        return Run.on_repeats(session.stream, *size, options["seed"] + 1, model=target.runner, **how), target
+        return vw.Run.on_repeats(session.stream, *size, options["seed"] + 1, model=target.runner, **how), target
     if options["text"] is not None:
         target = session.run
-        return Run.on_text(session.stream, None, *size, model=target.runner, **how), target
-    both = Run.on_text(
+        return vw.Run.on_text(session.stream, None, *size, model=target.runner, **how), target
+    both = vw.Run.on_text(
         session.stream,
         None,
         2 * options["tokens"],

@@ -6,17 +6,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, final
 
-from virtual_weights.checkpoint import open_source
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, put_json, steps
 from virtual_weights.errors import UsageError
-from virtual_weights.progress import Progress
-from virtual_weights.record import Record
-from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Question, Stream, open_stream
-from virtual_weights.survey.survey import Step, Survey
+from virtual_weights.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from virtual_weights.stream import Question
 
 _OPENING: dict[str, tuple[Any, Any]] = {
     "no_fold": (o.NoFold, False),
@@ -56,8 +56,11 @@ class Session:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
-    def stream(self) -> Stream:
+    def stream(self) -> vw.Stream:
         """The model's stream."""
+        from virtual_weights.checkpoint import open_source
+        from virtual_weights.stream import open_stream
+
         progress: Progress = self.step("open")
         offline, non_finite = (bool(self.options.get(name)) for name in ("offline", "allow_non_finite"))
         source = open_source(self.name, offline=offline, allow_non_finite=non_finite, progress=progress)
@@ -69,23 +72,23 @@ class Session:
         return any(self.options.get(name) not in (None, False) for name in _KINDS_OF_TEXT)
 
     @cached_property
-    def run(self) -> Run:
+    def run(self) -> vw.Run:
         """The model on the text that the options name; on the default text where they name none."""
         options = self.options
         how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
         if options["prompt"] is not None or options["prompt_ids"] is not None:
-            return Run.on_prompt(self.stream, options["prompt"] or whole_numbers(options["prompt_ids"]), **how)
+            return vw.Run.on_prompt(self.stream, options["prompt"] or whole_numbers(options["prompt_ids"]), **how)
         size = options["tokens"], options["length"]
         if options["repeated"]:
-            return Run.on_repeats(self.stream, *size, options["seed"], **how)
-        return Run.on_text(self.stream, options["text"], *size, **how)
+            return vw.Run.on_repeats(self.stream, *size, options["seed"], **how)
+        return vw.Run.on_text(self.stream, options["text"], *size, **how)
 
     @cached_property
-    def survey(self) -> Survey:
+    def survey(self) -> vw.Survey:
         """What answers questions about the model, and about the run where the verb has one."""
-        return Survey(self.stream, None, self.run if "tokens" in self.options else None, self.step)
+        return vw.Survey(self.stream, None, self.run if "tokens" in self.options else None, self.step)
 
-    def ask(self, question: Question[Any]) -> Record:
+    def ask(self, question: Question[Any]) -> vw.Record:
         """The answer to a question."""
         return self.survey.ask(question)
 
@@ -96,7 +99,7 @@ class Session:
             UsageError: the vocabulary has no such token.
         """
         if name.isdecimal():
-            return int(Run.on_prompt(self.stream, [int(name)]).chunks[0])  # refuses an id that is not there
+            return int(vw.Run.on_prompt(self.stream, [int(name)]).chunks[0])  # refuses an id that is not there
         texts = self.stream.source.token_texts()
         if texts is None or name not in texts:
             raise UsageError(
@@ -122,11 +125,14 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
     return _command({name: _OPENING[name] for name in opening})
 
 
-def running_verb(*kinds: str, **defaults: Any) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+def running_verb(
+    *kinds: str, always: bool = True, **defaults: Any
+) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     """The same for a verb that runs the model, with the options that say on what.
 
     Args:
         kinds: which kinds of text it takes: ``text``, ``repeated``, ``prompt``; all without it.
+        always: whether it always runs the model, not only where a text is named.
         defaults: of its options, such as ``tokens=16384``.
     """
     wanted = kinds or ("text", "repeated", "prompt")
@@ -134,7 +140,22 @@ def running_verb(*kinds: str, **defaults: Any) -> Callable[[Callable[..., Answer
     shared = {
         name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in without
     }
-    return _command({**shared, "offline": _OPENING["offline"]}, dict.fromkeys(without))
+    return _command({**shared, "offline": _OPENING["offline"]}, dict.fromkeys(without), always)
+
+
+def need_runtime() -> None:
+    """Refuse to begin what will run a model where the packages for it are not installed.
+
+    Raises:
+        UsageError: transformers or accelerate is missing.
+    """
+    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this runs the model, and {' and '.join(missing)} is not installed",
+            expected="the packages of the extra 'runtime'",
+            do="in the folder of this project's source: pip install '.[runtime]'",
+        )
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -150,7 +171,7 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def _command(
-    shared: Mapping[str, tuple[Any, Any]], fixed: Mapping[str, Any] | None = None
+    shared: Mapping[str, tuple[Any, Any]], fixed: Mapping[str, Any] | None = None, runs: bool = False
 ) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
         names = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -164,6 +185,8 @@ def _command(
         def command(model: str, json: bool, progress: o.ProgressMode, **values: Any) -> None:
             options = {**(fixed or {}), **{name: values.pop(name) for name in shared}}
             _one_text(options)
+            if runs or any(options.get(name) not in (None, False) for name in _KINDS_OF_TEXT):
+                need_runtime()
             with steps(progress) as step:
                 answer = function(Session(model, step, options), **values)
             if json:

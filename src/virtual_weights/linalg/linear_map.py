@@ -29,6 +29,12 @@ class LinearMap(ABC):
     each column.
     """
 
+    def __repr__(self) -> str:
+        factors = self.factors if isinstance(self, Product) else ()
+        sizes = " @ ".join(f"({factor.shape[0]}, {factor.shape[1]})" for factor in factors[:6])
+        thin = f" = {sizes}{' @ ...' if len(factors) > 6 else ''}" if factors else ""
+        return f"{type(self).__name__} {self.shape}{thin}, {self.dtype}, {self.device}; .dense() forms it"
+
     @property
     @abstractmethod
     def shape(self) -> Shape:
@@ -89,7 +95,7 @@ class LinearMap(ABC):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(LinearMap):
     """A matrix as it is stored, shape (out, in)."""
 
@@ -129,7 +135,7 @@ class Dense(LinearMap):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal(LinearMap):
     """diag(vector), such as the gain of a norm."""
 
@@ -168,7 +174,7 @@ class Diagonal(LinearMap):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Identity(LinearMap):
     """I on R^n. It has no entries: ``dtype`` is what ``dense()`` returns and what results are promoted to at least."""
 
@@ -198,7 +204,7 @@ class Identity(LinearMap):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Centring(LinearMap):
     """P = I - 11^T/n, the projection that takes the mean of a vector away (LayerNorm's linear part)."""
 
@@ -229,7 +235,7 @@ class Centring(LinearMap):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Product(LinearMap):
     """factors[0] @ factors[1] @ ..., flattened, never multiplied out until asked."""
 
@@ -280,7 +286,7 @@ class Product(LinearMap):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sum(LinearMap):
     """terms[0] + terms[1] + ..., such as I + T."""
 

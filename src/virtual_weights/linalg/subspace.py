@@ -17,7 +17,7 @@ from virtual_weights.linalg.numerics import tolerance as _rank_cut
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subspace:
     """A subspace of R^d by an orthonormal basis in columns, (d, r) float64; r = 0 is the null space {0}.
 
@@ -44,6 +44,9 @@ class Subspace:
                 expected="basis.T @ basis = I",
                 do="take column_space(Dense(vectors)) to orthonormalise",
             )
+
+    def __repr__(self) -> str:
+        return f"Subspace of rank {self.rank} in R^{self.dim}; basis in columns: .basis"
 
     @property
     def rank(self) -> int:

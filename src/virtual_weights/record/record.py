@@ -7,8 +7,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from virtual_weights.record.parquet import write_parquet
 Named = TypeVar("Named", Axis, Column)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Record:
     """The typed result of a question; nothing in it changes after construction.
 
@@ -63,9 +65,49 @@ class Record:
         """The column called ``name``."""
         return _named(self.columns, name, "column")
 
-    def __getitem__(self, name: str) -> Values:
-        """The values of the column called ``name``."""
-        return self.column(name).values
+    @overload
+    def __getitem__(self, name: str) -> Values: ...
+    @overload
+    def __getitem__(self, name: tuple[str, ...]) -> dict[str, Value]: ...
+    def __getitem__(self, name: str | tuple[str, ...]) -> Values | dict[str, Value]:
+        """The values of the column called ``name``; of a label of every axis, the row, as ``rows()`` gives it.
+
+        ``record["L16H0", "L18H6.K"]`` is innermost axis first (writer, reader); the other order is understood too. A
+        label may bear the port that the record was asked for.
+
+        Raises:
+            UsageError: there is no such column or label, or nothing at this place.
+        """
+        return self.column(name).values if isinstance(name, str) else self._row(name)
+
+    def _row(self, labels: tuple[str, ...]) -> dict[str, Value]:
+        absent = False
+        for axes in (self.axes[::-1], self.axes):
+            places = {a.name: self._place(a, label) for a, label in zip(axes, labels, strict=False)}
+            indices = [places.get(axis.name) for axis in self.axes]
+            if len(labels) != len(self.axes) or None in indices:
+                continue
+            flat = 0
+            for axis, i in zip(self.axes, indices, strict=True):
+                flat = flat * len(axis.labels) + (i or 0)
+            if bool(self.present()[flat]):
+                shape = tuple(len(axis.labels) for axis in self.axes)
+                values = {c.name: _absent(_flat(c.values)[flat]) for c in self.columns}
+                return {**self._labels(flat, shape), **values}
+            absent = True
+        known = [label for axis in self.axes for label in axis.labels]
+        near = [f"{label!r}: {close}" for label in labels if (close := get_close_matches(label, known))]
+        raise UsageError(
+            f"this record has {'no value' if absent else 'no row'} at {', '.join(labels)}",
+            expected=f"a label of each axis: {', '.join(axis.name for axis in reversed(self.axes))}",
+            do="the first cannot reach the second" if absent else f"names like it: {'; '.join(near) or known[:4]}",
+        )
+
+    def _place(self, axis: Axis, label: str) -> int | None:
+        stem, _, port = label.rpartition(".")
+        if label not in axis.labels and axis.name == "reader" and port == self.parameters.get("port"):
+            label = stem
+        return axis.labels.index(label) if label in axis.labels else None
 
     def numbers(self, name: str) -> Tensor:
         """The values of a numeric column in float64, absent ones NaN.
@@ -74,6 +116,43 @@ class Record:
             UsageError: there is no such column, or it holds text.
         """
         return self._numbers(name)[1].detach().double()
+
+    def __len__(self) -> int:
+        return int(self.present().sum())
+
+    def __bool__(self) -> bool:
+        return True  # an answer without rows is an answer
+
+    def __iter__(self) -> Iterator[dict[str, Value]]:
+        return self.rows()
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in question, parameters, stamp, axes and columns, NaN equal to NaN; provenance does not count."""
+        if not isinstance(other, Record):
+            return NotImplemented
+        mine, theirs = (
+            (r.question, dict(r.parameters), dict(r.stamp), r.axes, [(c.name, c.unit, c.meaning) for c in r.columns])
+            for r in (self, other)
+        )
+        columns = zip(self.columns, other.columns, strict=False)
+        return mine == theirs and all(_equal(a.values, b.values) for a, b in columns)
+
+    def __hash__(self) -> int:
+        return hash((self.question, self.axes, tuple(column.name for column in self.columns)))
+
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{axis.name} ({len(axis.labels)})" for axis in self.axes)
+        columns = ", ".join(f"{c.name} [{c.unit}]" if c.unit else c.name for c in self.columns)
+        numeric = any(isinstance(c.values, Tensor) for c in self.columns)
+        rows = list(islice((self.top(5) if numeric and len(self.axes) > 1 else self).rows(), 5))
+        table = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)] if rows else []
+        widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        head = [f"Record {self.question!r} over {axes}, {len(self)} rows", f"columns: {columns}"]
+        return "\n".join(line if len(line) <= 120 else f"{line[:117]}..." for line in head + lines)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [column.name for column in self.columns]
 
     @property
     def size(self) -> int:
@@ -220,6 +299,19 @@ def _named(items: tuple[Named, ...], name: str, kind: str) -> Named:
 
 def _flat(values: Values) -> list[Value]:
     return values.detach().flatten().tolist() if isinstance(values, Tensor) else list(values)
+
+
+def _equal(a: Values, b: Values) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = a.detach().cpu(), b.detach().cpu()
+        return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return len(a) == len(b) and all(x == y or (x != x and y != y) for x, y in zip(a, b, strict=True))
+
+
+def _text(value: Value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _pick(values: Values, order: Tensor) -> Values:

@@ -38,7 +38,7 @@ class Read:
     constants: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stream:
     """Every writer and reader of the residual stream of one model, lazily.
 
@@ -56,6 +56,15 @@ class Stream:
     model: Model
     folded: bool = True
     dtype: torch.dtype = torch.float32
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"Stream of {self.source.reference} ({self.model.family})\n"
+            f"  {spec.n_layers} layers, {spec.n_heads} heads each, width {spec.d_model}, {spec.d_mlp} neurons per MLP\n"
+            f"  norm: {self.norm_stamp}\n"
+            '  stream["L1H0"], stream["L1H0.K"], stream["L1.mlp"]; .heads, .groups; Composition("K")(stream)'
+        )
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""

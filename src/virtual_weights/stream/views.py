@@ -11,7 +11,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Head:
     """One attention head.
 
@@ -35,6 +35,12 @@ class Head:
     v_constant: Tensor | None
     kv_group: str | None
     rotate: Callable[[int], Tensor | None] | None
+
+    def __repr__(self) -> str:
+        shared = f", key/value group {self.kv_group}" if self.kv_group else ""
+        return (
+            f"Head {self.label}: width {self.q.shape[0]} on a stream of {self.q.shape[1]}{shared}; .q .k .v .o .qk .ov"
+        )
 
     @property
     def ov(self) -> LinearMap:
@@ -69,7 +75,7 @@ class Head:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Mlp:
     """One MLP: readers ``up`` (and ``gate``), writer ``out``; every neuron is a row and a column.
 
@@ -87,6 +93,11 @@ class Mlp:
     out: LinearMap
     up_constant: Tensor | None
     gate_constant: Tensor | None
+
+    def __repr__(self) -> str:
+        gate = ".gate " if self.gate is not None else ""
+        neurons = f"{self.up.shape[0]} neuron{'' if self.up.shape[0] == 1 else 's'}"
+        return f"Mlp {self.label}: {neurons} on a stream of {self.up.shape[1]}; .up {gate}.out"
 
     def reader(self, port: str) -> LinearMap:
         """The read map of a port: ``in`` or ``up``, and ``gate`` where the MLP is gated."""

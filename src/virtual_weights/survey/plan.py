@@ -24,6 +24,7 @@ from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas
 from virtual_weights.errors import UsageError
+from virtual_weights.progress import Step
 from virtual_weights.record import Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
@@ -34,7 +35,7 @@ from virtual_weights.stream import Component, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
 from virtual_weights.survey.edges import among_heads, foremost
-from virtual_weights.survey.survey import Step, Survey, quiet
+from virtual_weights.survey.survey import Survey, bars
 from virtual_weights.version import VERSION
 
 _NEURON_TABLES: tuple[Any, ...] = (NeuronNeuron, NeuronReaders, NeuronCosines)
@@ -147,7 +148,7 @@ def map_model(
     run: Run | None = None,
     plan: Plan | None = None,
     name: str | None = None,
-    step: Step = quiet,
+    progress: bool | Step | None = None,
     **manner: Any,
 ) -> Atlas:
     """Compute every connection of a model and store the answers in an atlas, but for what the atlas holds already.
@@ -158,7 +159,8 @@ def map_model(
         run: also ask what flows on a text, what heads do and what removing edges costs.
         plan: what is asked; None is everything.
         name: what to call the model; None takes its reference.
-        step: begins a step of the progress by name.
+        progress: whether to draw progress bars, on stderr; None draws them on a terminal and in a notebook. Or what
+            begins a step of the progress by name.
         manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them.
 
     Raises:
@@ -169,9 +171,10 @@ def map_model(
         >>> vw.edges(atlas, reader="L18H6.K")  # doctest: +SKIP
     """
     stream = model if isinstance(model, Stream) else open_stream(model) if run is None else run.stream
-    survey = survey_into(path, stream, run, name or (model if isinstance(model, str) else None), step, **manner)
-    for _ in (plan or Plan()).records(survey):
-        pass
+    with bars(progress) as step:
+        survey = survey_into(path, stream, run, name or (model if isinstance(model, str) else None), step, **manner)
+        for _ in (plan or Plan()).records(survey):
+            pass
     assert survey.atlas is not None
     return survey.atlas
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, final
 
 from virtual_weights.atlas import Atlas, task_key
 from virtual_weights.errors import RecordError
-from virtual_weights.progress import Progress, silent
+from virtual_weights.progress import Progress, Step, quiet
 from virtual_weights.record import Record
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
@@ -18,16 +21,37 @@ from virtual_weights.stream import Composite, Question, Stream
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.question import batched, subject_of
 
-Step = Callable[[str], Progress]
-"""Begins a step of the work by name, and gives what its progress is reported to."""
-
 _TOLD_APART = ("port", "role_a", "role_b", "writer", "reader", "kind")
 
 
-def quiet(name: str) -> Progress:
-    """A step that is reported to nobody."""
-    del name
-    return silent
+@contextmanager
+def bars(shown: bool | Step | None = None) -> Generator[Step]:
+    """Give what begins a step by name: a bar on stderr, with its percentage and the time left, until it is done.
+
+    Args:
+        shown: whether bars are drawn; None where they can be watched, on a terminal or in a notebook with ipywidgets.
+            A step of the caller's own is given back as it is.
+    """
+    from rich import progress as rich  # here, since importing the package is cheap by promise
+    from rich.console import Console
+
+    console = Console(stderr=True, force_terminal=shown is True or None)
+    watched = find_spec("ipywidgets") is not None if console.is_jupyter else sys.stderr.isatty()
+    if callable(shown):
+        yield shown
+    elif not (watched if shown is None else shown):
+        yield quiet
+    else:
+        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TaskProgressColumn()
+        with rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, transient=True) as display:
+
+            def begin(name: str) -> Progress:
+                for task in display.tasks:
+                    display.update(task.id, visible=not (task.finished or task.total is None))
+                step = display.add_task(name, total=None)
+                return lambda done, total: display.update(step, completed=done, total=total, visible=True)
+
+            yield begin
 
 
 @final
@@ -122,6 +146,7 @@ class Survey:
             answers = type(batch[0]).together(batch, subject, progress)
         for question, record in answers:
             self._store(self.key(question, subject), question, record, time.monotonic() - began)
+            began = time.monotonic()
 
     def _store(self, key: str, question: Question[Any], record: Record, seconds: float) -> None:
         if self.atlas is not None and question.stored:

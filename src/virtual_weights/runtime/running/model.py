@@ -80,19 +80,19 @@ def load(
         raise UsageError(
             "this stream was opened from memory" if in_memory else "running a model needs transformers and accelerate",
             expected="its module" if in_memory else "the extra 'runtime' of this package",
-            do="pass model=" if in_memory else "pip install 'virtual-weights[runtime]'",
+            do="pass model=" if in_memory else "pip install '.[runtime]' in this project's folder",
         )
     import transformers
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # progress is told in one way, on stderr
+    logging.disable_progress_bar()  # progress is shown in one way, on stderr
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
     if path.is_file():
         folder, options["gguf_file"] = path.parent, path.name
     else:
         folder = path
-    with redirect_stderr(StringIO()):  # bars of its own: progress is told in one way
+    with redirect_stderr(StringIO()):  # bars of its own: progress is shown in one way
         loaded: nn.Module = auto.from_pretrained(folder, **options)
     return loaded.to(device).eval()
 

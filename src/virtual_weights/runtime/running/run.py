@@ -29,7 +29,7 @@ from virtual_weights.stream import Question, Stream
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A model, the tokens that it runs on, the first of them that counts, and how it is run.
 
@@ -60,6 +60,14 @@ class Run:
     text: str
     runner: Runner
     batch: int = 4
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 80 else f"{self.text[:77]}..."
+        return (
+            f"Run of {self.stream.source.reference} on {text!r}\n"
+            f"  {self.count} tokens in chunks: {len(self.chunks)}, the first that counts: {self.first}\n"
+            "  ask it a question that runs the model, such as Ablation([(writer, reader)])(run)"
+        )
 
     def __post_init__(self) -> None:
         if not self.count:
