@@ -202,7 +202,7 @@ def test_rotary_factors_of_their_own_are_refused_by_name(tmp_path: Path) -> None
     [
         (torch.float64, (), "float64"),
         (torch.bfloat16, (), "float32"),
-        (torch.float64, ("--dtype", "bfloat16"), "bfloat16"),
+        (torch.float64, ("--save-dtype", "bfloat16"), "bfloat16"),
     ],
 )
 def test_precision_is_kept_unless_another_is_asked_for(
