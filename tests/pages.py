@@ -11,11 +11,11 @@ from typing import Any
 _BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
-def run_blocks(page: Path, text: str | None = None) -> int:
+def run_blocks(page: Path, text: str | None = None, *, outputs: bool = True) -> int:
     """Run a page's blocks in order in one namespace, lines numbered as in the page; how many there were.
 
-    A block of text that follows is what the block prints. What else holds is checked after it by the block of the same
-    number in ``checks/`` beside the tests of the pages, where there is one.
+    A block of text that follows is what the block prints, unless ``outputs`` is False. What else holds is checked after
+    it by the block of the same number in ``checks/`` beside the tests of the pages, where there is one.
     """
     text = page.read_text(encoding="utf-8") if text is None else text
     names: dict[str, Any] = {"__name__": page.stem}
@@ -26,7 +26,7 @@ def run_blocks(page: Path, text: str | None = None) -> int:
         above = text.count("\n", 0, block.start(1))
         with redirect_stdout(StringIO()) as printed:
             exec(compile("\n" * above + block[1], str(page), "exec"), names)
-        if block[2] is not None:
+        if outputs and block[2] is not None:
             assert printed.getvalue() == block[2], f"what block {number} of {page.name} prints"
         exec(checks.get(number, ""), names)
     return len(blocks)

@@ -185,7 +185,7 @@ def test_a_cut_of_a_record_does_not_take_its_place(atlas: Atlas):
 @pytest.mark.parametrize("key", ["", "../../etc", "0" * 63, "g" * 64, "0" * 64 + "/.."])
 def test_what_is_no_key_reaches_no_file(atlas: Atlas, key: str):
     for ask in (atlas.get, atlas.finished):
-        with pytest.raises(UsageError, match="no key"):
+        with pytest.raises(UsageError, match="is not a key"):
             ask(key)
 
 
@@ -212,14 +212,14 @@ def test_create_refuses_the_atlas_of_another_model(atlas: Atlas):
 
 
 def test_a_record_of_another_model_is_refused(atlas: Atlas):
-    with pytest.raises(UsageError, match="cannot enter"):
+    with pytest.raises(UsageError, match="cannot be stored"):
         atlas.put(replace(matrix(), provenance={"fingerprint": "beef"}))
     assert atlas.keys() == ()
 
 
 def test_create_touches_no_other_folder_and_no_file(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(UsageError, match="neither empty nor an atlas"):
         Atlas.create(tmp_path, MANIFEST)
     with pytest.raises(UsageError, match="is a file"):
         Atlas.create(tmp_path / "thesis.tex", MANIFEST)

@@ -18,7 +18,8 @@ EVIL = "x' OR '1'='1"
 
 def pairs(port: str | None, scores: list[list[float]], question: str = "composition", **other: torch.Tensor) -> Record:
     values = torch.tensor(scores, dtype=torch.float64)
-    readers = (*(f"L{i + 1}H0" for i in range(len(scores) - 1)), EVIL)
+    end = "" if port is None else f".{port}"
+    readers = (*(f"L{i + 1}H0{end}" for i in range(len(scores) - 1)), EVIL)
     groups = tuple("kv0" for _ in readers) if port == "K" else ()
     axes = (Axis("reader", readers, groups), Axis("writer", tuple(f"L0H{i}" for i in range(values.shape[1]))))
     columns = (Column("score", values), *(Column(name, tensor) for name, tensor in other.items()))
@@ -41,9 +42,9 @@ def brief(rows: list[dict]) -> list[tuple]:
 
 def test_the_strongest_come_first_over_all_ports_of_the_question(atlas: Atlas):
     assert brief(edges(atlas, top=3)) == [
-        ("K", "L2H0", "L0H0", 0.9),
+        ("K", "L2H0.K", "L0H0", 0.9),
         ("Q", EVIL, "L0H0", 0.7),
-        ("Q", "L1H0", "L0H0", 0.6),
+        ("Q", "L1H0.Q", "L0H0", 0.6),
     ]
 
 
@@ -53,7 +54,7 @@ def test_an_edge_is_json_and_names_its_record(atlas: Atlas):
         "key": atlas.keys("composition", port="K")[0],
         "question": "composition",
         "port": "K",
-        "reader": "L2H0",
+        "reader": "L2H0.K",
         "reader_group": "kv0",
         "writer": "L0H0",
         "score": 0.9,
@@ -62,21 +63,23 @@ def test_an_edge_is_json_and_names_its_record(atlas: Atlas):
     assert "reader_group" not in second
 
 
-def test_a_reader_may_name_its_port(atlas: Atlas):
-    assert {row["port"] for row in edges(atlas, "L1H0")} == {"Q", "K"}
-    assert brief(edges(atlas, "L1H0.K")) == [("K", "L1H0", "L0H1", 0.5), ("K", "L1H0", "L0H0", 0.1)]
-    assert edges(atlas, "L1H0.V") == []
+def test_a_reader_is_found_with_its_port_or_without(atlas: Atlas):
+    assert {row["reader"] for row in edges(atlas, "L1H0")} == {"L1H0.Q", "L1H0.K"}
+    assert brief(edges(atlas, "L1H0.K")) == [("K", "L1H0.K", "L0H1", 0.5), ("K", "L1H0.K", "L0H0", 0.1)]
+    with pytest.raises(UsageError, match=r"no reader 'L1H0\.V'"):  # of this port nothing is stored
+        edges(atlas, "L1H0.V")
 
 
 def test_both_ends_may_be_asked(atlas: Atlas):
-    assert brief(edges(atlas, "L2H0", "L0H1")) == [("Q", "L2H0", "L0H1", 0.5)]
+    assert brief(edges(atlas, "L2H0", "L0H1")) == [("Q", "L2H0.Q", "L0H1", 0.5)]
     assert {row["writer"] for row in edges(atlas, writer="L0H1")} == {"L0H1"}
 
 
 def test_a_pair_that_cannot_reach_is_no_edge(atlas: Atlas):
     rows = edges(atlas, top=100)
     assert len(rows) == 11
-    assert ("K", "L2H0", "L0H1") not in [row[:3] for row in brief(rows)]
+    assert ("K", "L2H0.K", "L0H1") not in [row[:3] for row in brief(rows)]
+    assert edges(atlas, "L2H0.K", "L0H1") == []
 
 
 def test_order_may_be_by_another_number_and_absent_ones_do_not_count(atlas: Atlas):
@@ -104,9 +107,9 @@ def test_a_label_is_a_value_and_never_code(atlas: Atlas):
         ({"reader": "L9H9"}, "no reader 'L9H9'"),
         ({"reader": ""}, "no reader ''"),
         ({"writer": "L1H0"}, "no writer 'L1H0'"),
-        ({"by": "score) --"}, "no number"),
-        ({"by": "reader"}, "no number"),
-        ({"by": "file_row_number"}, "no number"),
+        ({"by": "score) --"}, "no column of numbers"),
+        ({"by": "reader"}, "no column of numbers"),
+        ({"by": "file_row_number"}, "no column of numbers"),
         ({"question": "statements"}, "no edges of 'statements'"),
         ({"top": 0}, "top=0"),
     ],
@@ -129,7 +132,7 @@ def test_two_hundred_thousand_edges_answer_in_a_fraction_of_a_second(tmp_path: P
     atlas = Atlas.create(tmp_path, {"fingerprint": "f00d"})
     names = tuple(f"L{layer}H{head}" for layer in range(25) for head in range(18))
     scores = torch.rand(450, 450, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    axes = (Axis("reader", names), Axis("writer", names))
+    axes = (Axis("reader", tuple(f"{name}.K" for name in names)), Axis("writer", names))
     atlas.put(Record("composition", axes, (Column("score", scores), Column("z", scores * 7)), {"port": "K"}))
     edges(atlas, top=1)  # loads the database
     began = time.perf_counter()
@@ -141,16 +144,18 @@ def test_two_hundred_thousand_edges_answer_in_a_fraction_of_a_second(tmp_path: P
 
 def test_a_table_of_edges_is_asked_like_a_matrix(tmp_path: Path):
     atlas = Atlas.create(tmp_path / "table", {"fingerprint": "f00d"})
-    ends = (Column("reader", ("L1N0", "L1N1", "L2N0")), Column("writer", ("L0N0", "L0N1", "L0N1")))
+    ends = (Column("reader", ("L1N0.up", "L1N1.up", "L2N0.up")), Column("writer", ("L0N0", "L0N1", "L0N1")))
     score = Column("score", torch.tensor([0.1, -0.5, 0.4]))
     atlas.put(Record("neuron_edges", (Axis("edge", ("1", "2", "3")),), (*ends, score), {"port": "up"}))
     assert brief(edges(atlas, question="neuron_edges")) == [
-        ("up", "L2N0", "L0N1", pytest.approx(0.4)),
-        ("up", "L1N0", "L0N0", pytest.approx(0.1)),
-        ("up", "L1N1", "L0N1", pytest.approx(-0.5)),
+        ("up", "L2N0.up", "L0N1", pytest.approx(0.4)),
+        ("up", "L1N0.up", "L0N0", pytest.approx(0.1)),
+        ("up", "L1N1.up", "L0N1", pytest.approx(-0.5)),
     ]
     assert len(edges(atlas, "L2N0.up", question="neuron_edges")) == 1
-    assert edges(atlas, "L2N0.gate", question="neuron_edges") == []
+    assert len(edges(atlas, "L2N0", question="neuron_edges")) == 1
+    with pytest.raises(UsageError, match=r"no reader 'L2N0\.gate'"):
+        edges(atlas, "L2N0.gate", question="neuron_edges")
     with pytest.raises(UsageError, match="no writer 'L9N9'"):
         edges(atlas, writer="L9N9", question="neuron_edges")
 
@@ -163,10 +168,10 @@ def test_edges_tell_what_their_ends_do_where_heads_are_labelled(atlas: Atlas):
         atlas.put(Record("labels", (heads,), (Column("label", (label, *said[1:])),), {"threshold": len(label)}))
     strongest, second = edges(atlas, top=2)
     assert (strongest["writer"], strongest["writer_label"]) == ("L0H0", "previous_token")
-    assert (strongest["reader"], strongest["reader_label"]) == ("L2H0", "induction")
+    assert (strongest["reader"], strongest["reader_label"]) == ("L2H0.K", "induction")
     assert (second["reader"], second["reader_label"]) == (EVIL, None)
     assert edges(atlas, writer="L0H1", top=1)[0]["writer_label"] is None
-    assert edges(atlas, "L1H0.V") == []
+    assert edges(atlas, "L2H0.K", "L0H1") == []
 
 
 @pytest.mark.parametrize("question", ["contribution", "attribution"])
@@ -179,7 +184,7 @@ def test_what_flowed_is_asked_like_what_could(atlas: Atlas, question: str):
             size=torch.tensor([[0.7, 0.1], [0.3, NAN], [0.2, 0.3]]),
         )
     )
-    assert brief(edges(atlas, question=question, top=2))[0] == ("K", "L2H0", "L0H0", 0.3)
+    assert brief(edges(atlas, question=question, top=2))[0] == ("K", "L2H0.K", "L0H0", 0.3)
     assert edges(atlas, question=question, by="size", top=1)[0]["score"] == -0.7
 
 

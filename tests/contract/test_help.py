@@ -90,7 +90,7 @@ def test_sizes_of_memory(text: str, size: int) -> None:
         (["map", "MODEL", "--device", "cuda:99"], "cuda:99"),
         (["map", "MODEL", "-o", "FILE"], "is a file"),
         (["map", "MODEL", "-o", "FILE/atlas"], "is a file"),
-        (["rotate", "MODEL", "FILE"], "is a file"),
+        (["rotate", "MODEL", "-o", "FILE"], "is a file"),
         (["observe", "MODEL", "-o", "nowhere/moments.safetensors"], "no folder"),
         (["observe", "MODEL", "-o", "."], "is a folder"),
     ],
@@ -126,5 +126,5 @@ def test_a_run_without_transformers_is_refused_at_once(
     monkeypatch.setattr(verb, "find_spec", nothing)
     assert run(arguments) == 2
     error = capsys.readouterr().err
-    assert "transformers and accelerate" in error
-    assert "pip install '.[runtime]'" in error
+    assert "transformers and accelerate are not installed" in error
+    assert "pip install -c constraints.txt '.[runtime]'" in error

@@ -51,7 +51,7 @@ def cells(lines: list[str], name: str) -> list[str]:
 def test_identity_is_whole_at_every_width(width: int) -> None:
     lines = drawn(Table("edges that were removed one by one, with a title that is long", ROWS), width)
     text = "\n".join(lines)
-    assert all(len(part) <= width for part in lines)
+    assert all(len(part) <= width and part == part.rstrip() for part in lines)
     assert "…" not in text
     for row in ROWS:
         whole = [part for part in lines if row["writer"] in part and row["reader"] in part]
@@ -99,6 +99,14 @@ def test_prose_is_broken_between_words_alone(width: int) -> None:
     assert " ".join(out.getvalue().split()) == " ".join(text.split())
     assert all(part.startswith(" " * 13) for part in lines[1:])
     assert all(len(part) <= width or len(part.split()) <= 2 for part in lines)
+
+
+@pytest.mark.parametrize("width", [50, 70, 160])
+def test_items_in_a_cell_are_broken_between_items_alone(width: int) -> None:
+    items = [f"' {word} and more' 0.{i}234" for i, word in enumerate(("France", "it", "Switzerland", "me"))]
+    lines = drawn(Table("", [{"state": i, "tokens": "  ".join(items)} for i in range(2)]), width)
+    assert all(sum(item in part for part in lines) == 2 for item in items)
+    assert (len(lines) == 5) == (width == 160), "head, rule, two rows and an empty line"
 
 
 @pytest.mark.parametrize(("variables", "width"), [({"COLUMNS": "70"}, 70), ({}, show.UNLIMITED)])

@@ -202,7 +202,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "map": ("MODEL", "-o", "NEW", "--only", "composition,neurons,bandwidth"),
     "edges": ("ATLAS", "--top", "3"),
     "composition": ("MODEL", "--top", "3", "--moments", "MOMENTS"),
-    "channel": ("MODEL", "L0H1", "L1H2.K", "--nearest", "2", "--components", "--offsets", "0:2"),
+    "channel": ("MODEL", "L0H1", "L1H2.K", "--nearest", "2", "--singular-components", "--offsets", "0:2"),
     "neurons": ("MODEL", "--top", "3"),
     "subspaces": ("MODEL", "--top", "3"),
     "bandwidth": ("MODEL", "--state", "1"),
@@ -211,7 +211,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "memory": ("MODEL", "--component", "L1H2", "--top", "3"),
     "linear": ("MODEL", "--point", "POINT"),
     "paths": ("MODEL", "L0H1", "L1H2.V"),
-    "statements": ("MODEL", "--samples", "2", "--only", "L1,L3,T7,C1"),
+    "statements": ("MODEL", "--sample", "2", "--only", "L1,L3,T7,C1"),
     "trace": ("MODEL", "--prompt-ids", "3,17,5", "--lens"),
     "labels": ("MODEL", *RUNS),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
@@ -221,7 +221,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "persistence": ("MODEL", *RUNS, "--writer", "L0H1"),
     "frontier": ("MODEL", *RUNS),
     "validate": ("MODEL", *RUNS, "--edges", "3"),
-    "rotate": ("MODEL", "NEW"),
+    "rotate": ("MODEL", "-o", "NEW"),
 }
 
 

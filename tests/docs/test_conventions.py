@@ -35,6 +35,21 @@ def test_what_a_page_shows_is_so(name: str) -> None:
     assert run_blocks(ROOT / "docs" / name) >= 2
 
 
+SHOWN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "conventions"]  # states line by line
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
+def test_a_page_shows_what_its_code_prints(page: Path) -> None:
+    """Every block of a page is followed by its output; assertions and what the tests import stay in the tests."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$(\n\n```text\n)?", text, re.MULTILINE | re.DOTALL)
+    ours = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for code, output in blocks:
+        assert output, code
+        assert "assert" not in code
+        assert not ours.intersection(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
+
+
 @pytest.mark.real
 def test_what_the_readme_shows_is_so() -> None:
     assert run_blocks(ROOT / "README.md") >= 1

@@ -43,7 +43,8 @@ def test_matrices_survive_quantisation(records: list[Record], manifest: dict[str
         assert np.array_equal(steps == 0, np.isnan(values))
         found = np.where(steps == 0, np.nan, (steps.astype(float) - 1) / 65534 * drawn["largest"])
         np.testing.assert_allclose(found, values, atol=drawn["largest"] / 65534)
-        assert (drawn["readers"], drawn["writers"]) == (list(record.axes[0].labels), list(record.axes[1].labels))
+        readers = [f"{name}.{record.parameters['port']}" for name in drawn["readers"]]
+        assert (readers, drawn["writers"]) == (list(record.axes[0].labels), list(record.axes[1].labels))
 
 
 def test_edges_are_the_strongest_of_each_port_and_name_their_group(
@@ -59,12 +60,13 @@ def test_edges_are_the_strongest_of_each_port_and_name_their_group(
 
 
 def test_large_models_are_shown_by_layer(manifest: dict[str, Any]) -> None:
-    names = tuple(f"L{layer}H{head}" for layer in range(31) for head in range(20))
+    writers = tuple(f"L{layer}H{head}" for layer in range(31) for head in range(20))
+    readers = tuple(f"{name}.Q" for name in writers)
     score = torch.rand(620, 620, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer = torch.arange(620) // 20
     score[layer[None, :] >= layer[:, None]] = float("nan")
     columns = tuple(Column(name, score) for name in ("score", "strength", "null_ratio", "z"))
-    record = Record("composition", (Axis("reader", names), Axis("writer", names)), columns, {"port": "Q"})
+    record = Record("composition", (Axis("reader", readers), Axis("writer", writers)), columns, {"port": "Q"})
     drawn = payload([record], manifest)["maps"][0]
     assert drawn["by_layer"]
     assert drawn["readers"] == [f"L{i}" for i in range(31)]
@@ -108,7 +110,7 @@ WRITERS = ("embed", "L0H0", "L0.mlp", "L0.mlp.bias", "L1H1", "L1.attn.bias")
 
 
 def test_heads_and_other_writers_are_drawn_apart(manifest: dict[str, Any]) -> None:
-    record = composed("Q", ("L0H0", "L1H0", "L2H1"), WRITERS)
+    record = composed("Q", ("L0H0.Q", "L1H0.Q", "L2H1.Q"), WRITERS)
     found = payload([record], manifest)
     assert [(m["from"], m["writers"]) for m in found["maps"]] == [
         ("heads", ["L0H0", "L1H1"]),
@@ -121,7 +123,7 @@ def test_heads_and_other_writers_are_drawn_apart(manifest: dict[str, Any]) -> No
             np.where(steps == 0, np.nan, (steps.astype(float) - 1) / 65534 * drawn["largest"]), values, atol=1e-4
         )
     assert {(e["writer"], e["reader"]): e["score"] for e in found["edges"]} == {
-        (row["writer"], row["reader"]): row["score"] for row in record.rows()
+        (row["writer"], str(row["reader"]).removesuffix(".Q")): row["score"] for row in record.rows()
     }
 
 
@@ -253,7 +255,7 @@ def everything(records: list[Record], verdicts: Record) -> list[Record]:
     stream = vw.open(tiny("llama-grouped-untied"))
     pairs = ("L0H0", "L0H1"), ("L1H0.K", "L2H1.V")
     return [
-        composed("gate", ("L0.mlp", "L1.mlp"), WRITERS),
+        composed("gate", ("L0.mlp.gate", "L1.mlp.gate"), WRITERS),
         composed("unembed", ("unembed",), WRITERS),
         *records,
         *(question(stream) for question in (Bandwidth(), HeadErasers(draws=3), Erasure())),

@@ -36,7 +36,8 @@ def pairs(question: str, port: str, writers: tuple[str, ...], seed: int, **units
     generator = torch.Generator().manual_seed(seed)
     later = torch.tensor([[w[1] < r[1] for w in writers] for r in HEADS])
     drawn = {name: torch.rand(6, len(writers), dtype=torch.float64, generator=generator) for name in units}
-    axes = Axis("reader", HEADS, GROUPS if port != "Q" else ()), Axis("writer", writers)
+    readers = tuple(f"{head}.{port}" for head in HEADS)
+    axes = Axis("reader", readers, GROUPS if port != "Q" else ()), Axis("writer", writers)
     columns = tuple(Column(n, drawn[n].masked_fill(~later, NAN), unit) for n, unit in units.items())
     parameters = {"port": port, "sequences": 4, "metric": "next_token_loss"}
     return Record(question, axes, columns, parameters, {"tokens": 640})
@@ -107,7 +108,7 @@ def test_a_group_comes_once_by_its_strongest_reader():
         wanted = sorted(best.values(), key=lambda row: -row["score"])
         found = [row for row in rows.values() if row["port"] == port]
         assert [(r["writer"], r["reader"], r["score"], r["z"]) for r in found] == [
-            (r["writer"], r["reader"], r["score"], r["z"]) for r in wanted
+            (r["writer"], r["reader"].removesuffix(f".{port}"), r["score"], r["z"]) for r in wanted
         ]
         for row in found:
             layer = row["reader"][:2]
@@ -119,7 +120,7 @@ def test_a_port_shows_its_twenty_strongest_groups():
     names = tuple(f"L{layer}H{head}" for layer in range(6) for head in range(6))
     scores = torch.rand(36, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     groups = tuple(f"{name[:2]}.kv{int(name[3]) // 3}" for name in names)
-    axes = Axis("reader", names, groups), Axis("writer", names)
+    axes = Axis("reader", tuple(f"{name}.V" for name in names), groups), Axis("writer", names)
     record = Record(
         "composition", axes, tuple(Column(n, scores) for n in ("score", "strength", "null_ratio", "z")), {"port": "V"}
     )
@@ -218,7 +219,7 @@ def test_the_page_puts_them_side_by_side(tmp_path: Path):
         ("–", why)
         for why in (
             "this edge was not removed", "not computed for this port",
-            "composition through this port is not in the atlas", "told of queries, keys and values only",
+            "the atlas has no composition through this port", "given for queries, keys and values only",
         )
     }  # fmt: skip
     axis, *bars = shown["effects"]

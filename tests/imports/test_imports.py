@@ -41,7 +41,7 @@ def test_help_and_version_load_no_torch():
 
 
 def test_the_store_loads_its_database_only_when_asked():
-    assert "duckdb" not in loaded_after("import virtual_weights.atlas, virtual_weights.record.parquet")
+    assert "duckdb" not in loaded_after("import virtual_weights.atlas, virtual_weights.record.table")
     assert "duckdb" in loaded_after("import virtual_weights, duckdb")
 
 

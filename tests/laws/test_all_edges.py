@@ -9,6 +9,7 @@ from tiny_models import tiny
 from torch import Tensor
 
 import virtual_weights as vw
+from virtual_weights.runtime.edges.edge import group_readers
 from virtual_weights.stream import Head, Mlp
 
 MODELS = ("llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary")
@@ -49,7 +50,7 @@ def test_every_edge_equals_its_dense_product(name: str) -> None:
         readers, writers = (record.axis(side).labels for side in ("reader", "writer"))
         assert set(writers) == {label for label, c in places.items() if c.writes is not None}
         assert [places[w].writes for w in writers] == sorted(places[w].writes for w in writers)
-        for i, reader in enumerate(readers):
+        for i, reader in enumerate(label.removesuffix(f".{port}") for label in readers):
             left = read(stream, reader, port)
             for j, writer in enumerate(writers):
                 right = written(stream, writer)
@@ -71,8 +72,7 @@ def test_every_overlap_equals_its_dense_twin(name: str, energy: float | None) ->
     places = {str(c.label): c for c in stream.components}
     for port in ports(stream):
         record = vw.Overlap(port, writers="all", energy=energy)(stream)
-        for i, reader in enumerate(record.axis("reader").labels):
-            reader = reader.removesuffix(f".{port}")
+        for i, reader in enumerate(label.removesuffix(f".{port}") for label in record.axis("reader").labels):
             left = basis(read(stream, reader, port).T, energy)
             for j, writer in enumerate(record.axis("writer").labels):
                 if places[writer].writes > places[reader].reads:
@@ -141,3 +141,20 @@ def test_memory_only_cuts_the_work() -> None:
 def test_what_is_not_there_is_refused(wrong: object) -> None:
     with pytest.raises(vw.VirtualWeightsError, match="expected"):
         wrong(vw.open(tiny("llama-full")))
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2"])
+def test_every_question_names_the_same_readers_with_their_port(name: str) -> None:
+    model = tiny(name)
+    stream = vw.open(model)
+    run = vw.Run.on_tokens(stream, torch.arange(12).reshape(2, 6), model=model)
+    moments = vw.Observation().moments(run)
+    for port in stream.groups.ports:
+        readers = vw.Composition(port)(stream).axis("reader")
+        components = [str(part.label) for group in stream.groups.readers(port) for part in group.components]
+        assert readers.labels == tuple(name if port == "unembed" else f"{name}.{port}" for name in components)
+        assert vw.Contribution(port, moments)(stream).axis("reader") == readers
+        assert vw.Attribution(port)(run).axis("reader") == readers
+        groups = readers.groups or readers.labels
+        first = tuple(label for i, label in enumerate(readers.labels) if groups.index(groups[i]) == i)
+        assert vw.Overlap(port)(stream).axis("reader").labels == group_readers(stream, port) == first

@@ -58,7 +58,7 @@ def test_equals_finite_differences(name: str) -> None:
     edges = [("L0H1", f"L{last}H3.{port}") for port in "QKV"] + [("L0H2", "L1H0.K"), (f"L{last - 1}H0", f"L{last}H2.V")]
     records = attributions(model, stream)
     for writer, reader in edges:
-        effect = entry(records[reader[-1]], reader[:-2], writer)  # type: ignore[index]
+        effect = entry(records[reader[-1]], reader, writer)  # type: ignore[index]
         expected = difference(model, stream, Edge.of(stream, writer, reader))
         assert effect == pytest.approx(expected, rel=1e-5, abs=1e-8), (writer, reader)
         assert abs(effect) > 1e-6
@@ -67,10 +67,10 @@ def test_equals_finite_differences(name: str) -> None:
 def test_every_edge_of_one_port() -> None:
     model, stream = in_float64("llama-grouped-untied")
     record = Attribution("K")(Run.on_tokens(stream, TOKENS, model=model))
-    rows = [row for row in record.rows() if row["reader"] in ("L1H0", "L2H3")]
+    rows = [row for row in record.rows() if row["reader"] in ("L1H0.K", "L2H3.K")]
     assert len(rows) == 6 + 12
     for row in rows:
-        edge = Edge.of(stream, str(row["writer"]), f"{row['reader']}.K")
+        edge = Edge.of(stream, str(row["writer"]), str(row["reader"]))
         assert row["attribution"] == pytest.approx(difference(model, stream, edge), rel=1e-5, abs=1e-8)
         assert row["size"] == abs(float(row["attribution"] or 0))
         assert row["reader_group"] == edge.kv_group
@@ -84,19 +84,19 @@ def test_every_kind_of_writer_and_reader(name: str) -> None:
     mlp = stream.groups.ports[3:-1]
     assert mlp == (("gate", "up") if stream.spec.gated else ("in",))
     embeds = ["embed", "pos"] if stream.model.has("pos", "pos") else ["embed"]
-    readers: list[tuple[str, str, Port]] = [("unembed", "unembed", "unembed"), (f"L{last}H1", f"L{last}H1.K", "K")]
-    readers += [(f"L{last}.mlp", f"L{last}.mlp.{port}", port) for port in mlp]
+    readers: list[tuple[str, Port]] = [("unembed", "unembed"), (f"L{last}H1.K", "K")]
+    readers += [(f"L{last}.mlp.{port}", port) for port in mlp]
     records = attributions(model, stream, stream.groups.ports, writers="all")
     assert tuple(records) == stream.groups.ports
-    for reader, ported, port in readers:
+    for reader, port in readers:
         for writer in (*embeds, "L0H2", "L0.mlp"):
             effect = entry(records[port], reader, writer)
-            expected = difference(model, stream, Edge.of(stream, writer, ported))
-            assert effect == pytest.approx(expected, rel=1e-5, abs=1e-8), (writer, ported)
+            expected = difference(model, stream, Edge.of(stream, writer, reader))
+            assert effect == pytest.approx(expected, rel=1e-5, abs=1e-8), (writer, reader)
             assert abs(effect) > 1e-6
     heads = attributions(model, stream, mlp)  # heads alone: the same numbers
     writer = records[mlp[0]].axis("writer").labels.index("L0H0")
-    assert entry(heads[mlp[0]], f"L{last}.mlp", "L0H0") == pytest.approx(
+    assert entry(heads[mlp[0]], f"L{last}.mlp.{mlp[0]}", "L0H0") == pytest.approx(
         float(records[mlp[0]]["attribution"][last, writer])  # type: ignore[index]
     )
 
@@ -104,8 +104,8 @@ def test_every_kind_of_writer_and_reader(name: str) -> None:
 def test_only_what_reaches_is_there() -> None:
     model, stream = in_float64("neox-parallel-partial-rotary")
     records = attributions(model, stream, ("in", "unembed"), writers="all")
-    assert math.isnan(entry(records["in"], "L1.mlp", "L1H0"))  # a parallel block: both read the same state
-    assert math.isfinite(entry(records["in"], "L1.mlp", "L0.mlp"))
+    assert math.isnan(entry(records["in"], "L1.mlp.in", "L1H0"))  # a parallel block: both read the same state
+    assert math.isfinite(entry(records["in"], "L1.mlp.in", "L0.mlp"))
     assert records["unembed"]["attribution"].isfinite().all()  # type: ignore[union-attr]
     assert set(records["in"].axis("writer").labels) == {
         str(c.label) for c in stream.components if c.kind in ("embed", "head", "mlp")
@@ -124,7 +124,7 @@ def test_batches_metric_and_gradients_of_the_parameters() -> None:
     whole = attributions(model, stream, metric=gap, batch=3)
     parts = attributions(model, stream, metric=gap, batch=1)
     expected = difference(model, stream, Edge.of(stream, "L0H1", "L2H3.Q"), gap)
-    assert entry(whole["Q"], "L2H3", "L0H1") == pytest.approx(expected, rel=1e-5)
+    assert entry(whole["Q"], "L2H3.Q", "L0H1") == pytest.approx(expected, rel=1e-5)
     for port in HEAD_PORTS:
         a, b = whole[port]["attribution"], parts[port]["attribution"]
         assert isinstance(a, Tensor)
@@ -195,5 +195,5 @@ def test_refused() -> None:
 def test_absent_where_nothing_can_reach() -> None:
     model, stream = in_float64("neox-parallel-partial-rotary")
     record = Attribution("V")(Run.on_tokens(stream, TOKENS, model=model))
-    assert math.isnan(entry(record, "L1H0", "L1H1"))
-    assert math.isfinite(entry(record, "L1H0", "L0H1"))
+    assert math.isnan(entry(record, "L1H0.V", "L1H1"))
+    assert math.isfinite(entry(record, "L1H0.V", "L0H1"))

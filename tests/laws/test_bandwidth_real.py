@@ -19,14 +19,14 @@ def test_the_ledger_of_the_page() -> None:
     rows = list(record.rows())
     assert [row["oversubscription"] for row in rows] == list(range(1, 62))
     assert {(row["unread_dim"], row["unwritten_dim"]) for row in rows} == {(0, 0)}
-    assert f"rank {rows[0]['read_ranks']:,}: {63936 - int(rows[0]['read_ranks'])} of 63,936" in PAGE
+    assert f"add up to {rows[0]['read_ranks']:,}: {63936 - int(rows[0]['read_ranks'])} of 63,936" in PAGE
     shown = ("written_entropy_rank", "read_entropy_rank", "live_entropy_rank")
     for p in (0, 10, 30, 50, 60):
         ranks = " | ".join(f"{rows[p][name]:.1f}" for name in shown)
         assert f"| {p} | {rows[p]['after']} | {p + 1} | {ranks} |" in PAGE
     assert f"{record.stamp['cut']:.1e}".replace("e-05", "e-5") in PAGE
     tightest = bottleneck(record)
-    assert f"a product of {tightest['neuron_product']:,.0f}, a saving of {tightest['saving']:.1f}" in PAGE
+    assert f"product is {tightest['neuron_product']:,.0f} and the saving {tightest['saving']:.1f}" in PAGE
     coarse = list(Bandwidth(cut=0.05)(vw.open("smollm2-135m")).rows())
     assert f"{coarse[0]['unwritten_dim']} dimensions are unwritten in state 0 and none from state 6 on" in PAGE
     assert [row["unwritten_dim"] == 0 for row in coarse] == [False] * 6 + [True] * 55

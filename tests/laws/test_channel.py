@@ -304,7 +304,7 @@ def told(folder: Path, *arguments: str) -> str:
 
 
 def test_the_command_says_what_the_records_say(folder: Path) -> None:
-    asked = ("L0H1", "L1H3.K", "--nearest", "2", "--blocks", "2", "--components", "--offsets", "0:6:2")
+    asked = ("L0H1", "L1H3.K", "--nearest", "2", "--blocks", "2", "--singular-components", "--offsets", "0:6:2")
     given, stream = json.loads(told(folder, *asked, "--json")), vw.open(folder)
     more = {answer["question"]: answer for answer in given["more"]}
     record = ChannelTokens("L0H1", "L1H3.K", 2, 2)(stream)
@@ -333,7 +333,7 @@ def test_the_command_takes_a_circuit_or_a_writer_alone(folder: Path) -> None:
     assert [row["gain"] for row in alone["rows"]] == record["gain"].tolist()
     assert alone["summary"]["strength"] == pytest.approx(float(stream["L1H3"].qk_at(2).dense().norm()))
     assert {row["end"] for row in alone["more"][0]["rows"]} == {"query", "key"}
-    everyone = json.loads(told(folder, "L0H1", "--components", "--json"))
+    everyone = json.loads(told(folder, "L0H1", "--singular-components", "--json"))
     assert (everyone["question"], len(everyone["rows"])) == ("component_composition", 4 * 12 * 3)
     for wrong in (["L0H1"], ["L0H1", "--offsets", "0:4"], ["L0H1", "L1H3.K", "--offsets", "0-4"]):
         done = CliRunner().invoke(app, [str(folder), *wrong])

@@ -39,7 +39,7 @@ def _naive(model: nn.Module, stream: Stream, port: str, centred: bool, offset: i
         reaching = [i for i, (position, _) in enumerate(written[0]) if position <= group.reads]
         scalars = [scale(sum(w[i][1] for i in reaching), spec.norm, spec.norm_eps)[:, None] for w in written]
         read = stream.read(port, group)
-        for head, label in enumerate(group.labels):
+        for head, label in enumerate(group.readers(port)):
             rows = read.maps[head // (spec.group if port in "KV" else 1)].double()
             after = _after(stream, flows, port, group, head, offset)
             total = 0
@@ -100,7 +100,7 @@ def test_contribution_is_the_average_over_tokens(name: str, centred: bool, offse
 def _next(stream: Stream, reader: str, writer: str) -> bool:
     """Whether the reader reads the very state in which the write first appears: there wide writers are exact too."""
     places = {str(c.label): c for c in stream.components}
-    return places[reader].reads == places[writer].writes
+    return stream.groups.of(reader).reads == places[writer].writes
 
 
 def test_factorised_moments_are_exact_in_the_energy_written() -> None:

@@ -277,12 +277,12 @@ def test_prices_and_refusals() -> None:
     for tokens in (TOKENS[0], TOKENS.double()):
         with pytest.raises(UsageError, match="tokens of shape"):
             Run.on_tokens(stream, tokens, model=model)
-    with pytest.raises(UsageError, match="no token 1 to count from in 1"):
+    with pytest.raises(UsageError, match="chunks of 1 tokens, of which the first 1"):
         Frontier()(Run.on_tokens(stream, TOKENS[:, :1], model=model))
     with pytest.raises(UsageError, match="gain"):
         answers(model, vw.open(model, fold=False))
     silent = blank()
-    with pytest.raises(UsageError, match="no unit helps"):
+    with pytest.raises(UsageError, match="no unit both helps"):
         answers(silent, vw.open(silent))
 
 

@@ -89,7 +89,7 @@ def test_heads_into_neurons_equal_their_dense_twins(name: str, fold: bool) -> No
     for port in neuron_ports(stream):
         record, rows = HeadNeuron(port)(stream), all_neurons(stream, port)
         assert record.axis("head").labels == tuple(names)
-        assert record.axis("neuron").labels[stream.spec.d_mlp + 2] == "L1N2"
+        assert record.axis("neuron").labels[stream.spec.d_mlp + 2] == f"L1N2.{port}"
         strength = torch.einsum("nd,hde->hne", rows, ovs).norm(dim=2).T.where(reach, torch.nan)
         square = (ovs.mT @ ovs).square().sum((1, 2))
         own = rows.square().sum(1)[:, None], ovs.square().sum((1, 2))
@@ -154,16 +154,19 @@ def by(record: Record, side: str, labels: list[str]) -> dict[int, list[float]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_strongest_edges_are_those_of_brute_force(name: str, top: int) -> None:
     stream = vw.open(tiny(name))
-    labels = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(stream.spec.d_mlp)]
+    neurons = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(stream.spec.d_mlp)]
     for port in neuron_ports(stream):
+        labels = {"reader": [f"{name}.{port}" for name in neurons], "writer": neurons}
         cosine, product, _ = dense_cosines(stream, port)
         readers, writers, _ = three(stream, port, top)
         for record, side, dense in ((readers, "reader", cosine), (writers, "writer", cosine.T)):
-            expected, got = brute(dense, top), by(record, side, labels)
+            expected, got = brute(dense, top), by(record, side, labels[side])
             assert list(got) == list(expected), "in order, and only those that have a partner"
             for i, scores in expected.items():
                 assert got[i] == pytest.approx(scores, abs=1e-6)
-            reader, writer = (torch.tensor([labels.index(x) for x in record[each]]) for each in ("reader", "writer"))
+            reader, writer = (
+                torch.tensor([labels[each].index(x) for x in record[each]]) for each in ("reader", "writer")
+            )
             close(record["score"], cosine[reader, writer])
             close(record["strength"], product[reader, writer])
             close(record["z"], cosine[reader, writer] * stream.d_model**0.5)
@@ -230,7 +233,7 @@ def test_neurons_without_direction_have_no_edge() -> None:
     readers, writers, cosines = three(stream, "up", 200)
     assert cosines.stamp["pairs"] == 40 * 40 * 3 - 80 - 80 + 1
     assert not {"L0N3"} & {*readers["writer"], *writers["writer"]}
-    assert not {"L2N5"} & {*readers["reader"], *writers["reader"]}
+    assert not {"L2N5.up"} & {*readers["reader"], *writers["reader"]}
     assert len(readers["reader"]) == len(writers["reader"]) == 40 * 40 * 3 - 80 - 80 + 1
     heads = HeadNeuron("up")(stream)
     assert heads["score"][85].isnan().all()
@@ -254,18 +257,21 @@ def test_one_neuron_or_head_is_the_same_cut_out_of_all(name: str) -> None:
     stream = vw.open(tiny(name))
     port = neuron_ports(stream)[0]
     heads, from_neurons = HeadNeuron(port)(stream), NeuronHead("K")(stream)
-    n, h = heads.axis("neuron").index("L2N7"), heads.axis("head").index("L1H2")
-    w = heads.axis("neuron").index("L0N7")
-    torch.testing.assert_close(HeadNeuron(port, "L2N7")(stream)["z"], heads["z"][n : n + 1], equal_nan=True)
+    n, h = heads.axis("neuron").index(f"L2N7.{port}"), heads.axis("head").index("L1H2")
+    w = from_neurons.axis("neuron").index("L0N7")
+    torch.testing.assert_close(HeadNeuron(port, f"L2N7.{port}")(stream)["z"], heads["z"][n : n + 1], equal_nan=True)
     one = HeadNeuron(port, "L2N7", "L1H2")(stream)
-    assert (one.axis("neuron").labels, one.axis("head").labels) == (("L2N7",), ("L1H2",))
+    assert (one.axis("neuron").labels, one.axis("head").labels) == ((f"L2N7.{port}",), ("L1H2",))
     torch.testing.assert_close(one["strength"][0, 0], heads["strength"][n, h])
-    torch.testing.assert_close(NeuronHead("K", "L1H2")(stream)["score"][0], from_neurons["score"][h], equal_nan=True)
+    for reader in ("L1H2", "L1H2.K"):
+        alone = NeuronHead("K", reader)(stream)
+        assert alone.axis("head").labels == ("L1H2.K",)
+        torch.testing.assert_close(alone["score"][0], from_neurons["score"][h], equal_nan=True)
     into = NeuronHead("K", writer="L0N7")(stream)
     torch.testing.assert_close(into["score"][:, 0], from_neurons["score"][:, w], equal_nan=True)
     cosine, _, _ = dense_cosines(stream, port)
     alone = NeuronNeuron(port, 6, reader="L2N7")(stream)
-    assert set(alone["reader"]) == {"L2N7"}
+    assert set(alone["reader"]) == {f"L2N7.{port}"}
     assert alone["score"].tolist() == pytest.approx(brute(cosine, 6)[n], abs=1e-6)
     out = NeuronReaders(port, 6, writer="L0N7")(stream)
     assert out["score"].tolist() == pytest.approx(brute(cosine.T, 6)[w], abs=1e-6)
@@ -293,7 +299,7 @@ def test_an_atlas_keeps_them_and_answers(tmp_path: Path) -> None:
             else:
                 assert other == column.values
     rows = edges(atlas, "L2N7.up", question="neuron_edges", by="magnitude", top=5)
-    there = [i for i, name in enumerate(tables[0]["reader"]) if name == "L2N7"]
+    there = [i for i, name in enumerate(tables[0]["reader"]) if name == "L2N7.up"]
     assert [row["writer"] for row in rows] == [tables[0]["writer"][i] for i in there]
 
 
@@ -309,6 +315,8 @@ def test_the_smallest_and_the_wrong() -> None:
         (lambda: NeuronNeuron("up")(first), "no port 'up'"),
         (lambda: NeuronNeuron("in", reader="L9N0")(first), "no neuron 'L9N0'"),
         (lambda: HeadNeuron("in", writer="L0H4")(first), "no head 'L0H4'"),
+        (lambda: HeadNeuron("in", reader="L0N0.up")(first), "no neuron 'L0N0.up'"),
+        (lambda: NeuronHead("Q", reader="L0H0.K")(first), "no head 'L0H0.K'"),
     ]
     for call, message in wrong:
         with pytest.raises(vw.VirtualWeightsError, match=message):

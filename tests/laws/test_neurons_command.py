@@ -47,8 +47,8 @@ def test_the_whole_model(folder: Path) -> None:
     given, stream = answer(folder, "--top", 4), vw.open(folder)
     pairs, heads = NeuronNeuron("up")(stream).top(4, "magnitude"), HeadNeuron("up")(stream).top(4)
     assert ends(given) == [
-        ("neuron", "neuron", "up", [(w, f"{r}.up") for w, r in zip(pairs["writer"], pairs["reader"], strict=True)]),
-        ("head", "neuron", "up", [(w, f"{r}.up") for w, r in zip(heads["head"], heads["neuron"], strict=True)]),
+        ("neuron", "neuron", "up", list(zip(pairs["writer"], pairs["reader"], strict=True))),
+        ("head", "neuron", "up", list(zip(heads["head"], heads["neuron"], strict=True))),
     ]
     assert [e["score"] for e in given["rows"]] == pairs["score"].tolist()
     assert min(e["score"] for e in given["rows"]) < 0 < max(pairs["score"]), "signed, by magnitude"
@@ -64,13 +64,13 @@ def test_one_reader_or_one_writer(folder: Path) -> None:
     assert {reader for t in ends(given) for _, reader in t[3]} == {"L2N5.gate"}
     best = NeuronReaders("gate", 3, writer="L0N9")(stream)
     (only,) = ends(answer(folder, "--writer", "L0N9.out", "--port", "gate", "--top", 3))
-    assert only[3] == [("L0N9", f"{reader}.gate") for reader in best["reader"]]
+    assert only[3] == [("L0N9", reader) for reader in best["reader"]]
     (only,) = ends(answer(folder, "--writer", "0.3", "--top", 3))
     assert only == (
         "head",
         "neuron",
         "up",
-        [("L0H3", f"{n}.up") for n in HeadNeuron("up", writer="L0H3")(stream).top(3)["neuron"]],
+        [("L0H3", neuron) for neuron in HeadNeuron("up", writer="L0H3")(stream).top(3)["neuron"]],
     )
     by_port = tables(answer(folder, "--reader", "L2H4", "--top", 2))
     assert [table["summary"]["port"] for table in by_port] == ["Q", "K", "V"]

@@ -222,10 +222,43 @@ def test_a_record_has_rows_is_equal_to_its_like_and_shows_itself_shortly():
     assert max(map(len, lines)) <= 120
 
 
-def test_a_row_is_found_by_writer_and_reader_in_either_order():
-    record = pairs([[NAN, 0.5], [0.25, NAN]])
-    row = {"reader": "R0", "writer": "W1", "score": 0.5}
-    assert record["W1", "R0"] == record["R0", "W1"] == record["W1", "R0.K"] == row
-    for labels in (("W1", "R0.Q"), ("W0", "R0"), ("W1",), ("W1", "R9")):
-        with pytest.raises(UsageError):
+def into_keys() -> Record:
+    axes = Axis("reader", ("L1H0.K", "L1H1.K")), Axis("writer", ("L0H0", "L1H0"))
+    return Record("composition", axes, (Column("score", torch.tensor([[0.5, NAN], [0.25, NAN]])),), {"port": "K"})
+
+
+def test_a_row_is_found_by_writer_and_reader_in_either_order_with_the_port_or_without():
+    record = into_keys()
+    row = {"reader": "L1H1.K", "writer": "L0H0", "score": 0.25}
+    for asked in (record, record.top(2), record.top(2).top(2)):
+        found = [asked[labels] for labels in (("L0H0", "L1H1.K"), ("L1H1.K", "L0H0"), ("L0H0", "L1H1"))]
+        assert all(row.items() <= one.items() for one in found)
+    assert record["L0H0", "L1H1"] == row
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("L0H0", "L1H1.Q"), "no row at L0H0, L1H1.Q"),  # another port
+        (("L1H0", "L1H1.K"), "no value at L1H0, L1H1.K"),  # cannot reach
+        (("L0H0", "L9H9.K"), "no row"),
+        (("L0H0",), "no row"),
+    ],
+)
+def test_a_missing_pair_is_refused(labels: tuple[str, ...], message: str):
+    with pytest.raises(UsageError, match=message):
+        into_keys()[labels]
+    with pytest.raises(UsageError, match="no row at "):  # a table holds no pair that cannot reach
+        into_keys().top(2)[labels]
+
+
+def test_a_table_of_edges_into_many_ports_is_asked_by_the_whole_name():
+    writers, readers = ("L0H0", "L0H0", "L0.mlp"), ("L1H0.K", "L1H0.V", "unembed")
+    columns = Column("effect", torch.tensor([1.0, 2.0, 3.0])), Column("writer", writers), Column("reader", readers)
+    record = Record("ablation", (Axis("edge", ("1", "2", "3")),), columns)
+    assert record["L0H0", "L1H0.V"] == {"edge": "2", "effect": 2.0, "writer": "L0H0", "reader": "L1H0.V"}
+    assert record["L0.mlp", "unembed"]["effect"] == 3.0
+    for labels in (("L0H0", "L1H0"), ("L0H0", "unembed"), ("L0.mlp", "L1H0.K")):
+        with pytest.raises(UsageError, match="no row at ") as caught:
             record[labels]
+        assert caught.value.expected == "a label of each: writer, reader"

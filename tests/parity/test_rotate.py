@@ -84,7 +84,7 @@ def test_the_command_keeps_shards_tokenizer_and_configuration(
     (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
     shards = len(list(source.glob("*.safetensors")))
     assert shards > 2
-    assert run(["rotate", str(source), str(out), "--seed", "4", "--json"]) == 0
+    assert run(["rotate", str(source), "-o", str(out), "--seed", "4", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)["summary"]
     assert summary["files"] == shards == len(list(out.glob("*.safetensors")))
     assert summary["copied"] == ["generation_config.json", "tokenizer.json"]
@@ -98,9 +98,9 @@ def test_the_command_keeps_shards_tokenizer_and_configuration(
     }
     scores = [vw.Composition("K")(vw.open(folder))["score"] for folder in (source, out)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert run(["rotate", str(source), str(out)]) == 2
-    assert "there already" in capsys.readouterr().err
-    assert run(["rotate", str(source), str(tmp_path / "no" / "where")]) == 2
+    assert run(["rotate", str(source), "-o", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert run(["rotate", str(source), "-o", str(tmp_path / "no" / "where")]) == 2
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
 
 
@@ -209,6 +209,6 @@ def test_precision_is_kept_unless_another_is_asked_for(
     stored: torch.dtype, options: tuple[str, ...], written: str, tmp_path: Path
 ) -> None:
     tiny("llama-full", dtype=stored).save_pretrained(tmp_path / "source")
-    assert run(["rotate", str(tmp_path / "source"), str(tmp_path / "out"), *options, "--json"]) == 0
+    assert run(["rotate", str(tmp_path / "source"), "-o", str(tmp_path / "out"), *options, "--json"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
     assert {str(x.dtype) for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {f"torch.{written}"}

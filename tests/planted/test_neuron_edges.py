@@ -65,7 +65,7 @@ def test_a_planted_pair_of_neurons_is_first_with_its_sign(
     *tables, cosines = asking(stream)(questions)
     for record in tables:
         (best,) = record.top(1, "magnitude").rows()
-        assert (best["reader"], best["writer"], best["rank"]) == (f"L2N{reader}", f"L0N{writer}", 1)
+        assert (best["reader"], best["writer"], best["rank"]) == (f"L2N{reader}.{port}", f"L0N{writer}", 1)
         assert best["score"] == pytest.approx(sign, abs=1e-6)
         assert best["strength"] == pytest.approx(6 * sign, rel=1e-6)
         assert best["z"] == pytest.approx(sign * D**0.5, rel=1e-6)
@@ -81,13 +81,13 @@ def test_neurons_of_one_layer_never_reach_each_other() -> None:
     assert float(NeuronNeuron("up")(vw.open(model))["magnitude"].max()) < 0.99
     plant_read(model, "up", 2, 5, axes[:, 0])
     best = NeuronNeuron("up")(vw.open(model)).top(1, "magnitude")
-    assert (best["writer"], best["reader"]) == (("L1N4",), ("L2N5",))
+    assert (best["writer"], best["reader"]) == (("L1N4",), ("L2N5.up",))
 
 
 def test_a_sequential_mlp_hears_its_own_heads_and_a_parallel_one_does_not() -> None:
     for name, heard in (("neox-sequential-no-attention-bias", True), ("neox-parallel-partial-rotary", False)):
         record = HeadNeuron("in")(vw.open(tiny(name)))
-        own = record["score"][record.axis("neuron").index("L1N0"), record.axis("head").index("L1H0")]
+        own = record["score"][record.axis("neuron").index("L1N0.in"), record.axis("head").index("L1H0")]
         assert bool(own.isnan()) is not heard
 
 
@@ -102,12 +102,11 @@ def test_a_planted_head_to_neuron_edge_is_first(head: int, neuron: int, seed: in
     plant_read(model, "up", 2, neuron, 0.5 * b)
     record = HeadNeuron("up")(vw.open(model))
     (best,) = record.top(1).rows()
-    assert (best["neuron"], best["head"]) == (f"L1N{neuron}", f"L0H{head}")
+    assert (best["neuron"], best["head"]) == (f"L1N{neuron}.up", f"L0H{head}")
     assert best["score"] == pytest.approx(1, abs=1e-6)
     assert best["strength"] == pytest.approx(3, rel=1e-6)
     assert best["null_ratio"] == pytest.approx(D**0.5, rel=1e-6)
-    transposed = record["score"][record.axis("neuron").index(f"L2N{neuron}"), record.axis("head").index(f"L0H{head}")]
-    assert float(transposed) == pytest.approx(0, abs=1e-6)
+    assert record[f"L0H{head}", f"L2N{neuron}.up"]["score"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("port", ["Q", "K", "V"])
@@ -124,10 +123,10 @@ def test_a_planted_neuron_to_head_edge_is_first(port: str, head: int) -> None:
     plant_write(model, 1, 12, 0.5 * b)
     record = NeuronHead(port)(vw.open(model))
     (best,) = record.top(1).rows()
-    assert (best["head"], best["neuron"]) == (f"L2H{head}", "L0N11")
+    assert (best["head"], best["neuron"]) == (f"L2H{head}.{port}", "L0N11")
     assert best["score"] == pytest.approx(1, abs=1e-6)
     assert best["strength"] == pytest.approx(3, rel=1e-6)
-    at = record.axis("head").index(f"L2H{head}"), record.axis("neuron").index("L1N12")
+    at = record.axis("head").index(f"L2H{head}.{port}"), record.axis("neuron").index("L1N12")
     assert float(record["score"][at]) == pytest.approx(0, abs=1e-6)
     if port != "V":
         swapped = NeuronHead("K" if port == "Q" else "Q")(vw.open(model))["score"][at[0]]
@@ -142,6 +141,6 @@ def test_query_heads_that_share_keys_are_one_group() -> None:
     plant_write(model, 1, 8, axes[:, 0])
     rows = list(NeuronHead("K")(vw.open(model)).top(3).rows())
     assert {(row["head"], row["head_group"], row["neuron"]) for row in rows} == {
-        (f"L2H{i}", "L2.kv1", "L1N8") for i in (3, 4, 5)
+        (f"L2H{i}.K", "L2.kv1", "L1N8") for i in (3, 4, 5)
     }
     assert all(row["score"] == pytest.approx(1, abs=1e-6) for row in rows)

@@ -104,7 +104,7 @@ def test_t6_follows_what_was_written() -> None:
     finding = verdict("T6", model, run_of(model), persistence([kept, erased, late, [0.3, 0.6, 0.7, 0.8]]))
     assert finding.figures["writers_followed"] == 3, "nothing comes after the last state"
     assert finding.figures["share_of_writers_that_fall_below_half"] == pytest.approx(1 / 3)
-    assert finding.witnesses[-1] == "L0H1: 0.010 of what it wrote is left at 4"
+    assert finding.witnesses[-1] == "L0H1: 0.010 of what it wrote is left at state 4"
     none = verdict("T6", model, run_of(model), persistence([late]))
     assert none.figures["writers_followed"] == 0
     assert none.figures["share_of_writers_that_fall_below_half"] is None

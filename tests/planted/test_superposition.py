@@ -177,7 +177,7 @@ def test_what_each_method_recovers_of_coherent_and_of_orthogonal_directions() ->
 
 def test_the_command_shows_the_records(tmp_path: Path) -> None:
     tiny("llama-full").save_pretrained(tmp_path)
-    given = answer(tmp_path, "--kind", "in", "--sample", 50, "--seed", 3, "--json", "--progress", "none")
+    given = answer(tmp_path, "--directions", "in", "--sample", 50, "--seed", 3, "--json", "--progress", "none")
     stream = vw.open(tmp_path)
     figures, (interference, recovered) = given["summary"], given["more"]
     counts = figures.pop("capacity")
@@ -198,7 +198,7 @@ def test_the_command_shows_the_records(tmp_path: Path) -> None:
 def test_the_command_says_what_it_cannot_tell(tmp_path: Path) -> None:
     """18 heads are too few for a power, 24 axes have no cosines; a wrong eps is refused before anything is opened."""
     tiny("llama-full").save_pretrained(tmp_path / "heads")
-    heads = answer(tmp_path / "heads", "--kind", "ov", "--json")
+    heads = answer(tmp_path / "heads", "--directions", "ov", "--json")
     (recovery,) = heads["more"]
     assert recovery["question"] == "recovery", "no interference"
     assert (heads["summary"]["directions"], recovery["stamp"]["directions"]) == (18, 18)
@@ -210,7 +210,7 @@ def test_the_command_says_what_it_cannot_tell(tmp_path: Path) -> None:
     same = answer(tmp_path / "same", "--json")
     assert same["summary"]["capacity"]["eps"] == pytest.approx(1.0)
     for name in ("heads", "axes", "same"):
-        kind = ["--kind", "ov"] if name == "heads" else []
+        kind = ["--directions", "ov"] if name == "heads" else []
         shown = CliRunner().invoke(app, [str(tmp_path / name), *kind], catch_exceptions=False).output
         assert "fewer than 32" in shown
     with pytest.raises(vw.VirtualWeightsError, match=r"eps in \(0, 1\)"):

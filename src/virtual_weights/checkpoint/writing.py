@@ -52,10 +52,10 @@ def write_checkpoint(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
-            f"{folder} is there already", expected="a new folder, or an empty one", do="name another, or remove it"
+            f"{folder} already exists", expected="a new folder, or an empty one", do="name another, or remove it"
         )
     if not folder.absolute().parent.is_dir():
-        raise UsageError(f"no folder {folder.parent}", expected="one that exists", do="make it, or name another")
+        raise UsageError(f"no folder {folder.parent}", expected="an existing folder", do="create it, or name another")
 
     def fill(aside: Path) -> None:
         _fill(aside, files, dtype, config, progress)

@@ -30,25 +30,32 @@ def ablate(
     writer: Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
     reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
     port: Annotated[
-        o.PortName, typer.Option("--port", help="without WRITER: remove the strongest edges into this port")
+        o.PortName,
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            help="without WRITER: remove the strongest edges into this port: Q, K, V, gate, up, in or unembed",
+        ),
     ] = o.PortName.K,
     top: Annotated[
         int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")
     ] = 20,
     random: Annotated[
-        int, typer.Option("--random", metavar="N", min=0, help="how many matched random edges to remove for comparison")
+        int, typer.Option("--random", metavar="N", min=0, help="remove N matched random edges, too, for comparison")
     ] = 20,
     replaced: Annotated[
         Replaced,
-        typer.Option("--replace", help="what stands in for the writer: its mean, or its output on another sequence"),
-    ] = (Replaced.mean),
+        typer.Option(
+            "--replace", help="what replaces the writer's output: its mean, or its output on another sequence"
+        ),
+    ] = Replaced.mean,
     move: Annotated[
-        bool, typer.Option("--move-scalars", help="let norm scalars change with the removal; they are held otherwise")
+        bool, typer.Option("--move-scalars", help="let norm scalars change with the removal, instead of holding them")
     ] = False,
 ) -> Answer:
     """Remove connections while the model runs, one by one, and compare with random ones: what does each cost?
 
-    The effect on the loss in nats with its interval, on the reader's attention pattern and on its output.
+    Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output.
     """
     from virtual_weights.survey.edges import strongest
 
@@ -82,7 +89,11 @@ def attribute(
     session: Session,
     port: Annotated[
         list[o.PortName] | None,
-        typer.Option("--port", help="ports of the readers; repeat it for several; Q, K and V by default"),
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            help="port of the readers: Q, K, V, gate, up, in or unembed; repeat it for several; by default Q, K and V",
+        ),
     ] = None,
     writers: o.WriterOption = o.WriterSet.heads,
     token: o.Logit = None,
@@ -91,7 +102,7 @@ def attribute(
 ) -> Answer:
     """Estimate what removing each connection would cost, all at once: the change of the loss, or of a logit.
 
-    To first order, by one backward pass per batch.
+    The estimate is of first order and takes one backward pass per batch.
     """
     from virtual_weights.stream.group import HEAD_PORTS
 
@@ -123,15 +134,13 @@ def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str,
 def _largest(session: Session, record: vw.Record, top: int) -> list[dict[str, Any]]:
     """The edges of one port, largest first."""
     from virtual_weights.runtime.edges.edge import Edge
-    from virtual_weights.survey.edges import strongest
+    from virtual_weights.survey.edges import distinct
 
     rows: list[dict[str, Any]] = []
-    values = {(row["writer"], row["reader"]): row["attribution"] for row in record.rows()}
-    for writer, reader in strongest(record, top, "size"):
-        edge = Edge.of(session.stream, writer, reader)
-        value = values[writer, reader if (writer, reader) in values else reader.rpartition(".")[0]]
-        row = {"writer": writer, "reader": reader, "attribution": value}
-        rows.append(row | {"group": edge.kv_group, "shared_with": list(edge.shared_with)})
+    for row in distinct(record, top, "size"):
+        edge = Edge.of(session.stream, row["writer"], row["reader"])
+        shown = {name: row[name] for name in ("writer", "reader", "attribution")}
+        rows.append(shown | {"group": edge.kv_group, "shared_with": list(edge.shared_with)})
     return rows
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 a check failed, 2 usage, 3 bad input, 4 refused as unsafe, 5
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from virtual_weights.cli.memory import memory
 from virtual_weights.cli.model import model_commands, rotate
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.observe import labels, observe
+from virtual_weights.cli.options import Command, Group
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.trace import trace
 from virtual_weights.cli.validate import validate
@@ -31,9 +33,16 @@ OUT_OF_RESOURCES, INTERRUPTED = 5, 130
 # ClickException: typer carries its own click and does not export it
 COMMAND_LINE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
+
+def _paragraphs(text: str | None) -> str:
+    """A docstring with its paragraphs in one line each, to be wrapped at the width of the terminal."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n"))
+
+
 app = typer.Typer(
     name="vweights",
-    help="Which components of a language model communicate over its residual stream, and how strongly. "
+    cls=Group,
+    help="Find which components of a language model communicate over its residual stream, and how strongly.\n\n"
     "To begin: vweights map smollm2-135m -o atlas",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -55,12 +64,12 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("paths", paths, PAIRS, "3 s", WEIGHTS, f"{_M} L16H0 L18H6.K --order 2"),
     ("channel", channel, CHANNEL, "10 s", WEIGHTS, f"{_M} L16H0 L17H3.K --nearest 5"),
     ("bandwidth", bandwidth, STREAM, "12 s", WEIGHTS, f"{_M} --state 3"),
-    ("superposition", superposition, STREAM, "10 s", WEIGHTS, f"{_M} --kind in"),
+    ("superposition", superposition, STREAM, "10 s", WEIGHTS, f"{_M} --directions in"),
     ("basis", basis, STREAM, "8 s", WEIGHTS, f"{_M} --top 5"),
     ("memory", memory, STREAM, "10 s", WEIGHTS, f"{_M} --component L5H3"),
     ("linear", linear, STREAM, "6 s", WEIGHTS, f"{_M} --every 3"),
     ("statements", statements, STREAM, "10 s", EITHER, f"{_M} --only L5,T3"),
-    ("labels", labels, RUNS, "40 s", RUN, f"{_M} --threshold 0.4"),
+    ("labels", labels, RUNS, "40 s", RUN, f"{_M} --top 3"),
     ("observe", observe, RUNS, "1 min", RUN, f"{_M} --tokens 4096 -o moments.safetensors"),
     ("persistence", persistence, RUNS, "1 min", RUN, f"{_M} --writer L23H2"),
     ("erased", erased, RUNS, "2 min", RUN, f"{_M} --tokens 2048 --kind head"),
@@ -68,12 +77,14 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("attribute", attribute, CAUSES, "1 min", RUN, f"{_M} --port K --repeated"),
     ("ablate", ablate, CAUSES, "2 min", RUN, f"{_M} L16H0 L18H6.K --repeated"),
     ("validate", validate, CAUSES, "3 min", RUN, f"{_M} --tokens 1024 --edges 16"),
-    ("rotate", rotate, MODELS, "15 s", WEIGHTS, f"{_M} rotated --seed 1"),
+    ("rotate", rotate, MODELS, "15 s", WEIGHTS, f"{_M} -o rotated --seed 1"),
 )
 """Every verb with its group, about how long its example takes, whether it runs the model, and the example."""
 for _name, _function, _panel, _time, _runs, _example in VERBS:
     _about = f"{_runs[0].upper()}{_runs[1:]}. The example takes about {_time} on two processor cores."
-    app.command(_name, rich_help_panel=_panel, epilog=f"{_about}\n\nExample: vweights {_name} {_example}")(_function)
+    _epilog = f"{_about}\n\nExample: vweights {_name} {_example}"
+    _help = _paragraphs(_function.__doc__)
+    app.command(_name, cls=Command, help=_help, rich_help_panel=_panel, epilog=_epilog)(_function)
 app.add_typer(model_commands, name="model", rich_help_panel=MODELS)
 
 

@@ -35,17 +35,27 @@ def channel(
     ] = None,
     blocks: Annotated[
         int,
-        typer.Option("--blocks", metavar="N", min=1, help="how many directions, or blocks of directions of equal gain"),
+        typer.Option(
+            "--blocks",
+            metavar="N",
+            min=1,
+            help="how many directions --nearest shows; directions of equal gain count as one",
+        ),
     ] = 3,
     components: Annotated[
         bool,
         typer.Option(
-            "--components", help="singular components of the writing head; without READER: against all later heads"
+            "--singular-components",
+            help="also score each singular component of the writing head; without READER, against all later heads",
         ),
     ] = False,
     offsets: Annotated[
         str | None,
-        typer.Option("--offsets", metavar="A:B", help="at rotary offsets A to B - 1 (or 0:16:2, with a step)"),
+        typer.Option(
+            "--offsets",
+            metavar="A:B",
+            help="also show the rotary offsets from A to B - 1, e.g. 0:16, or 0:16:2 with a step",
+        ),
     ] = None,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 12,
@@ -53,8 +63,9 @@ def channel(
 ) -> Answer:
     """Look inside one connection: how many directions it carries, how strongly, and near which tokens they lie.
 
-    WRITER alone names a circuit, such as L16H0.ov. The option --components adds the single components of a head's
-    output, and --offsets how the connection changes with the distance between tokens.
+    WRITER alone names a circuit, such as L16H0.ov. The option --singular-components adds scores for the single
+    directions that the writing head writes, and --offsets shows how the connection changes with the distance between
+    tokens.
     """
     span = None if offsets is None else _span(offsets)
     if span is not None and reader is None:
@@ -77,6 +88,11 @@ def channel(
     return replace(first, more=rest)
 
 
+def _plain(value: Any) -> Any:
+    """A shape as ``rows x columns``, everything else as it is."""
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
 def _spectrum(session: Session, writer: str, reader: str | None, offset: int | None, seed: int, top: int) -> Answer:
     """Figures and gains of the virtual weight, or of a circuit."""
     from virtual_weights.analysis.channels.channel import summary
@@ -87,17 +103,17 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
         record = session.ask(vw.Channel(writer, reader, offset, seed=seed))
     figures, rows = summary(record), list(record.rows())
     title = f"{writer if reader is None else f'{writer} -> {reader}'} · {session.name}"
-    tail = "; the null's edge is the 99% quantile of the largest gain at random orientation"
+    null = "null edge: the 99% quantile of the largest gain at random orientation; " if reader is not None else ""
     shown = [
-        Table(title, [{"quantity": name.replace("_", " "), "value": value} for name, value in figures.items()]),
+        Table(title, [{"quantity": n.replace("_", " "), "value": _plain(value)} for n, value in figures.items()]),
         Table(f"the {len(rows[:top])} largest of {len(rows)} gains", rows[:top], ("direction", "gain", "energy")),
-        f"norm {record.stamp['norm']}{'' if reader is None else tail}",
+        f"{null}norm {record.stamp['norm']}",
     ]
     return Answer(record, rows, figures, shown)
 
 
 def _tokens(record: vw.Record) -> Answer:
-    """Every token with its cosine; only those that stand nearer than chance are shown."""
+    """Every token with its cosine; only those that are nearer than chance are shown."""
     rows = [{name: row[name] for name in _TOKEN} | {"above_chance": _above(row)} for row in record.rows()]
     lines: dict[tuple[Any, ...], list[str]] = {}
     above = [row for row in rows if row["above_chance"]]
@@ -109,11 +125,14 @@ def _tokens(record: vw.Record) -> Answer:
     columns |= {"random": "chance", "gain": "gain"}
     title = "directions in tokens (chance: the largest cosine of as many random tokens)"
     shown: list[Table | str] = [Table(title, listed, columns)] if listed else []
-    ends = len({tuple(row[name] for name in _BLOCK) for row in rows})
+    count = len({tuple(row[name] for name in _BLOCK) for row in rows})
+    ends, sides = (dict.fromkeys(str(row[name]) for row in rows) for name in ("end", "side"))
     if not listed:
-        shown.append(f"directions in tokens: none of the {ends} ends of directions is nearer to a token than chance")
-    elif len(listed) < ends:
-        shown.append(f"{ends - len(listed)} of {ends} ends of directions are nearer to no token than chance")
+        where = f"at any end ({', '.join(ends)}), on any side ({', '.join(sides)})"
+        shown.append(f"directions in tokens: no token is nearer to any direction than chance, {where}")
+    elif len(listed) < count:
+        missing = count - len(listed)
+        shown.append(f"{missing} of {count} combinations of direction, end and side have no token nearer than chance")
     return Answer(record, rows, {"above_chance": len(above), "tokens": len(rows)}, shown)
 
 
@@ -125,8 +144,8 @@ def _above(row: Mapping[str, Any]) -> bool:
 def _components(record: vw.Record, top: int) -> Answer:
     ordered = sorted(record.rows(), key=lambda row: -float(row["z"] or 0.0))
     rows = [{name: row[name] for name in _COMPONENT} for row in ordered]
-    title = f"the {len(rows[:top])} singular components of {record.parameters['writer']} with largest z, of {len(rows)}"
-    return Answer(record, rows, {}, [Table(title, rows[:top])])
+    title = f"the {len(rows[:top])} of {len(rows)} singular components of {record.parameters['writer']} with largest z"
+    return Answer(record, rows, {"components": len(rows)}, [Table(title, rows[:top])])
 
 
 def _offsets(session: Session, writer: str, reader: str, span: range) -> list[Answer]:
@@ -142,7 +161,7 @@ def _offsets(session: Session, writer: str, reader: str, span: range) -> list[An
         f"root mean square over {'these offsets' if isinstance(rotary, list) else rotary}: "
         f"strength {average['strength']:.4g}, score {average['score']:.4g}",
     ]
-    line = f"the QK circuit averaged over them keeps {mean.stamp['kept']:.3g} of its norm; gains {gains}"
+    line = f"averaged over these offsets, the QK circuit keeps {mean.stamp['kept']:.1%} of its norm; its gains: {gains}"
     return [
         Answer(profile, rows, {"root_mean_square": average}, shown),
         Answer(mean, None, {"kept": mean.stamp["kept"]}, [line]),

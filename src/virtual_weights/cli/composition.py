@@ -12,7 +12,7 @@ import typer
 
 import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.show import Answer, Table, figure
 from virtual_weights.cli.verb import Session, need_runtime, verb
 from virtual_weights.errors import UsageError
 
@@ -46,7 +46,7 @@ def composition(
     With --text or --moments, also how much each connection carries on a text.
     """
     from virtual_weights.analysis.pairs.alignment import beside
-    from virtual_weights.survey.edges import groups_of
+    from virtual_weights.survey.edges import edges_of, groups_of
 
     if save is not None and save.suffix != ".safetensors":
         raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="change the name")
@@ -65,7 +65,7 @@ def composition(
         by = "contribution"
     if save is not None:
         save_matrices(record, save)
-    edges = edge_rows(record, top, by)
+    edges = edges_of(record, top, by)
     title = f"{port.value}-composition · {session.name} · norm {record.stamp['norm']}"
     written = [] if save is None else [f"matrices written to {save}"]
     summary = {"by": by, "groups": groups_of(edges)}
@@ -96,20 +96,11 @@ def subspaces(
     summary = {name: value for name, value in asdict(figures(record)).items() if value is not None}
     names = ["first", "second", *(c.name for c in record.columns if not c.name.startswith("rank_"))]
     title = f"{roles.upper()} subspaces · {session.name} · norm {record.stamp['norm']}"
-    line = "; ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
+    line = "; ".join(
+        f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else figure(value)}"
+        for name, value in summary.items()
+    )
     return Answer(record, rows, summary, [Table(title, rows, names), line])
-
-
-def edge_rows(record: vw.Record, top: int, by: str | None = None) -> list[dict[str, Any]]:
-    """The strongest edges, each reader with its port; a key/value head is shared with heads."""
-    from virtual_weights.survey.edges import edges_of, ported
-
-    port = str(record.parameters["port"])
-    rows = [{**edge, "reader": ported(edge["reader"], port)} for edge in edges_of(record, top, by)]
-    for row in rows:
-        if "shared_with" in row:
-            row["shared_with"] = [name.removesuffix(f".{port}") for name in row["shared_with"]]
-    return rows
 
 
 def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]]) -> list[Table | str]:

@@ -10,7 +10,7 @@ import typer
 
 import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.show import Answer, Table, figure
 from virtual_weights.cli.verb import Session, verb
 
 _RANKS = {
@@ -19,9 +19,15 @@ _RANKS = {
     "bound": "at most",
     "stable_rank": "stable",
     "entropy_rank": "entropy",
-    "log10_largest": "lg S_1",
-    "log10_smallest": "lg S_r",
+    "log10_largest": "log10 S_1",
+    "log10_smallest": "log10 S_r",
 }
+_TITLES = (
+    "each block alone: T",
+    "all blocks so far, added to the stream: prod(I + T)",
+    "the change that they make: prod(I + T) - I",
+    "all blocks so far in sequence, without the stream: T_n ... T_1",
+)
 
 
 @verb("no_fold", "offline", "allow_non_finite")
@@ -30,16 +36,17 @@ def linear(
     point: o.Point = None,
     position: o.Position = -1,
     all_tokens: Annotated[
-        bool, typer.Option("--all-tokens", help="all tokens exactly, where tokens times d are at most 1024")
+        bool,
+        typer.Option("--all-tokens", help="all tokens of the prompt together; tokens times d may be at most 1024"),
     ] = False,
-    every: Annotated[int, typer.Option("--every", metavar="N", min=1, help="show spectra at every N-th block")] = 6,
+    every: Annotated[int, typer.Option("--every", metavar="N", min=1, help="show every N-th block")] = 6,
     norm_scalar: o.NormScalar = 1.0,
     gate: o.Gate = 1.0,
 ) -> Answer:
     """Take blocks as linear maps, and show how their ranks and gains change with depth.
 
-    For single blocks, for all blocks so far with the stream between them, for the change that these make, and for the
-    blocks in sequence without the stream.
+    Four maps at every depth: the block itself (T); all blocks so far, each added to the stream (prod(I + T)); the
+    change that these make (prod(I + T) - I); and the blocks in sequence without the stream (T_n ... T_1).
     """
     from virtual_weights.analysis.depth.linear_composition import MAPS
 
@@ -47,9 +54,9 @@ def linear(
     record = session.ask(vw.LinearComposition(_point(session, point), token, every, norm_scalar, gate))
     rows = list(record.rows())
     shown: list[Table | str] = []
-    for name, title in zip(MAPS, ("block T", "prod(I + T)", "prod(I + T) - I", "path T_n ... T_1"), strict=True):
+    for name, title in zip(MAPS, _TITLES, strict=True):
         columns = (
-            {"block": "block", "rank": "rank", "certified_rank": "certain"} | _RANKS
+            {"block": "block", "rank": "rank", "certified_rank": "certified"} | _RANKS
             if name == "composition"
             else _RANKS
         )
@@ -57,7 +64,10 @@ def linear(
         shown.append(Table(f"{title} · {session.name} · norm {record.stamp['norm']}", of_map, columns))
     errors = [float(row["pair_error"]) for row in rows if row["pair_error"] is not None]
     largest = max(errors, default=0.0)
-    shown += [f"pairs against I + T1 + T2 + T2 T1: largest relative error {largest:.1e}", _assumed(record.stamp)]
+    shown += [
+        f"check of neighbouring blocks against I + T1 + T2 + T2 T1: largest relative error {largest:.1e}",
+        _assumed(record.stamp),
+    ]
     return Answer(record, rows, {"largest_pair_error": largest}, shown)
 
 
@@ -67,12 +77,19 @@ def paths(
     writer: Annotated[str, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")],
     reader: Annotated[str, typer.Argument(metavar="READER", help="e.g. L17H3.K, L5.mlp.up, unembed")],
     order: Annotated[
-        int, typer.Option("--order", min=1, help="longest paths: 1 direct, 2 through one other component, and so on")
+        int,
+        typer.Option(
+            "--order",
+            metavar="N",
+            min=1,
+            help="longest paths: 1 is direct, 2 goes through one other component, and so on",
+        ),
     ] = 2,
     point: o.Point = None,
     position: o.Position = -1,
     source: Annotated[
-        int | None, typer.Option("--source", help="token at which WRITER writes; that of --position by default")
+        int | None,
+        typer.Option("--source", metavar="I", help="position at which WRITER writes; that of --position by default"),
     ] = None,
     norm_scalar: o.NormScalar = 1.0,
     gate: o.Gate = 1.0,
@@ -87,8 +104,10 @@ def paths(
     shown = [
         Table(f"paths {writer} -> {reader} · {session.name}", rows, ("path", "order", "strength", "share")),
         Table("all paths of an order, summed", totals["orders"], ("order", "paths", "strength", "share")),
-        f"in all {totals['total']:.4g}, direct {totals['direct']:.4g}; "
-        + ("nothing arrives" if rest is None else f"share of the orders above {order}: {rest:.4g}"),
+        f"all paths together have strength {figure(totals['total'])}, the direct one {figure(totals['direct'])}; "
+        + (
+            "nothing arrives" if rest is None else f"paths of orders above {order} contribute a share of {figure(rest)}"
+        ),
         _assumed(record.stamp),
     ]
     return Answer(record, rows, totals, shown)
@@ -99,10 +118,10 @@ def _point(session: Session, file: Path | None) -> vw.OperatingPoint | None:
 
 
 def _assumed(stamp: Mapping[str, Any]) -> str:
-    """One line that says at what point blocks were taken as linear."""
+    """One line about the point at which blocks are taken as linear."""
     if stamp["point"] != "convention":
-        return f"operating point {str(stamp['point'])[:12]} of {stamp['tokens']} tokens: exact for that prompt"
+        return f"at operating point {str(stamp['point'])[:12]} of {stamp['tokens']} tokens: exact for that prompt"
     return (
-        f"convention: norm scalar {stamp['norm_scalar']}, gate {stamp['gate']}, one token that attends to itself; "
-        "weights alone do not say what a run does"
+        f"assumed: norm scalar {stamp['norm_scalar']}, gate {stamp['gate']}, one token that attends to itself; "
+        "the weights alone do not determine these"
     )

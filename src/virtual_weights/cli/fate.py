@@ -43,8 +43,8 @@ class EraserKind(StrEnum):
 @running_verb("text", "repeated", tokens=16384)
 def erased(
     session: Session,
-    clears: Annotated[
-        float, typer.Option("--clears", metavar="C", help="coefficient above which a component counts as erasing")
+    threshold: Annotated[
+        float, typer.Option("--threshold", metavar="C", help="coefficient above which a component counts as erasing")
     ] = 0.5,
     kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to list; all are counted")] = (
         EraserKind.neuron
@@ -52,24 +52,26 @@ def erased(
     top: o.Top = 10,
 ) -> Answer:
     """Find neurons, heads and MLPs that erase what they read: at every token of a text, at some, or at few."""
-    question = vw.Erased(clears)
+    question = vw.Erased(threshold)
     record = session.ask(question)
     counts = _counts(record)
     best = {name: _most(record, kind, name, top) for name in ("unconditional", "conditional")}
     shown: list[Table | str] = [
         Table(
-            f"erasers of {session.name} on {record.stamp['tokens']} tokens",
+            f"how many components erase unconditionally, conditionally, rarely, never · {session.name}",
             [{"kind": name, **row} for name, row in counts.items()],
         )
     ]
     for name, rows in best.items():
-        order = "by share of tokens, then nearest 1" if name == "unconditional" else "by bimodality"
-        shown.append(Table(f"the {len(rows)} most {name} of kind {kind.value}, {order}", rows, _ERASER))
-    shown.append(
-        f"coefficient above {clears:g}: on {question.always:.0%} of tokens or more unconditional, on "
-        f"{question.seldom:.0%} or more conditional, else rare; of heads and MLPs cut to ±{question.tail:g}, "
-        f"but for shares · {session.run.text}"
-    )
+        order = "by share of tokens, then nearest to 1" if name == "unconditional" else "by bimodality"
+        plural = "MLPs" if kind is EraserKind.mlp else f"{kind.value}s"
+        shown.append(Table(f"the {len(rows)} {plural} that erase most {name}ly, {order}", rows, _ERASER))
+    shown += [
+        f"a component erases where its coefficient is above {threshold:g}: unconditionally on {question.always:.0%} of "
+        f"tokens or more, conditionally on {question.seldom:.0%} or more, rarely on fewer",
+        f"for heads and MLPs, mean and spread are those of coefficients clipped to ±{question.tail:g}",
+        f"{record.stamp['tokens']} tokens of {session.run.text}",
+    ]
     return Answer(record, [row for rows in best.values() for row in rows], {"counts": counts}, shown)
 
 
@@ -84,7 +86,7 @@ def persistence(
     ] = False,
     top: o.Top = 20,
 ) -> Answer:
-    """How long a component's output persists in the stream, and which later components remove it."""
+    """Measure how long a component's output persists in the stream, and which later components remove it."""
     questions = [vw.PersistenceSummary(centred), vw.Persistence(centred), vw.ErasedBy(centred)]
     summary, projection, shares = session.survey.answers(questions)
     if writer is not None:
@@ -92,20 +94,21 @@ def persistence(
         along = list(projection.select("writer", [writer]).rows())
         removed = sorted(_shares(shares, writer), key=lambda row: -abs(row["share"]))[:top]
         shown: list[Table | str] = [
-            Table(f"{writer} · {session.name}", rows, _WRITER),
-            Table("the stream along what it wrote", along, ("state", "projection")),
+            Table(f"persistence of what {writer} wrote · {session.name}", rows, _WRITER),
+            Table("projection of the stream on what it wrote", along, ("state", "projection")),
         ]
         more = [Answer(projection, along)]
     else:
         rows = sorted(summary.rows(), key=lambda row: abs(float(row["final"] or 0)))[:top]
         removed = [s for row in rows for s in _shares(shares, str(row["writer"]))[:_ERASERS] if s["share"] < 0]
-        shown = [Table(f"writers of which least is left at the end · {session.name}", rows, _WRITER)]
+        shown = [Table(f"the {len(rows)} writers of which least is left at the end · {session.name}", rows, _WRITER)]
         more = []
     heads = {"writer": "writer", "eraser": "later writer", "share": "share"}
-    shown.append(Table("which later writers remove it (negative) or add to it", removed, heads))
+    shown.append(Table("later writers that remove it (negative share) or add to it", removed, heads))
     stamp = summary.stamp
-    shown.append(f"{stamp['tokens']} tokens of {session.run.text}, weighted by {stamp['weight']}")
-    return Answer(summary, rows, {}, shown, [*more, Answer(shares, removed)])
+    shown.append(f"mean over {stamp['tokens']} tokens of {session.run.text}, weighted by {stamp['weight']}")
+    figures = {"writers": len(list(summary.rows())), "tokens": stamp["tokens"]}
+    return Answer(summary, rows, figures, shown, [*more, Answer(shares, removed)])
 
 
 @running_verb("text", "repeated", tokens=512, batch=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -32,14 +33,24 @@ _LEDGER = {
 }
 
 
+class DirectionKind(StrEnum):
+    """Whose directions in the stream."""
+
+    out = "out"
+    inward = "in"
+    gate = "gate"
+    ov = "ov"
+
+
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def bandwidth(
     session: Session,
     state: Annotated[
-        int | None, typer.Option("--state", min=0, help="also show the unused directions at this state")
+        int | None, typer.Option("--state", metavar="N", min=0, help="also show the unused directions at this state")
     ] = None,
     cut: Annotated[
-        float | None, typer.Option("--cut", help="singular values below this share of the largest count as zero")
+        float | None,
+        typer.Option("--cut", metavar="SHARE", help="singular values below this share of the largest count as zero"),
     ] = None,
     top: o.Top = 5,
 ) -> Answer:
@@ -62,41 +73,45 @@ def bandwidth(
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def superposition(
     session: Session,
-    kind: Annotated[
-        str,
-        typer.Option("--kind", help="directions: out, in, gate (of neurons) or ov (of heads)"),
-    ] = "out",
+    directions: Annotated[
+        DirectionKind,
+        typer.Option("--directions", help="which directions: out, in or gate of neurons, or ov of heads"),
+    ] = DirectionKind.out,
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", min=2, help="use at most N directions, drawn at random")
     ] = 20_000,
     eps: Annotated[
-        float | None, typer.Option("--eps", help="cosine for the capacity counts; the largest measured one by default")
+        float | None,
+        typer.Option(
+            "--eps", metavar="C", help="largest cosine to tolerate in the capacity counts; by default the largest found"
+        ),
     ] = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
 ) -> Answer:
     """Measure how crowded the stream is: how close its directions lie, and how many signals can be read back.
 
-    Directions are compared with random ones and with the least possible closeness (the Welch bound).
+    Compares the directions with random ones, and with the least closeness that is possible (the Welch bound).
     """
     from virtual_weights.analysis.crowding.coherence import capacity, gap
     from virtual_weights.analysis.crowding.interference import FEWEST
 
-    directions: Any = kind
-    question = vw.Coherence(directions, sample, seed, device=device)
+    kind = directions.value
+    question = vw.Coherence(kind, sample, seed, device=device)
     if eps is not None:
         capacity(1, eps)  # refuses a wrong one before the work
-    coherence, recovery = session.ask(question), session.ask(vw.Recovery(directions, seed=seed))
+    coherence, recovery = session.ask(question), session.ask(vw.Recovery(kind, seed=seed))
     crowd, curves = gap(coherence), list(recovery.rows())
     counts = _counts(session.stream.d_model, crowd["largest"] if eps is None else eps)
     title = f"{crowd['directions']} directions ({kind}) in {crowd['dimension']} dimensions · {session.name}"
     shown: list[Table | str] = [_crowd(title, crowd), f"closest: {' and '.join(crowd['largest_pair'])}"]
     shown += [] if counts is None else [_capacity(counts)]
-    more = [Answer(recovery, curves, {}, _recovered(recovery, curves))]
+    summary = {"directions": recovery.stamp["directions"]}
+    more = [Answer(recovery, curves, summary, _recovered(recovery, curves))]
     if recovery.stamp["directions"] >= 4 * FEWEST:
-        more.insert(0, _growth(session.ask(vw.Interference(directions, seed=seed))))
+        more.insert(0, _growth(session.ask(vw.Interference(kind, seed=seed))))
     else:
-        shown.append(f"interference: fewer than {4 * FEWEST} directions give no power")
+        shown.append(f"interference: fewer than {4 * FEWEST} directions are too few for an exponent")
     return Answer(coherence, None, {**crowd, "capacity": counts}, shown, more)
 
 
@@ -104,14 +119,16 @@ def superposition(
 def basis(
     session: Session,
     massive: Annotated[
-        float, typer.Option("--massive", help="coordinates with more than this multiple of the mean energy are massive")
+        float,
+        typer.Option("--massive", metavar="X", help="call a coordinate massive if its energy exceeds X times the mean"),
     ] = 3.0,
     seed: o.Seed = 0,
     top: o.Top = 10,
 ) -> Answer:
     """Test whether the coordinates of the stream are special, or whether any rotation would do as well.
 
-    Kurtosis of the weights over coordinates, as trained and rotated, and the coordinates with most of the energy.
+    Shows the kurtosis of the weights over coordinates, as trained and after a random rotation, and the coordinates with
+    the most energy.
     """
     from virtual_weights.analysis.ledger.basis import summary
 
@@ -125,9 +142,10 @@ def basis(
     names = ("coordinate", "write_energy", "write_kurtosis", "read_energy", "read_kurtosis")
     shown = [
         Table(f"mean kurtosis over coordinates · {session.name} · norm {record.stamp['norm']}", rows),
-        f"a direction without preferred basis has {figures['gaussian']:.3f}",
-        Table("coordinates into which most is written", strongest, names),
-        f"{len(figures['massive'])} coordinates above {massive:g} times the mean energy: {coordinates or 'none'}",
+        f"without a preferred basis it would be {figures['gaussian']:.3f}",
+        Table(f"the {len(strongest)} coordinates with the most energy written", strongest, names),
+        f"{len(figures['massive'])} massive coordinates (energy above {massive:g} times the mean): "
+        f"{coordinates or 'none'}",
     ]
     return Answer(record, strongest, figures, shown)
 
@@ -146,11 +164,11 @@ def _ledger(model: str, record: vw.Record) -> list[Table | str]:
             f"(N_b N_a / d^2 = {tightest['neuron_product']:.4g})"
         )
     cut = record.stamp["cut"]
-    return [*shown, f"singular values up to {cut:.2g} of the largest count as zero; every map counts alike"]
+    return [*shown, f"eff.: entropy rank; singular values up to {cut:.2g} of the largest count as zero"]
 
 
 def _short(cell: object) -> object:
-    """One decimal is what a table of states has room for; all digits are in the JSON."""
+    """A float with one decimal: a table of states has no room for more. All digits are in the JSON."""
     return f"{cell:.1f}" if isinstance(cell, float) else cell
 
 
@@ -218,14 +236,14 @@ def _capacity(counts: dict[str, Any]) -> Table:
         "signals active at once, read linearly": counts["active_signals"],
     }
     rows = [{"count": name, "value": value} for name, value in figures.items()]
-    return Table(f"what fits at cosines up to {counts['eps']:.3g}", rows)
+    return Table(f"how many fit at cosines up to {counts['eps']:.3g}", rows)
 
 
 def _growth(record: vw.Record) -> Answer:
     exponents = record.stamp["exponents"]
-    words = "n^{exponent:.3f} ({low:.3f} to {high:.3f}; random directions {random:.3f})"
+    words = "grows as n^{exponent:.3f} ({low:.3f} to {high:.3f}; random directions: {random:.3f})"
     lines = [
-        f"interference, {name}: {'none' if fitted is None else words.format(**fitted)}"
+        f"interference of n signals, {name}: {'none' if fitted is None else words.format(**fitted)}"
         for name, fitted in exponents.items()
     ]
     return Answer(record, None, {"exponents": exponents}, lines)
@@ -239,6 +257,7 @@ def _recovered(record: vw.Record, curves: list[Any]) -> list[Table | str]:
     shown: list[Table | str] = [Table(title, curves, ("n", *names))]
     if "sparse" not in names:
         shown.append(
-            "sparse recovery needs scikit-learn: pip install '.[recovery]' in the folder of this project's source"
+            "sparse recovery needs scikit-learn: pip install -c constraints.txt '.[recovery]' in a clone of this "
+            "project"
         )
     return shown

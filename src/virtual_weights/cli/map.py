@@ -12,7 +12,7 @@ import typer
 
 import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.composition import edge_rows, edge_tables
+from virtual_weights.cli.composition import edge_tables
 from virtual_weights.cli.show import Table, line, put_json, steps
 from virtual_weights.cli.verb import Session, need_runtime
 from virtual_weights.errors import UsageError
@@ -108,11 +108,11 @@ def _check_source(moments: Path | None, text: str | None, repeated: bool) -> Non
 
 def _show(model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int) -> None:
     """The strongest edges as tables, and the rest in a line each."""
-    from virtual_weights.survey.edges import among_heads
+    from virtual_weights.survey.edges import among_heads, edges_of
 
     for port, record in among_heads(stream, records).items():
         title = f"{port}-composition · {model} · norm {stream.norm_stamp}"
-        for part in edge_tables(title, record, edge_rows(record, top)):
+        for part in edge_tables(title, record, edges_of(record, top)):
             part.show() if isinstance(part, Table) else line(part)
     if "statements" in summary:
         line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in summary["statements"].items()))
@@ -166,12 +166,8 @@ def edges(
 
 
 def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:
-    """A stored edge with the names that all verbs use: the reader with its port, and who shares its group."""
-    from virtual_weights.survey.edges import ported
-
+    """A stored edge with the names that all verbs use, and who shares its group."""
     edge = {"writer": row["writer"], "reader": row["reader"], **row}
-    if row.get("port"):
-        edge["reader"] = ported(row["reader"], row["port"])
     if isinstance(edge.get("shared_with"), str):  # a column of ablations: names in one text
         edge["shared_with"] = edge["shared_with"].split()
     if group := edge.pop("reader_group", None):
@@ -213,11 +209,11 @@ def _run(stream: vw.Stream, text: str | None, repeated: bool, tokens: int, devic
 def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str, Any]:
     """The map in a few numbers and edges, as plain JSON values."""
     from virtual_weights.analysis.memory.neurons import census
-    from virtual_weights.survey.edges import among_heads, groups_of
+    from virtual_weights.survey.edges import among_heads, edges_of, groups_of
 
     summary: dict[str, Any] = {"composition": {}}
     for port, record in among_heads(stream, records).items():
-        edges = edge_rows(record, top)
+        edges = edges_of(record, top)
         summary["composition"][port] = {"edges": edges, "groups": groups_of(edges)}
     for record in records:
         if record.question == "neurons":

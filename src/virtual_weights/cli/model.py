@@ -11,10 +11,10 @@ from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Table, line, put_json, steps
 from virtual_weights.cli.verb import Session
 
-model_commands = typer.Typer(help="The models that come built in.", no_args_is_help=True)
+model_commands = typer.Typer(cls=o.Group, help="List and fetch the built-in models.", no_args_is_help=True)
 
 
-@model_commands.command("list")
+@model_commands.command("list", cls=o.Command)
 def list_models(as_json: o.AsJson = False) -> None:
     """List the built-in models and whether they are on this machine."""
     from virtual_weights.checkpoint import built_in, is_cached
@@ -29,7 +29,7 @@ def list_models(as_json: o.AsJson = False) -> None:
         Table("built-in models", rows).show()
 
 
-@model_commands.command("fetch")
+@model_commands.command("fetch", cls=o.Command)
 def fetch(
     name: Annotated[str, typer.Argument(help="name of a built-in model")],
     offline: o.Offline = False,
@@ -52,12 +52,23 @@ def rotate(
     model: o.Model,
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", callback=o.checked_folder, help="folder of the new checkpoint; new, or empty"),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            callback=o.checked_folder,
+            help="folder of the new checkpoint, new or empty",
+        ),
     ],
     seed: o.Seed = 0,
     dtype: Annotated[
         o.StoredDtype | None,
-        typer.Option("--save-dtype", help="precision of the new tensors; by default the source's, float32 at least"),
+        typer.Option(
+            "--save-dtype",
+            metavar="DTYPE",
+            help="precision of the new tensors: float64, float32, float16 or bfloat16; by default that of the source, "
+            "but at least float32",
+        ),
     ] = None,
     offline: o.Offline = False,
     allow_non_finite: o.AllowNonFinite = False,

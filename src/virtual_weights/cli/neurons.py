@@ -131,16 +131,14 @@ def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
 
 def _edge(stream: vw.Stream, row: dict[str, Any], source: str, target: str, port: Any) -> dict[str, Any]:
     """One edge, whatever the record calls its ends."""
-    from virtual_weights.survey.edges import ported
-
     reader = str(row.get("reader", row.get(target)))
-    edge = {"writer": row.get("writer", row.get(source)), "reader": ported(reader, port)}
+    edge = {"writer": row.get("writer", row.get(source)), "reader": reader}
     edge |= {name: row[name] for name in ("score", "strength", "z")}
     if "head_group" not in row:
         return edge
     group = stream.groups.of(reader)
     heads = zip(group.labels, group.kv_groups(port), strict=True)
-    shared = [str(head) for head, name in heads if name == row["head_group"] and str(head) != reader]
+    shared = [head for head, name in heads if name == row["head_group"] and head != reader.partition(".")[0]]
     return edge | {"group": row["head_group"], "shared_with": shared}
 
 

@@ -18,14 +18,14 @@ def observe(
     session: Session,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="FILE", callback=o.checked_file, help="the safetensors file to write"),
+        typer.Option("-o", "--output", metavar="FILE", callback=o.checked_file, help="safetensors file to write"),
     ],
     memory_mb: o.Memory = None,
 ) -> Answer:
     """Run a model and store what other commands need: averages over a text, or one prompt in full.
 
-    Averages (moments) are what the option --moments of composition, map and edges takes; the operating point of one
-    prompt, written with --prompt, is what the option --point of linear, paths and statements takes.
+    On a text it stores averages (moments), for the option --moments of composition, map and edges. With --prompt it
+    stores the operating point of that prompt, for the option --point of linear, paths and statements.
     """
     from virtual_weights.record import Axis
     from virtual_weights.record.durable import replacing
@@ -50,18 +50,20 @@ def observe(
     summary |= {"length": moments.length, "heads": moments.form, "attention": attention}
     most = sorted(attention, key=lambda row: -row["previous"])[:10]
     shown = [
-        Table("norm scalars and states of the stream, mean over tokens", rows),
-        Table("heads that most attend to the previous token", most, ("head", "previous", "self", "first")),
-        f"heads' second moments are {moments.form}",
+        Table(f"means over tokens, by state of the stream · {session.name}", rows),
+        Table("the 10 heads that attend most to the previous token", most, ("head", "previous", "self", "first")),
+        f"second moments of heads: {moments.form}",
         f"moments of {moments.tokens} tokens of {run.text} written to {output}",
     ]
     return Answer(record, rows, summary, shown)
 
 
-@running_verb("repeated", repeated=True, tokens=512, length=128)
+@running_verb("repeated", tokens=512, length=128)
 def labels(
     session: Session,
-    threshold: Annotated[float, typer.Option("--threshold", help="mean attention that a head needs for a label")] = 0.4,
+    threshold: Annotated[
+        float, typer.Option("--threshold", metavar="A", help="mean attention above which a head gets a label")
+    ] = 0.4,
     top: o.Top = 6,
 ) -> Answer:
     """Find induction, previous-token and other well-known heads, by their attention on repeated tokens."""
@@ -75,7 +77,8 @@ def labels(
         best = list(record.top(top, name).rows())
         shown.append(Table(f"{name.replace('_', ' ')}: {meaning} · {session.name}", best, ("head", name, "label")))
     count = sum(row["label"] is not None for row in rows)
-    shown.append(f"{count} of {len(rows)} heads put more than {threshold} of their attention on one kind of place")
+    what = f"more than {threshold} of their attention goes to one kind of position"
+    shown.append(f"{count} of {len(rows)} heads have a label: {what}")
     return Answer(record, rows, {"labelled": count, "heads": len(rows)}, shown)
 
 

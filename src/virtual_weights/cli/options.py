@@ -6,14 +6,38 @@ import os
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from virtual_weights.errors import UsageError
 
 if TYPE_CHECKING:  # slow to import, and help needs none of it
     import torch
+
+
+class Command(TyperCommand):
+    """A command in whose help options that take no value are shown without the type ``<bool>``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, as typer has them but for that."""
+        return _without_bool(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """A group of commands, likewise."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, as typer has them but for that."""
+        return _without_bool(super().get_params(ctx))
+
+
+def _without_bool(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if parameter.param_type_name == "option" and parameter.is_flag:
+            parameter.metavar = ""
+    return parameters
 
 
 class ProgressMode(StrEnum):
@@ -53,7 +77,7 @@ class StoredDtype(StrEnum):
 
 
 class WriterSet(StrEnum):
-    """Who counts as a writer."""
+    """Which components count as writers."""
 
     heads = "heads"
     all = "all"
@@ -111,7 +135,7 @@ def checked_file(path: Path | None) -> Path | None:
     if path is None:
         return None
     if path.is_dir():
-        raise UsageError(f"{path} is a folder", expected="the name of a file", do="add the name of a file to it")
+        raise UsageError(f"{path} is a folder", expected="a file, new or to be replaced", do="add a file name to it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no folder {path.absolute().parent}", expected="a folder that exists", do="create it first")
     _writable(path.absolute().parent)
@@ -128,14 +152,16 @@ def checked_folder(path: Path | None) -> Path | None:
         return None
     nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not nearest.is_dir():
-        raise UsageError(f"{nearest} is a file", expected="a folder, new or not", do="name another folder")
+        raise UsageError(f"{nearest} is a file", expected="a folder, existing or new", do="name another folder")
     _writable(nearest)
     return path
 
 
 def _writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {folder}", expected="a folder of your own", do="name another folder")
+        raise UsageError(
+            f"cannot write to {folder}", expected="a folder that you may write to", do="name another folder"
+        )
 
 
 Model = Annotated[
@@ -154,9 +180,9 @@ RotaryOffset = Annotated[
     typer.Option("--rotary-offset", metavar="D", min=0, help="query position minus key position, 0 by default"),
 ]
 WriterOption = Annotated[
-    WriterSet, typer.Option("--writers", help="heads only, or all: embeddings, MLPs and biases too")
+    WriterSet, typer.Option("--writers", help="heads only, or all: also embeddings, MLPs and biases")
 ]
-Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="how many rows to show")]
+Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="show at most N rows of each ranking")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of every random choice")]
 ComputeDtype = Annotated[
     str,
@@ -167,11 +193,12 @@ ComputeDtype = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", callback=checked_device, help="where it computes, e.g. cpu or cuda")
+    str,
+    typer.Option("--device", metavar="DEVICE", callback=checked_device, help="device to compute on, e.g. cpu or cuda"),
 ]
 Memory = Annotated[
     int | None,
-    typer.Option("--memory", metavar="SIZE", parser=mebibytes, help="most memory for intermediate results, e.g. 4GB"),
+    typer.Option("--memory", metavar="SIZE", parser=mebibytes, help="memory limit for intermediate results, e.g. 4GB"),
 ]
 Save = Annotated[
     Path | None,
@@ -182,17 +209,24 @@ Moments = Annotated[
 ]
 Point = Annotated[
     Path | None,
-    typer.Option("--point", metavar="FILE", help="operating point of one prompt, written by vweights observe --prompt"),
+    typer.Option("--point", metavar="FILE", help="operating point of a prompt, written by vweights observe --prompt"),
 ]
 NormScalar = Annotated[
-    float, typer.Option("--norm-scalar", metavar="S", help="norm scalar that is assumed where no model ran")
+    float, typer.Option("--norm-scalar", metavar="S", help="norm scalar to assume, as the model does not run")
 ]
-Gate = Annotated[float, typer.Option("--gate", help="gate (without gates: slope) that is assumed where no model ran")]
-Position = Annotated[int, typer.Option("--position", metavar="I", help="at which token of the prompt; -1 is the last")]
+Gate = Annotated[
+    float,
+    typer.Option(
+        "--gate", metavar="G", help="gate of every neuron to assume, as the model does not run; without gates, slope"
+    ),
+]
+Position = Annotated[
+    int, typer.Option("--position", metavar="I", help="position in the prompt, counted from 0; -1 is the last token")
+]
 Logit = Annotated[
     str | None,
     typer.Option(
-        "--token", metavar="TOKEN", help="the token whose logit is explained: ' Paris' with its space, or its id"
+        "--token", metavar="TOKEN", help="token whose logit is explained: its text, its space included, or its id"
     ),
 ]
 Against = Annotated[str | None, typer.Option("--against", metavar="TOKEN", help="subtract the logit of this token")]
@@ -202,7 +236,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="run on a text: a file, a folder, - for stdin, or 'default' for English that comes with Python",
+        help="run on a text: a file, a folder, - for stdin, or 'default' for English prose that comes with Python",
     ),
 ]
 Repeated = Annotated[bool, typer.Option("--repeated", help="run on repeated random tokens")]
@@ -210,7 +244,14 @@ Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="ru
 PromptIds = Annotated[
     str | None, typer.Option("--prompt-ids", metavar="IDS", help="run on one prompt, given as token ids, e.g. 3,17,5")
 ]
-Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="run on at most N tokens of the text")]
-Length = Annotated[int, typer.Option("--length", metavar="T", min=1, help="tokens in a chunk, the repetition included")]
-Batch = Annotated[int, typer.Option("--batch", metavar="B", min=1, help="chunks in one forward pass")]
-RunDtype = Annotated[StoredDtype, typer.Option("--dtype", help="precision in which the model runs")]
+Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="run on at most N tokens")]
+Length = Annotated[
+    int, typer.Option("--length", metavar="T", min=1, help="tokens per chunk; if repeated, both copies together")
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="B", min=1, help="chunks per forward pass")]
+RunDtype = Annotated[
+    StoredDtype,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="precision in which the model runs: float64, float32, float16 or bfloat16"
+    ),
+]

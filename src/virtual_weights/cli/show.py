@@ -28,7 +28,7 @@ IDENTITY = frozenset(
     "writer reader group readers verdict kind id neuron component head eraser first second path predictor port target "
     "state block offset n direction directions coordinate end side token quantity value name".split()
 )
-"""Columns that say what a row is about, or what came of it: these are never left out."""
+"""Columns that say what a row is about, or what the verdict on it is: these are never left out."""
 UNLIMITED = 1_000_000  # columns of a pipe that names no width
 _GAP = 2  # columns between columns
 _PROSE = 24  # columns that a text keeps while it is wrapped, if its longest word is no longer
@@ -57,7 +57,7 @@ class Table:
         return {name: name.replace("_", " ") for name in names}
 
     def show(self, on: Console | None = None) -> None:
-        """Draw it: what says which row it is stays whole, other columns go from the right where there is no room.
+        """Draw it: identity columns stay whole; where there is no room, other columns are left out from the right.
 
         Args:
             on: the console; that of stdout without one.
@@ -77,12 +77,15 @@ class Table:
             width = min(column.natural, column.least + max(spare, 0))
             spare -= width - column.least
             drawn.add_column(Text(column.head, "bold", justify="right" if column.right else "left"), width=width)
-            texts.append([Text(cell.rjust(width) if column.right else cell) for cell in column.cells])
+            cells = (cell.rjust(width) if column.right else "\n".join(_broken(cell, width)) for cell in column.cells)
+            texts.append([Text(cell) for cell in cells])
         for cells in zip(*texts, strict=True):
             drawn.add_row(*cells)
         width, out.width = out.width, max(out.width, _width(columns))
-        out.print(drawn)
+        with out.capture() as drawing:
+            out.print(drawn)
         out.width = width
+        out.file.writelines(f"{row.rstrip()}\n" for row in drawing.get().removesuffix("\n").split("\n"))
         if absent:
             names = ", ".join(column.name for column in absent)
             line(f"not shown, for lack of room: {names}; a wider terminal or --json shows them", out)
@@ -140,13 +143,7 @@ def line(text: str, on: Console | None = None, style: str = "") -> None:
     """A line on stdout, broken between words alone; what follows a label at its beginning is indented below itself."""
     out = on or console()
     label = re.match(r"\s*(\S+\s{2,})?", text)
-    indent, rows, row = label.end() if label else 0, list[str](), ""
-    for word in re.findall(r"\s*\S+", text):
-        if row.strip() and cell_len(row + word) > out.width:
-            rows, row = [*rows, row], " " * indent + word.lstrip()
-        else:
-            row += word
-    for part in [*rows, row]:
+    for part in _filled(re.findall(r"\s*\S+", text), out.width, " " * (label.end() if label else 0)):
         out.print(Text(part, style), soft_wrap=True)
 
 
@@ -203,10 +200,31 @@ class _Column:
         cells, right = _aligned(values)
         words = max(map(cell_len, head.split()), default=0)
         widest = max([words, *map(cell_len, cells)])
-        longest = max([words, *(cell_len(word) for cell in cells for word in cell.split())])
+        longest = max([words, *(cell_len(part.strip()) for cell in cells for part in _unbroken(cell))])
         prose = not right and name not in IDENTITY and any(" " in cell for cell in cells)
         least = min(max(longest, _PROSE), widest) if prose else widest
         return _Column(name, head, cells, right, least, max(widest, cell_len(head)))
+
+
+def _unbroken(cell: str) -> list[str]:
+    """The parts of a cell between which it may be broken: words, or items where two spaces set these apart."""
+    return re.findall(r"\s*\S+(?: \S+)*" if "  " in cell else r"\s*\S+", cell)
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    """The lines of a cell."""
+    return [cell] if cell_len(cell) <= width else _filled(_unbroken(cell), width)
+
+
+def _filled(parts: Iterable[str], width: int, indent: str = "") -> list[str]:
+    """Lines of parts, each with the spaces before it; a line is as wide as allowed, or it is one part."""
+    rows, row = list[str](), ""
+    for part in parts:
+        if row.strip() and cell_len(row + part) > width:
+            rows, row = [*rows, row], indent + part.lstrip()
+        else:
+            row += part
+    return [*rows, row]
 
 
 def _width(columns: Sequence[_Column]) -> int:

@@ -19,23 +19,21 @@ from virtual_weights.cli.verb import Session, running_verb
 def statements(
     session: Session,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="IDS", help="some of them, separated by commas, e.g. L5,T3")
+        str | None, typer.Option("--only", metavar="IDS", help="only these statements, separated by commas, e.g. L5,T3")
     ] = None,
     point: o.Point = None,
-    samples: Annotated[
+    sample: Annotated[
         int,
-        typer.Option(
-            "--samples", min=1, help="how many pairs of heads a check samples where there are too many for all"
-        ),
+        typer.Option("--sample", metavar="N", min=1, help="use at most N pairs of heads in a check, drawn at random"),
     ] = 64,
 ) -> Answer:
     """Check 25 published statements about the residual stream on a model: verdicts with their evidence.
 
-    Lemmas L1-L12, theorems T1-T7 and corollaries C1-C6, from the weights alone. With a text or a prompt the model runs,
-    for the statements about running models.
+    Lemmas L1-L12, theorems T1-T7 and corollaries C1-C6. They are checked on the weights alone; with a text or a prompt
+    the model also runs, for the statements about running models.
     """
     wanted = tuple(dict.fromkeys(name.strip() for name in only.split(",") if name.strip())) if only else ()
-    question = vw.Statements(wanted, samples, session.options["seed"])  # refuses a wrong id before a model is opened
+    question = vw.Statements(wanted, sample, session.options["seed"])  # refuses a wrong id before a model is opened
     if point is not None:
         question = replace(question, point=vw.OperatingPoint.load(point, session.stream))
     survey = vw.Survey(session.stream, None, session.run if session.runs else None, session.step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.show import Answer, Table, figure
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
@@ -20,7 +21,11 @@ def trace(
     session: Session,
     reader: Annotated[
         str,
-        typer.Option("--reader", metavar="NAME", help="e.g. L17H3.K or L5N7.up; unembed stands for a token's logit"),
+        typer.Option(
+            "--reader",
+            metavar="NAME",
+            help="explain what this reads, e.g. L17H3.K or L5N7.up; unembed is the logit of a token",
+        ),
     ] = "unembed",
     token: o.Logit = None,
     against: o.Against = None,
@@ -29,7 +34,7 @@ def trace(
         typer.Option(
             "--through",
             metavar="NAME",
-            help="a component, e.g. L17H3, L17.mlp or L17N5: what it contributes, and from whom",
+            help="show what one component contributes, e.g. L17H3, L17.mlp or L17N5, and from which writers",
         ),
     ] = None,
     position: o.Position = -1,
@@ -40,20 +45,26 @@ def trace(
 ) -> Answer:
     """Explain a prediction: what each component contributes to the next token of a prompt.
 
-    With --reader, what each writes to another reader; with --through, what one component contributes and from whom;
-    with --lens, what the model would predict from every state of the stream.
+    With --reader, it shows what each contributes to another reader; with --through, what one component contributes, and
+    from which writers; with --lens, what the model would predict from every state of the stream.
     """
     if not session.runs:
-        raise UsageError("no prompt", expected="--prompt or --prompt-ids", do="add one of them")
-    if (through is not None and lens) or (reader != "unembed" and (through or token or against)):
+        raise UsageError("there is no prompt", expected="--prompt or --prompt-ids", do="add one of them")
+    if through is not None and lens:
+        raise UsageError("--through and --lens together", expected="one of them", do="leave one out")
+    if reader != "unembed" and (through or token or against):
         raise UsageError(
-            "--lens with --through, or a token of a reader that is not the unembedding",
-            expected="--token, --against and --through with --reader unembed alone",
-            do="leave one out",
+            f"--token, --against or --through with --reader {reader}",
+            expected="these only with --reader unembed, which is the default",
+            do="leave --reader out, or the others",
         )
     run = session.run
     if not -run.count <= position < run.count:
-        raise UsageError(f"no token {position}", expected=f"a place in {run.count} tokens", do="correct --position")
+        raise UsageError(
+            f"--position {position} in a prompt of {run.count} tokens",
+            expected=f"a number from 0 to {run.count - 1}, or from -{run.count} to -1",
+            do="correct it",
+        )
     place = position % run.count
     if lens:
         return _states(session, session.ask(vw.Lens(min(top, _LENS), place)), place)
@@ -67,37 +78,54 @@ def trace(
     record = session.ask(vw.Trace(reader, logit, other)).select("token", [str(place)])
     rows = [{name: value for name, value in row.items() if name != "token"} for row in record.rows()]
     rows = sorted(rows, key=lambda row: -abs(float(row["share"] or 0.0)))[:top]
-    line = f"all writers together miss what the model computes by {record.stamp['error']:.1g} of it"
-    return _answer(session, record, rows, title, place, [line])
+    line = f"the sum over all writers differs from what the model computes by a share of {record.stamp['error']:.1g}"
+    columns = None if logit is None else ("writer", "logit", "share")  # a logit's norm is its size
+    return _answer(session, record, rows, Table(title, rows, columns), place, line)
 
 
 def _likeliest(session: Session, place: int) -> int:
-    """The token that the model itself puts first."""
+    """The token that the model itself ranks first."""
     lens = session.ask(vw.Lens(1, place))
     return int([row["token"] for row in lens.rows()][-1] or 0)
 
 
 def _routed(session: Session, record: vw.Record, top: int, title: str, place: int) -> Answer:
     best = sorted(record.rows(), key=lambda row: -abs(float(row["logit"] or 0.0)))[:top]
-    tokens = session.run.chunks[0].tolist()
-    rows = [{**row, "text": session.named(tokens[int(str(row["token"]))])} for row in best]
+    tokens, texts = session.run.chunks[0].tolist(), session.stream.source.token_texts()
+    rows = [{**row, "text": texts[tokens[int(str(row["token"]))]] if texts else None} for row in best]
     direct, error = record.stamp["direct"], record.stamp["error"]
-    line = f"{record.parameters['through']} adds {direct:.4g}; all paths together miss it by {error:.1g}"
-    return _answer(session, record, rows, title, place, [line])
+    through = record.parameters["through"]
+    line = f"{through} adds {direct:.4g}, from which the sum over all paths differs by a share of {error:.1g}"
+    shown = [{**row, "text": None if row["text"] is None else repr(row["text"])} for row in rows]
+    heads = {"writer": "writer", "token": "position", "text": "token", "logit": "logit"}
+    return _answer(session, record, rows, Table(title, shown, heads), place, line)
 
 
 def _states(session: Session, record: vw.Record, place: int) -> Answer:
     texts = session.stream.source.token_texts()
     rows = [{name: value for name, value in row.items() if name != "row"} for row in record.rows()]
     rows = [{**row, "text": texts[int(str(row["token"]))] if texts else None} for row in rows]
-    return _answer(session, record, rows, "logit lens", place, [])
+    tokens: dict[Any, list[str]] = {}
+    for row in rows:
+        text = row["token"] if row["text"] is None else repr(row["text"])
+        tokens.setdefault(row["state"], []).append(f"{text} {figure(float(row['probability'] or 0))}")
+    shown = [{"state": state, "tokens": "  ".join(items)} for state, items in tokens.items()]
+    table = Table("logit lens", shown, {"state": "state", "tokens": "likeliest tokens and their probabilities"})
+    return _answer(session, record, rows, table, place)
 
 
 def _answer(
-    session: Session, record: vw.Record, rows: list[dict[str, Any]], title: str, place: int, lines: list[str]
+    session: Session,
+    record: vw.Record,
+    rows: list[dict[str, Any]],
+    table: Table,
+    place: int,
+    line: str | None = None,
 ) -> Answer:
-    names = [session.named(token) for token in session.run.chunks[0].tolist()]
-    table = Table(f"{title} at token {place} ({names[place]}) · {session.name}", rows)
-    return Answer(
-        record, rows, {"tokens": names, "position": place, "error": record.stamp.get("error")}, [table, *lines]
-    )
+    """The answer with a table whose title also names the token and the model, and with a line below it."""
+    tokens, texts = session.run.chunks[0].tolist(), session.stream.source.token_texts()
+    last = session.named(tokens[place])
+    titled = replace(table, title=f"{table.title} at position {place}, token {last} · {session.name}")
+    prompt = [{"token": token, "text": texts[token] if texts else None} for token in tokens]
+    summary = {"tokens": prompt, "position": place, "error": record.stamp.get("error")}
+    return Answer(record, rows, summary, [titled] if line is None else [titled, line])

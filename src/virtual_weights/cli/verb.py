@@ -110,16 +110,16 @@ class Session:
         return texts.index(name)
 
     def named(self, token: int) -> str:
-        """A token's id with its text, where the checkpoint knows it."""
+        """A token's text with its id, or the id alone where the checkpoint has no tokenizer."""
         texts = self.stream.source.token_texts()
-        return f"{token} {texts[token]!r}" if texts else str(token)
+        return f"{texts[token]!r} (id {token})" if texts else str(token)
 
 
 def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
-    """Make a command of a function of a session and of its own options: the shared options and the output are added.
+    """Make a command from a function of a session and of its own options, with the shared options and the output.
 
     Args:
-        opening: which of the options of opening a model it has: ``no_fold``, ``partial``, ``offline``,
+        opening: which of the options for opening a model it has: ``no_fold``, ``partial``, ``offline``,
             ``allow_non_finite``.
     """
     return _command({name: _OPENING[name] for name in opening})
@@ -128,19 +128,22 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
 def running_verb(
     *kinds: str, always: bool = True, **defaults: Any
 ) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
-    """The same for a verb that runs the model, with the options that say on what.
+    """The same for a verb that runs the model, with the options that say on which tokens.
 
     Args:
-        kinds: which kinds of text it takes: ``text``, ``repeated``, ``prompt``; all without it.
-        always: whether it always runs the model, not only where a text is named.
+        kinds: which kinds of text it takes: ``text``, ``repeated``, ``prompt``; by default all. It has no options that
+            mean nothing for the only kind that it takes.
+        always: whether it always runs the model, or only where a text is named.
         defaults: of its options, such as ``tokens=16384``.
     """
     wanted = kinds or ("text", "repeated", "prompt")
-    without = {name for name in _KINDS_OF_TEXT if name.partition("_")[0] not in wanted}
-    shared = {
-        name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in without
-    }
-    return _command({**shared, "offline": _OPENING["offline"]}, dict.fromkeys(without), always)
+    fixed: dict[str, Any] = dict.fromkeys(n for n in _KINDS_OF_TEXT if n.partition("_")[0] not in wanted)
+    if wanted == ("repeated",):
+        fixed["repeated"] = True
+    if wanted == ("prompt",):  # one chunk, with nothing random in it
+        fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
+    shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
+    return _command({**shared, "offline": _OPENING["offline"]}, fixed, always)
 
 
 def need_runtime() -> None:
@@ -152,9 +155,9 @@ def need_runtime() -> None:
     missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"this runs the model, and {' and '.join(missing)} is not installed",
+            f"this runs the model, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             expected="the packages of the extra 'runtime'",
-            do="in the folder of this project's source: pip install '.[runtime]'",
+            do="pip install -c constraints.txt '.[runtime]' in a clone of this project",
         )
 
 

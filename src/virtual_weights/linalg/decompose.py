@@ -21,7 +21,7 @@ from virtual_weights.linalg.numerics import accumulate, tolerance
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     """Singular values of a map and the ranks that can be read from them.
 
@@ -47,6 +47,12 @@ class Spectrum:
                 do="pass singular_values(map)",
             )
         object.__setattr__(self, "S", values.sort(descending=True).values)
+
+    def __repr__(self) -> str:
+        return (
+            f"Spectrum ({len(self.S)}): {_ends(self.S)}; numerical rank {self.numerical_rank()}, "
+            f"stable rank {self.stable_rank:.4g}, entropy rank {self.entropy_rank:.4g}"
+        )
 
     def numerical_rank(self, tol: float | None = None) -> int:
         """Number of singular values above ``tol * S_1``; tol None is ``tolerance(float64, (r,))``."""
@@ -101,13 +107,20 @@ _SMALL = 256  # sides of matrices too small to share between threads
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SVD:
     """``map = U @ diag(S) @ V.T``: U (out, r) outputs, S (r,) gains, descending, V (in, r) inputs."""
 
     U: Tensor
     S: Tensor
     V: Tensor
+
+    def __repr__(self) -> str:
+        return f"SVD: U {tuple(self.U.shape)}, S ({len(self.S)}): {_ends(self.S)}, V {tuple(self.V.shape)}"
+
+
+def _ends(S: Tensor) -> str:
+    return f"{float(S[0]):.4g} to {float(S[-1]):.4g}" if len(S) else "empty"
 
 
 def svd(map: LinearMap, rank: int | None = None) -> SVD:

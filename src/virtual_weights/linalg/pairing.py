@@ -13,7 +13,7 @@ from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MapStack:
     """n maps between the stream R^d and something else, ``map_i = L_i @ outer[index[i]]``, seen from the stream.
 
@@ -51,6 +51,10 @@ class MapStack:
                 expected=f"numbers from 0 to {shape[0] - 1}",
                 do="index counts along the first axis of outer",
             )
+
+    def __repr__(self) -> str:
+        metric = "" if self.metric is None else f", metric {tuple(self.metric.shape)}"
+        return f"MapStack ({self.count}): outer {tuple(self.outer.shape)}, {self.outer.dtype}{metric}"
 
     @property
     def count(self) -> int:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.record.axes import Axis, Column, Value, Values
-from virtual_weights.record.parquet import write_parquet
+from virtual_weights.record.axes import Axis, Column, Header, Value, Values, one_line
+from virtual_weights.record.table import arrow_stream, load_parquet, save_parquet, to_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Named = TypeVar("Named", Axis, Column)
+_COMPLETED = 100_000  # entries up to which a shell offers the labels of rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +77,7 @@ class Record:
         """The values of the column called ``name``; of a label of every axis, the row, as ``rows()`` gives it.
 
         ``record["L16H0", "L18H6.K"]`` is innermost axis first (writer, reader); the other order is understood too. A
-        label may bear the port that the record was asked for.
+        reader's port may be left out where the record was asked for one. Tables of edges are asked in the same way.
 
         Raises:
             UsageError: there is no such column or label, or nothing at this place.
@@ -81,33 +85,44 @@ class Record:
         return self.column(name).values if isinstance(name, str) else self._row(name)
 
     def _row(self, labels: tuple[str, ...]) -> dict[str, Value]:
+        names = self._names()
         absent = False
-        for axes in (self.axes[::-1], self.axes):
-            places = {a.name: self._place(a, label) for a, label in zip(axes, labels, strict=False)}
-            indices = [places.get(axis.name) for axis in self.axes]
-            if len(labels) != len(self.axes) or None in indices:
-                continue
-            flat = 0
-            for axis, i in zip(self.axes, indices, strict=True):
-                flat = flat * len(axis.labels) + (i or 0)
-            if bool(self.present()[flat]):
+        for order in (names[::-1], names):
+            flat = self._place(order, labels) if len(labels) == len(names) else None
+            if flat is not None and bool(self.present()[flat]):
                 shape = tuple(len(axis.labels) for axis in self.axes)
-                values = {c.name: _absent(_flat(c.values)[flat]) for c in self.columns}
+                values = {c.name: _absent(_at(c.values, flat)) for c in self.columns}
                 return {**self._labels(flat, shape), **values}
-            absent = True
-        known = [label for axis in self.axes for label in axis.labels]
+            absent = absent or flat is not None
+        known = list(dict.fromkeys(str(label) for _, column in names for label in column))
         near = [f"{label!r}: {close}" for label in labels if (close := get_close_matches(label, known))]
         raise UsageError(
             f"this record has {'no value' if absent else 'no row'} at {', '.join(labels)}",
-            expected=f"a label of each axis: {', '.join(axis.name for axis in reversed(self.axes))}",
+            expected=f"a label of each: {', '.join(name for name, _ in reversed(names))}",
             do="the first cannot reach the second" if absent else f"names like it: {'; '.join(near) or known[:4]}",
         )
 
-    def _place(self, axis: Axis, label: str) -> int | None:
-        stem, _, port = label.rpartition(".")
-        if label not in axis.labels and axis.name == "reader" and port == self.parameters.get("port"):
-            label = stem
-        return axis.labels.index(label) if label in axis.labels else None
+    def _names(self) -> list[tuple[str, tuple[Value, ...]]]:
+        """What a row is found by: the labels of its axes; in a table of edges, reader and writer of every row."""
+        ends = [(c.name, c.values) for name in ("reader", "writer") for c in self.columns if c.name == name]
+        if len(self.axes) == 1 and len(ends) == 2:
+            return [(name, values) for name, values in ends if isinstance(values, tuple)]
+        return [(axis.name, axis.labels) for axis in self.axes]
+
+    def _place(self, names: Sequence[tuple[str, tuple[Value, ...]]], labels: tuple[str, ...]) -> int | None:
+        """The flat place of a row, with labels in the order of the names, with or without the port asked for."""
+        found = [{label, f"{label}.{self.parameters.get('port')}"} for label in labels]
+        if len(self.axes) != len(names):  # a table of edges
+            rows = zip(*(column for _, column in names), strict=True)
+            return next((i for i, row in enumerate(rows) if all(map(lambda v, of: v in of, row, found))), None)
+        place = dict(zip((name for name, _ in names), found, strict=True))
+        flat = 0
+        for axis in self.axes:
+            i = next((i for i, label in enumerate(axis.labels) if label in place[axis.name]), None)
+            if i is None:
+                return None
+            flat = flat * len(axis.labels) + i
+        return flat
 
     def numbers(self, name: str) -> Tensor:
         """The values of a numeric column in float64, absent ones NaN.
@@ -127,15 +142,22 @@ class Record:
         return self.rows()
 
     def __eq__(self, other: object) -> bool:
-        """Equal in question, parameters, stamp, axes and columns, NaN equal to NaN; provenance does not count."""
+        """Equal in question, parameters, stamp and axes, and in columns where an entry is present; NaN equals NaN.
+
+        Provenance does not count, nor what a column holds at an absent entry.
+        """
         if not isinstance(other, Record):
             return NotImplemented
         mine, theirs = (
             (r.question, dict(r.parameters), dict(r.stamp), r.axes, [(c.name, c.unit, c.meaning) for c in r.columns])
             for r in (self, other)
         )
-        columns = zip(self.columns, other.columns, strict=False)
-        return mine == theirs and all(_equal(a.values, b.values) for a, b in columns)
+        present = self.present()
+        if mine != theirs or not torch.equal(present, other.present()):
+            return False
+        order = present.nonzero().flatten()
+        columns = zip(self.columns, other.columns, strict=True)
+        return all(_equal(_pick(a.values, order), _pick(b.values, order)) for a, b in columns)
 
     def __hash__(self) -> int:
         return hash((self.question, self.axes, tuple(column.name for column in self.columns)))
@@ -149,10 +171,12 @@ class Record:
         widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         head = [f"Record {self.question!r} over {axes}, {len(self)} rows", f"columns: {columns}"]
-        return "\n".join(line if len(line) <= 120 else f"{line[:117]}..." for line in head + lines)
+        return "\n".join(map(one_line, head + lines))
 
-    def _ipython_key_completions_(self) -> list[str]:
-        return [column.name for column in self.columns]
+    def _ipython_key_completions_(self) -> list[str | tuple[str, ...]]:
+        names = [name for name, _ in reversed(self._names())]
+        rows = self.rows() if len(names) > 1 and self.size <= _COMPLETED else ()
+        return [*(column.name for column in self.columns), *(tuple(str(row[name]) for name in names) for row in rows)]
 
     @property
     def size(self) -> int:
@@ -261,18 +285,39 @@ class Record:
             allow_nan=False,
         )
 
-    def to_parquet(
-        self, path: str | Path, *, constants: Mapping[str, str | None] | None = None, absent: bool = False
-    ) -> None:
-        """Write the record as one Parquet table: a row per entry, labels as columns.
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        """The rows for whatever takes Arrow data: ``polars.DataFrame(record)``, ``pyarrow.table(record)``, DuckDB."""
+        return arrow_stream(self, requested_schema)
+
+    def to_pandas(self) -> DataFrame:
+        """The rows as a pandas DataFrame; question, parameters, stamp and provenance are in its ``attrs``.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return to_frame(self)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the rows as a Parquet file, from which ``from_parquet`` makes the same record again.
+
+        Whatever else the record holds is in the file's metadata, as JSON under ``virtual_weights``.
 
         Args:
             path: the file to write; an existing one is replaced.
-            constants: text columns with one value throughout, put first.
-            absent: whether absent entries are rows too; they hold NULL.
+
+        Raises:
+            UsageError: its folder does not exist, an axis repeats a label, or a parameter is not plain JSON.
         """
-        places = torch.arange(self.size) if absent else self.present().nonzero().flatten()
-        write_parquet(path, self.axes, self.columns, places, constants or {})
+        save_parquet(self, path)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> Record:
+        """The record that ``to_parquet`` wrote; an entry without a row is NaN, in columns without NaN 0 or None.
+
+        Raises:
+            RecordError: there is no such file, ``to_parquet`` did not write it, or it has been altered.
+        """
+        return record_of(*load_parquet(path))
 
     def _repr_html_(self) -> str:
         """A table for notebooks: the first twenty entries, of a matrix the twenty with the largest first column."""
@@ -284,6 +329,12 @@ class Record:
         body = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row.values()) + "</tr>" for row in shown)
         caption = html.escape(f"{self.question} · " + ", ".join(f"{k}={v}" for k, v in self.parameters.items()))
         return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def record_of(header: Header, values: Sequence[Values]) -> Record:
+    """A Record from its header and the values of its columns."""
+    columns = tuple(Column(c.name, v, c.unit, c.meaning) for c, v in zip(header.columns, values, strict=True))
+    return Record(header.question, header.axes, columns, header.parameters, header.stamp, header.provenance)
 
 
 def _named(items: tuple[Named, ...], name: str, kind: str) -> Named:
@@ -312,6 +363,10 @@ def _equal(a: Values, b: Values) -> bool:
 
 def _text(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _at(values: Values, flat: int) -> Value:
+    return values.detach().flatten()[flat].item() if isinstance(values, Tensor) else values[flat]
 
 
 def _pick(values: Values, order: Tensor) -> Values:

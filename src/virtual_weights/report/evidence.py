@@ -59,8 +59,9 @@ class _Pairs:
         self.record = record
         self.columns = {column.name: np.asarray(column.values, dtype=np.float64) for column in record.columns}
         readers, writers = record.axis("reader"), record.axis("writer")
-        self.readers, self.writers = ({name: i for i, name in enumerate(axis.labels)} for axis in (readers, writers))
-        self.group_of = dict(zip(readers.labels, readers.groups, strict=False))
+        ends = [name.removesuffix(f".{record.parameters['port']}") for name in readers.labels]
+        self.readers, self.writers = ({name: i for i, name in enumerate(names)} for names in (ends, writers.labels))
+        self.group_of = dict(zip(ends, readers.groups, strict=False))
         self.members: dict[str, list[str]] = {}
         for reader, group in self.group_of.items():
             self.members.setdefault(group, []).append(reader)
@@ -103,7 +104,7 @@ class _Evidence:
             heads = [name for name in pairs.writers if "H" in name]
             most = TOP * max((len(shared) for shared in pairs.members.values()), default=1)
             rows = pairs.record.select("writer", heads).top(most, "score").rows()
-            keys = ((port, str(row["writer"]), str(row.get("reader_group") or row["reader"])) for row in rows)
+            keys = ((port, str(row["writer"]), str(row.get("reader_group") or _end(row["reader"])[0])) for row in rows)
             yield from list(dict.fromkeys(keys))[:TOP]
 
     def effects(self) -> dict[_Key, dict[str, Any]]:
@@ -114,7 +115,7 @@ class _Evidence:
             for row in rows:
                 if row["kind"] != "asked":
                     continue
-                reader, port = _end(str(row["reader"]))
+                reader, port = _end(row["reader"])
                 random = (r["effect_nats"] for r in rows if r["kind"] == "random" and _match(r) == _match(row))
                 like = [effect for effect in random if isinstance(effect, float)]
                 shared = [name.partition(".")[0] for name in str(row["shared_with"] or "").split()]
@@ -160,15 +161,15 @@ def _readers(evidence: _Evidence, port: str, end: str) -> list[str]:
     return next((names for names in members if names), [])
 
 
-def _end(reader: str) -> tuple[str, str]:
+def _end(reader: Any) -> tuple[str, str]:
     """A reader without its port, and the port: ``L18H6`` and ``K`` of ``L18H6.K``, twice itself of ``unembed``."""
-    label = parse(reader)
-    return str(replace(label, port=None)), label.port or reader
+    label = parse(str(reader))
+    return str(replace(label, port=None)), label.port or str(label)
 
 
 def _match(row: Mapping[str, Any]) -> tuple[str, str]:
     """What an edge has in common with its random ones: kind of writer, and port."""
-    return parse(str(row["writer"])).kind, _end(str(row["reader"]))[1]
+    return parse(str(row["writer"])).kind, _end(row["reader"])[1]
 
 
 def _stamp(pairs: Iterable[_Pairs]) -> dict[str, Any] | None:

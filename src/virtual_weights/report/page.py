@@ -89,7 +89,7 @@ _PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<main id="page"><noscript>This report draws itself with the script inside this file; please allow it.</noscript></main>
+<main id="page"><noscript>This report is drawn by the script inside this file; please allow scripts.</noscript></main>
 <script id="data" type="application/json">{data}</script>
 <script>{script}</script>
 </body>

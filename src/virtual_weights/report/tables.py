@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,11 +130,19 @@ def drawn(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     ``EDGES_PER_PORT`` edges each, so that neither crowds out the other.
     """
     maps, edges = [], []
-    for writers, part in _by_writers(record):
+    for writers, part in _by_writers(_without_port(record)):
         maps.append(_matrix(part, "score" if record.question == "composition" else "overlap") | {"from": writers})
         if record.question == "composition":
             edges += _edges(part)
     return maps, edges
+
+
+def _without_port(record: Record) -> Record:
+    """The same with readers named as components: the page shows the port beside them, in its colour."""
+    readers = record.axis("reader")
+    names = tuple(label.removesuffix(f".{record.parameters['port']}") for label in readers.labels)
+    named = replace(readers, labels=names)
+    return replace(record, axes=tuple(named if axis is readers else axis for axis in record.axes))
 
 
 def _by_writers(record: Record) -> Iterator[tuple[str, Record]]:

@@ -41,12 +41,14 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     folded = max(float(figures[n] or 0) for n in ("virtual_weights_folded", "norm_scalar_orthogonal_centred"))
     plain = max(float(figures[n] or 0) for n in ("virtual_weights_gains_left_in_place", "norm_scalar_orthogonal"))
     if folded > FLOAT64_ROUNDING:
-        why = f"after turning, readers and writers differ by {folded:.2g} although the norm is folded"
+        why = f"rotation changes virtual weights or norm scalars by {folded:.2g}, although the norm is folded"
         return Finding("fails", why, None, figures)
     if plain <= FLOAT64_ROUNDING:
-        return Finding("holds", "turning changes nothing, even with the gains left in the norm", None, figures)
-    condition = f"gains folded into the readers,{' writers centred,' if layer_norm else ''} and orthogonal maps only"
-    why = f"turning changes virtual weights by {folded:.1g} with the norm folded, by {plain:.2g} with the norm as it is"
+        return Finding("holds", "rotation changes nothing, even with the gains left in the norm", None, figures)
+    condition = (
+        f"gains are folded into the readers,{' writers are centred,' if layer_norm else ''} and the map is orthogonal"
+    )
+    why = f"rotation changes the figures by {folded:.1g} with the norm folded, by {plain:.2g} with the norm as it is"
     return Finding("holds under", why, condition, figures)
 
 

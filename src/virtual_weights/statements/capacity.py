@@ -29,12 +29,12 @@ def independent_signals(evidence: Evidence) -> Finding:
         "dimension_of_the_span": int(spans[fullest]),
     }
     if not bool(over.any()):
-        return Finding("holds", f"at most {total} of {d} dimensions are claimed", None, figures)
+        return Finding("holds", f"the ranks of all writers add up to at most {total}, in {d} dimensions", None, figures)
     return Finding(
         "holds under",
         f"the ranks of all writers up to state {fullest} add up to {total} in {d} dimensions: this model exceeds the "
         "bound, so its signals are not separated exactly",
-        "arbitrary signals are to be told apart exactly and linearly, all at once",
+        "arbitrary signals must be separated exactly and linearly, all at once",
         figures,
         (f"state {fullest} (after {ledger['after'][fullest]}): {total} > {d}",),
     )
@@ -55,11 +55,13 @@ def total_capacity(evidence: Evidence) -> Finding:
         "their_dimensions": dimension,
     }
     if total <= d:
-        return Finding("holds", f"{len(bases)} heads write into {total} of {d} dimensions", None, figures)
+        return Finding(
+            "holds", f"the dimensions that {len(bases)} heads write into add up to {total}, at most {d}", None, figures
+        )
     return Finding(
         "holds under",
-        f"{len(bases)} heads write into {total} dimensions, {total / d:.1f} times d; {len(subset)} of them are "
-        f"independent and take {dimension}",
+        f"the dimensions that {len(bases)} heads write into add up to {total}, {total / d:.1f} times d; {len(subset)} "
+        f"heads are independent and span {dimension}",
         "the subspaces are linearly independent",
         figures,
         tuple(subset),
@@ -82,10 +84,13 @@ def direct_sum(evidence: Evidence) -> Finding:
         "its_dimension": subset_dimension,
     }
     if dimension == total:
-        return Finding("holds", f"all {len(bases)} write subspaces together have dimension {total}", None, figures)
+        return Finding(
+            "holds", f"the sum of all {len(bases)} write subspaces has the full dimension {total}", None, figures
+        )
     return Finding(
         "fails",
-        f"the dimensions add up to {total}, but the sum has {dimension}; it is direct for {len(subset)} heads",
+        f"the dimensions add up to {total}, but the dimension of the sum is {dimension}; it is direct for "
+        f"{len(subset)} heads",
         None,
         figures,
         (f"direct for {', '.join(subset)}",),
@@ -112,7 +117,7 @@ def bottleneck(evidence: Evidence) -> Finding:
     why = f"state {tightest} has {b:.3g} d neurons before it and {a:.3g} d after it; "
     why += f"a map through {d} dimensions saves a factor of {saving:.3g}, not {product:.3g}"
     if 50 <= min(b, a) and max(b, a) <= 200:
-        condition = "it is about counts of neurons only: the published ratio compares nothing that is stored or sent"
+        condition = "it is read as counts of neurons only: the published ratio compares nothing that is stored or sent"
         return Finding("holds under", why, condition, figures)
     return Finding("fails", why, None, figures)
 

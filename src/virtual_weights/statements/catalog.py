@@ -28,7 +28,7 @@ STATEMENTS = (
     Statement(
         "L1",
         "No privileged basis",
-        "Rotating the stream together with every matrix that touches it leaves the model unchanged.",
+        "Rotating the stream together with every matrix that reads or writes it leaves the model unchanged.",
         "True with RMSNorm once its gain is folded into the readers, and with LayerNorm once the writers are centred "
         "as well; biases and positions must be rotated too. Only orthogonal maps preserve the norm. What training "
         "makes of it is another question: trained streams do have preferred coordinates.",
@@ -78,8 +78,8 @@ STATEMENTS = (
         "L7",
         "The stream is a direct sum",
         "The stream decomposes into a direct sum of functional subspaces.",
-        "Only where the dimensions of the subspaces add up to the dimension of their sum. That is so for a chosen "
-        "few, but not for all subspaces of a trained model.",
+        "Only where the dimensions of the subspaces add up to the dimension of their sum. That is so for a few chosen "
+        "subspaces of a trained model, but not for all of them.",
         capacity.direct_sum,
     ),
     Statement(
@@ -94,8 +94,7 @@ STATEMENTS = (
         "L9",
         "Superposed signals can be recovered",
         "Signals along nearly orthogonal directions can share the stream and be recovered.",
-        "True, with an error that is set by the coherence and the number of signals and depends on the method of "
-        "recovery.",
+        "True, with an error that depends on the coherence, the number of signals and the method of recovery.",
         superposed.recovery,
     ),
     Statement(
@@ -110,7 +109,7 @@ STATEMENTS = (
         "L11",
         "Antiparallel weights erase best",
         "Clearing is most efficient where a neuron's input and output weights are antiparallel.",
-        "In direction, yes. How much is cleared depends on the gain, about which the cosine says nothing.",
+        "True of direction. How much is cleared depends on the gain, about which the cosine says nothing.",
         memory.efficiency,
     ),
     Statement(
@@ -147,8 +146,8 @@ STATEMENTS = (
         "T4",
         "The bottleneck",
         "About 100 d neurons stand before and after the stream, a compression by N_b N_a / d^2, ten thousand.",
-        "The counts are those of fifty layers of 4 d at mid-depth. The ratio compares nothing: a map of rank d saves "
-        "a factor of N_a N_b / (d (N_a + N_b - d)), there about fifty.",
+        "The counts are those at mid-depth of fifty layers of 4 d neurons. The ratio compares nothing: a map of rank d "
+        "saves a factor of N_a N_b / (d (N_a + N_b - d)), in this case about fifty.",
         capacity.bottleneck,
     ),
     Statement(
@@ -192,7 +191,7 @@ STATEMENTS = (
         "C3",
         "Effective dimension",
         "The effective dimension of a channel is the number of singular values clearly above zero.",
-        "True given a threshold, which must come from a null.",
+        "True given a threshold, and the threshold must come from a null.",
         composed.effective_dimension,
     ),
     Statement(
@@ -206,7 +205,7 @@ STATEMENTS = (
         "C5",
         "Orthogonal subspaces interfere least",
         "Interference is least where subspaces are nearly orthogonal.",
-        "True: it is zero where they are orthogonal. Short of that, the gains matter too.",
+        "True: it is zero where they are orthogonal. Otherwise the gains matter too.",
         superposed.orthogonal_is_least,
     ),
     Statement(

@@ -58,8 +58,10 @@ def composed_rank(evidence: Evidence) -> Finding:
         return Finding("fails", f"{broken} products exceed the least rank of their factors", None, figures)
     if not beyond:
         return Finding("holds", "neither paths nor composed streams exceed the least rank", None, figures)
-    why = f"no path exceeds the least rank, but {beyond} of {len(sequences)} composed streams I + T do"
-    return Finding("holds under", why, "a product along one path, without the stream beside it", figures, (witness,))
+    why = f"no path exceeds the least rank, but {beyond} of {len(sequences)} composed streams, prod(I + T), do"
+    return Finding(
+        "holds under", why, "the product is taken along one path, without the stream beside it", figures, (witness,)
+    )
 
 
 def virtual_weights_compose(evidence: Evidence) -> Finding:
@@ -82,7 +84,7 @@ def virtual_weights_compose(evidence: Evidence) -> Finding:
             cosine = (size**2 + other**2 - distance**2) / (2 * size * other) if other > 0 else 0.0
             discrepancies.append((max(0.0, 1 - cosine**2) ** 0.5, f"{' > '.join(names)}.K"))
     if not discrepancies:
-        return cannot_tell("no chosen head reads anything of the first of its triple")
+        return cannot_tell("no sampled head reads anything from the first head of its triple")
     discrepancies.sort()
     sizes = torch.tensor([size for size, _ in discrepancies])
     equal, median = int((sizes < PROPORTIONAL).sum()), float(sizes.median())
@@ -95,7 +97,9 @@ def virtual_weights_compose(evidence: Evidence) -> Finding:
     }
     if equal == len(sizes):
         return Finding("holds", f"all {equal} triples agree", None, figures)
-    why = f"at the best factor, direct and composed differ by {median:.3g} of the direct weight in the median triple"
+    why = (
+        f"even at the best factor, direct and composed differ by {median:.3g} of the direct weight in the median triple"
+    )
     return Finding("fails", why, None, figures, tuple(f"{name}: {size:.3g}" for size, name in discrepancies[-2:]))
 
 
@@ -164,10 +168,12 @@ def rank_bound(evidence: Evidence) -> Finding:
         "at_the_bound": full,
     }
     if over or under:
-        why = f"counted at {cut:.1g} of the largest gain, {over + under} of {len(pairs)} pairs are outside the bounds"
-        condition = "exact ranks: what is cut off in a factor can be the larger part of the product"
+        why = (
+            f"with a cut at {cut:.1g} of the largest gain, {over + under} of {len(pairs)} pairs are outside the bounds"
+        )
+        condition = "ranks are exact: what is cut off in a factor can be the larger part of the product"
         return Finding("holds under", why, condition, figures, (witness,) if witness else ())
-    why = f"all {len(pairs)} pairs are within both bounds, {full} reach the upper one"
+    why = f"all {len(pairs)} pairs are within both bounds, and {full} reach the upper one"
     return Finding("holds", why, None, figures)
 
 
@@ -192,8 +198,8 @@ def eigenvalues_are_strengths(evidence: Evidence) -> Finding:
         "largest_of_these": pairs[-1][0],
     }
     if float(share.min()) > 1 - FOLDED_ROUNDING:
-        return Finding("holds", f"in all {len(pairs)} pairs eigenvalues and gains agree", None, figures)
-    why = f"in the median of {len(pairs)} pairs, eigenvalues add up to {float(share.median()):.2g} of the gains' sum"
+        return Finding("holds", f"eigenvalues and gains agree in all {len(pairs)} pairs", None, figures)
+    why = f"in the median of {len(pairs)} pairs, eigenvalues add up to {float(share.median()):.2g} of the sum of gains"
     witness = f"{name}: largest gain {gain:.3g}, largest eigenvalue {least * gain:.3g}"
     return Finding("fails", why, None, figures, (witness,))
 
@@ -204,7 +210,7 @@ def effective_dimension(evidence: Evidence) -> Finding:
         return cannot_tell(NO_PAIRS)
     counts, witnesses = list[dict[str, float | int]](), list[str]()
     for edge in evidence.head_edges("K").top(8, "z").rows():
-        name = f"{edge['reader']}.K"
+        name = str(edge["reader"])
         channel = summary(Channel(str(edge["writer"]), name, draws=20, seed=evidence.seed)(evidence.stream))
         count = {key: value for key in _COUNTS if isinstance(value := channel[key], float | int)}
         counts.append(count)
@@ -218,5 +224,7 @@ def effective_dimension(evidence: Evidence) -> Finding:
     if not differing:
         why = "every gain that is not zero is above the null's edge"
         return Finding("holds", why, None, figures, tuple(witnesses[:3]))
-    why = f"in {differing} of {len(counts)} strong edges the count depends on what counts as zero"
-    return Finding("holds under", why, "a threshold, here the edge of the matched null", figures, tuple(witnesses[:3]))
+    why = f"in {differing} of {len(counts)} strong edges the dimension depends on what counts as zero"
+    return Finding(
+        "holds under", why, "a threshold is given, here the edge of the matched null", figures, tuple(witnesses[:3])
+    )

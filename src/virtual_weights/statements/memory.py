@@ -67,7 +67,7 @@ def clearing(evidence: Evidence) -> Finding:
     if wide:
         return Finding("holds", f"{wide} clears the whole stream", None, figures, (wide,))
     why = f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(left)} heads clear a direction"
-    condition = "gain times slope over norm scalar is 1 on the directions cleared, at most as many as the rank"
+    condition = "gain times slope over norm scalar is 1 on the cleared directions, which number at most the rank"
     return Finding("holds under", why, condition, figures, (*witnesses, *run_witnesses))
 
 
@@ -93,7 +93,7 @@ def _while_running(evidence: Evidence) -> tuple[dict[str, Figure], list[str]]:
     if len(least):
         writer, state = divmod(int(later.abs().nan_to_num(torch.inf).argmin()), later.shape[1])
         name, place = persistence.axis("writer").labels[writer], persistence.axis("state").labels[state]
-        witnesses.append(f"{name}: {float(later[writer, state]):.3f} of what it wrote is left at {place}")
+        witnesses.append(f"{name}: {float(later[writer, state]):.3f} of what it wrote is left at state {place}")
     return figures, witnesses
 
 
@@ -124,13 +124,13 @@ def efficiency(evidence: Evidence) -> Finding:
         "norm_scalar_and_slope": 1.0,
     }
     if not count:
-        return cannot_tell(f"no neuron has an efficiency above {_EFFICIENT}: there is nothing to compare")
+        return cannot_tell(f"no neuron has an efficiency above {_EFFICIENT}, so there is nothing to compare")
     if not bool(far.any()):
-        return Finding("holds", f"all {count} efficient neurons have a gain within a half of 1", None, figures)
+        return Finding("holds", f"all {count} efficient neurons have a gain within 0.5 of 1", None, figures)
     best = int(torch.where(far, -cosine, -torch.inf).argmax())
     name = record.axis("neuron").labels[best]
     witness = f"{name}: efficiency {float(-cosine[best]):.3f}, gain {float(gain[best]):.3g}"
-    why = f"{int(far.sum())} of {count} neurons that point against what they read have a gain far from 1"
+    why = f"{int(far.sum())} of {count} neurons that write against what they read have a gain far from 1"
     condition = "efficiency is about direction alone, not about how much is cleared"
     return Finding("holds under", why, condition, figures, (witness,))
 
@@ -152,7 +152,7 @@ def _measured_policy(frontier: Record, estimated: Mapping[str, Figure]) -> Findi
     rows: list[dict[str, Any]] = [row for row in frontier.rows() if row["agreement"] is not None]
     rows.sort(key=lambda row: row["lambda"])
     if len(rows) < 2:
-        return cannot_tell("one price does not show what depends on the price")
+        return cannot_tell("a single price cannot show what depends on the price")
     figures = {name: value for name, value in estimated.items() if name != _STANDS}
     for row in rows:
         for name in ("erased_by_optimal", "erased_by_model", "agreement"):
@@ -160,13 +160,13 @@ def _measured_policy(frontier: Record, estimated: Mapping[str, Figure]) -> Findi
     best = max(rows, key=lambda row: row["agreement"])
     names = {"price": "lambda"} | {name: name for name in ("agreement", "model", "optimal", "keep_all", "erase_all")}
     figures |= {f"{_STANDS}_{name}": best[column] for name, column in names.items()}
-    witness = f"at price {best['lambda']:.3g} the model's own erasers decide as the best policy in "
+    witness = f"at price {best['lambda']:.3g} the model's own erasers agree with the best policy in "
     witness += f"{best['agreement']:.0%} of cases"
     shares: list[float] = [row["erased_by_optimal"] for row in rows]
     if max(shares) == min(shares):
-        why = f"measured, the best policy erases {shares[0]:.0%} at each of {len(rows)} prices"
+        why = f"in this run the best policy erases {shares[0]:.0%} at each of {len(rows)} prices"
         return Finding("holds", why, None, figures, (witness,))
-    why = f"measured, the best policy erases {min(shares):.0%} to {max(shares):.0%} over {len(rows)} prices; the "
+    why = f"in this run the best policy erases {min(shares):.0%} to {max(shares):.0%} over {len(rows)} prices; the "
     why += "objective as written erases the same at all of them"
     return Finding("fails", why, None, figures, (witness,))
 
@@ -187,12 +187,12 @@ def _estimated_policy(evidence: Evidence) -> Finding:
     figures: dict[str, Figure] = {
         "writers": len(utility),
         "utility": "squared composition score with the unembedding",
-        "interference": "squared composition scores with later heads' values, but the strongest",
+        "interference": "squared composition scores with later heads' values, except the strongest",
         _STANDS: "needs a run on text",
     }
     disturbing = interference > 0
     if not bool(disturbing.any()):
-        return Finding("holds", "no writer disturbs a second reader: both objectives keep all", None, figures)
+        return Finding("holds", "no writer disturbs a second reader, so both objectives keep everything", None, figures)
     ratios = (utility / interference)[disturbing]
     same, written = True, utility < 0  # the price times interference does not meet m, and so decides nothing
     for quantile in _PRICES:
@@ -202,7 +202,7 @@ def _estimated_policy(evidence: Evidence) -> Finding:
         figures[f"erased_as_corrected_at_price_{quantile:g}"] = float(corrected.double().mean())
     if same:
         return Finding("holds", "both objectives erase the same at every price", None, figures)
-    why = "the objective as written erases the same whatever interference costs; its interference term has no m in it"
+    why = "the objective as written erases the same at every price, because its interference term has no m in it"
     return Finding("fails", why, None, figures)
 
 

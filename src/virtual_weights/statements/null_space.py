@@ -29,7 +29,7 @@ def null_space_is_kept(evidence: Evidence) -> Finding:
             directions.append(direction)
             norms.append(float((direction + out @ (value @ direction)).norm()))
     if not names:
-        return cannot_tell("none of the heads looked at has a null space")
+        return cannot_tell("none of the sampled heads has a null space")
     strongest = _strongest_readers(evidence.stream, names, torch.stack(directions, 1))
     readers = {i: reader for i, (gain, reader) in enumerate(strongest) if gain > FOLDED_ROUNDING}
     figures: dict[str, Figure] = {
@@ -40,8 +40,10 @@ def null_space_is_kept(evidence: Evidence) -> Finding:
         "directions_with_eigenvalue_near_minus_one": erased,
     }
     if not readers:
-        return Finding("holds", "nothing after these heads sees what they do not see", None, figures)
-    witnesses = [f"unseen by {names[i]}.V, kept at {norms[i]:.6f}, read by {reader}" for i, reader in readers.items()]
+        return Finding("holds", "no later component reads what these heads do not see", None, figures)
+    witnesses = [
+        f"unseen by {names[i]}.V, kept with norm {norms[i]:.6f}, read by {reader}" for i, reader in readers.items()
+    ]
     why = f"of {len(names)} directions that a head's values do not see, {len(readers)} are read by a later component"
     return Finding("fails", why, None, figures, tuple(witnesses[:3]))
 
@@ -70,7 +72,7 @@ def communication_space(evidence: Evidence) -> Finding:
     direction = vectors[:, len(values) - together]  # read by the fewest
     cosines = sorted(((float((basis @ direction).norm()), name) for name, basis in spaces.items()), reverse=True)
     (most, reader), (least, other) = cosines[0], cosines[-1]
-    witness = f"a direction read by {reader} (cosine {most:.3f}), not by {other} ({least:.1g})"
+    witness = f"a direction read by {reader} (cosine {most:.3f}), not by {other} (cosine {least:.1g})"
     why = f"the later readers share {common} dimensions, but together they read {together}"
     return Finding("fails", why, None, figures, (witness,))
 
@@ -101,8 +103,7 @@ def _readers(stream: Stream) -> Iterator[tuple[int | None, list[str], Tensor]]:
     for group in stream.groups:
         for port in group.ports:
             if port not in ("Q", "K"):
-                names = [label if port == "unembed" else f"{label}.{port}" for label in group.labels]
-                yield group.reads, names[:: group.shared(port)], stream.read(port, group).maps
+                yield group.reads, list(group.readers(port)[:: group.shared(port)]), stream.read(port, group).maps
 
 
 def _row_spaces(stream: Stream, state: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from virtual_weights.stream import OperatingPoint, Stream
 _PROMPT = 32  # first tokens of a run that serve as the prompt
 _FEWEST = 8  # tokens
 _TWO_MODES = 5 / 9  # Sarle's coefficient of a uniform law
-_NO_RUN = "nothing was run: this takes a run or an operating point"
+_NO_RUN = "the model was not run; this needs a run or an operating point"
 
 
 def composed_blocks(evidence: Evidence) -> Finding:
@@ -46,12 +46,12 @@ def composed_blocks(evidence: Evidence) -> Finding:
         "largest_relative_update": update,
     }
     if worst > THREE_DIGITS:
-        why = f"the frozen blocks miss the run's norm scalar at {site} by {worst:.2g}"
+        why = f"the frozen blocks differ from the run's norm scalar at {site} by {worst:.2g}"
         return Finding("fails", why, None, figures, (site,))
     if update == 0:
         return Finding("holds", "no block of this model does anything on this prompt", None, figures)
-    why = f"{blocks} frozen blocks in sequence meet every norm scalar of the run to {worst:.1g}"
-    condition = "attention patterns, norm scalars and gates are fixed at one prompt's values"
+    why = f"{blocks} frozen blocks in sequence reproduce every norm scalar of the run to {worst:.1g}"
+    condition = "attention patterns, norm scalars and gates are fixed at their values on one prompt"
     return Finding("holds under", why, condition, figures)
 
 
@@ -63,7 +63,7 @@ def conditional_clearing(evidence: Evidence) -> Finding:
     if not tokens:
         return cannot_tell(_NO_RUN)
     if tokens < _FEWEST:
-        return cannot_tell(f"{tokens} tokens show no spread; {_FEWEST} would")
+        return cannot_tell(f"{tokens} tokens are too few to show a spread; {_FEWEST} are needed")
     clearing = _clearing(evidence) if evidence.stream.groups.mlps else None
     if clearing is None or not clearing.names:
         return cannot_tell(f"no neuron has a cosine below -{Neurons().threshold} between what it reads and writes")

@@ -29,6 +29,7 @@ _FALL = 0.05
 _POWER = 0.25  # how far a fitted exponent may be from a power
 _KIND: DirectionKind = "out"
 _NO_NEURONS = "the checkpoint holds no MLP, and so no directions of neurons"
+_METHODS = {"matched": "matched filter", "least_squares": "least squares", "sparse": "sparse recovery"}
 
 
 def recovery(evidence: Evidence) -> Finding:
@@ -47,11 +48,9 @@ def recovery(evidence: Evidence) -> Finding:
     best = max(limits.values())
     if best < min(2, counts[-1]):
         return Finding("fails", "no method recovers two signals at once", None, figures)
-    numbers = ", ".join(f"{limit} by {name.replace('_', ' ')}" for name, limit in limits.items())
-    why = (
-        f"along {figures['directions']} directions, methods recover {_FAITHFUL:.0%} of the signals up to these numbers "
-    )
-    why += f"of signals at once: {numbers}"
+    numbers = ", ".join(f"{limit} by {_METHODS[name]}" for name, limit in limits.items())
+    why = f"along {figures['directions']} directions, {_FAITHFUL:.0%} of the signals are recovered as long as no more "
+    why += f"than these are active at once: {numbers}"
     return Finding("holds under", why, f"no more than {best} signals are active at once", figures)
 
 
@@ -67,20 +66,20 @@ def trade_off(evidence: Evidence) -> Finding:
         for n, value in zip(counts[::2], curve[::2].tolist(), strict=True):
             figures[f"{name}_at_{n}"] = value
         if float(curve[0] - curve[-1]) > _FALL:
-            falling.append(f"{name.replace('_', ' ')} from {float(curve[0]):.2f} to {float(curve[-1]):.2f}")
+            falling.append(f"{_METHODS[name]} from {float(curve[0]):.2f} to {float(curve[-1]):.2f}")
     if not falling:
-        return Finding("fails", f"with up to {counts[-1]} signals no method loses any", None, figures)
+        return Finding("fails", f"no method loses any of up to {counts[-1]} signals", None, figures)
     return Finding("holds", f"from 1 to {counts[-1]} signals fidelity falls: {'; '.join(falling)}", None, figures)
 
 
 def growth(evidence: Evidence) -> Finding:
     """L10: powers of n with which the total over pairs, and the squared error of one signal, grow."""
     if _neurons(evidence) < 4 * FEWEST:
-        return cannot_tell(f"fewer than {4 * FEWEST} neurons are too few to fit a power")
+        return cannot_tell(f"fewer than {4 * FEWEST} neurons, too few to fit a power")
     exponents = evidence.ask(Interference(_KIND, seed=evidence.seed)).stamp["exponents"]
     total, error = exponents["total"], exponents["error"]
     if total is None or error is None:
-        return cannot_tell("these directions are orthogonal: there is no interference to grow")
+        return cannot_tell("these directions are orthogonal, so there is no interference that could grow")
     figures: dict[str, Figure] = {
         f"{name}_{key}": float(value)
         for name, fit in (("total_over_pairs", total), ("squared_error_of_a_signal", error))
@@ -89,7 +88,7 @@ def growth(evidence: Evidence) -> Finding:
     why = f"total over pairs n^{total['exponent']:.2f}, squared error of a signal n^{error['exponent']:.2f}"
     quadratic = abs(total["exponent"] - 2) < _POWER
     if quadratic and abs(error["exponent"] - 1) < _POWER:
-        condition = "the total over all pairs is meant, not the error of one signal, and signs are random"
+        condition = "it is read as the total over all pairs, not as the error of one signal, and signs are random"
         return Finding("holds under", why, condition, figures)
     if quadratic and abs(error["exponent"] - 2) < _POWER:
         return Finding("holds", why, None, figures)
@@ -124,8 +123,10 @@ def capacity_bound(evidence: Evidence) -> Finding:
     ]
     if beyond:
         return Finding("fails", f"{n} directions exceed d / eps^2", None, figures, tuple(beyond))
-    why = f"{n} directions are fewer than d / eps^2, the model's own as well as random ones"
-    return Finding("holds under", why, "as few directions as this model has; in general it is not a bound", figures)
+    why = f"{n} directions are fewer than d / eps^2, both for the model's own and for random ones"
+    return Finding(
+        "holds under", why, "there are no more directions than in this model; in general it is not a bound", figures
+    )
 
 
 def _neurons(evidence: Evidence) -> int:
@@ -150,7 +151,7 @@ _DISCOVERIES = 0.01  # rate of false ones
 def distant_edges(evidence: Evidence) -> Finding:
     """C1: edges beyond chance against the distance between their layers, in values."""
     if len(evidence.stream.groups.heads) < 3:
-        return cannot_tell("fewer than three layers with attention: every edge is between neighbours")
+        return cannot_tell("fewer than three layers have attention, so every edge is between neighbours")
     record = evidence.head_edges("V")
     z, ratio = record.numbers("z"), record.numbers("null_ratio")
     layer = torch.tensor([component.label.layer for component in evidence.stream.heads])
@@ -174,7 +175,7 @@ def distant_edges(evidence: Evidence) -> Finding:
     clearest = int(torch.where(far, z, -torch.inf).argmax())
     reader, writer = divmod(clearest, z.shape[1])
     names = record.axis("reader").labels[reader], record.axis("writer").labels[writer]
-    witness = f"{names[1]} -> {names[0]}.V, {int(distance[reader, writer])} layers, z {float(z[reader, writer]):.0f}"
+    witness = f"{names[1]} -> {names[0]}, {int(distance[reader, writer])} layers, z {float(z[reader, writer]):.0f}"
     why = f"{far_edges} of {edges} edges beyond chance skip at least one layer"
     return Finding("holds", why, None, figures, (witness,))
 
@@ -231,7 +232,7 @@ def angles_bound(evidence: Evidence) -> Finding:
         return Finding("holds", f"the effect is {median:.3f} of the bound in every pair", None, figures)
     why = f"no pair exceeds the bound; the effect is {least:.2g} to {largest:.2g} of it"
     loosest = int(torch.where(tightness.isnan(), torch.inf, tightness).argmin())
-    condition = "read as an upper bound: the effect is not proportional to it"
+    condition = "it is read as an upper bound; the effect is not proportional to it"
     return Finding("holds under", why, condition, figures, (_pair(record, loosest, "tightness", tightness),))
 
 
@@ -266,8 +267,8 @@ def orthogonal_is_least(evidence: Evidence) -> Finding:
     if correlation > 0:
         why += f", and over pairs strength grows with overlap (rank correlation {correlation:.2f})"
         return Finding("holds", why, None, figures)
-    why += f"; short of that, less overlap does not mean less effect (rank correlation {correlation:.2f})"
-    return Finding("holds under", why, "exact orthogonality", figures)
+    why += f"; otherwise less overlap does not mean less effect (rank correlation {correlation:.2f})"
+    return Finding("holds under", why, "subspaces are exactly orthogonal", figures)
 
 
 def _pair(record: Record, entry: int, name: str, values: Tensor) -> str:

@@ -53,4 +53,5 @@ def open_stream(
     return Stream(source, resolve(source.config, shapes, source.dialect, partial=partial), fold)
 
 
-open = open_stream  # its public name, virtual_weights.open
+open = open_stream  # its public name, virtual_weights.open, by which help() calls it
+open.__name__ = open.__qualname__ = "open"

@@ -9,6 +9,7 @@ from typing import Literal, final
 
 from virtual_weights.architecture import Model
 from virtual_weights.errors import UsageError
+from virtual_weights.record.axes import one_line, shortened
 from virtual_weights.stream.names import Kind, Label, parse
 
 HeadPort = Literal["Q", "K", "V"]
@@ -65,7 +66,7 @@ class Component:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """The heads of one attention, one MLP, one embedding, one bias, or the unembedding.
 
@@ -92,6 +93,11 @@ class Group:
     width: int = 0
     sharing: int = 1
 
+    def __repr__(self) -> str:
+        reads = f"; reads state {self.reads} through {', '.join(self.ports)}" if self.ports else ""
+        writes = f"; writes state {', '.join(map(str, self.writes))}" if self.writes else ""
+        return one_line(f"Group {self.id}: {shortened(self.labels)}{reads}{writes}")
+
     @property
     def layer(self) -> int | None:
         """The layer, for names and tables; None outside the blocks."""
@@ -101,6 +107,10 @@ class Group:
     def labels(self) -> tuple[str, ...]:
         """The names of its components."""
         return tuple(str(component.label) for component in self.components)
+
+    def readers(self, port: str) -> tuple[str, ...]:
+        """Its components as readers of a port, ``"L3H5.K"``; the unembedding has one port and no need to name it."""
+        return self.labels if port == self.kind == "unembed" else tuple(f"{label}.{port}" for label in self.labels)
 
     @property
     def first(self) -> int:
@@ -131,7 +141,7 @@ class Group:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Groups:
     """The groups of a model in order of depth.
 
@@ -140,6 +150,9 @@ class Groups:
     """
 
     all: tuple[Group, ...]
+
+    def __repr__(self) -> str:
+        return f"Groups ({len(self.all)}): {shortened(tuple(group.id for group in self.all))}"
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.all)

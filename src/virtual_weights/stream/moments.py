@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.record.axes import one_line
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
@@ -18,7 +19,7 @@ FORMAT = "virtual-weights moments 2"
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """Averages over the tokens of a text: what writers put on the stream as seen from each state, what ports receive.
 
@@ -60,6 +61,9 @@ class Moments:
     attention: Mapping[str, Tensor]
     neurons: Mapping[str, Tensor]
     text: str = ""
+
+    def __repr__(self) -> str:
+        return one_line(f"Moments of {self.tokens} tokens in chunks of {self.length}: {self.text}")
 
     def __post_init__(self) -> None:
         wrong = [name for name, x in self._tensors().items() if not bool(x.isfinite().all())]

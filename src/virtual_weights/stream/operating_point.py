@@ -20,7 +20,7 @@ _NONE = torch.empty(0)
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OperatingPoint:
     """One prompt's norm scalars, attention patterns and gates: with these fixed every block is linear and exact.
 
@@ -43,6 +43,9 @@ class OperatingPoint:
     scalars: Mapping[str, Tensor]
     patterns: Mapping[str, Tensor]
     gates: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"OperatingPoint of {len(self.tokens)} tokens"
 
     def __post_init__(self) -> None:
         n = len(self.tokens) if self.tokens.ndim == 1 else -1

@@ -22,7 +22,8 @@ def edges_of(record: Record, top: int, by: str | None = None) -> list[dict[str, 
         edge: dict[str, Any] = {"writer": row["writer"], "reader": row["reader"]}
         edge |= {c.name: row[c.name] for c in record.columns}
         if group := row.get("reader_group"):
-            edge |= {"group": group, "shared_with": [name for name in members[str(group)] if name != row["reader"]]}
+            others = [name.partition(".")[0] for name in members[str(group)] if name != row["reader"]]
+            edge |= {"group": group, "shared_with": others}
         rows.append(edge)
     return rows
 
@@ -49,15 +50,9 @@ def distinct(record: Record, top: int, by: str) -> list[dict[str, Any]]:
     return list(rows.values())[:top]
 
 
-def ported(reader: str, port: str) -> str:
-    """A reader with its port, ``"L5H3.K"``; the unembedding has none."""
-    return reader if port == "unembed" or reader.endswith(f".{port}") else f"{reader}.{port}"
-
-
 def strongest(record: Record, top: int, by: str) -> dict[tuple[str, str], float]:
-    """The edges of highest value of a column, writer and reader with its port, one for each group, with the value."""
-    port = str(record.parameters["port"])
-    return {(str(row["writer"]), ported(str(row["reader"]), port)): row[by] for row in distinct(record, top, by)}
+    """The edges of highest value of a column, writer and reader, one for each group, with the value."""
+    return {(str(row["writer"]), str(row["reader"])): row[by] for row in distinct(record, top, by)}
 
 
 def among_heads(stream: Stream, records: Iterable[Record]) -> dict[str, Record]:

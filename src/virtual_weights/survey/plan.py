@@ -122,7 +122,7 @@ class Plan:
             pair = str(row["writer"]), str(row.get("reader_group") or row["reader"])
             if pair not in pairs and len(pairs) < _SPECTRA:
                 pairs.add(pair)
-                yield Channel(pair[0], f"{row['reader']}.K", self.rotary_offset)
+                yield Channel(pair[0], str(row["reader"]), self.rotary_offset)
 
     def _flow(self, survey: Survey, run: Run) -> Iterator[Record]:
         """Labels of heads, contributions to every port, attribution and ablation of the foremost edges."""
@@ -179,7 +179,8 @@ def map_model(
     return survey.atlas
 
 
-map = map_model  # its public name, virtual_weights.map
+map = map_model  # its public name, virtual_weights.map, by which help() calls it
+map.__name__ = map.__qualname__ = "map"
 
 
 def survey_into(
@@ -192,7 +193,9 @@ def survey_into(
     """
     if run is not None and run.stream.source.fingerprint != stream.source.fingerprint:
         raise UsageError(
-            f"a run of {run.stream.source.reference}", expected=f"a run of {stream.source.reference}", do="make another"
+            f"a run of {run.stream.source.reference}",
+            expected=f"a run of {stream.source.reference}",
+            do="make a run of this model",
         )
     return Survey(stream, Atlas.create(path, manifest_of(stream, name)), run, step, **manner)
 

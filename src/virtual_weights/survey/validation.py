@@ -92,7 +92,9 @@ class Validation(Composite[Run]):
             contribution = self._contribution(run.stream, port, target)
             if not bool(contribution.present().any()):
                 raise UsageError(
-                    "no head reads what another wrote", expected="two layers of attention", do="take another model"
+                    "no head reads what another wrote",
+                    expected="two layers of attention",
+                    do="use a model with at least two layers of attention",
                 )
             predictors = self._predictors(run.stream, port, ask)
             rows += _compared(port, predictors, contribution, "contribution")

@@ -5,3 +5,6 @@ assert run.module.transformer.wte.weight is model.transformer.wte.weight  # what
 
 # after block 2
 torch.testing.assert_close(query @ key.T, stream["L1H2"].qk.dense())
+
+# after block 3
+assert frame["score"].max() == edges["score"].nan_to_num().max().item()

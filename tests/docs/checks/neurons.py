@@ -1,5 +1,5 @@
 # after block 1
-assert (best["writer"], best["reader"]) == ("L0N3", "L2N7")
+assert (best["writer"], best["reader"]) == ("L0N3", "L2N7.up")
 torch.testing.assert_close(best["score"], -1.0, rtol=0, atol=1e-6)
 torch.testing.assert_close(best["strength"], direct, rtol=1e-6, atol=0)
 

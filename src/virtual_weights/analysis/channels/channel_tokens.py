@@ -87,7 +87,9 @@ class ChannelTokens(Question[Stream]):
         tokens = token_rows(stream)
         if not tokens:
             raise UsageError(
-                "this checkpoint holds neither embedding nor unembedding", expected="one of them", do="open all of it"
+                "this checkpoint holds neither embedding nor unembedding",
+                expected="one of them",
+                do="open the complete checkpoint",
             )
         gains, ends = directions_of(stream, self.name, self.reader, self.rotary_offset or 0)
         blocks = blocks_of(gains, self.tolerance)[: self.blocks]

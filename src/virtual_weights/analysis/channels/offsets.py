@@ -64,9 +64,9 @@ class OffsetProfile(Question[Stream]):
         label = parse(self.reader)
         if label.kind != "head" or label.port not in ("Q", "K"):
             raise UsageError(
-                f"{self.reader} does not turn with the offset",
+                f"{self.reader} does not depend on the rotary offset",
                 expected="a head's port Q or K, such as L17H3.K",
-                do="name one, or ask Channel, which needs no offset here",
+                do="name such a port, or use Channel, which takes no offset here",
             )
         virtual_weight(stream, self.writer, self.reader)  # refuses a writer that comes too late
         head, write = _head(stream, f"L{label.layer}H{label.index}"), writing_map(stream, self.writer)
@@ -150,7 +150,9 @@ def checked(offsets: Iterable[int]) -> tuple[int, ...]:
     numbers = tuple(int(offset) for offset in offsets)
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise UsageError(
-            f"offsets {list(numbers)[:8]}", expected="at least one, each >= 0 and only once", do="pass e.g. range(16)"
+            f"offsets {list(numbers)[:8]}",
+            expected="at least one offset, each >= 0 and listed once",
+            do="pass e.g. range(16)",
         )
     return numbers
 

@@ -54,7 +54,11 @@ class Coherence(Question[Stream]):
     def __post_init__(self) -> None:
         check_kind(self.kind)
         if self.sample is not None and self.sample < 2:
-            raise UsageError(f"a sample of {self.sample}", expected="two directions or more", do="leave it out for all")
+            raise UsageError(
+                f"a sample of {self.sample}",
+                expected="two directions or more",
+                do="leave sample out to use all directions",
+            )
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compare every direction with every other.

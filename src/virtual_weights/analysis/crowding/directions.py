@@ -19,7 +19,9 @@ DIRECTIONS: tuple[DirectionKind, ...] = ("out", "in", "gate", "ov")
 def check_kind(kind: str) -> None:
     """Refuse what is not a kind of directions."""
     if kind not in DIRECTIONS:
-        raise UsageError(f"no directions {kind!r}", expected=", ".join(DIRECTIONS), do="choose one of these")
+        raise UsageError(
+            f"there are no directions of kind {kind!r}", expected=", ".join(DIRECTIONS), do="choose one of these"
+        )
 
 
 def directions(
@@ -45,8 +47,8 @@ def directions(
     groups = tuple(group for group in groups if kind != "gate" or "gate" in group.ports)
     if not groups:
         raise UsageError(
-            f"this model has no directions {kind!r}",
-            expected="MLPs for out and in, a gate for gate, heads for ov",
+            f"this model has no directions of kind {kind!r}",
+            expected="MLPs for out and in, gated MLPs for gate, heads for ov",
             do="choose another kind",
         )
     names = [name for group in groups for name in (group.labels if kind == "ov" else group.neurons)]

@@ -73,7 +73,9 @@ class Interference(Question[Stream]):
         counts = [n for n in (FEWEST * 2**i for i in range(32)) if n <= min(self.most, len(unit))]
         if len(counts) < 3:
             raise UsageError(
-                f"{len(unit)} directions of kind {self.kind!r}", expected=f"at least {4 * FEWEST}", do="choose another"
+                f"{len(unit)} directions of kind {self.kind!r}",
+                expected=f"at least {4 * FEWEST}",
+                do="choose another kind",
             )
         generator = torch.Generator().manual_seed(self.seed)
         sums = torch.zeros(self.trials, 2, len(counts), dtype=accumulate)

@@ -143,7 +143,7 @@ def _sparse(columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         raise UsageError(
             "sparse recovery needs scikit-learn, which is not installed",
             expected="the extra 'recovery' of this package",
-            do="pip install '.[recovery]' in this project's folder, or leave the method out",
+            do="pip install '.[recovery]' in a clone of this project, or leave the method out",
         )
     from sklearn.linear_model import orthogonal_mp
 

@@ -121,7 +121,7 @@ class LinearComposition(Question[Stream]):
         if (size := len(self.point.tokens) * stream.d_model) > LIMIT:
             raise ResourceError(
                 f"all {len(self.point.tokens)} tokens together have {size} dimensions",
-                expected=f"T d <= {LIMIT}",
+                expected=f"at most {LIMIT}: tokens times the width of the stream",
                 do="name one token, or take a shorter prompt or a smaller model",
             )
         return self.point

@@ -152,13 +152,13 @@ def discrepancy(stream: Stream, writer: str, via: str, reader: str, *, gate: flo
     """
     middle, point = parse(via), Convention(gate=gate)
     if middle.kind not in ("head", "mlp") or middle.port is not None:
-        raise UsageError(f"{via} is no component between", expected="a head or an MLP", do="write L3H1 or L3.mlp")
+        raise UsageError(f"{via} is neither a head nor an MLP", expected="one of them", do="write L3H1 or L3.mlp")
     ends, group = _ends(stream, Paths(writer, reader, gate=gate), point), stream.groups.of(middle)
     if group.reads not in range(ends.writes, ends.reads):
         raise UsageError(
             f"{via} does not lie between {writer} and {reader}",
             expected=f"a component that reads a state from {ends.writes} to {ends.reads - 1}",
-            do="name another",
+            do="name another component",
         )
     frozen, direct = freeze(stream, group, point), ends.read(ends.columns)
     product = ends.read_inner(ends.gain(frozen), frozen.inner(ends.columns))[group.labels.index(str(middle))]
@@ -280,7 +280,11 @@ def _ends(stream: Stream, paths: Paths, point: Point) -> _Ends:
     n = len(inverse)
     token, start = paths.token, paths.token if paths.source is None else paths.source
     if not (-n <= token < n and -n <= start < n):
-        raise UsageError(f"tokens {start} and {token}", expected=f"places in a prompt of {n}", do="count from 0 or -1")
+        raise UsageError(
+            f"positions {start} and {token}",
+            expected=f"positions in a prompt of {n}",
+            do="count from 0, or from -1 back",
+        )
     columns = _reduced(writing_map(stream, paths.writer))
     states = columns.new_zeros(columns.shape[1], n, stream.d_model)
     states[:, start] = columns.T

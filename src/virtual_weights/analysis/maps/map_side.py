@@ -72,9 +72,9 @@ class PairProducts:
 
 
 def component_axis(name: str, groups: Iterable[Group], port: str = "") -> Axis:
-    """The components of groups, in order, with their key/value groups where heads share the maps of a port."""
+    """The components of groups, in order; as readers of a port, with its name and groups where heads share maps."""
     groups = tuple(groups)
-    labels = tuple(label for group in groups for label in group.labels)
+    labels = tuple(label for group in groups for label in (group.readers(port) if port else group.labels))
     return Axis(name, labels, tuple(kv_group for group in groups for kv_group in group.kv_groups(port)))
 
 
@@ -87,7 +87,7 @@ def wide_readers(stream: Stream, port: Port) -> MapSide:
     groups = stream.groups.readers(port)
     grams = tuple(partial(read_gram, stream, port, group) for group in groups)
     position = _positions([group.reads for group in groups])
-    return MapSide(component_axis("reader", groups), position, None, grams, stream.d_model)
+    return MapSide(component_axis("reader", groups, port), position, None, grams, stream.d_model)
 
 
 def writing_side(stream: Stream, writers: Writers, heads: Callable[[], MapSide]) -> MapSide:

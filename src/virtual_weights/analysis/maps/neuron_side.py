@@ -62,7 +62,7 @@ class NeuronSide:
     Attributes:
         stream: the model.
         port: ``"in"``, ``"up"``, ``"gate"`` or ``"out"``.
-        labels: their names, in order of depth.
+        labels: their names, in order of depth; of readers with the port.
         ranges: their MLPs, in order of depth.
     """
 
@@ -89,7 +89,7 @@ class NeuronSide:
 
 
 def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | None = None) -> NeuronSide:
-    """All neurons on one side, or only the one of this name.
+    """All neurons on one side, or only the one of this name; as readers they bear the port, ``"L5N3.up"``.
 
     Raises:
         UsageError: the model has no such port or neuron, or the checkpoint holds no MLP.
@@ -97,6 +97,8 @@ def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | N
     mlps = stream.groups.mlps if port == "out" else stream.groups.readers(port)
     if not mlps:
         raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
+    end = "" if port == "out" else f".{port}"
+    only = None if only is None else only.removesuffix(end)
     ranges: list[NeuronRange] = []
     labels: list[str] = []
     for mlp in mlps:
@@ -104,9 +106,9 @@ def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | N
         assert position is not None
         if only in mlp.neurons:
             i = mlp.neurons.index(only)
-            return NeuronSide(stream, port, (only,), (NeuronRange(mlp, position, slice(i, i + 1), 0),))
+            return NeuronSide(stream, port, (f"{only}{end}",), (NeuronRange(mlp, position, slice(i, i + 1), 0),))
         ranges.append(NeuronRange(mlp, position, slice(0, mlp.width), len(labels)))
-        labels += mlp.neurons
+        labels += (f"{neuron}{end}" for neuron in mlp.neurons)
     if only is not None:
         raise UsageError(
             f"this model has no neuron {only!r}",

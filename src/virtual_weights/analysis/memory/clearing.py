@@ -98,8 +98,8 @@ class Clearing(Question[Stream]):
         if isinstance(component, Mlp):
             return component.out @ component.up, self.slope / self.scalar
         raise UsageError(
-            f"{self.component} is not an update of the stream",
-            expected="a component that reads and writes: L5H3, L5.mlp or L5N7",
+            f"{self.component} does not both read and write the stream",
+            expected="a head, an MLP or a neuron, such as L5H3, L5.mlp or L5N7",
             do="name one of these, without a port",
         )
 

@@ -30,16 +30,14 @@ def beside(record: Record, other: Record, columns: Iterable[str]) -> Record:
 def aligned(record: Record, like: Record, column: str) -> Tensor:
     """A column over the readers and writers of ``like``, float64, NaN where the record has none.
 
-    Edges are matched by label, with or without the port; a reader that the record does not name is taken as the one
-    that shares its key/value group.
+    Edges are matched by label; a reader that the record does not name is taken as the one that shares its key/value
+    group.
     """
-    port = f".{record.parameters.get('port')}"  # subspaces are named with their port, L5H3.K
     readers, writers, target = record.axis("reader"), record.axis("writer"), like.axis("reader")
-    by_name = {label.removesuffix(port): i for i, label in enumerate(readers.labels)}
+    by_name = {label: i for i, label in enumerate(readers.labels)}
     by_group = {group: i for i, group in reversed(list(enumerate(readers.groups))) if group}
-    names = [label.removesuffix(port) for label in target.labels]
-    groups = target.groups or ("",) * len(names)
-    rows = [by_name.get(name, by_group.get(group, -1)) for name, group in zip(names, groups, strict=True)]
+    groups = target.groups or ("",) * len(target.labels)
+    rows = [by_name.get(name, by_group.get(group, -1)) for name, group in zip(target.labels, groups, strict=True)]
     by_writer = {label: i for i, label in enumerate(writers.labels)}
     columns = [by_writer.get(label, -1) for label in like.axis("writer").labels]
     # the last row and column stand for what is not there

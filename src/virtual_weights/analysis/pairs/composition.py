@@ -193,7 +193,7 @@ class ComponentComposition(Question[Stream]):
         readers = list(self._all(stream, directions) if self.reader is None else self._one(stream, directions))
         if not readers:
             raise UsageError(
-                f"no head reads after {self.writer}", expected="an earlier writer", do="name one, or a reader"
+                f"no head reads after {self.writer}", expected="an earlier writer", do="name an earlier writer"
             )
         labels, squared, moments = zip(*readers, strict=True)
         return stream.record(

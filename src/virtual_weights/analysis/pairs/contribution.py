@@ -123,7 +123,7 @@ class Contribution(Question[Stream]):
 
     def _reading(self, stream: Stream, group: Group) -> tuple[MapSide, Tensor]:
         """The readers of one group, weighted by A, and the energy of all that they receive."""
-        axis = component_axis("reader", (group,))
+        axis = component_axis("reader", (group,), self.port)
         position = torch.tensor([component.reads for component in group.components])
         if self.port not in HEAD_PORTS:
             gram = partial(read_gram, stream, self.port, group)

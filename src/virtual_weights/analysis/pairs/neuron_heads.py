@@ -159,13 +159,14 @@ class _Heads:
 
 def _heads(stream: Stream, axis: Axis, stack: MapStack, only: str | None) -> _Heads:
     if only is not None:
-        if only not in axis.labels:
+        names = [label if "." in only else label.partition(".")[0] for label in axis.labels]
+        if only not in names:
             raise UsageError(
                 f"this model has no head {only!r}",
                 expected=f"a name from {axis.labels[0]} to {axis.labels[-1]}",
                 do="correct the name, or leave its port out",
             )
-        row = slice(axis.labels.index(only), axis.labels.index(only) + 1)
+        row = slice(names.index(only), names.index(only) + 1)
         axis = Axis(axis.name, axis.labels[row], axis.groups[row])
         metric = None if stack.metric is None else stack.metric[row]
         stack = MapStack(stack.outer, stack.index[row], metric, stack.position[row])

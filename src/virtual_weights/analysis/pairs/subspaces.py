@@ -71,7 +71,7 @@ class Subspaces(Question[Stream]):
     def __post_init__(self) -> None:
         if self.role_a not in _ROLES or self.role_b not in _ROLES:
             raise UsageError(
-                f"no roles {self.role_a!r} and {self.role_b!r}", expected="two of Q, K, V, O", do="choose among these"
+                f"roles {self.role_a!r} and {self.role_b!r}", expected="two of Q, K, V, O", do="choose among these"
             )
         check_energy(self.energy)
 

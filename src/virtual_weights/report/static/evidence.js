@@ -7,18 +7,18 @@ function evidence() {
   const HEADS = { Q: 1, K: 1, V: 1 };
   const missing = (question) => (e) => (!ports[question].length ? `not run on text: ${UNDONE[question]}` : question === "ablation" ? "this edge was not removed" : !ports[question].includes(e.port) ? "not computed for this port" : "not computed for this pair");
   const known = (key, why, form) => ({ key, cell: (e, text) => (isNumber(e[key]) ? (form ? form(e[key]) : text) : dash(why(e))) });
-  const weights = (e) => (ports.composition.includes(e.port) ? "not computed for this pair" : "composition through this port is not in the atlas");
-  const share = (e) => (e.port in HEADS ? missing("contribution")(e) : "told of queries, keys and values only");
+  const weights = (e) => (ports.composition.includes(e.port) ? "not computed for this pair" : "the atlas has no composition through this port");
+  const share = (e) => (e.port in HEADS ? missing("contribution")(e) : "given for queries, keys and values only");
   const ends = [{ key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) },
     { key: "reader", title: "reader", text: true, cell: readersCell }];
   const columns = [...ends,
     { ...known("score", weights), group: "potential", title: "score", hint: "composition of the weights, between 0 and 1" },
     { ...known("z", weights), group: "potential", title: "z", hint: "standard deviations of the squared strength above random orientation" },
     { key: "contribution", group: "actual", title: "contribution", hint: "energy that the writer puts on the port, mean over the text: squared logits for Q and K, squared norm for V", cell: (e) => (isNumber(e.contribution) ? make("span", { title: units[e.port] }, number(e.contribution)) : dash(missing("contribution")(e))) },
-    { ...known("share", share, (v) => number(v, 2)), group: "actual", title: "share", hint: "of the energy of all that the port receives; contributions can cancel, so shares need not sum to 1" },
+    { ...known("share", share, (v) => number(v, 2)), group: "actual", title: "share", hint: "of the energy of everything that the port receives; contributions can cancel, so shares need not sum to 1" },
     { key: "rank", group: "actual", title: "rank", hint: "by contribution, among all writers that reach this reader", up: true, cell: (e) => (isNumber(e.rank) ? `${e.rank} / ${e.of}` : dash(missing("contribution")(e))) },
     { ...known("attribution", missing("attribution"), brief), group: "causal", title: "first order", hint: "attribution: first-order change of the loss without the edge, in nats" },
-    { ...known("effect", missing("ablation"), brief), group: "causal", title: "effect", hint: "loss without the edge less loss with it, in nats" },
+    { ...known("effect", missing("ablation"), brief), group: "causal", title: "effect", hint: "loss without the edge minus loss with it, in nats" },
     { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, bootstrap over sequences; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("ablation")(e))) },
     { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip(e.verdict === "causal" ? { style: "good", sign: "✓", word: "causal" } : { style: "none", sign: "?", word: e.verdict }) : dash(missing("ablation")(e))) }];
   const sort = ports.ablation.length ? "effect" : ports.contribution.length ? "share" : "score";
@@ -30,10 +30,10 @@ function evidence() {
     list.show(state.port ? rows.filter((e) => e.port === state.port) : rows);
   } }, `${port} · ${EXPLAIN[port]}`));
   return section("evidence", "Potential, actual, causal",
-    make("p", {}, "The strongest edges between heads, and all that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: what the loss does when this one edge is taken away while the model runs, estimated to first order and then measured."),
+    make("p", {}, "The strongest edges between heads, and all edges that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: how the loss changes when this one edge is removed while the model runs, estimated to first order and then measured."),
     make("div", { class: "bar" }, ...buttons), list.element,
-    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.group) ? "Heads that share a key or value head are one group: score, contribution and rank are those of the head named first, removal takes the edge from all of them." : "",
-      scale ? " On the scale of effects the grey band is the range of the matched random edges, the line at 0 is no effect; it is even within the largest random effect and logarithmic beyond." : ""));
+    make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.group) ? "Heads that share a key or value head form one group: score, contribution and rank are those of the head named first; removal takes the edge from all of them." : "",
+      scale ? " On the scale of effects, the grey band is the range of the matched random edges and the line at 0 is no effect; the scale is linear up to the largest random effect and logarithmic beyond." : ""));
 }
 
 const brief = (v) => number(v, Math.abs(v) < 1e-4 ? 1 : 2);

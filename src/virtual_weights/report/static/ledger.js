@@ -45,10 +45,10 @@ function ledger(table) {
   const panels = PANELS.map(panel);
   move(Math.floor(states / 2));
   return section("bandwidth", "The ledger over depth",
-    make("p", {}, `At every state of the stream: what parts before it have written and what parts after it will read, against its ${d ?? "d"} dimensions. Above 1 (the dashed line), oversubscription means that writers or readers must share directions. Point at a chart, or move the slider, to read all of them at one state.`),
+    make("p", {}, `At every state of the stream: what components before it have written and what components after it will read, compared with its ${d ?? "d"} dimensions. Where oversubscription is above 1 (the dashed line), writers or readers must share directions. Point at a chart, or move the slider, to read all charts at one state.`),
     make("div", { class: "bar" }, make("label", {}, "state", slider), where),
     make("div", { class: "panels" }, ...panels),
-    make("p", { class: "note" }, "A dimension is spanned if any map uses it at all, and live if it is both written and read later; the entropy rank counts dimensions by how evenly they are used, each map weighing alike. Saved: parameters of a dense map from the neurons before to the neurons after, over those of one through d dimensions."));
+    make("p", { class: "note" }, "A dimension is spanned if any map uses it at all, and live if it is written and read later; the entropy rank counts dimensions by how evenly they are used, with equal weight for every map. Saved: the parameters of a dense map from the neurons before to the neurons after, divided by those of a map through d dimensions."));
 }
 
 function spectra(tables) {
@@ -70,6 +70,6 @@ function spectra(tables) {
       make("div", { class: "keys" }, make("span", {}, make("b", {}, number(above)), ` of ${gains.length} gains above the edge`), make("span", {}, "z ", make("b", {}, number(z))), shape ? make("span", {}, shape.join(" × ")) : null), chart.svg);
   };
   return section("channel", "Spectra of single channels",
-    make("p", {}, "The singular values of a virtual weight: how strongly each of its independent directions gets through. The dashed line is what the largest of them would rarely exceed if the reader were turned at random against the writer; directions above it are aligned better than chance."),
+    make("p", {}, "The singular values of a virtual weight: how strongly each of its independent directions passes through. The dashed line is what the largest of them would rarely exceed if the reader were turned at random against the writer; directions above it are better aligned than by chance."),
     make("div", { class: "panels" }, ...tables.map(panel)));
 }

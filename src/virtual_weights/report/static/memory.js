@@ -1,4 +1,4 @@
-// Memory: neurons by what they do to what they read, heads that copy or erase, and who erases whom.
+// Memory: neurons by what they do to what they read, heads that copy or erase, and pairs of a writer and an eraser.
 const CLASSES = { weakening: "weakening", between: "between", strengthening: "strengthening" };
 
 function neurons(found) {
@@ -27,13 +27,13 @@ function neurons(found) {
   const sums = Object.fromEntries(Object.keys(CLASSES).map((c) => [c, found.classes[c].reduce((a, b) => a + b, 0)]));
   const share = (n) => `${((100 * n) / (total || 1)).toFixed(1)} %`, { tail, shuffled } = found.null;
   return section("neurons", "Neurons: what they do to what they read",
-    make("p", {}, `Each of ${number(total)} neurons reads a direction (${found.classes_by === "up" ? "its up row" : "its input row"}) and writes one. Written against what is read, a neuron weakens it; written along it, it strengthens it. Dashed lines are the thresholds, cosines of ±${number(t)}, and gain 1, at which a neuron clears what it reads (left) or doubles it (right).`),
+    make("p", {}, `Each of ${number(total)} neurons reads a direction (${found.classes_by === "up" ? "its up row" : "its input row"}) and writes one. A neuron that writes against what it reads weakens it; one that writes along it strengthens it. Dashed lines are the thresholds, cosines of ±${number(t)}, and gain 1, at which a neuron clears what it reads (left) or doubles it (right).`),
     make("div", { class: "pair" },
       make("figure", {}, make("figcaption", {}, "Direction and size"), make("div", { class: "keys" }, make("span", {}, `${number(largest)} neurons in the fullest cell`)), chart.svg),
       make("figure", {}, make("figcaption", {}, "Classes by layer"), make("div", { class: "keys" }, ...Object.keys(CLASSES).map((c) => key(c, `${c} `, make("b", {}, share(sums[c]))))), classBars(found))),
     make("p", { class: "note" }, [
       isNumber(tail) ? `Independent random directions would put a share of ${number(tail)} beyond each threshold` : "", shuffled ? `, and this model's own directions, paired at random within their layer, ${number(shuffled.weakening_share)} below and ${number(shuffled.strengthening_share)} above` : "", isNumber(tail) ? ". " : "",
-      found.below ? `The lowest row also holds ${number(found.below)} with smaller gains. ` : "", found.absent ? `${number(found.absent)} read or write nothing and are left out.` : ""].join("")));
+      found.below ? `The lowest row also holds ${number(found.below)} neurons with smaller gains.  ` : "", found.absent ? `${number(found.absent)} neurons read or write nothing and are left out.` : ""].join("")));
 }
 
 function classBars(found) {
@@ -70,7 +70,7 @@ function headPlane(table) {
     return make("figure", {}, make("figcaption", {}, title), make("div", { class: "keys" }, ...["erase most: ", "copy most: "].map((word, i) => make("span", {}, word, make("b", {}, namedAll((i ? there.slice(-5).reverse() : there.slice(0, 5)).map((p) => p.name)))))), chart.svg);
   };
   return section("heads", "Heads that copy and heads that erase",
-    make("p", {}, "A head adds to the stream a transformed copy of what it attends to. Where the eigenvalues of that transformation are positive it copies, where they are negative it takes away, and where they are complex it turns. A dot is a head, fuller in later layers; the box spans two standard deviations around random heads; on the dashed line nothing is turned."),
+    make("p", {}, "A head adds a transformed copy of what it attends to. Where the eigenvalues of that transformation are positive it copies, where they are negative it erases, and where they are complex it rotates. Each dot is a head, more opaque in later layers. The box spans two standard deviations around random heads. Heads on the dashed line have real eigenvalues only."),
     make("div", { class: "pair" }, panel("In the stream", "copying", "negative_share"), panel("From token to token", "token_copying", "token_negative_share")));
 }
 
@@ -82,7 +82,7 @@ function erasure(found) {
     for (const other of by) other.setAttribute("aria-pressed", String(other === event.currentTarget));
     list.show(found.rows, name);
   } }, `by ${name}`));
-  return section("erasure", "Who would erase whom",
-    make("p", {}, `Pairs of a writer and a later part that subtracts what was written, if it attends to it fully: the ${found.most} strongest by each measure. Alignment compares directions only, from −1 (adds to it) to 1 (takes it away); erasure is the share of the written energy that goes at norm scalar ${number(found.stamp.norm_scalar)} (more than 1 overshoots); baseline is what random orientation would take; z is erasure in standard deviations from it.`),
+  return section("erasure", "Which components could erase what others wrote",
+    make("p", {}, `Pairs of a writer and a later component that subtracts what was written, if it attends to it fully: the ${found.most} strongest by each measure. Alignment compares directions only, from −1 (adds to it) to 1 (removes it); erasure is the share of the written energy that is removed at norm scalar ${number(found.stamp.norm_scalar)} (more than 1 overshoots); baseline is what random orientation would remove; z is the distance of erasure from the baseline in standard deviations.`),
     make("div", { class: "bar" }, ...by), list.element);
 }

@@ -61,7 +61,7 @@ function heatmaps() {
     }
     canvas.setAttribute("aria-label", `${TITLE[current.question]} through ${EXPLAIN[current.port]}, readers upwards, writers to the right, by layer`);
     scale.replaceChildren(make("span", {}, "0"), make("span", {}, UNIT[current.question]), make("span", {}, number(top)));
-    readout.replaceChildren("Point at the map: readers run upwards, writers to the right, numbers are layers. Empty cells cannot reach.");
+    readout.replaceChildren("Point at the map. Readers run upwards and writers to the right; the numbers are layers. In empty cells the writer cannot reach the reader.");
   }
   function read(event) {
     const box = canvas.getBoundingClientRect(), { rows, columns, w, h, left } = size(current), zoom = canvas.width / box.width;
@@ -89,9 +89,9 @@ function heatmaps() {
     bars[1].forEach((button, i) => button.setAttribute("aria-pressed", String(kinds[i] === kind(current))));
   }
   draw();
-  const aggregated = data.maps.some((m) => m.by_layer) ? " This model has too many heads for a cell each: a cell is the strongest pair of two layers." : "";
+  const aggregated = data.maps.some((m) => m.by_layer) ? " This model has too many heads to give each pair a cell; a cell is the strongest pair of two layers." : "";
   return section("pairs", "Every pair",
-    make("p", {}, `Everything that writes against everything later that reads, one map for each port.${aggregated}`),
+    make("p", {}, `Every writer against every later reader, one map for each port.${aggregated}`),
     make("div", { class: "bar" }, ...bars[0]), kinds.length > 1 ? make("div", { class: "bar" }, ...bars[1]) : null,
     make("div", { class: "maps" }, canvas, make("div", {}, ramp, scale, readout)));
 }
@@ -112,8 +112,8 @@ function edges() {
   const search = make("input", { type: "search", placeholder: `filter: K L16H0, or L18${data.labels.length ? ", or induction" : ""}`, "aria-label": "filter edges", oninput: (event) => { state.text = event.target.value; show(); } });
   const merge = make("input", { type: "checkbox", checked: true, onchange: (event) => { state.merged = event.target.checked; show(); } });
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
-  const apart = data.edges.some((e) => !isHead(e.writer)) ? ", from heads and from all other writers apart" : "";
+  const apart = data.edges.some((e) => !isHead(e.writer)) ? ", for heads and for all other writers separately" : "";
   return section("edges", "The strongest edges",
-    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas beside this file holds all of them. Heads that share a key or value head are one group under several names.`),
+    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them. Heads that share a key or value head form one group with several names.`),
     make("div", { class: "bar" }, search, data.edges.some((e) => e.group) ? make("label", {}, merge, "one row per group") : null), list.element);
 }

@@ -9,7 +9,7 @@ function header() {
   const fact = (name, value) => (value === null || value === undefined ? null : make("li", {}, make("b", {}, String(value)), ` ${name}`));
   return make("div", {},
     make("header", {}, make("h1", {}, `Virtual weights of ${model}`), theme),
-    make("p", { class: "lede" }, "Which parts can talk to which over the residual stream, read from the weights", data.evidence || data.labels.length ? ", and which of them do on text." : data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. Nothing was run."),
+    make("p", { class: "lede" }, "Which components can communicate over the residual stream, computed from the weights", data.evidence || data.labels.length ? ", and which of them do on text." : data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. The model was not run."),
     make("ul", { class: "facts" }, fact("family", family), fact("layers", sizes.n_layers), fact("heads a layer", sizes.n_heads),
       fact("key/value heads", sizes.n_kv_heads), fact("d_model", sizes.d_model), fact("d_head", sizes.d_head), make("li", {}, "norm: ", make("b", {}, norm))));
 }
@@ -25,8 +25,8 @@ function others() {
     return make("details", {}, make("summary", {}, make("b", {}, table.question), ` ${[told(table.parameters), `${rows.length} rows`].filter(Boolean).join(" · ")}`), sortable(columns, rows, { most: 200 }).element);
   });
   const large = data.too_large.map((r) => `${r.question} (${Object.entries(r.axes).map(([name, n]) => `${number(n)} ${name}s`).join(" × ")})`);
-  return section("others", "Further records", make("p", {}, "Whole tables, and answers that this page has no picture for."), ...tables,
-    large.length ? make("p", { class: "note" }, `Too large for a table here: ${large.join(", ")}.`) : null);
+  return section("others", "Further records", make("p", {}, "Complete tables, and results that this page has no picture for."), ...tables,
+    large.length ? make("p", { class: "note" }, `Too large to be shown here: ${large.join(", ")}.`) : null);
 }
 
 const SHORT = { stream: "Stream", evidence: "Potential, actual, causal", statements: "Statements", pairs: "Every pair", edges: "Strongest edges", bandwidth: "Ledger", channel: "Spectra", neurons: "Neurons", heads: "Heads", erasure: "Erasers", others: "Further records", guide: "Reading guide" };
@@ -46,14 +46,14 @@ function guide() {
   return section("guide", "How to read the numbers", make("dl", {},
     ...item("score", "Composition of writer a into reader b: ", code("‖QK OV‖ / (‖QK‖ ‖OV‖)"), " for keys, with QKᵀ for queries and the reader's OV for values; MLPs, embeddings and biases enter by their own maps. Between 0 and 1; free of the heads' inner bases."),
     ...item("× chance", `The score over ${code("1/√d").textContent} = ${number(1 / Math.sqrt(d))}, its root mean square when the two maps have random relative orientation.`),
-    ...item("z", "How many standard deviations the squared strength lies above that chance, from closed-form moments. Trained weights are not random, so large values are common; compare edges, do not read it as a probability."),
-    ...item("strength", "The numerator alone, in units of the weights: how much could arrive. A high score can be weak and a low score strong."),
-    ...item("subspace overlap", "Mean squared cosine of the principal angles between what a head can write and what a port can read, whatever the gains."),
-    ...(data.evidence ? [item("contribution", "Energy that a writer puts on a port, averaged over a text: what it wrote, over the reader's norm scalar, through the reader's map, weighed by what the keys, queries or outputs make of it. ", make("b", {}, "Share"), " is of the energy of all that the port receives."),
-      item("effect", "Loss without the edge less loss with it. Only this reader's port receives ", data.evidence.stamps.ablation.some((each) => each.replacement === "resample") ? "what the writer says in another sequence" : "the writer's mean over the text", " instead; all others go on receiving what it writes. ", make("b", {}, "First order"), " is the derivative along that removal and can be far off where attention saturates."),
-      item("not shown", "The interval holds 0, or a random edge of the same port and kind of writer did as much: no proof that the edge does nothing.")].flat() : []),
-    ...(data.labels.length ? item("tags", "Where a head attends on random tokens said twice, in its largest score above ", code(String(data.labels.at(-1).parameters.threshold ?? "the threshold")), "; the first token, where many heads rest, only if no other is.") : []),
-    ...item("what this cannot say", "Weights say what could be communicated directly. Whether it is depends on attention and on the text, and paths through other components are not counted.")));
+    ...item("z", "How many standard deviations the squared strength lies above its mean under random orientation, from closed-form moments. Trained weights are not random, so large values are common; compare edges with each other, and do not read z as a probability."),
+    ...item("strength", "The numerator of the score, in units of the weights: how much could arrive. An edge with a high score can be weak, and one with a low score strong."),
+    ...item("subspace overlap", "Mean squared cosine of the principal angles between what a head can write and what a port can read, regardless of gains."),
+    ...(data.evidence ? [item("contribution", "Energy that a writer puts on a port, averaged over a text: what it wrote, divided by the reader's norm scalar, through the reader's map, weighted by the keys, queries or output map that it meets. ", make("b", {}, "Share"), " is its share of the energy of everything that the port receives."),
+      item("effect", "Loss without the edge minus loss with it. Only this reader's port receives ", data.evidence.stamps.ablation.some((each) => each.replacement === "resample") ? "what the writer writes in another sequence" : "the writer's mean over the text", " instead; all other readers still receive what it writes. ", make("b", {}, "First order"), " is the derivative along that removal, and can be far off where attention saturates."),
+      item("not shown", "The interval includes 0, or a random edge of the same port and kind of writer had as large an effect. This is inconclusive: it does not prove that the edge does nothing.")].flat() : []),
+    ...(data.labels.length ? item("tags", "Where a head attends on repeated random tokens: the kind of position with its largest score above ", code(String(data.labels.at(-1).parameters.threshold ?? "the threshold")), ". The first token, to which many heads attend by default, counts only if no other kind is above it.") : []),
+    ...item("what this cannot say", "Weights show what could be communicated directly. Whether it is depends on attention and on the text. Paths through other components are not counted.")));
 }
 
 function footer() {

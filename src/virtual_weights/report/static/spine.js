@@ -1,4 +1,4 @@
-// The stream itself: where every part stands on it, and the strongest connections as arcs.
+// The stream itself: where every component is on it, and the strongest connections as arcs.
 const EXPLAIN = { Q: "queries", K: "keys", V: "values", gate: "MLP gates", up: "MLP up rows", in: "MLP inputs", unembed: "unembedding" };
 const PORTS = Object.keys(EXPLAIN).filter((port) => data.maps.some((m) => m.port === port) || data.edges.some((e) => e.port === port));
 const COMPOSED = PORTS.filter((port) => data.edges.some((e) => e.port === port));
@@ -95,15 +95,15 @@ function spine() {
   } }, `${port} · ${EXPLAIN[port]}`));
   const ends = new Set(data.edges.flatMap((e) => [e.writer, e.reader]));
   const names = data.model.components.map((c) => c.label).filter((label) => isHead(label) || ends.has(label));
-  const focus = make("select", { "aria-label": "only edges of one part", onchange: (event) => { state.focus = event.target.value || null; draw(); } },
-    make("option", { value: "" }, "all parts"), ...names.map((name) => make("option", { value: name }, name)));
+  const focus = make("select", { "aria-label": "only edges of one component", onchange: (event) => { state.focus = event.target.value || null; draw(); } },
+    make("option", { value: "" }, "all components"), ...names.map((name) => make("option", { value: name }, name)));
   const slider = make("input", { type: "range", min: 4, max: 80, value: state.count, "aria-label": "how many connections", oninput: (event) => { state.count = Number(event.target.value); draw(); } });
   const mixed = data.edges.some((e) => !isHead(e.writer)) && data.edges.some((e) => isHead(e.writer));
   const writers = make("select", { "aria-label": "which writers", onchange: (event) => { state.writers = event.target.value; draw(); } },
     ...[["all", "all writers"], ["heads", "heads"], ["others", "MLPs, embeddings, biases"]].map(([value, text]) => make("option", { value }, text)));
   draw();
   return section("stream", "The stream and its strongest connections",
-    make("p", {}, "The line is the residual stream, from the embedding to the unembedding. Ticks below it are attention heads, boxes on it are MLPs. An arc is a virtual weight: what one part writes, read directly by a later one through the port that its colour names. Wider means a higher composition score; heads that share one key or value head are one arc."),
+    make("p", {}, "The line is the residual stream, from the embedding to the unembedding. Ticks below it are attention heads, boxes on it are MLPs. An arc is a virtual weight: what one component writes, read directly by a later one through the port that its colour names. A wider arc has a higher composition score; heads that share a key or value head share an arc."),
     make("div", { class: "bar" }, ...ports, make("label", {}, "strongest", slider, count), make("label", {}, "of", focus), mixed ? make("label", {}, "from", writers) : null),
     make("div", { class: "scroll" }, svg));
 }

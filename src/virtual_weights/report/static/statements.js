@@ -37,6 +37,6 @@ function statements({ rows, run }) {
     for (const card of cards) card.hidden = only !== null && card.dataset.verdict !== only;
   } }, make("b", {}, String(v.n)), chip(v)));
   return section("statements", `${rows.length} statements about the stream, tested`,
-    make("p", {}, "Each is a claim as it was first put, what is true of it, and a verdict computed from this model's own numbers. A claim that is struck out does not stand as it was put.", run ? ` Read from ${run === "weights alone" ? "the weights alone" : run}.` : ""),
+    make("p", {}, "Each card gives a claim as it was published, what is true, and a verdict computed from this model's own numbers. A claim that is struck out does not hold as published.", run ? ` The verdicts are based on ${run === "weights alone" ? "the weights alone" : run}.` : ""),
     make("div", { class: "bar" }, ...buttons), ...cards);
 }

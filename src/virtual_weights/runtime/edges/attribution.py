@@ -118,7 +118,11 @@ class Attribution(Question[Run]):
         cls, questions: Sequence[Question[Any]], subject: Run, progress: Progress = silent
     ) -> Iterator[tuple[Question[Any], Record]]:
         if not subject.stream.folded:
-            raise UsageError("attribution needs the norm's gain in the readers", expected="folded", do="open it folded")
+            raise UsageError(
+                "attribution needs the norm's gain in the readers",
+                expected="norm gains folded into the readers",
+                do="open the model without fold=False (--no-fold)",
+            )
         alike: dict[Attribution, list[Attribution]] = {}
         for question in questions:
             assert isinstance(question, Attribution)
@@ -135,7 +139,10 @@ class Attribution(Question[Run]):
 
     def _record(self, run: Run, effects: Tensor, sequences: int) -> Record:
         readers, writers = run.stream.groups.readers(self.port), _writers(run.stream, self.writers)
-        names, sources = (tuple(label for group in groups for label in group.labels) for groups in (readers, writers))
+        names = tuple(name for group in readers for name in group.readers(self.port))
+        kv_groups = tuple(name for group in readers for name in group.kv_groups(self.port))
+        sources = tuple(label for group in writers for label in group.labels)
+        axes = Axis("reader", names, kv_groups), Axis("writer", sources)
         reaches = [[w.reaches(r.reads) for w in writers for _ in w.labels] for r in readers for _ in r.labels]
         effects = effects.masked_fill(~torch.tensor(reaches), torch.nan)
         columns = (
@@ -144,8 +151,6 @@ class Attribution(Question[Run]):
             ),
             Column("size", effects.abs(), "the same", "|attribution|"),
         )
-        kv_groups = tuple(name for group in readers for name in group.kv_groups(self.port))
-        axes = (Axis("reader", names, kv_groups), Axis("writer", sources))
         return run.record(self, axes, columns, replacement="mean", scalars="held", sequences=sequences)
 
 

@@ -88,7 +88,9 @@ class Edge:
                 do="name one of these",
             )
         if not source.reaches(target.reads):
-            raise UsageError(f"{writer} cannot reach {reader}", expected="an earlier writer", do="turn the edge round")
+            raise UsageError(
+                f"{writer} cannot reach {reader}", expected="a writer before the reader", do="exchange the two"
+            )
         head = (read.index or 0) if read.kind == "head" else 0
         kv_groups, label = target.kv_groups(port), str(replace(read, port=None))
         kv_group = kv_groups[head] if kv_groups else None
@@ -157,11 +159,7 @@ def group_readers(stream: Stream, port: str) -> tuple[str, ...]:
     Raises:
         UsageError: nothing in this model reads through it.
     """
-    return tuple(
-        label if label == port else f"{label}.{port}"  # the unembedding is its own port
-        for group in stream.groups.readers(port)
-        for label in group.labels[:: group.shared(port)]
-    )
+    return tuple(label for group in stream.groups.readers(port) for label in group.readers(port)[:: group.shared(port)])
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
@@ -296,7 +294,11 @@ def removed(
         ...     logits = model(tokens).logits
     """
     if not stream.folded:
-        raise UsageError("removal needs the norm's gain in the readers", expected="folded", do="open it folded")
+        raise UsageError(
+            "removal needs the norm's gain in the readers",
+            expected="norm gains folded into the readers",
+            do="open the model without fold=False (--no-fold)",
+        )
     removal = removal or Removal()
     writes = [Written.of(stream, edge.writer) for edge in edges]
     places: set[Place] = {*(("state", edge.state) for edge in edges), *(write.place for write in writes)}

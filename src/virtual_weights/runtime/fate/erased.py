@@ -78,7 +78,9 @@ class Erased(Question[Run]):
         stream = run.stream
         if not stream.folded:
             raise UsageError(
-                "this stream leaves norm gains out", expected="gains folded", do="open it without fold=False"
+                "this stream leaves norm gains out",
+                expected="norm gains folded into the readers",
+                do="open the model without fold=False (--no-fold)",
             )
         coefficients, done = _Coefficients(run, self), 0
         wanted: list[Place] = [("inner", group.id) for group in stream.groups.heads]

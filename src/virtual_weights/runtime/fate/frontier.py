@@ -115,7 +115,9 @@ class Frontier(_OnUnits):
         if prices is None:
             return
         if not prices or len(set(prices)) < len(prices) or not all(0 <= price < math.inf for price in prices):
-            raise UsageError(f"prices {list(prices)}", expected="different numbers >= 0", do="pass such, or none")
+            raise UsageError(
+                f"prices {list(prices)}", expected="different numbers >= 0", do="correct them, or leave them out"
+            )
 
     def _table(self, units: WrittenUnits, prices: dict[str, float]) -> tuple[Axis, list[Column]]:
         prices = {"0": 0.0, **prices} if self.prices is None else {repr(float(p)): float(p) for p in self.prices}
@@ -159,7 +161,9 @@ def _prices(units: WrittenUnits) -> dict[str, float]:
     """Quantiles of U/I over the units that both help and disturb."""
     both = (units.utility > 0) & (units.interference > 0)
     if not both.any():
-        raise UsageError("no unit helps and disturbs", expected="text on which some do", do="pass other tokens")
+        raise UsageError(
+            "no unit both helps and interferes", expected="a text on which some do", do="pass other tokens"
+        )
     ratios = (units.utility[both].double() / units.interference[both].double()).sort().values
     return {f"{q:.0%}": float(ratios[round(q * (len(ratios) - 1))]) for q in QUANTILES}
 

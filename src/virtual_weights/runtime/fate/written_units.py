@@ -75,7 +75,11 @@ def written_units(run: Run, sequences: int | None = None, batch: int = 2, progre
     """
     stream = run.stream
     if not stream.folded:
-        raise UsageError("interference needs the norm's gain in the readers", expected="folded", do="open it folded")
+        raise UsageError(
+            "interference needs the norm's gain in the readers",
+            expected="norm gains folded into the readers",
+            do="open the model without fold=False (--no-fold)",
+        )
     batches = run.sequences(sequences).split(batch)
     readers = [group for group in stream.groups if group.ports]
     passes: list[tuple[dict[Place, Tensor], list[Tensor]]] = []

@@ -18,10 +18,10 @@ from virtual_weights.stream import Question
 
 BEHAVIOURS = {
     "previous_token": "attention of a token to the one before it",
-    "induction": "attention of a token of the second half to the one after its first occurrence",
-    "duplicate_token": "attention of a token of the second half to its first occurrence",
-    "self": "attention of a token to itself, the first one apart",
-    "first_token": "attention of a token to the first one, itself apart",
+    "induction": "attention of a token in the second half to the one after its first occurrence",
+    "duplicate_token": "attention of a token in the second half to its first occurrence",
+    "self": "attention of a token to itself, except of the first one",
+    "first_token": "attention of a token to the first one, except of that one",
 }
 
 
@@ -68,7 +68,7 @@ class Labels(Question[Run]):
             raise UsageError(
                 f"tokens of shape {tuple(tokens.shape)} that do not repeat",
                 expected="an even number, at least 4, whose second half repeats the first",
-                do="ask a run made with Run.on_repeats",
+                do="make the run with Run.on_repeats",
             )
         pairs = _pairs(half)
         scores = {g.id: torch.zeros(len(g.components), len(pairs), dtype=accumulate) for g in stream.groups.heads}

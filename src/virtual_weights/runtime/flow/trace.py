@@ -174,7 +174,7 @@ def row(rows: Tensor, axis: int, index: int, against: int | None = None) -> Tens
     wrong = [i for i in (index, against) if i is not None and not 0 <= i < rows.shape[axis]]
     if wrong:
         last = rows.shape[axis] - 1
-        raise UsageError(f"no row {wrong[0]}", expected=f"ids from 0 to {last}", do="correct the token id")
+        raise UsageError(f"there is no token or neuron {wrong[0]}", expected=f"ids from 0 to {last}", do="correct it")
     first = rows.narrow(axis, index, 1).to(accumulate)
     return first if against is None else first - rows.narrow(axis, against, 1).to(accumulate)
 

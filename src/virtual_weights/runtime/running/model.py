@@ -80,7 +80,7 @@ def load(
         raise UsageError(
             "this stream was opened from memory" if in_memory else "running a model needs transformers and accelerate",
             expected="its module" if in_memory else "the extra 'runtime' of this package",
-            do="pass model=" if in_memory else "pip install '.[runtime]' in this project's folder",
+            do="pass model=" if in_memory else "pip install '.[runtime]' in a clone of this project",
         )
     import transformers
     from transformers.utils import logging

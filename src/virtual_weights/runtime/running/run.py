@@ -74,7 +74,9 @@ class Run:
             raise UsageError("there are no tokens to run on", expected="a text", do="pass one that is not empty")
         if self.first < 1 or self.batch < 1:
             raise UsageError(
-                f"no token {self.first} to count from, batches of {self.batch}", expected="numbers >= 1", do="pass such"
+                f"first={self.first}, batch={self.batch}",
+                expected="numbers >= 1",
+                do="pass for example first=1, batch=4",
             )
         size, ids = vocabulary(self.stream), torch.cat(self.chunks)
         wrong = ids[(ids < 0) | (ids >= size)]
@@ -88,8 +90,8 @@ class Run:
         if positions is not None and length > positions:
             raise UsageError(
                 f"chunks of {length} tokens",
-                expected=f"at most {positions}, the model's positions",
-                do="pass shorter ones",
+                expected=f"at most {positions}, as many as the model has positions",
+                do="make them shorter, on the command line with --length",
             )
 
     @classmethod
@@ -121,7 +123,9 @@ class Run:
         for row in rows:
             if row.ndim != 1 or row.is_floating_point():
                 raise UsageError(
-                    f"tokens of shape {tuple(row.shape)}, {row.dtype}", expected="token ids (T,)", do="pass whole ids"
+                    f"tokens of shape {tuple(row.shape)}, {row.dtype}",
+                    expected="token ids (T,)",
+                    do="pass a vector of whole numbers",
                 )
         trimmed = tuple(row[is_token(row[None])[0]].cpu() for row in rows)
         runner = model if isinstance(model, Runner) else Runner(stream, model, dtype, device)
@@ -213,9 +217,9 @@ class Run:
         length = max(map(len, self.chunks))
         if not self.first < length:
             raise UsageError(
-                f"no token {self.first} to count from in {length}",
+                f"chunks of {length} tokens, of which the first {self.first} do not count",
                 expected=f"chunks of more than {self.first} tokens",
-                do="pass longer chunks or an earlier first token",
+                do="pass longer chunks, or count from an earlier token",
             )
         whole = [chunk for chunk in self.chunks if len(chunk) == length]
         return torch.stack(whole[:most]).to(self.device)
@@ -252,7 +256,9 @@ def vocabulary(stream: Stream) -> int:
     """How many tokens the embedding holds; no tensor is read."""
     place = stream.model.placements.get(("embed", "embed"))
     if place is None:
-        raise UsageError("this checkpoint has no embedding", expected="a complete model to run", do="open all of it")
+        raise UsageError(
+            "this checkpoint has no embedding", expected="a complete model to run", do="open the complete checkpoint"
+        )
     return stream.source.tensors[place.tensor].shape[0]
 
 

@@ -20,7 +20,7 @@ and never count."""
 DEFAULT = "default"
 """Names the default text where an option would otherwise mean that nothing is run."""
 
-DEFAULT_TEXT = "the English of Python's pydoc_data.topics"
+DEFAULT_TEXT = "Python's help topics (pydoc_data.topics)"
 
 
 def texts(source: str | Path | None = None) -> Iterator[str]:
@@ -55,7 +55,9 @@ def tokenizer_of(stream: Stream) -> Any:
     """
     path = stream.source.at_rest.path
     if path is None:
-        raise UsageError("a model in memory has no tokenizer", expected="a checkpoint", do="pass token ids")
+        raise UsageError(
+            "a model in memory has no tokenizer", expected="a checkpoint with a tokenizer", do="pass token ids"
+        )
     import transformers
     from transformers.utils import logging
 
@@ -87,7 +89,9 @@ def chunks(documents: Iterable[Tensor], length: int = 256, limit: int | None = N
         limit: stop after so many tokens.
     """
     if length < 1 or (limit is not None and limit < 1):
-        raise UsageError(f"length {length}, limit {limit}", expected="numbers >= 1", do="pass such")
+        raise UsageError(
+            f"length {length}, limit {limit}", expected="numbers >= 1", do="pass for example length=256, limit=4096"
+        )
     rest = limit
     for chunk in (c for document in documents for c in document.split(length) if len(c)):
         yield chunk if rest is None else chunk[:rest]
