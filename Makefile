@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/vweights map smollm2-135m -o demo/atlas --repeated --tokens 2048 --ablate 12
+	$(BIN)/vweights map smollm2-135m -o demo/atlas --repeated --tokens 2048 --edges 12
 	@echo "the report: $(CURDIR)/demo/atlas/report.html"
 
 test: $(VENV)/test.stamp

@@ -181,7 +181,7 @@ def test_progress_as_json_lines_stays_on_stderr(folder: Path, capsys: Capture) -
         (["composition", "MODEL", "--nonsense"], 2, "nonsense"),
         (["nonsense"], 2, "nonsense"),
         (["composition", "MODEL", "--top", "0"], 2, "top"),
-        (["composition", "MODEL", "--save", "x.txt"], 2, "suffix"),
+        (["composition", "MODEL", "--save", "x.txt"], 2, "does not end in"),
         (["composition", "MODEL", "--save", "nowhere/x.safetensors"], 2, "no folder"),
         (["composition", "MODEL", "--compute-dtype", "float16"], 2, "float16"),
         (["channel", "MODEL", "L0H1", "L1H3"], 2, "reading port"),
@@ -242,7 +242,7 @@ def test_hostile_checkpoints_end_with_their_code_and_no_traceback(
 
 def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "atlas"
-    asked = ["map", folder, "-o", out, "--only", "composition,statements", "--repeated", "--tokens", 512, "--ablate", 4]
+    asked = ["map", folder, "-o", out, "--only", "composition,statements", "--repeated", "--tokens", 512, "--edges", 4]
     asked.append("--json")
     ablation = answer(asked, capsys)["summary"]["ablation"]
     assert ablation["edges"] == 4

@@ -301,7 +301,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*line, "--top", "3"]) == 0
     shown = capsys.readouterr().out
     assert "50%" in shown
-    assert "erases more than the policy" in shown
+    assert "erases more than the optimal policy" in shown
     assert run([*line, "--text", "x"]) == 2
 
 

@@ -86,8 +86,9 @@ def test_one_reader_or_one_writer(folder: Path) -> None:
 
 def test_tables_for_people(folder: Path) -> None:
     done = CliRunner().invoke(app, [str(folder), "--top", "2"], catch_exceptions=False)
-    assert "2 strongest edges from neuron to neuron by up" in done.stdout
-    assert "4,800 pairs, mean square cosine" in done.stdout
+    assert "the 2 strongest edges from neurons to neurons, port up" in done.stdout
+    assert "4,800 pairs; of so many at random orientation the largest |z| is near 4.1" in done.stdout
+    assert "mean square cosine" in done.stdout
     first = NeuronNeuron("up")(vw.open(folder)).top(1, "magnitude")
     assert first["reader"][0] in done.stdout
     early = CliRunner().invoke(app, [str(folder), "--reader", "L0N0", "--writer", "L2N0"], catch_exceptions=False)

@@ -76,8 +76,8 @@ def ablate(
         of_kind = [row for row in rows if row["kind"] == kind]
         shown += [Table(f"{title} · {session.name}", of_kind, names)] if of_kind else []
     shown += [
-        f"loss with every edge {record.stamp['clean_loss']:.4g} nats on {record.stamp['sequences']} sequences of "
-        f"{record.stamp['text']}",
+        f"loss with every edge in place: {record.stamp['clean_loss']:.4g} nats, on {record.stamp['sequences']} "
+        f"sequences of {record.stamp['text']}",
         record.stamp["rule"],
     ]
     summary = {"clean_loss": record.stamp["clean_loss"], "causal": sum(row["verdict"] == "causal" for row in rows)}
@@ -113,9 +113,9 @@ def attribute(
     rows = sorted((row for record in records for row in _largest(session, record, top)), key=_by_size)[:top]
     what = "the mean next-token loss in nats" if metric is None else _named(session, metric)
     shown = [
-        Table(f"edges of largest first-order effect · {session.name}", rows, _EDGE),
+        Table(f"the {len(rows)} edges with the largest first-order effects · {session.name}", rows, _EDGE),
         f"attribution: change of {what} without the edge, to first order, on {session.run.text}",
-        "ablate an edge to see what removing it does in full",
+        "to see what removing an edge does in full: vweights ablate",
     ]
     more = [Answer(record, _largest(session, record, top)) for record in rest]
     return Answer(first, rows, {"metric": what, "ports": ports}, shown, more)

@@ -62,7 +62,7 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("neurons", neurons, PAIRS, "40 s", WEIGHTS, f"{_M} --reader L18N5"),
     ("subspaces", subspaces, PAIRS, "8 s", WEIGHTS, f"{_M} --roles O-K"),
     ("paths", paths, PAIRS, "3 s", WEIGHTS, f"{_M} L16H0 L18H6.K --order 2"),
-    ("channel", channel, CHANNEL, "10 s", WEIGHTS, f"{_M} L16H0 L17H3.K --nearest 5"),
+    ("channel", channel, CHANNEL, "10 s", WEIGHTS, f"{_M} L23H4 unembed --nearest 5"),
     ("bandwidth", bandwidth, STREAM, "12 s", WEIGHTS, f"{_M} --state 3"),
     ("superposition", superposition, STREAM, "10 s", WEIGHTS, f"{_M} --directions in"),
     ("basis", basis, STREAM, "8 s", WEIGHTS, f"{_M} --top 5"),

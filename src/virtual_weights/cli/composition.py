@@ -20,20 +20,17 @@ if TYPE_CHECKING:
     from virtual_weights.analysis.maps.circuits import HeadRole
 
 
-FlowText = Annotated[
-    str | None,
-    typer.Option("--text", metavar="FILE", help="a file, a folder, - or 'default': run the model on it, too"),
-]
-
-
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def composition(
     session: Session,
-    port: Annotated[o.PortName, typer.Option("--port", help="the reader's port")] = o.PortName.K,
+    port: Annotated[
+        o.PortName,
+        typer.Option("--port", metavar="PORT", help="port of the readers: Q, K, V, gate, up, in or unembed"),
+    ] = o.PortName.K,
     writers: o.WriterOption = o.WriterSet.heads,
     rotary_offset: o.RotaryOffset = None,
     moments: o.Moments = None,
-    text: FlowText = None,
+    text: o.Text = None,
     tokens: o.Tokens = 4096,
     top: o.Top = 20,
     save: o.Save = None,
@@ -49,7 +46,7 @@ def composition(
     from virtual_weights.survey.edges import edges_of, groups_of
 
     if save is not None and save.suffix != ".safetensors":
-        raise UsageError(f"--save {save} has another suffix", expected="FILE.safetensors", do="change the name")
+        raise UsageError(f"--save {save} does not end in .safetensors", expected="FILE.safetensors", do="rename it")
     if moments is not None and text is not None:
         raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
     if text is not None:
@@ -76,9 +73,12 @@ def composition(
 def subspaces(
     session: Session,
     roles: Annotated[str, typer.Option("--roles", metavar="A-B", help="two of Q, K, V, O, e.g. O-K or V-V")] = "O-K",
-    by: Annotated[str, typer.Option("--by", help="column to sort by, e.g. overlap, z, cosine, strength")] = "overlap",
+    by: Annotated[
+        str, typer.Option("--by", metavar="COLUMN", help="column to sort by, e.g. overlap, z, cosine, strength")
+    ] = "overlap",
     energy: Annotated[
-        float | None, typer.Option("--energy", help="keep the directions that hold this share of the energy")
+        float | None,
+        typer.Option("--energy", metavar="SHARE", help="keep the directions that hold this share of the energy"),
     ] = None,
     top: o.Top = 20,
     device: o.Device = "cpu",
@@ -86,7 +86,8 @@ def subspaces(
 ) -> Answer:
     """Compare the subspaces that heads read and write: how much they overlap, and how far they can interfere.
 
-    For every pair of heads in two roles (--roles): overlap, smallest angle and a bound on interference, largest first.
+    Shows for every pair of heads, in the two roles of --roles, their overlap, their smallest angle and a bound on
+    interference, largest overlap first.
     """
     from virtual_weights.analysis.pairs.subspaces import figures
 

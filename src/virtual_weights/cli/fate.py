@@ -29,7 +29,7 @@ _PRICES = (
     "erased_by_optimal",
     "erased_by_model",
 )
-_POLICY = ("writer", "utility", "interference", "intended", "erased_by_optimal", "erased_by_model", "excess")
+_POLICY = ("writer", "excess", "erased_by_model", "erased_by_optimal", "utility", "interference", "intended")
 
 
 class EraserKind(StrEnum):
@@ -65,7 +65,10 @@ def erased(
     for name, rows in best.items():
         order = "by share of tokens, then nearest to 1" if name == "unconditional" else "by bimodality"
         plural = "MLPs" if kind is EraserKind.mlp else f"{kind.value}s"
-        shown.append(Table(f"the {len(rows)} {plural} that erase most {name}ly, {order}", rows, _ERASER))
+        title = (
+            f"the {len(rows)} {plural} that erase most {name}ly, {order}" if rows else f"{plural} that erase {name}ly"
+        )
+        shown.append(Table(title, rows, _ERASER))
     shown += [
         f"a component erases where its coefficient is above {threshold:g}: unconditionally on {question.always:.0%} of "
         f"tokens or more, conditionally on {question.seldom:.0%} or more, rarely on fewer",
@@ -120,15 +123,19 @@ def frontier(session: Session, top: o.Top = 10) -> Answer:
     most = [row for row in policy.top(top, "excess").rows() if _excess(row) > 0]
     least = sorted((row for row in writers if _excess(row) < 0), key=_excess)[:top]
     shown: list[Table | str] = [
-        Table(f"value of policies, nats, mean over units · {session.name}", list(prices.rows()), _PRICES)
+        Table(f"value of erasing in nats, mean over units, by policy · {session.name}", list(prices.rows()), _PRICES)
     ]
     for word, rows in (("more", most), ("less", least)):
         shown.append(
-            Table(f"writers of which the model erases {word} than the policy at the median price", rows, _POLICY)
+            Table(
+                f"writers of which the model erases {word} than the optimal policy at the median price", rows, _POLICY
+            )
         )
     units, above = prices.stamp["units"], sum(_above(row) for row in prices.rows())
-    shown.insert(1, f"at {above} of {len(list(prices.rows()))} prices the model agrees with the policy above chance")
-    shown.append(f"{units} units: what one writer wrote at one token, on {session.run.text}")
+    shown.insert(
+        1, f"the model agrees with the optimal policy above chance at {above} of {len(list(prices.rows()))} prices"
+    )
+    shown.append(f"{units} units, each what one writer wrote at one token, on {session.run.text}")
     return Answer(prices, None, {"units": units, "above_chance": above}, shown, [Answer(policy, writers)])
 
 

@@ -25,12 +25,12 @@ PARTS = "composition, overlap, subspaces, bandwidth, memory, neurons, superposit
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", metavar="DIR", callback=o.checked_folder, help="the atlas folder; MODEL.atlas by default"
+        "-o", "--output", metavar="DIR", callback=o.checked_folder, help="folder of the atlas; MODEL.atlas by default"
     ),
 ]
 Only = Annotated[
     str | None,
-    typer.Option("--only", metavar="PARTS", help=f"some of these parts, separated by commas: {PARTS}"),
+    typer.Option("--only", metavar="PARTS", help=f"only these parts, separated by commas: {PARTS}"),
 ]
 _HIDDEN = ("key", "question", "port", "edge", "shared_with")
 _LENGTH = 128  # tokens of a chunk
@@ -45,8 +45,8 @@ def map_model(
     text: o.Text = None,
     repeated: o.Repeated = False,
     tokens: o.Tokens = 4096,
-    ablate: Annotated[
-        int, typer.Option("--ablate", metavar="N", min=0, help="with a text: how many edges to remove")
+    edge_count: Annotated[
+        int, typer.Option("--edges", metavar="N", min=0, help="with --text or --repeated: how many edges to remove")
     ] = 16,
     top: o.Top = 10,
     compute_dtype: o.ComputeDtype = "float64",
@@ -76,14 +76,14 @@ def map_model(
     with steps(progress) as step:
         stream = Session(model, step, opening).stream
         run = _run(stream, text, repeated, tokens, device)
-        plan = vw.Plan(parts, rotary_offset, ablate, None if moments is None else vw.Moments.load(moments, stream))
+        plan = vw.Plan(parts, rotary_offset, edge_count, None if moments is None else vw.Moments.load(moments, stream))
         records = list(plan.records(survey_into(folder, stream, run, model, step, **manner)))
         report = folder / "report.html"
         write_report(report, records, manifest_of(stream, model))
     summary, seconds = _summary(stream, records, top), time.monotonic() - began
     if as_json:
         paths = {"atlas": str(folder), "report": str(report), "seconds": seconds}
-        parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": ablate}
+        parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": edge_count}
         rows = [edge for figures in summary["composition"].values() for edge in figures["edges"]]
         shape = {"model": model, "question": "map", "parameters": parameters, "stamp": {"norm": stream.norm_stamp}}
         put_json({**shape, "provenance": stream.provenance, "summary": {**paths, **summary}, "rows": rows})
@@ -117,7 +117,7 @@ def _show(model: str, stream: vw.Stream, records: list[vw.Record], summary: dict
     if "statements" in summary:
         line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in summary["statements"].items()))
     if "ablation" in summary:
-        line("removed one by one: {edges} edges, {causal} causal".format(**summary["ablation"]))
+        line("ablation: {edges} edges removed one by one, {causal} of them causal".format(**summary["ablation"]))
 
 
 def edges(
@@ -132,7 +132,9 @@ def edges(
         str | None,
         typer.Option(
             "--question",
-            help="composition by default; or overlap, erasure, contribution, attribution, ablation, neuron_edges",
+            metavar="NAME",
+            help="which answers: composition, the default, or overlap, erasure, contribution, attribution, ablation, "
+            "neuron_edges",
         ),
     ] = None,
     moments: o.Moments = None,
@@ -162,7 +164,7 @@ def edges(
         put_json({**shape, "stamp": {}, "provenance": provenance, "summary": {"atlas": str(atlas)}, "rows": rows})
         return
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _HIDDEN))
-    Table(f"{len(rows)} strongest edges · {question} · {atlas}", rows, names).show()
+    Table(f"the {len(rows)} strongest edges · {question} · {atlas}", rows, names).show()
 
 
 def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:

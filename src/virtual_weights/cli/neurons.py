@@ -30,7 +30,9 @@ def neurons(
     port: Annotated[
         o.PortName | None,
         typer.Option(
-            "--port", help="port of the readers; by default up or in, and Q, K and V of a head named by --reader"
+            "--port",
+            metavar="PORT",
+            help="port of the readers: Q, K, V, gate, up or in; by default up or in, and of a head Q, K and V",
         ),
     ] = None,
     top: o.Top = 20,
@@ -80,7 +82,7 @@ class _Ends:
         ]
         if not kinds:
             raise UsageError(
-                f"no edges of single neurons from {self.writer or 'anywhere'} to {self.reader or 'anywhere'} by {port}",
+                f"no edges of single neurons from {self.writer or 'any'} to {self.reader or 'any'}, port {port}",
                 expected="a neuron or head into a neuron (in, up, gate), or a neuron into a head (Q, K, V)",
                 do="name other ends or another port; between heads use vweights composition",
             )
@@ -99,20 +101,27 @@ def _answer(session: Session, ends: _Ends, port: Any, kinds: tuple[str, str], to
     else:
         record = session.ask((vw.HeadNeuron if kinds[1] == "neuron" else vw.NeuronHead)(port, **names, **cost))
         best = record.top(top, "score")
+        summary["pairs"] = int(record.present().sum())
     rows = [_edge(session.stream, row, *kinds, port) for row in best.rows()]
-    title = f"{len(rows)} strongest edges from {kinds[0]} to {kinds[1]} by {port} · {session.name}"
+    title = f"the {len(rows)} strongest edges from {kinds[0]}s to {kinds[1]}s, port {port} · {session.name}"
     table = Table(f"{title} · norm {record.stamp['norm']}", rows, None if rows else ("writer", "reader", "score"))
     return Answer(record, rows, summary, [table, *_chance(summary)])
 
 
 def _chance(summary: dict[str, Any]) -> list[str]:
-    if not summary.get("pairs"):
-        return []
     pairs = summary["pairs"]
-    return [
-        f"{pairs:,} pairs, mean square cosine {summary['mean_square']:.4g}; independent directions: "
-        f"{summary['null_mean_square']:.4g}, and the largest |z| of so many near {math.sqrt(2 * math.log(pairs)):.2g}"
-    ]
+    if not pairs:
+        return []
+    lines = [f"{pairs:,} pairs; of so many at random orientation the largest |z| is near {_largest_z(pairs):.2g}"]
+    if "mean_square" in summary:
+        square, null = summary["mean_square"], summary["null_mean_square"]
+        lines.append(f"mean square cosine {square:.4g}; independent directions would have {null:.4g}")
+    return lines
+
+
+def _largest_z(pairs: int) -> float:
+    """About the largest of so many normal deviates."""
+    return math.sqrt(2 * math.log(pairs))
 
 
 def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the package is slow to import, and help needs none of it
 
 Row = Mapping[str, Any]
 IDENTITY = frozenset(
-    "writer reader group readers verdict kind id neuron component head eraser first second path predictor port target "
+    "writer reader readers verdict kind id neuron component head eraser first second path predictor port target "
     "state block offset n direction directions coordinate end side token quantity value name".split()
 )
 """Columns that say what a row is about, or what the verdict on it is: these are never left out."""

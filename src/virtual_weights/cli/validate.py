@@ -30,18 +30,19 @@ def validate(
         bool, typer.Option("--centred", help="leave out what a writer writes equally at every token")
     ] = False,
     edges: Annotated[
-        int, typer.Option("--edges", metavar="N", min=0, help="random edges to ablate for each port; 0 for none")
+        int,
+        typer.Option("--edges", metavar="N", min=0, help="how many random edges to ablate for each port; 0 for none"),
     ] = 48,
     memory_mb: o.Memory = None,
 ) -> Answer:
     """Measure how well scores from the weights predict what flows on a text, and what ablations show.
 
-    Predictors may use moments of another text: the default text where --text names one, other random tokens with
-    --repeated, and otherwise the tokens before those that are predicted.
+    Some predictors use moments of another text. With --text, that is the default text; with --repeated, other random
+    tokens; otherwise, the tokens before those that are predicted.
     """
     before, target = _texts(session)
     memory = memory_mb or 1024
-    moments = vw.Observation(memory).moments(before, session.step("observation of another text"))
+    moments = vw.Observation(memory).moments(before, session.step("observation of the other text"))
     question = vw.Validation(
         moments,
         writers.value,
@@ -53,15 +54,16 @@ def validate(
     )
     record = vw.Survey(session.stream, None, target, session.step).ask(question)
     rows = list(record.rows())
-    title = f"rank correlation with contributions and with the effects of ablating edges · {session.name}"
+    title = f"rank correlation of scores with contributions and with effects of ablation · {session.name}"
     shown = [
         Table(title, rows, _FIGURES),
-        f"contribution: {target.count} tokens of {target.text}; data-aware: {moments.tokens} of {moments.text}",
+        f"contributions are those of {target.count} tokens of {target.text}; data-aware predictors use "
+        f"{moments.tokens} tokens of {moments.text}",
     ]
     if edges:
         shown.append(
-            f"effect: edges drawn at random, ablated one by one on {question.sequences} chunks of "
-            f"{question.length} tokens of the former text"
+            f"effects are those of ablating random edges one by one, on {question.sequences} chunks of "
+            f"{question.length} tokens of the same text"
         )
     return Answer(record, rows, {"predicted_from": moments.text, "target_text": target.text}, shown)
 

@@ -34,8 +34,8 @@ from virtual_weights.stream import Composite, Question, Stream, cost
 from virtual_weights.stream.question import Ask, asking
 
 RULE = (
-    "causal: the 95% interval of the effect leaves 0 out, and the effect is larger in size than that of every matched "
-    "random edge (same port, same kind of writer); anything else is not shown, which is not shown to be absent"
+    "causal: the 95% interval of the effect excludes 0, and the effect is larger in size than that of every matched "
+    "random edge (same port, same kind of writer); not shown: all else, which does not mean that there is no effect"
 )
 
 
