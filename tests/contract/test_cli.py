@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from itertools import chain
@@ -275,6 +276,13 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     assert given["rows"][0]["contribution"] > 0
     rows = answer(["edges", out, "--question", "contribution", "--reader", "L2H1.K", "--json"], capsys)["rows"]
     assert [e["contribution"] for e in rows] == pytest.approx([e["contribution"] for e in given["rows"]])
+    summary = answer(["composition", folder, "--moments", moments, "--top", 1, "--json"], capsys)["summary"]
+    assert (summary["by"], set(summary["groups"][0])) == (
+        "contribution",
+        {"writer", "group", "readers", "contribution"},
+    )
+    assert run(["composition", str(folder), "--moments", str(moments)]) == 0
+    assert re.search(r"^writer +reader +contribution +score", capsys.readouterr().out, re.MULTILINE)
     point = tmp_path / "other.safetensors"
     answer(["observe", folder, "-o", point, "--repeated", "--tokens", 64, "--length", 16, "--json"], capsys)
     assert run(["edges", str(other), "--moments", str(point)]) == 2

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.main import get_command
 
 import virtual_weights as vw
 from virtual_weights.cli import options, run, verb
-from virtual_weights.cli.app import VERBS
+from virtual_weights.cli.app import VERBS, app
 from virtual_weights.cli.map import PARTS
 
 Capture = pytest.CaptureFixture[str]
@@ -68,6 +69,36 @@ def test_every_verb_stands_in_one_group(capsys: Capture, monkeypatch: pytest.Mon
     text = capsys.readouterr().out
     assert "─ Commands ─" not in text
     assert all(len(re.findall(rf"^│ {name} ", text, re.MULTILINE)) == 1 for name in [*NAMES, "model"])
+
+
+def test_an_option_takes_the_same_value_in_every_verb() -> None:
+    """What ``-o`` names is a folder or a file, and what ``--only`` lists depends on the verb."""
+    values: dict[str, set[str]] = {}
+    commands: Any = get_command(app)
+    for name, command in commands.commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        for parameter in command.get_params(context):
+            values.setdefault(parameter.opts[0], set()).add(parameter.display_type_rich(ctx=context))
+    assert {name for name, kinds in values.items() if len(kinds) > 1} == {"-o", "--only"}
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"), [("trace", ("--tokens", "--length", "--batch", "--seed")), ("labels", ("--repeated", "--text"))]
+)
+def test_help_has_no_option_without_a_meaning(
+    name: str, absent: tuple[str, ...], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of(name, capsys, monkeypatch)
+    assert "--dtype" in text
+    assert not any(option in text for option in (*absent, "<bool>"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "model"])
+def test_paragraphs_of_help_fill_the_width(name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = help_of(name, capsys, monkeypatch).partition("╭")[0].strip().splitlines()
+    assert all(line == "" or line.rstrip().endswith((".", "?", "}", "]", "...")) for line in map(str.strip, words)), (
+        words
+    )
 
 
 def test_the_parts_of_a_map_are_listed() -> None:

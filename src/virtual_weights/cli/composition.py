@@ -65,8 +65,8 @@ def composition(
     edges = edges_of(record, top, by)
     title = f"{port.value}-composition · {session.name} · norm {record.stamp['norm']}"
     written = [] if save is None else [f"matrices written to {save}"]
-    summary = {"by": by, "groups": groups_of(edges)}
-    return Answer(record, edges, summary, [*edge_tables(title, record, edges), *written])
+    summary = {"by": by, "groups": groups_of(edges, by)}
+    return Answer(record, edges, summary, [*edge_tables(title, record, edges, by), *written])
 
 
 @verb("no_fold", "partial", "offline", "allow_non_finite")
@@ -104,18 +104,19 @@ def subspaces(
     return Answer(record, rows, summary, [Table(title, rows, names), line])
 
 
-def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]]) -> list[Table | str]:
-    """The strongest edges as a table, and below it the distinct ones where readers share a key/value head."""
+def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]], by: str = "score") -> list[Table | str]:
+    """Edges sorted by a column as a table, and below it the distinct ones where readers share a key/value head."""
     from virtual_weights.survey.edges import groups_of
 
-    heads = {"writer": "writer", "reader": "reader"} | {c.name: c.name.replace("_", " ") for c in record.columns}
+    names = dict.fromkeys(["writer", "reader", by, *(column.name for column in record.columns)])
+    heads = {name: name.replace("_", " ") for name in names}
     shared = {"group": "key/value group"} if any("group" in edge for edge in edges) else {}
     shown: list[Table | str] = [Table(title, edges, heads | shared)]
-    merged = groups_of(edges)
+    merged = groups_of(edges, by)
     if len(merged) < len(edges):
         count = "one edge" if len(merged) == 1 else f"{len(merged)} edges"
         shown.append(f"{len(edges)} rows are {count}, because query heads share key and value heads:")
-        shown.append(Table("", merged, {"writer": "writer", "group": "group", "readers": "readers", "score": "score"}))
+        shown.append(Table("", merged, ("writer", "group", "readers", by)))
     return shown
 
 

@@ -44,7 +44,7 @@ class EraserKind(StrEnum):
 def erased(
     session: Session,
     threshold: Annotated[
-        float, typer.Option("--threshold", metavar="C", help="coefficient above which a component counts as erasing")
+        float, typer.Option("--threshold", metavar="X", help="coefficient above which a component counts as erasing")
     ] = 0.5,
     kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to list; all are counted")] = (
         EraserKind.neuron

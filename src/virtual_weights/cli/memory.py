@@ -34,7 +34,9 @@ def memory(
     threshold: Annotated[
         float,
         typer.Option(
-            "--threshold", help="cosine above which neurons count as strengthening, or below its negative as weakening"
+            "--threshold",
+            metavar="X",
+            help="cosine above which neurons count as strengthening, or below its negative as weakening",
         ),
     ] = 0.5,
     norm_scalar: o.NormScalar = 1.0,

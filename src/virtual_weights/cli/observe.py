@@ -62,7 +62,7 @@ def observe(
 def labels(
     session: Session,
     threshold: Annotated[
-        float, typer.Option("--threshold", metavar="A", help="mean attention above which a head gets a label")
+        float, typer.Option("--threshold", metavar="X", help="mean attention above which a head gets a label")
     ] = 0.4,
     top: o.Top = 6,
 ) -> Answer:

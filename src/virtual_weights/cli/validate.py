@@ -31,7 +31,7 @@ def validate(
     ] = False,
     edges: Annotated[
         int,
-        typer.Option("--edges", metavar="N", min=0, help="how many random edges to ablate for each port; 0 for none"),
+        typer.Option("--edges", metavar="N", min=0, help="how many random edges to remove for each port; 0 for none"),
     ] = 48,
     memory_mb: o.Memory = None,
 ) -> Answer:

@@ -28,15 +28,15 @@ def edges_of(record: Record, top: int, by: str | None = None) -> list[dict[str, 
     return rows
 
 
-def groups_of(edges: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Edges that are one edge under several names, put together: writer, group, readers, highest score."""
+def groups_of(edges: Iterable[Mapping[str, Any]], by: str = "score") -> list[dict[str, Any]]:
+    """Edges that are one edge under several names, put together: writer, group, readers, largest value of a column."""
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for edge in edges:
         name = str(edge.get("group") or edge["reader"])
-        first = {"writer": edge["writer"], "group": name, "readers": [], "score": edge["score"]}
+        first = {"writer": edge["writer"], "group": name, "readers": [], by: edge[by]}
         entry = merged.setdefault((str(edge["writer"]), name), first)
         entry["readers"].append(edge["reader"])
-        entry["score"] = max(entry["score"], edge["score"])
+        entry[by] = max(entry[by], edge[by])
     return list(merged.values())
 
 
