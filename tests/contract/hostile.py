@@ -380,7 +380,7 @@ bad_header("header-not-json", safetensors_bytes(b"{nothing"), "not JSON")
 bad_header("header-not-utf8", safetensors_bytes(b'{"\xff": 1}'), "not JSON")
 bad_header("header-is-a-list", safetensors_bytes([]), "list")
 bad_header("header-nested-deeply", safetensors_bytes(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "nested")
-bad_header("header-of-many-items", safetensors_bytes(b'{"a": [' + b"1," * 5_000_000 + b"1]}"), "items")
+bad_header("header-of-many-items", safetensors_bytes(b'{"a": [' + b"1," * 5_000_000 + b"1]}"), "entry")
 bad_header(
     "header-with-a-key-twice",
     safetensors_bytes(b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8)),
@@ -478,7 +478,7 @@ bad_gguf("version-99", b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99")
 bad_gguf("version-1", b"GGUF" + struct.pack("<III", 1, 0, 0), "version 1")
 bad_gguf("big-endian", b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian")
 bad_gguf("tensor-count-2-60", gguf_bytes(counts=(2**60, 0)), "tensors")
-bad_gguf("tensor-count-beyond-the-file", gguf_bytes(counts=(1000, 0)), "name ''")
+bad_gguf("tensor-count-beyond-the-file", gguf_bytes(counts=(1000, 0)), "1,000 tensors")
 bad_gguf("key-count-2-60", gguf_bytes(counts=(0, 2**60)), "metadata keys")
 bad_gguf("key-count-beyond-the-file", gguf_bytes(counts=(0, 1000)), "name ''")  # zeros of the padding read as a key
 bad_gguf("string-length-2-60", gguf_bytes(pairs=(struct.pack("<Q", 2**60),)), "1,152,921,504,606,846,976 bytes")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from virtual_weights.atlas import Atlas, task_key
-from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.errors import RecordError, ResourceError, UsageError
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.record.durable import write_folder
 
@@ -250,8 +250,8 @@ def test_an_interrupted_write_leaves_nothing(atlas: Atlas, monkeypatch: pytest.M
     def stop(*_: object) -> None:
         raise interruption
 
-    monkeypatch.setattr("virtual_weights.atlas.stored.save_file", stop)
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    monkeypatch.setattr("virtual_weights.atlas.stored.write_safetensors", stop)
+    with pytest.raises((KeyboardInterrupt, ResourceError)):
         atlas.put(matrix())
     assert names(atlas) == []
     assert atlas.ledger() == []

@@ -157,5 +157,5 @@ def test_a_run_without_transformers_is_refused_at_once(
     monkeypatch.setattr(verb, "find_spec", nothing)
     assert run(arguments) == 2
     error = capsys.readouterr().err
-    assert "transformers and accelerate are not installed" in error
+    assert "transformers and tokenizers are not installed" in error
     assert "pip install -c constraints.txt '.[runtime]'" in error

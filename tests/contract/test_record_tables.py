@@ -281,7 +281,7 @@ ALTERED: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "no header": (lambda table: table.replace_schema_metadata(None), "do not describe"),
     "a header that is no JSON": (lambda table: table.replace_schema_metadata({"virtual_weights": "x"}), "Expecting"),
     "a header that is a list": (lambda table: table.replace_schema_metadata({"virtual_weights": "[]"}), "a field is"),
-    "a deep header": (lambda table: table.replace_schema_metadata({"virtual_weights": "[" * 100_000}), "a field is"),
+    "a deep header": (lambda table: table.replace_schema_metadata({"virtual_weights": "[" * 100_000}), "it is nested"),
     "a header of bytes": (lambda table: table.replace_schema_metadata({"virtual_weights": b"\xff"}), "decode"),
     "no stamp": (restated(lambda header: header.pop("stamp")), "'stamp'"),
     "another format": (restated(lambda header: header.update(format=2)), "its format is 2"),

@@ -35,7 +35,7 @@ def test_what_is_no_dense_tensor_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize("thing", [3, None, [torch.ones(1)]])
 def test_what_is_no_reference_is_refused(thing: object) -> None:
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="is not a checkpoint"):
         open_source(thing)
 
 

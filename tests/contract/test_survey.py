@@ -175,10 +175,13 @@ def test_ids_that_the_vocabulary_lacks_are_refused(folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_chunks_longer_than_the_models_positions_are_refused() -> None:
+def test_a_prompt_longer_than_the_models_positions_is_refused_and_chunks_are_made_to_fit() -> None:
     module = tiny("gpt2")
-    with pytest.raises(UsageError, match="at most 32, the model's positions"):
-        Run.on_repeats(vw.open(module), 66, 66, model=module)
+    with pytest.raises(UsageError, match=r"a prompt of 33 tokens[\s\S]*at most 32, as many as the model has positions"):
+        Run.on_prompt(vw.open(module), [1] * 33, model=module)
+    run = Run.on_repeats(vw.open(module), 66, 66, model=module)
+    assert [len(chunk) for chunk in run.chunks] == [32, 32, 32]
+    assert run.first == 16
 
 
 def test_questions_of_streams_and_runs_are_asked_together(folder: Path) -> None:
@@ -213,7 +216,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "paths": ("MODEL", "L0H1", "L1H2.V"),
     "statements": ("MODEL", "--sample", "2", "--only", "L1,L3,T7,C1"),
     "trace": ("MODEL", "--prompt-ids", "3,17,5", "--lens"),
-    "labels": ("MODEL", *RUNS),
+    "labels": ("MODEL", *RUNS[1:]),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
     "attribute": ("MODEL", *RUNS, "--top", "3"),
     "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", *RUNS),

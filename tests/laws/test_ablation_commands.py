@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_attribution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_text(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = lambda text, **_: {"input_ids": [ord(c) % 37 for c in text]}  # noqa: E731
+    letters = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[ord(c) % 37 for c in text]))
     monkeypatch.setattr("virtual_weights.runtime.running.run.tokenizer_of", lambda _: letters)
     (folder / "text.txt").write_text("one two three four five, and a little more")
     arguments = ("ablate", folder, "L0H1", "L2H4.K", "--random", 0, "--text", folder / "text.txt")
@@ -136,7 +137,7 @@ def test_a_text(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_without_a_text_the_default_one(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letters = lambda text, **_: {"input_ids": [ord(c) % 37 for c in text[:400]]}  # noqa: E731
+    letters = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[ord(c) % 37 for c in text[:400]]))
     monkeypatch.setattr("virtual_weights.runtime.running.run.tokenizer_of", lambda _: letters)
     tokens = torch.tensor([ord(c) % 37 for c in next(texts())[:20]]).view(4, 5)
     given = answer(capsys, "ablate", folder, "L0H1", "L2H4.K", "--random", 0, how=TEXT)

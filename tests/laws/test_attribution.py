@@ -182,7 +182,7 @@ def test_refused() -> None:
     model, stream = in_float64("llama-full")
     run = Run.on_tokens(stream, TOKENS, model=model)
     for tokens in (TOKENS[0], TOKENS.double(), torch.where(TOKENS == TOKENS[0, 0], -1, TOKENS), TOKENS[:, :1]):
-        with pytest.raises(UsageError, match=r"tokens of shape|padding before a token|no token 1"):
+        with pytest.raises(UsageError, match=r"tokens of shape|padding before a token|chunks of 1 tokens"):
             Attribution()(Run.on_tokens(stream, tokens, model=model))
     with pytest.raises(UsageError, match="no port 'in'"):
         Attribution("in")(run)

@@ -260,10 +260,10 @@ def test_what_cannot_be_meant_is_refused() -> None:
         (lambda: Paths("L0H0", "L1H0.K", order=0), "order 0"),
         (lambda: Paths("L0H0", "L1H0")(stream), "no reading port"),
         (lambda: Paths("L1H0", "L1H1.K")(stream), "cannot reach"),
-        (lambda: Paths("L0H0", "L1H1.K", point=point, token=9)(stream), "tokens 9"),
+        (lambda: Paths("L0H0", "L1H1.K", point=point, token=9)(stream), "positions 9"),
         (lambda: Paths("L0H0", "L1H1.K", point=point)(other), "another checkpoint"),
         (lambda: discrepancy(stream, "L0H0", "L0H1", "L1H1.K"), "does not lie between"),
-        (lambda: discrepancy(stream, "L0H0", "embed", "L1H1.K"), "no component between"),
+        (lambda: discrepancy(stream, "L0H0", "embed", "L1H1.K"), "is neither a head nor an MLP"),
     ):
         with pytest.raises(vw.VirtualWeightsError, match=message):
             wrong()

@@ -209,7 +209,7 @@ def test_refused() -> None:
     run = Run.on_tokens(stream, TOKENS, model=model)
     with pytest.raises(UsageError, match="no edge"):
         Ablation([])(run)
-    with pytest.raises(UsageError, match="no token 12"):
+    with pytest.raises(UsageError, match="chunks of 12 tokens"):
         Ablation([("L0H1", "L2H3.Q")])(Run.on_tokens(stream, TOKENS, first=12, model=model))
     with pytest.raises(UsageError, match="cannot reach"):
         Ablation([("L2H1", "L1H3.Q")])(run)

@@ -196,7 +196,7 @@ def test_the_commands_say_what_the_questions_do(tmp_path: Path, capsys: pytest.C
     assert answer["rows"] == list(LinearComposition(point, 2, 2)(stream).rows())
 
     assert run(["linear", str(tmp_path / "relay"), "--progress", "none"]) == 0
-    assert "weights alone do not say what a run does" in capsys.readouterr().out
+    assert "weights alone do not determine" in capsys.readouterr().out
     assert run(["paths", str(tmp_path / "relay"), "L0H1", "L2H2.V", "--progress", "none"]) == 0
     assert "L0H1 > L1H3 > L2H2.V" in capsys.readouterr().out
     assert run(["linear", str(tmp_path / "relay"), "--point", str(tmp_path / "none")]) == 3

@@ -130,6 +130,7 @@ def test_a_planted_eraser_is_named() -> None:
 def test_three_questions_centred_or_not_are_one_pass() -> None:
     model, calls = tiny("gpt2"), list[int]()
     run = Run.on_tokens(vw.open(model), ROWS, model=model)
+    assert run.module is model  # it has been checked, which is a pass too
     model.base_model.register_forward_hook(lambda _module, _given, _output: calls.append(1))
     questions = [Persistence(), ErasedBy(), PersistenceSummary(), ErasedBy(centred=True)]
     records = asking(run)(questions)

@@ -191,7 +191,7 @@ def test_the_command_shows_the_records(tmp_path: Path) -> None:
     assert answer(tmp_path, "--eps", 0.1, "--json")["summary"]["capacity"]["published"] == pytest.approx(D / 0.01)
     shown = CliRunner().invoke(app, [str(tmp_path)], catch_exceptions=False, env={"COLUMNS": "200"}).output
     power = growth.stamp["exponents"]["total"]["random"]
-    for told in ("Welch", "active at once", f"random directions {power:.3f}"):
+    for told in ("Welch", "active at once", f"random directions: {power:.3f}"):
         assert told in shown
 
 

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from virtual_weights.architecture.config import NEUTRAL_HF, divided, flags, integer, number, rotary
-from virtual_weights.architecture.table import OPTIONAL, UNTIED, Dialect, Family, ModelSpec, RotarySpec, Row
-from virtual_weights.errors import ArchitectureError
+from virtual_weights.architecture.config import (
+    NEUTRAL_HF,
+    PART_OF_HEADS,
+    divided,
+    flag,
+    flags,
+    gguf_rotary,
+    integer,
+    number,
+    rotary,
+    text,
+    uniform,
+)
+from virtual_weights.architecture.table import OPTIONAL, UNTIED, Dialect, Family, ModelSpec, Row
 
 _ATTN, _MLP = "L{l}.attn", "L{l}.mlp"
 _ATTN_BIAS, _MLP_BIAS = f"{_ATTN}.bias", f"{_MLP}.bias"
@@ -79,8 +90,8 @@ def _spec(config: Mapping[str, Any], names: tuple[str, ...], activation: str, ti
 
 def _hf_gpt2(config: Mapping[str, Any]) -> ModelSpec:
     names = ("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "vocab_size")
-    activation = str(config.get("activation_function", "gelu_new"))
-    return _spec(config, names, activation, config.get("tie_word_embeddings", True) is True)
+    activation = text(config, "activation_function", "gelu_new")
+    return _spec(config, names, activation, flag(config, "tie_word_embeddings", True))
 
 
 _GGUF_NAMES = (
@@ -103,6 +114,9 @@ _HF_KEYS = frozenset(
     " scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention".split()
 )
 
+_GGUF_FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", None), "split.count": (0, 1, None)}
+"""What kind of GGUF file holds a whole model: no adapter, and not the first of several files."""
+
 GPT2 = Family(
     "gpt2",
     ("gpt2",),
@@ -118,11 +132,19 @@ GPT2 = Family(
                 "add_cross_attention": (False, None),
             },
             ignored=(r".*\.attn\.(bias|masked_bias)",),
+            aliases={
+                "hidden_size": "n_embd",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+            },
         ),
         "gguf": Dialect(
             _GGUF_ROWS,
             _gguf_gpt2,
-            frozenset(_GGUF_NAMES) | {"general.*", "tokenizer.*", "quantize.*", "split.*"},
+            frozenset(_GGUF_NAMES) | {"gpt2.tensor_data_layout"},
+            required_values=_GGUF_FILE,
+            namespace="gpt2.",
         ),
     },
 )
@@ -179,9 +201,9 @@ def _hf_config(config: Mapping[str, Any]) -> ModelSpec:
         vocab=integer(config, "vocab_size"),
         norm="rms",
         norm_eps=number(config, "rms_norm_eps", 1e-6),
-        activation=str(config.get("hidden_act", "silu")),
+        activation=text(config, "hidden_act", "silu"),
         gated=True,
-        tied=config.get("tie_word_embeddings", False) is True,
+        tied=flag(config, "tie_word_embeddings", False),
         rotary=rotary(config, d_head),
         flags=flags(config, attention_bias=False, mlp_bias=False),
     )
@@ -218,13 +240,15 @@ def _gguf_rows(permuted: bool, qkv_bias: str) -> tuple[Row, ...]:
         Row(_MLP_BIAS, ("bias",), block + "ffn_down.bias", "d -> d", OPTIONAL),
         Row("unembed", ("norm",), "output_norm.weight", "d -> d"),
         Row("unembed", ("unembed",), "output.weight", "t d -> t d", OPTIONAL),
-        Row("rotary", ("factors",), "rope_freqs.weight", "r -> r", OPTIONAL),
+        Row("rotary", ("factors",), "rope_freqs.weight", "f -> f", OPTIONAL),
     )
 
 
 def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
     family = str(config["general.architecture"])
-    own = {key.removeprefix(family + "."): value for key, value in config.items()}
+    begin = family + "."
+    own = {key.removeprefix(begin): value for key, value in config.items() if key.startswith(begin)}
+    own |= {key: uniform(own, key) for key in _PER_LAYER if key in own}
     d_model, n_heads = integer(own, "embedding_length"), integer(own, "attention.head_count")
     n_kv_heads = integer(own, "attention.head_count_kv", n_heads)
     divided(n_heads, n_kv_heads, "attention.head_count by attention.head_count_kv")
@@ -232,14 +256,6 @@ def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
     d_head = (
         integer(own, "attention.key_length") if key_length else divided(d_model, n_heads, "embedding_length by heads")
     )
-    if own.get("rope.scaling.type", "none") not in ("none", "linear"):
-        raise ArchitectureError(
-            f"the file asks for rotary scaling {own['rope.scaling.type']!r}",
-            expected="none or linear",
-            do="open the safetensors form of this model, or another model",
-        )
-    factor = own.get("rope.scaling.factor") if own.get("rope.scaling.type") == "linear" else None
-    dim = integer(own, "rope.dimension_count", d_head, least=2)
     return ModelSpec(
         model_type=family,
         n_layers=integer(own, "block_count"),
@@ -253,20 +269,27 @@ def _gguf_config(config: Mapping[str, Any]) -> ModelSpec:
         norm_eps=number(own, "attention.layer_norm_rms_epsilon", 1e-5),
         activation="silu",
         gated=True,
-        rotary=RotarySpec(
-            dim,
-            number(own, "rope.freq_base", 10000.0),
-            {"rope_type": "linear", "factor": float(factor)} if factor else {},
-        ),
+        rotary=gguf_rotary(own, d_head, interleaved=family == "llama"),
     )
 
 
-def _gguf_neutral(family: str) -> frozenset[str]:
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+"""Sizes that GGUF may give layer by layer."""
+
+
+def _gguf_dialect(family: str, rows: tuple[Row, ...]) -> Dialect:
     own = """block_count context_length embedding_length feed_forward_length attention.head_count
     attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
-    attention.sliding_window vocab_size rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
-    rope.scaling.original_context_length rope.scaling.finetuned"""
-    return frozenset(f"{family}.{key}" for key in own.split()) | {"general.*", "tokenizer.*", "quantize.*", "split.*"}
+    attention.sliding_window vocab_size tensor_data_layout rope.dimension_count rope.freq_base rope.scale_linear
+    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned"""
+    fixed = {f"{family}.expert_count": (0, None), f"{family}.expert_used_count": (0, None)}
+    return Dialect(
+        rows,
+        _gguf_config,
+        frozenset(f"{family}.{key}" for key in own.split()),
+        required_values={**_GGUF_FILE, **fixed, f"{family}.attention.causal": (True, None)},
+        namespace=f"{family}.",
+    )
 
 
 _SIZES = frozenset(
@@ -276,9 +299,10 @@ _SIZES = frozenset(
 _CACHED = (r".*rotary_emb\.inv_freq",)
 
 
-def _hf_dialect(rows: tuple[Row, ...]) -> Dialect:
+def _hf_dialect(rows: tuple[Row, ...], **defaults: int) -> Dialect:
     fixed: dict[str, tuple[Any, ...]] = {"rope_interleaved": (False, None), "use_mrope": (False, None)}
-    return Dialect(rows, _hf_config, NEUTRAL_HF | _SIZES, ("model.", ""), required_values=fixed, ignored=_CACHED)
+    neutral, prefixes = NEUTRAL_HF | _SIZES, ("model.", "")
+    return Dialect(rows, _hf_config, neutral, prefixes, required_values=fixed, ignored=_CACHED, defaults=defaults)
 
 
 LLAMA = Family(
@@ -286,16 +310,16 @@ LLAMA = Family(
     ("llama",),
     {
         "hf": _hf_dialect(_hf_rows("attention_bias", "attention_bias", "mlp_bias")),
-        "gguf": Dialect(_gguf_rows(True, OPTIONAL), _gguf_config, _gguf_neutral("llama")),
+        "gguf": _gguf_dialect("llama", _gguf_rows(True, OPTIONAL)),
     },
 )
-MISTRAL = Family("mistral", ("mistral",), {"hf": _hf_dialect(_hf_rows(None, None, None))})
+MISTRAL = Family("mistral", ("mistral",), {"hf": _hf_dialect(_hf_rows(None, None, None), num_key_value_heads=8)})
 QWEN2 = Family(
     "qwen2",
     ("qwen2",),
     {
-        "hf": _hf_dialect(_hf_rows("always", None, None)),
-        "gguf": Dialect(_gguf_rows(False, "always"), _gguf_config, _gguf_neutral("qwen2")),
+        "hf": _hf_dialect(_hf_rows("always", None, None), num_key_value_heads=32),
+        "gguf": _gguf_dialect("qwen2", _gguf_rows(False, "always")),
     },
 )
 
@@ -341,11 +365,11 @@ def _config(config: Mapping[str, Any]) -> ModelSpec:
         vocab=integer(config, "vocab_size"),
         norm="layer",
         norm_eps=number(config, "layer_norm_eps", 1e-5),
-        activation=str(config.get("hidden_act", "gelu")),
+        activation=text(config, "hidden_act", "gelu"),
         gated=False,
-        parallel=config.get("use_parallel_residual", True) is True,
-        tied=config.get("tie_word_embeddings", False) is True,
-        rotary=rotary(config, d_head, fraction=float(config.get("rotary_pct", 0.25))),
+        parallel=flag(config, "use_parallel_residual", True),
+        tied=flag(config, "tie_word_embeddings", False),
+        rotary=rotary(config, d_head, PART_OF_HEADS),
         flags=flags(config, attention_bias=True),
     )
 

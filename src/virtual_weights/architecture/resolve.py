@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from virtual_weights.architecture.config import same
 from virtual_weights.architecture.families import FAMILIES
 from virtual_weights.architecture.table import (
     ALWAYS,
@@ -22,6 +23,38 @@ from virtual_weights.architecture.table import (
 from virtual_weights.errors import ArchitectureError
 
 _SHOWN = 6
+
+_DEQUANTISE = (
+    "take the checkpoint that it was quantised from, or a GGUF file of it, which is read as it is; or load it with "
+    "transformers where it runs, call model.dequantize() and save_pretrained()"
+)
+_MERGE = "merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()"
+
+CONVERTED_KEYS: Mapping[str, tuple[str, str]] = {
+    "quantization_config": ("quantised weights", _DEQUANTISE),
+    "quantization": ("quantised weights", _DEQUANTISE),
+    "compression_config": ("compressed weights", _DEQUANTISE),
+    "peft_type": ("an adapter, not a model", _MERGE),
+    "text_config": (
+        "a text model inside a model of several kinds of input",
+        "pass the content of text_config as config=, with the text model's tensors alone",
+    ),
+}
+"""Keys of ``config.json`` by which a checkpoint that must be converted first is recognised: what it is, what to do."""
+
+CONVERTED_TENSORS: Mapping[str, tuple[str, str]] = {
+    r".*(\.|_)lora_.*|.*\.base_layer\..*": ("an adapter that is not merged into its base", _MERGE),
+    r".*\.(qweight|qzeros|g_idx|scales)": ("weights quantised by GPTQ or AWQ", _DEQUANTISE),
+    r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)": (
+        "weights quantised by bitsandbytes",
+        _DEQUANTISE,
+    ),
+    r".*(scale_inv|_scale|_scale_2|_zero_point|_packed|_global_scale)": (
+        "weights stored with scales (float8, int8 or packed)",
+        _DEQUANTISE,
+    ),
+}
+"""Names of tensors by which the same is recognised."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +97,13 @@ class Model:
 
 
 def resolve(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dialect: str, *, partial: bool = False
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dialect: str,
+    *,
+    partial: bool = False,
+    dtypes: Mapping[str, str] | None = None,
+    equal: Callable[[str, str], bool] | None = None,
 ) -> Model:
     """Account for every tensor and every configuration key of a checkpoint.
 
@@ -73,6 +112,10 @@ def resolve(
         shapes: stored shape of every tensor.
         dialect: the source's dialect, ``"hf"`` or ``"gguf"``.
         partial: accept a checkpoint in which tensors are missing (never one with unknown tensors).
+        dtypes: storage type of every tensor; None does not look at them.
+        equal: whether two tensors hold the same values, asked only where the configuration ties an unembedding to the
+            embedding and both are stored. As in transformers, one with values of its own is not tied. None trusts
+            the configuration.
 
     Returns:
         The model: family, sizes and the place of every role.
@@ -84,30 +127,42 @@ def resolve(
     family = _family(config, dialect)
     table = family.dialects[dialect]
     _refuse_keys(config, table, family)
-    spec = table.read_config(config)
+    spec = table.read_config(_canonical(config, table))
     prefix = _prefix(table, shapes)
     _bound_layers(spec, shapes)
     expected = {name: (row, group) for row in table.rows for name, group in _names(row, prefix, spec, shapes)}
     _refuse_unknown(expected, shapes, table, family)
+    spec = _tied(expected, shapes, spec, equal)
     _refuse_missing(expected, shapes, spec, partial=partial)
-    axes = dict(spec.axes)
     placements: dict[tuple[str, str], Placement] = {}
     for name, (row, group) in expected.items():
         if name not in shapes or (row.when == UNTIED and spec.tied):
             continue
-        wanted = stored_shape(row.layout, axes)
-        if not matches(shapes[name], wanted):
-            raise ArchitectureError(
-                f"the configuration contradicts the tensor {name!r}, stored as {shapes[name]}",
-                expected=f"shape {wanted} ({row.layout.split('->')[0].strip()}) from the sizes in the configuration",
-                do="correct the configuration, or open the checkpoint that belongs to it",
-            )
+        _check_stored(name, shapes[name], row, spec, (dtypes or {}).get(name, ""))
         for part, role in enumerate(row.roles):
             placements[role, group] = Placement(name, row.layout, part if len(row.roles) > 1 else None)
     always_tied = all(row.when != UNTIED for row in table.rows)
     if (spec.tied or always_tied) and ("embed", "embed") in placements:
         placements.setdefault(("unembed", "unembed"), placements["embed", "embed"])
     return Model(family.name, spec, placements)
+
+
+def without_keys(config: Mapping[str, Any], dialect: str, keys: Collection[str]) -> Mapping[str, Any]:
+    """A configuration without keys that are known to change nothing.
+
+    Raises:
+        ArchitectureError: a key is not there, or the tables read it, so that leaving it out would change the model.
+    """
+    table = _family(config, dialect).dialects[dialect] if keys else None
+    for key in keys:
+        if table is not None and (key not in config or _is_known(key, table)):
+            raise ArchitectureError(
+                f"the configuration key {key!r} cannot be ignored: "
+                + ("it is known" if key in config else "not there"),
+                expected="a key that is refused because nobody here knows what it does",
+                do="leave it out of the keys to ignore; to change a value, pass config=",
+            )
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def family_named(name: str) -> Family:
@@ -122,36 +177,61 @@ def _family(config: Mapping[str, Any], dialect: str) -> Family:
         if found in family.model_types and dialect in family.dialects:
             return family
     known = sorted({t for f in FAMILIES if dialect in f.dialects for t in f.model_types})
+    for mark in CONVERTED_KEYS:
+        if config.get(mark) is not None:
+            raise _to_be_converted(f"the configuration has {key} = {found!r:.100} and {mark}", *CONVERTED_KEYS[mark])
     raise ArchitectureError(
-        f"no table for {key} = {found!r} in the {dialect} dialect",
+        f"no table for {key} = {found!r:.100} in the {dialect} dialect",
         expected=f"one of {', '.join(known)}",
         do="open a supported model, or add its table: see docs/add-an-architecture.md",
     )
 
 
+def _canonical(config: Mapping[str, Any], table: Dialect) -> dict[str, Any]:
+    """The configuration with every key under one spelling, and what transformers takes for keys left out."""
+    read = {**table.defaults, **config}
+    for alias, key in table.aliases.items():
+        value = config.get(alias)
+        if value is None:
+            continue
+        if config.get(key) is not None and not same(config[key], value):
+            raise ArchitectureError(
+                f"the configuration has {alias} = {value!r:.100} and {key} = {config[key]!r:.100}",
+                expected=f"one value: {alias} is another name of {key}",
+                do="delete the wrong one from config.json, or pass config= without it",
+            )
+        read[key] = value
+    return read
+
+
+def _is_known(key: str, table: Dialect) -> bool:
+    begins = tuple(entry[:-1] for entry in table.neutral if entry.endswith("*"))
+    named = key in table.neutral or key in table.required_values or key in table.aliases
+    return named or not key.startswith(table.namespace) or bool(begins and key.startswith(begins))
+
+
 def _refuse_keys(config: Mapping[str, Any], table: Dialect, family: Family) -> None:
-    begins = tuple(key[:-1] for key in table.neutral if key.endswith("*"))
-    unknown = [
-        key
-        for key, value in config.items()
-        if value is not None
-        and key not in table.neutral
-        and key not in table.required_values
-        and not (begins and key.startswith(begins))
-    ]
+    for key in CONVERTED_KEYS:
+        if config.get(key) is not None:
+            raise _to_be_converted(f"the configuration has {key} = {config[key]!r:.200}", *CONVERTED_KEYS[key])
+    unknown = [key for key, value in config.items() if value is not None and not _is_known(key, table)]
     if unknown:
         raise ArchitectureError(
             f"configuration keys that no row of the {family.name} table accounts for: {_listed(unknown)}",
             expected="only keys whose effect on the function is known",
-            do="if they change nothing, pass config= without them (or delete them from the configuration)",
+            do="if they change nothing, pass config= without them, or name each with --ignore-config",
         )
     for key, allowed in table.required_values.items():
-        if config.get(key) not in allowed:
+        if not any(same(config.get(key), value) for value in allowed):
             raise ArchitectureError(
-                f"the configuration has {key} = {config[key]!r}, which changes the function",
+                f"the configuration has {key} = {config[key]!r:.100}, which changes the function",
                 expected=f"one of {allowed!r}",
                 do="open a model without it; this package would compute wrong maps",
             )
+
+
+def _to_be_converted(what: str, known_as: str, do: str) -> ArchitectureError:
+    return ArchitectureError(f"{what}: {known_as}", expected="plain weights of a whole model", do=do)
 
 
 def _prefix(table: Dialect, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -190,11 +270,68 @@ def _refuse_unknown(
 ) -> None:
     ignored = re.compile("|".join(table.ignored) or r"(?!)")
     unknown = [name for name in shapes if name not in expected and not ignored.fullmatch(name)]
+    for pattern, (known_as, do) in CONVERTED_TENSORS.items():
+        recognised = [name for name in unknown if re.fullmatch(pattern, name)]
+        if recognised:
+            raise _to_be_converted(f"the checkpoint holds {_listed(recognised)}", known_as, do)
+    wrapper = _wrapper(unknown, table)
+    if wrapper:
+        raise ArchitectureError(
+            f"{sum(name.startswith(wrapper) for name in shapes)} of {len(shapes)} tensors carry the prefix {wrapper!r}:"
+            f" {_listed(unknown)}",
+            expected=f"names such as {table.prefixes[0] + table.rows[0].name!r}",
+            do="open the tensors of that part alone, as a state dict without the prefix, with config=",
+        )
     if unknown:
         raise ArchitectureError(
             f"{len(unknown)} tensors that no row of the {family.name} table accounts for: {_listed(unknown)}",
             expected="only tensors whose role is known (a bias or norm left out would falsify every sum)",
             do="open a checkpoint of this family, or add the rows: see docs/add-an-architecture.md",
+        )
+
+
+def _wrapper(unknown: list[str], table: Dialect) -> str:
+    """What stands before the embedding's full name, where an unknown tensor is one behind a prefix."""
+    for tail in (prefix + row.name for row in table.rows if row.roles == ("embed",) for prefix in table.prefixes):
+        found = next((name for name in unknown if name.endswith("." + tail)), None)
+        if found is not None:
+            return found.removesuffix(tail)
+    return ""
+
+
+def _tied(
+    expected: dict[str, tuple[Row, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    spec: ModelSpec,
+    equal: Callable[[str, str], bool] | None,
+) -> ModelSpec:
+    """What is tied in truth, as in transformers: the one stored of two serves both, and two unequal ones are two.
+
+    Where only the unembedding of a tied model is stored, its name comes to play the embedding in ``expected``.
+    """
+    embed = next((name for name, (row, _) in expected.items() if row.roles == ("embed",)), "")
+    head = next((name for name, (row, _) in expected.items() if row.when == UNTIED), "")
+    if not spec.tied or head not in shapes:
+        return spec
+    if embed not in shapes:
+        expected[head] = expected.pop(embed)
+        return spec
+    return spec if equal is None or equal(embed, head) else replace(spec, tied=False)
+
+
+def _check_stored(name: str, shape: tuple[int, ...], row: Row, spec: ModelSpec, dtype: str) -> None:
+    wanted = stored_shape(row.layout, spec.axes)
+    if not matches(shape, wanted):
+        raise ArchitectureError(
+            f"the configuration contradicts the tensor {name!r}, stored as {shape}",
+            expected=f"shape {wanted} ({row.layout.split('->')[0].strip()}) from the sizes in the configuration",
+            do="correct the configuration, or open the checkpoint that belongs to it",
+        )
+    if re.fullmatch(r"[IU]\d+|BOOL", dtype):
+        raise ArchitectureError(
+            f"{name!r} is stored as {dtype}, which holds whole numbers",
+            expected="weights, as floating-point numbers",
+            do="open the checkpoint before it was quantised, or convert it to floating point",
         )
 
 
@@ -216,80 +353,4 @@ def _refuse_missing(
 
 def _listed(names: list[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(sorted(names)[:_SHOWN]) + more
-
-
-_BIASES = {
-    "attention_bias": (*((role, "L{l}.attn") for role in ("q_bias", "k_bias", "v_bias")), ("bias", "L{l}.attn.bias")),
-    "mlp_bias": (("gate_bias", "L{l}.mlp"), ("up_bias", "L{l}.mlp"), ("bias", "L{l}.mlp.bias")),
-}
-"""Keys of Llama's configuration, and the biases (role, group) that each turns on in every layer, all or none."""
-
-
-def config_for(model: Model) -> dict[str, Any]:
-    """A configuration in transformers' vocabulary from a model's sizes and the biases that it holds.
-
-    Raises:
-        ArchitectureError: the model type is neither of Llama's family nor GPT-2, or the model has what transformers
-            cannot be told: rotary embedding of a part of each head, or some of the biases that one key turns on.
-    """
-    spec = model.spec
-    if spec.model_type == "gpt2":
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "n_layer": spec.n_layers,
-            "n_embd": spec.d_model,
-            "n_head": spec.n_heads,
-            "n_inner": spec.d_mlp,
-            "n_positions": spec.n_positions,
-            "vocab_size": spec.vocab,
-            "layer_norm_epsilon": spec.norm_eps,
-            "activation_function": spec.activation,
-            "tie_word_embeddings": spec.tied,
-        }
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-    if spec.model_type not in names:
-        raise ArchitectureError(
-            f"no configuration of transformers is known for a model of type {spec.model_type!r}",
-            expected=f"one of {', '.join([*names, 'gpt2'])}",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    assert spec.rotary is not None
-    if spec.rotary.dim != spec.d_head:
-        raise ArchitectureError(
-            f"rotary embedding turns {spec.rotary.dim} of {spec.d_head} dimensions of a head",
-            expected=f"all of them, as {names[spec.model_type]} of transformers does",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    biases = {key: _biased(model, key, roles) for key, roles in _BIASES.items()} if spec.model_type == "llama" else {}
-    kind = {"rope_type": "default", **spec.rotary.scaling}
-    return {
-        "model_type": spec.model_type,
-        "architectures": [names[spec.model_type]],
-        "num_hidden_layers": spec.n_layers,
-        "hidden_size": spec.d_model,
-        "intermediate_size": spec.d_mlp,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.d_head,
-        "vocab_size": spec.vocab,
-        "rms_norm_eps": spec.norm_eps,
-        "hidden_act": spec.activation,
-        "rope_parameters": {**kind, "rope_theta": spec.rotary.base},
-        **biases,
-        "tie_word_embeddings": spec.tied,
-    }
-
-
-def _biased(model: Model, key: str, roles: tuple[tuple[str, str], ...]) -> bool:
-    places = [(role, group.format(l=layer)) for layer in range(model.spec.n_layers) for role, group in roles]
-    present = [place for place in places if model.has(*place)]
-    if 0 < len(present) < len(places):
-        named = ", ".join(model.placements[place].tensor for place in present[:6])
-        raise ArchitectureError(
-            f"{len(present)} of the {len(places)} biases that {key} turns on: {named}",
-            expected=f"all or none of {', '.join(role for role, _ in roles)} in every layer",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    return bool(present)
+    return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names)[:_SHOWN]) + more

@@ -81,6 +81,9 @@ class Dialect:
             a trailing ``*`` admits all keys that begin so.
         required_values: keys that must have one of the given values where present.
         ignored: regular expressions of tensors that carry no weights (masks, cached frequencies).
+        aliases: other spellings of keys, by spelling; one that disagrees with its key is refused.
+        defaults: what transformers takes for a key that is left out, where that is not what null means.
+        namespace: how every key of the model begins; others are notes, such as who quantised it.
     """
 
     rows: tuple[Row, ...]
@@ -89,6 +92,9 @@ class Dialect:
     prefixes: tuple[str, ...] = ("",)
     required_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    namespace: str = ""
 
     def row(self, role: str, group: str) -> Row | None:
         """The row of a role in a group; None where the dialect has none."""
@@ -127,14 +133,16 @@ class RotarySpec:
         scaling: ``{}`` or the parameters of a known scaling: ``{"rope_type": "linear", "factor": ..}``
             or ``{"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
             "original_max_position_embeddings"}``.
+        apart: how far the two dimensions of a plane are apart; None is dim/2.
 
     The halves (i, i + dim/2) turn together, as in transformers; a format that stores the pairs
-    interleaved is undone by its layout.
+    interleaved is undone by its layout, which puts the two of each d_head/2 apart even where few pairs turn.
     """
 
     dim: int
     base: float
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    apart: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class ModelSpec:
             "three": 3,
             "two": 2,
             "r": self.d_head // 2,
+            "f": self.rotary.dim // 2 if self.rotary else None,
         }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from virtual_weights.atlas.atlas import Atlas
-from virtual_weights.atlas.stored import PAIR, Header
+from virtual_weights.atlas.stored import EDGES, PAIR, TABLE, Header, checked_table
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.stream.group import READINGS
 
@@ -52,7 +51,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
     Raises:
         UsageError: no such label or column, nothing stored for the question, answers under several conventions of
             which none was chosen, or ``top`` below 1.
-        RecordError: a table of pairs cannot be read.
+        RecordError: a table of pairs cannot be read, or was changed since it was stored.
     """
     if top < 1:
         raise UsageError(f"top={top}", expected="1 or more", do="pass for example top=20")
@@ -61,8 +60,8 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
     ends = {side: [label, *(f"{label}.{port}" for port in READINGS)] for side, label in named.items()}
     first = next(iter(pairs.values())).columns
     by = by or next(column.name for column in first if column.kind.startswith("torch"))
-    tables = [glob.escape(str(atlas.edge_table(key))) for key in pairs]
-    labels = atlas.keys("labels")[-1:]
+    tables = [checked_table(atlas.edge_table(key).parent, header, EDGES) for key, header in pairs.items()]
+    labels = [checked_table(atlas.table(k).parent, atlas.header(k), TABLE) for k in atlas.keys("labels")[-1:]]
     import duckdb  # here, since importing the package is cheap by promise
 
     try:
@@ -70,7 +69,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
             rows = _strongest(database, tables, ends, by, top)
             for side, end in ({} if rows else ends).items():
                 _check_known(database, tables, pairs.values(), side, end)
-            return _labelled(database, glob.escape(str(atlas.table(labels[0]))), rows) if labels else rows
+            return _labelled(database, labels[0], rows) if labels else rows
     except duckdb.Error as error:
         raise RecordError(
             f"a table of pairs or of labels in {atlas.path} cannot be read: {error}",
@@ -127,7 +126,7 @@ def _check_known(
     known = {name for header in headers for axis in header.axes if axis.name == side for name in axis.labels}
     if known.intersection(labels):
         return
-    pairs = database.read_parquet(tables, union_by_name=True)
+    pairs = database.read_parquet(tables, union_by_name=True, hive_partitioning=False)
     if pairs.filter(Col(side).isin(*map(Const, labels))).limit(1).fetchall():
         return
     raise UsageError(
@@ -144,7 +143,7 @@ def _strongest(
     from duckdb import ColumnExpression as Col
     from duckdb import ConstantExpression as Const
 
-    pairs = database.read_parquet(tables, union_by_name=True, file_row_number=True)
+    pairs = database.read_parquet(tables, union_by_name=True, file_row_number=True, hive_partitioning=False)
     numeric = [n for n, t in zip(pairs.columns, pairs.types, strict=True) if str(t) in _NUMBERS and n != _ROW]
     if by not in numeric:
         raise UsageError(
@@ -165,7 +164,7 @@ def _labelled(database: DuckDBPyConnection, table: str, rows: list[dict[str, Any
     heads = {row[side].partition(".")[0] for row in rows for side in PAIR}  # L18H6 of L18H6.K
     if not heads:
         return rows
-    named = database.read_parquet(table).filter(Col("head").isin(*map(Const, sorted(heads))))
+    named = database.read_parquet(table, hive_partitioning=False).filter(Col("head").isin(*map(Const, sorted(heads))))
     labels = dict(named.select(Col("head"), Col("label")).fetchall())
     return [row | {f"{side}_label": labels.get(row[side].partition(".")[0]) for side in PAIR} for row in rows]
 

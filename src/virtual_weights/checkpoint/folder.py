@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,19 +14,37 @@ from virtual_weights.checkpoint.pinned_file import PinnedFile, pin
 from virtual_weights.errors import CheckpointError, MalformedCheckpointError, MissingTensorError, UnsafeCheckpointError
 
 INDEX = "model.safetensors.index.json"
-MAX_CONFIG = 16 << 20
-MAX_INDEX = 100 << 20
+MAX_CONFIG = 4 << 20
+MAX_CONFIG_ITEMS = 200_000
+MAX_INDEX = 32 << 20
+MAX_INDEX_ITEMS = 300_000
 MAX_DEPTH = 64
 MAX_ITEMS = 4_000_000
 MAX_NAME = 1024
+
+_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+")
+_IN_A_CACHE = re.compile(r"(models|datasets|spaces|kernels)--[^/]+/blobs/[^/]+|blobs/[0-9a-f]{2}/[0-9a-f]+")
+"""Where the hub's library keeps the files of a cache: beside each repository, or once for all of them."""
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted.
+
+    Raises:
+        CheckpointError: the system does not let us list it.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise _unreachable(folder, error) from error
 
 
 def pin_inside(folder: Path, name: str) -> PinnedFile:
     """Pin a file of a folder by its bare name.
 
     The folder itself may be reached through links. A file in it may be a link only to a place inside
-    the same folder, or, in a Hugging Face cache (``models--*/snapshots/<revision>``), to that model's
-    own ``blobs``: so no checkpoint that was unpacked here can make us read anything else.
+    the same folder, or, anywhere below ``snapshots/<revision>`` of a Hugging Face cache, to where that cache keeps
+    its files: so no checkpoint that was unpacked here can make us read anything else.
 
     Raises:
         UnsafeCheckpointError: the name is a path, or leads out of the folder, or to what is not a regular file.
@@ -45,16 +65,12 @@ def pin_inside(folder: Path, name: str) -> PinnedFile:
             do="fetch the missing file, or the whole checkpoint again",
         ) from error
     except (OSError, RuntimeError) as error:  # a loop of links: RuntimeError until Python 3.12
-        raise CheckpointError(
-            f"{name!r} in {str(folder)!r} cannot be reached: {error}",
-            expected="a file that this user may read",
-            do="check the links and permissions",
-        ) from error
-    if not any(real_file.is_relative_to(root) for root in (real_folder, *_hub_blobs(real_folder))):
+        raise _unreachable(folder / name, error) from error
+    if not real_file.is_relative_to(real_folder) and not _is_in_its_cache(real_folder, real_file):
         raise UnsafeCheckpointError(
             f"{name!r} in {str(folder)!r} is a link to {str(real_file)!r}",
-            expected="a file inside the folder",
-            do="copy the file into the folder, or open the folder that it lies in",
+            expected="a file inside the folder, or in the Hugging Face cache that the folder belongs to",
+            do="copy the file into the folder, or open what the link leads to by its own path",
         )
     return pin(real_file)
 
@@ -66,13 +82,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         MissingTensorError: there is none.
         MalformedCheckpointError: it is not a JSON object of a sensible size.
     """
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder / "config.json"):
         raise MissingTensorError(
             f"there is no config.json in {str(folder)!r}",
             expected="the model's configuration beside its weights",
             do="fetch config.json into that folder, or pass `config`",
         )
-    return read_json_object(pin_inside(folder, "config.json"), MAX_CONFIG)
+    return read_json_object(pin_inside(folder, "config.json"), MAX_CONFIG, MAX_CONFIG_ITEMS)
 
 
 def read_index(file: PinnedFile) -> dict[str, str]:
@@ -84,7 +100,7 @@ def read_index(file: PinnedFile) -> dict[str, str]:
     Raises:
         MalformedCheckpointError: there is no such map.
     """
-    weight_map = read_json_object(file, MAX_INDEX).get("weight_map")
+    weight_map = read_json_object(file, MAX_INDEX, MAX_INDEX_ITEMS).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -98,8 +114,8 @@ def read_index(file: PinnedFile) -> dict[str, str]:
     return weight_map
 
 
-def read_json_object(file: PinnedFile, limit: int) -> dict[str, Any]:
-    """Read a whole file that holds one JSON object of at most ``limit`` bytes.
+def read_json_object(file: PinnedFile, limit: int, items: int = MAX_ITEMS) -> dict[str, Any]:
+    """Read a whole file that holds one JSON object of at most ``limit`` bytes with at most ``items`` values.
 
     Raises:
         MalformedCheckpointError: too large, not JSON, a key twice, nested too deeply, not an object.
@@ -110,18 +126,18 @@ def read_json_object(file: PinnedFile, limit: int) -> dict[str, Any]:
             expected=f"at most {limit:,} bytes of JSON",
             do="check that this is the file it should be",
         )
-    return parse_json_object(file.read(0, file.size), str(file.path))
+    return parse_json_object(file.read(0, file.size), str(file.path), items)
 
 
-def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object; ``where`` names it in errors.
+def parse_json_object(raw: bytes, where: str, items: int = MAX_ITEMS) -> dict[str, Any]:
+    """Parse one JSON object of at most about ``items`` values; ``where`` names it in errors.
 
     Raises:
         MalformedCheckpointError: not JSON, a key twice, nested too deeply, too many items, not an object.
     """
-    # every item but the first of its container follows a comma, so this bounds the memory before it is taken
-    if raw.count(b",") > MAX_ITEMS:
-        raise _malformed(f"{where!r} has more than {MAX_ITEMS:,} items", "the sizes of a real model")
+    # every value follows a comma, or is the first of its container: this bounds the memory before it is taken
+    if sum(map(raw.count, (b",", b"[", b"{"))) > items:
+        raise _malformed(f"{where!r} has more than {items:,} items", "the sizes of a real model")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(_without_duplicates, where))
     except RecursionError as error:
@@ -147,11 +163,14 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def _hub_blobs(folder: Path) -> tuple[Path, ...]:
-    model = folder.parent.parent
-    if folder.parent.name == "snapshots" and model.name.startswith("models--"):
-        return (model / "blobs",)
-    return ()
+def _is_in_its_cache(folder: Path, file: Path) -> bool:
+    """Whether a folder lies in a snapshot of a Hugging Face cache, and a file where that cache keeps its files."""
+    for parent in (folder, *folder.parents):
+        repository = parent.parent
+        if parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name):
+            cache = repository.parent
+            return file.is_relative_to(cache) and bool(_IN_A_CACHE.fullmatch(file.relative_to(cache).as_posix()))
+    return False
 
 
 def _without_duplicates(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,6 +193,14 @@ def _check_depth(value: Any, where: str) -> None:
 def _children(node: Any) -> list[Any]:
     values = node.values() if isinstance(node, dict) else node
     return [value for value in values if isinstance(value, (dict, list))]
+
+
+def _unreachable(path: Path, error: OSError | RuntimeError) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} cannot be reached: {getattr(error, 'strerror', None) or error}",
+        expected="a file or folder that this user may read",
+        do="check the links and permissions",
+    )
 
 
 def _too_deep(where: str) -> MalformedCheckpointError:

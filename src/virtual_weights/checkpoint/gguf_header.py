@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 from virtual_weights.checkpoint.folder import check_name
@@ -18,17 +18,21 @@ from virtual_weights.checkpoint.source import TensorInfo
 from virtual_weights.errors import MalformedCheckpointError
 
 MAGIC = b"GGUF"
-MAX_HEADER = 256 << 20
+MAX_HEADER = 128 << 20
 MAX_PAIRS = 65_536
+MAX_TEXT = 8 << 20  # of all texts together; a chat template has some thousand letters
 MAX_ARRAY_ITEMS = 4_000_000  # of all arrays together; a large vocabulary with its merges has one million
 MAX_ARRAY_DEPTH = 4
-SMALL_ARRAY = 4_096  # larger arrays are vocabularies: they stay in the file until they are needed
+SMALL_ARRAY = 1_024  # larger arrays are vocabularies: they stay in the file until they are needed
+MAX_KEPT_ITEMS = 65_536  # of all small arrays together; what is beyond stays in the file too
 MAX_TENSORS = 250_000
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 
 _AHEAD = 1 << 20
+_LEAST_ENTRY = 8 + 1 + 4 + 4 + 8  # a tensor's name of one letter, its dimensions, type and offset
 _COUNT, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
+_EXTENTS = tuple(struct.Struct(f"<{dimensions}QIQ") for dimensions in range(MAX_DIMENSIONS + 1))
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -114,9 +118,9 @@ class LargeArray:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor, how its values are stored, and where its bytes begin in the file."""
+    """A tensor, how its values are stored, and where its bytes begin, counted from where the data begin."""
 
     info: TensorInfo
     block_type: BlockType
@@ -126,10 +130,11 @@ class GgufTensor:
 @final
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata by key (large arrays still in the file) and every tensor by name."""
+    """Metadata by key (large arrays still in the file), every tensor by name, and where in the file the data begin."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    start: int
 
 
 def read_gguf_header(file: PinnedFile) -> GgufHeader:
@@ -150,11 +155,12 @@ def read_gguf_header(file: PinnedFile) -> GgufHeader:
         raise _malformed(file, f"it claims {tensor_count:,} tensors", f"at most {MAX_TENSORS:,}")
     metadata = _read_metadata(cursor, pair_count)
     alignment = _alignment(file, metadata)
-    relative = _read_tensors(cursor, tensor_count, alignment)
+    if tensor_count * (_LEAST_ENTRY + alignment) > file.size + alignment:  # the last one need not fill its place
+        raise _malformed(file, f"it claims {tensor_count:,} tensors", f"as many as {file.size:,} bytes can hold")
+    tensors = _read_tensors(cursor, tensor_count, alignment)
     start = -(-cursor.position // alignment) * alignment
-    tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in relative.items()}
-    _check_extents(file, tensors)
-    return GgufHeader(metadata, tensors)
+    _check_extents(file, tensors, start)
+    return GgufHeader(metadata, tensors, start)
 
 
 @final
@@ -164,13 +170,17 @@ class _HeaderCursor:
     Attributes:
         file: the file.
         position: how many bytes have been taken.
+        kept_items_left: how many more items of arrays may be kept in memory.
     """
 
     def __init__(self, file: PinnedFile) -> None:
         self.file = file
         self.position = 0
-        self._buffer = bytearray()
+        self.kept_items_left = MAX_KEPT_ITEMS
+        self._buffer = b""  # a stretch of the file that begins at _begin
+        self._begin = 0
         self._array_items_left = MAX_ARRAY_ITEMS
+        self._text_left = MAX_TEXT
 
     def take(self, length: int, what: str) -> bytes:
         """Take the next bytes.
@@ -178,14 +188,21 @@ class _HeaderCursor:
         Raises:
             MalformedCheckpointError: the file, or what a header may take of it, ends before.
         """
+        begin = self.position
         self.skip(length, what)
-        return bytes(memoryview(self._buffer)[self.position - length : self.position])
+        if not self._begin <= begin <= self.position <= self._begin + len(self._buffer):
+            self._begin = begin
+            self._buffer = self.file.read(begin, min(max(length, _AHEAD), self.file.size - begin))
+        return self._buffer[begin - self._begin : self.position - self._begin]
 
     def skip(self, length: int, what: str) -> None:
-        """Pass over the next bytes; raises as ``take`` does."""
+        """Pass over the next bytes, unread; raises as ``take`` does."""
         end = self.position + length
-        if end > len(self._buffer):
-            self._fetch(end, length, what)
+        if end > self.file.size:
+            left = self.file.size - self.position
+            raise _malformed(self.file, f"{what} claims {length:,} bytes", f"at most the {left:,} that remain")
+        if end > MAX_HEADER:
+            raise _malformed(self.file, f"its header passes {MAX_HEADER:,} bytes at {what}", "a smaller header")
         self.position = end
 
     def type_id(self, what: str) -> int:
@@ -207,7 +224,11 @@ class _HeaderCursor:
 
     def string(self, what: str) -> str:
         """Take a length and that many bytes of UTF-8."""
-        raw = self.take(self.count(what), what)
+        length = self.count(what)
+        if length > self._text_left and length <= self.file.size - self.position:
+            raise _malformed(self.file, f"{what} has {length:,} bytes", f"at most {MAX_TEXT:,} in all texts together")
+        raw = self.take(length, what)
+        self._text_left -= length
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -223,21 +244,13 @@ class _HeaderCursor:
         """Pass over that many strings."""
         for _ in range(count):
             # inlined from `count` and `skip`: a vocabulary has half a million of these
-            if self.position + 8 > len(self._buffer):
-                self._fetch(self.position + 8, 8, what)
-            end = self.position + 8 + _COUNT.unpack_from(self._buffer, self.position)[0]
-            if end > len(self._buffer):
-                self._fetch(end, end - self.position, what)
-            self.position = end
-
-    def _fetch(self, end: int, length: int, what: str) -> None:
-        if end > self.file.size:
-            left = self.file.size - self.position
-            raise _malformed(self.file, f"{what} claims {length:,} bytes", f"at most the {left:,} that remain")
-        if end > MAX_HEADER:
-            raise _malformed(self.file, f"its header passes {MAX_HEADER:,} bytes at {what}", "a smaller header")
-        begin = len(self._buffer)
-        self._buffer += self.file.read(begin, min(max(end - begin, _AHEAD), self.file.size - begin))
+            place = self.position - self._begin
+            if place + 8 <= len(self._buffer):
+                end = self.position + 8 + _COUNT.unpack_from(self._buffer, place)[0]
+                if end <= self._begin + len(self._buffer):
+                    self.position = end
+                    continue
+            self.skip(self.count(what), what)
 
 
 def _check_version(cursor: _HeaderCursor) -> None:
@@ -280,7 +293,10 @@ def _read_array(cursor: _HeaderCursor, what: str, depth: int) -> list[Any] | Lar
         raise _malformed(cursor.file, f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH}", "flat arrays")
     if item_type not in (_STRING, _ARRAY, *_SCALARS):
         raise _malformed(cursor.file, f"{what} has items of type {item_type}", "one of GGUF's types 0 to 12")
-    if count <= SMALL_ARRAY or item_type == _ARRAY:
+    if item_type == _ARRAY and count > cursor.kept_items_left:
+        raise _malformed(cursor.file, f"{what} nests {count:,} arrays as items", f"at most {MAX_KEPT_ITEMS:,}")
+    if item_type == _ARRAY or count <= min(SMALL_ARRAY, cursor.kept_items_left):
+        cursor.kept_items_left -= count
         return [_read_value(cursor, item_type, what, depth) for _ in range(count)]
     begin = cursor.position
     if item_type == _STRING:
@@ -309,12 +325,12 @@ def _read_tensors(cursor: _HeaderCursor, count: int, alignment: int) -> dict[str
 
 
 def _read_tensor(cursor: _HeaderCursor, name: str, alignment: int) -> GgufTensor:
-    dimensions = cursor.type_id(f"the dimensions of {name!r}")
+    dimensions = cursor.type_id("the dimensions of a tensor")
     if dimensions > MAX_DIMENSIONS:
         raise _malformed(cursor.file, f"{name!r} has {dimensions:,} dimensions", f"at most {MAX_DIMENSIONS}")
-    # the file names the fastest axis first; rows first is the reverse
-    shape = tuple(cursor.count(f"the shape of {name!r}") for _ in range(dimensions))[::-1]
-    type_id, offset = cursor.type_id(f"the type of {name!r}"), cursor.count(f"the offset of {name!r}")
+    form = _EXTENTS[dimensions]
+    *sizes, type_id, offset = form.unpack(cursor.take(form.size, "a tensor's shape, type and offset"))
+    shape = tuple(sizes[::-1])  # the file names the fastest axis first; rows first is the reverse
     block_type = GGUF_TYPES.get(type_id)
     if block_type is None:
         known = ", ".join(known.name for known in GGUF_TYPES.values())
@@ -328,14 +344,14 @@ def _read_tensor(cursor: _HeaderCursor, name: str, alignment: int) -> GgufTensor
     return GgufTensor(TensorInfo(shape, block_type.name, nbytes), block_type, offset)
 
 
-def _check_extents(file: PinnedFile, tensors: dict[str, GgufTensor]) -> None:
+def _check_extents(file: PinnedFile, tensors: dict[str, GgufTensor], start: int) -> None:
     previous_end, previous = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         end = tensor.offset + tensor.info.nbytes
         if tensor.offset < previous_end:
             raise _malformed(file, f"{name!r} overlaps {previous!r}", "tensors that share no byte")
-        if end > file.size:
-            raise _malformed(file, f"{name!r} ends at byte {end:,} of {file.size:,}", "data inside the file")
+        if end > file.size - start:
+            raise _malformed(file, f"{name!r} ends at byte {start + end:,} of {file.size:,}", "data inside the file")
         previous_end, previous = end, name
 
 

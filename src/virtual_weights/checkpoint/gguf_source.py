@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from virtual_weights.checkpoint.folder import pin_inside
 from virtual_weights.checkpoint.gguf_header import BlockType, GgufHeader, LargeArray, read_gguf_header
-from virtual_weights.checkpoint.pinned_file import PinnedFile, allocate, pin, read_tensor
+from virtual_weights.checkpoint.pinned_file import PinnedFile, allocate, read_tensor
 from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Opening, Source
-from virtual_weights.checkpoint.token_text import texts_of_gguf
+from virtual_weights.checkpoint.tokenizer import LITERAL, texts_of_gguf, tokenizer_of_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _VALUES_AT_ONCE = 1 << 22
-_LITERAL_TOKENS = (3, 4)  # control and user-defined, in llama.cpp's count of token types
 
 
 @final
 class GgufSource(Source):
     """Tensors of a GGUF file; plain types in storage dtype, block-quantised ones as float32.
 
-    ``config`` is the metadata under its own dotted keys, without the vocabulary.
+    ``config`` is the metadata under its own dotted keys, without the vocabulary; of a large array it says the length.
 
     Args:
         file: the file.
@@ -42,25 +45,32 @@ class GgufSource(Source):
     def at_rest(self) -> AtRest:
         return AtRest((tuple(self.tensors),), {}, self._file.path)
 
+    @property
+    def files(self) -> tuple[PinnedFile, ...]:
+        return (self._file,)
+
     def token_texts(self) -> tuple[str, ...] | None:
         model = self._header.metadata.get("tokenizer.ggml.model")
         tokens = self._array("tokenizer.ggml.tokens")
         if not isinstance(model, str) or tokens is None:
             return None
         token_types = self._array("tokenizer.ggml.token_type") or []
-        literal = [token_type in _LITERAL_TOKENS for token_type in token_types[: len(tokens)]]
+        literal = [token_type in LITERAL for token_type in token_types[: len(tokens)]]
         literal += [False] * (len(tokens) - len(literal))
         return texts_of_gguf(model, [str(token) for token in tokens], literal)
 
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_of_gguf(str(self._file.path), self._header.metadata, self._array)
+
     def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
         stored = self._header.tensors[name]
-        offset = stored.offset + stored.info.begin_of(first_row)
+        offset = self._header.start + stored.offset + stored.info.begin_of(first_row)
         if stored.block_type.quantised:
             return _dequantise(self._file, stored.block_type, offset, shape)
         return read_tensor(self._file, offset, shape, STORAGE_DTYPES[stored.info.dtype])
 
     def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
-        return self._file.read(self._header.tensors[name].offset + begin, end - begin)
+        return self._file.read(self._header.start + self._header.tensors[name].offset + begin, end - begin)
 
     def _array(self, key: str) -> list[Any] | None:
         """An array of the metadata, fetched from the file if it was passed over."""
@@ -77,15 +87,15 @@ def open_gguf(path: Path, opening: Opening) -> GgufSource:
         CheckpointError: it cannot be read, or contradicts its format.
         UnsafeCheckpointError: it is not a regular file.
     """
-    file = pin(path)
+    file = pin_inside(path.parent, path.name)
     return GgufSource(file, read_gguf_header(file), opening)
 
 
 def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: value
+        key: f"<an array of {value.count:,} items>" if isinstance(value, LargeArray) else value
         for key, value in metadata.items()
-        if not isinstance(value, LargeArray) and not (key.startswith("tokenizer.") and isinstance(value, list))
+        if not (key.startswith("tokenizer.") and isinstance(value, (list, LargeArray)))
     }
 
 

@@ -10,11 +10,20 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import final
 
 from virtual_weights.checkpoint.folder import INDEX, pin_inside, read_index
-from virtual_weights.errors import MissingTensorError, OfflineError, UnsafeCheckpointError, UsageError
+from virtual_weights.checkpoint.pinned_file import PinnedFile, recall, remember
+from virtual_weights.errors import (
+    MissingTensorError,
+    OfflineError,
+    ResourceError,
+    UnsafeCheckpointError,
+    UsageError,
+    write_error,
+)
 from virtual_weights.progress import Progress, silent
 
 _REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -57,9 +66,10 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
         The snapshot's folder, whose name is the commit.
 
     Raises:
-        OfflineError: not in the cache, and fetching is forbidden or failed.
+        OfflineError: not in the cache, and fetching is not allowed or failed.
         MissingTensorError: the hub has no such model, revision or safetensors file, or keeps it from us.
         UnsafeCheckpointError: the index names a file outside the model.
+        ResourceError: the disk is full.
     """
     report = progress or silent
     with _quiet_bars(progress is not None):
@@ -68,7 +78,10 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
         if config is None:
             raise _missing(model, "has no config.json")
         folder = config.parent
-        fetch("tokenizer.json")
+        if fetch("tokenizer.json") is None:
+            for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+                fetch(name)
+        fetch("tokenizer_config.json")
         shards = ["model.safetensors"] if fetch(INDEX) is None else _shards(folder)
         for done, shard in enumerate(shards):
             report(done, len(shards))
@@ -76,6 +89,24 @@ def fetch_snapshot(model: HubModel, *, offline: bool = False, progress: Progress
                 raise _missing(model, f"has no {shard}")
         report(len(shards), len(shards))
     return folder
+
+
+def published_sha256(file: PinnedFile) -> str | None:
+    """The sha256 of a file's content, which is its name in the cache of the hub's library; None anywhere else.
+
+    A file there that was changed in place since it was first seen here is not what its name says: None.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", file.path.name):
+        return None
+    from huggingface_hub import constants
+
+    if not file.path.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        return None
+    path, _, inode, *_ = stamp = file.identity()
+    key, seen = (sha256(repr(part).encode()).hexdigest() for part in ((path, inode), stamp[:4]))
+    if recall(key) is None:
+        remember(key, seen)
+    return file.path.name if recall(key) in (None, seen) else None
 
 
 def _shards(folder: Path) -> list[str]:
@@ -95,14 +126,15 @@ def _fetcher(model: HubModel, offline: bool) -> Callable[[str], Path | None]:
     import huggingface_hub
     from huggingface_hub import errors
 
-    revision = model.revision
+    revision, found = model.revision, False
+    offline = offline or huggingface_hub.constants.is_offline_mode()
 
     def fetch(name: str) -> Path | None:
-        nonlocal revision
+        nonlocal revision, found
         try:
             path = Path(huggingface_hub.hf_hub_download(model.repo, name, revision=revision, local_files_only=offline))
         except errors.LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, so it comes first
-            if offline and revision != model.revision:
+            if offline and found:
                 return None  # the snapshot is here without this file
             raise _unreachable(model, offline, error) from error
         except errors.EntryNotFoundError:
@@ -112,13 +144,16 @@ def _fetcher(model: HubModel, offline: bool) -> Callable[[str], Path | None]:
         except errors.HFValidationError as error:
             raise _missing(model, f"is not a valid name on the hub ({error})") from error
         except (errors.HfHubHTTPError, OSError) as error:
+            if isinstance(full := write_error("the hub's cache", error), ResourceError):
+                raise full from error
             raise _unreachable(model, offline, error) from error
         except Exception as error:
             # each HTTP library has its own tree of connection errors, and which one is used has changed
             if type(error).__module__.split(".")[0] in {"requests", "httpx", "httpcore", "httpx2", "urllib3"}:
                 raise _unreachable(model, offline, error) from error
             raise
-        revision = path.parent.name  # the commit: a branch that moves meanwhile cannot mix two versions
+        # the commit: a branch that moves meanwhile cannot mix two versions
+        revision, found = path.parent.name, True
         return path
 
     return fetch
@@ -148,7 +183,7 @@ def _missing(model: HubModel, what: str) -> MissingTensorError:
 
 
 def _unreachable(model: HubModel, offline: bool, error: Exception) -> OfflineError:
-    reason = "is not wholly in the hub's cache, and fetching is forbidden" if offline else f"cannot be fetched: {error}"
+    reason = "is not wholly in the hub's cache, and fetching is not allowed" if offline else f"cannot be fetched: {error}"
     return OfflineError(
         f"{model.repo} (revision {model.revision or 'main'}) {reason}",
         expected="the model in the cache, or a hub that can be reached",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from hashlib import sha256
 from itertools import chain
 from typing import Any, Protocol, TypeGuard, final
 
 import torch
 from torch import Tensor, nn
 
-from virtual_weights.checkpoint.source import DTYPE_NAMES, AtRest, Source, TensorInfo
+from virtual_weights.checkpoint.source import DTYPE_NAMES, AtRest, Source, TensorInfo, plain_names
 from virtual_weights.errors import CheckpointError, UsageError
 
 
@@ -19,7 +20,8 @@ from virtual_weights.errors import CheckpointError, UsageError
 class MappingSource(Source):
     """Tensors in memory under the names of a dialect, referred to and copied only when they are read.
 
-    Whoever changes a tensor in place changes the source; its fingerprint, computed at every access, shows it.
+    Whoever changes a tensor in place changes the source. Its fingerprint shows it at once where torch counts the change
+    or a sample of the values differs, and otherwise when it is next computed, as it is for every map.
 
     Args:
         tensors: by name; on any device.
@@ -46,7 +48,8 @@ class MappingSource(Source):
         reference: str = "<state dict>",
         allow_non_finite: bool = False,
     ) -> None:
-        self._values = {name: _checked(name, tensor) for name, tensor in tensors.items()}
+        values = {name: _checked(name, tensor) for name, tensor in tensors.items()}
+        self._values = {name: values[given] for name, given in plain_names(values).items()}
         infos = {name: _info(tensor) for name, tensor in self._values.items()}
         super().__init__(reference, dialect, _plain(config), infos, allow_non_finite=allow_non_finite)
 
@@ -57,9 +60,20 @@ class MappingSource(Source):
     def token_texts(self) -> None:
         return None
 
+    def tokenizer(self) -> None:
+        return None
+
     def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
         values = self._values[name][first_row : first_row + shape[0]] if shape else self._values[name]
         return torch.empty(shape, dtype=values.dtype).copy_(values)
+
+    def _state(self) -> object:
+        changes = [None if values.is_inference() else values._version for values in self._values.values()]
+        samples = sha256()
+        for name, info in self.tensors.items():
+            for begin, end in _sampled_spans(info.nbytes):
+                samples.update(self._stored_bytes(name, begin, end))
+        return changes, samples.hexdigest()
 
     def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
         values = self._values[name]
@@ -67,6 +81,17 @@ class MappingSource(Source):
         first, last = begin // values.itemsize, -(-end // values.itemsize)
         elements = values.reshape(-1)[first:last].contiguous().cpu().view(torch.uint8).numpy().tobytes()
         return elements[begin - first * values.itemsize : end - first * values.itemsize]
+
+
+_SAMPLE_BYTES = 64 * 1024
+
+
+def _sampled_spans(nbytes: int) -> tuple[tuple[int, int], ...]:
+    """The byte ranges of a tensor that are looked at for a change: all of it up to three samples, else three."""
+    if nbytes <= 3 * _SAMPLE_BYTES:
+        return ((0, nbytes),) if nbytes else ()
+    begins = (0, (nbytes - _SAMPLE_BYTES) // 2, nbytes - _SAMPLE_BYTES)
+    return tuple((begin, begin + _SAMPLE_BYTES) for begin in begins)
 
 
 def _checked(name: object, tensor: Any) -> Tensor:
@@ -110,6 +135,9 @@ def _name_of_dtype(value: Any) -> str:
 _WRAPPED = "_original_component"  # where a component of a bridge keeps the module that it wraps
 
 
+_TORCH_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
 class NnsightModel(Protocol):
     """An nnsight model, as far as it is used here; it is not a torch module itself."""
 
@@ -151,7 +179,8 @@ def unwrapped(model: nn.Module | NnsightModel) -> nn.Module:
     """The module that holds the weights under the checkpoint's own names and runs by itself.
 
     Args:
-        model: any torch module, which is returned as it is; an nnsight ``LanguageModel``, whose module is returned; or
+        model: any torch module, which is returned as it is, without what torch.compile or data parallelism wraps
+            around it; an nnsight ``LanguageModel``, whose module is returned; or
             a TransformerLens ``TransformerBridge``, of whose ``original_model`` a twin without wrappers is returned.
             The twin shares the bridge's tensors, but neither its hooks nor its attention, which bypasses the fused
             maps.
@@ -166,6 +195,15 @@ def unwrapped(model: nn.Module | NnsightModel) -> nn.Module:
     if derives_from(model, "nnsight", "Envoy", "NNsight"):
         return unwrapped(_dispatched(model))
     assert isinstance(model, nn.Module)
+    inner = next((child for name, child in model.named_children() if name in ("_orig_mod", "module")), None)
+    if inner is not None and derives_from(model, "torch", *_TORCH_WRAPPERS):
+        return unwrapped(inner)
+    if derives_from(model, "peft", "PeftModel"):
+        raise CheckpointError(
+            f"a {type(model).__name__} is a model with an adapter beside its weights",
+            expected="a model whose weights are what runs",
+            do="merge the adapter first: model.merge_and_unload()",
+        )
     if derives_from(model, "transformer_lens", "HookedTransformer"):
         raise _changed_by_transformer_lens(model, "keeps weights in its own names, folded and rearranged")
     return _unbridged(model) if derives_from(model, "transformer_lens", "TransformerBridge") else model

@@ -7,12 +7,16 @@ gives an error.
 from __future__ import annotations
 
 import os
+import re
 import stat
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
 from virtual_weights.errors import (
@@ -21,7 +25,13 @@ from virtual_weights.errors import (
     MissingTensorError,
     ResourceError,
     UnsafeCheckpointError,
+    VirtualWeightsError,
 )
+from virtual_weights.record.durable import reading, replacing
+
+_MEMORY = "fingerprints"
+_SETTLED_AFTER = 2 * 10**9
+"""Nanoseconds after which a change of a file can no longer leave its times as they are, whatever the disk's clock."""
 
 
 @final
@@ -38,6 +48,22 @@ class PinnedFile:
     path: Path
     size: int
     stamp: tuple[int, int, int]
+
+    def identity(self) -> list[Any]:
+        """Path, size, inode and times of the file as it is now: where all are the same, it is the same content.
+
+        Raises:
+            CheckpointError: the system does not let us look.
+        """
+        try:
+            now = self.path.stat()
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        return [str(self.path), now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns]
+
+    def is_settled(self) -> bool:
+        """Whether its times are past: what changes it from now on will change them."""
+        return time.time_ns() - max(self.identity()[3:]) > _SETTLED_AFTER
 
     def read(self, offset: int, length: int) -> bytes:
         """Read a range.
@@ -98,6 +124,34 @@ def pin(path: Path) -> PinnedFile:
             do="put the file itself there",
         )
     return PinnedFile(path, status.st_size, _stamp(status))
+
+
+def cache_folder() -> Path:
+    """``VWEIGHTS_CACHE``, else ``virtual-weights`` in the user's cache folder (on Linux XDG_CACHE_HOME or ~/.cache)."""
+    folder = os.environ.get("VWEIGHTS_CACHE")
+    return Path(folder) if folder else user_cache_path("virtual-weights", appauthor=False)
+
+
+def remember(key: str, text: str) -> None:
+    """Keep a short text in the user's cache; where that cannot be written, nothing is kept.
+
+    Args:
+        key: under which, 64 hex digits.
+        text: the text.
+    """
+    path = cache_folder() / _MEMORY / key
+    with suppress(OSError, VirtualWeightsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+
+def recall(key: str) -> str | None:
+    """What was kept under a key, if it is 64 hex digits; None where nothing was, or it is no longer that."""
+    with suppress(OSError, ValueError), reading(cache_folder() / _MEMORY, key) as file:
+        text = file.read(65).decode("ascii")
+        return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
+    return None
 
 
 def read_tensor(file: PinnedFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

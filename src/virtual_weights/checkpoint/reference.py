@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from virtual_weights.checkpoint.catalog import built_in, locate
-from virtual_weights.checkpoint.folder import INDEX
+from virtual_weights.checkpoint.folder import INDEX, names_in, pin_inside
 from virtual_weights.checkpoint.gguf_header import MAGIC
 from virtual_weights.checkpoint.gguf_source import open_gguf
 from virtual_weights.checkpoint.hub import fetch_snapshot, parse_hub_reference
 from virtual_weights.checkpoint.mapping_source import MappingSource, NnsightModel, is_model, open_module
-from virtual_weights.checkpoint.pinned_file import pin
 from virtual_weights.checkpoint.safetensors_source import open_safetensors_file, open_safetensors_index
 from virtual_weights.checkpoint.source import Opening, Source
 from virtual_weights.errors import CheckpointError, MissingTensorError, UnsafeCheckpointError, UsageError
@@ -73,7 +72,8 @@ def open_source(
         )
     if isinstance(reference, str) and reference in {model.name for model in built_in()}:
         path = locate(reference, offline=offline, progress=progress)
-        return open_gguf(path, Opening(reference, config, allow_non_finite))
+        # its content is known by its hash, so a link may lead to it, as some installers make them
+        return open_gguf(path.resolve(), Opening(reference, config, allow_non_finite))
     if isinstance(reference, str) and reference.startswith("hf:"):
         model = parse_hub_reference(reference)
         folder = fetch_snapshot(model, offline=offline, progress=progress)
@@ -110,7 +110,7 @@ def _open_path(reference: str, config: Mapping[str, Any] | None, allow_non_finit
 def _open_file(path: Path, opening: Opening) -> Source:
     if path.name.endswith(_PICKLE_SUFFIXES):
         raise _pickled(path)
-    file = pin(path)
+    file = pin_inside(path.parent, path.name)
     if path.name.endswith(".index.json"):
         return open_safetensors_index(path, opening)
     if path.suffix == ".safetensors":
@@ -129,11 +129,18 @@ def _open_file(path: Path, opening: Opening) -> Source:
 
 def _open_folder(folder: Path, opening: Opening) -> Source:
     """Choose as transformers does: the one file before the index; then whatever single file there is."""
-    if (folder / "model.safetensors").exists():
+    names = names_in(folder)
+    if "adapter_config.json" in names:
+        raise CheckpointError(
+            f"{str(folder)!r} holds an adapter (adapter_config.json)",
+            expected="a whole model",
+            do="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained(); or open "
+            "the base by its own folder",
+        )
+    if "model.safetensors" in names:
         return open_safetensors_file(folder / "model.safetensors", opening)
-    if (folder / INDEX).exists():
+    if INDEX in names:
         return open_safetensors_index(folder / INDEX, opening)
-    names = sorted(path.name for path in folder.iterdir())
     readable = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if len(readable) == 1:
         return _open_file(folder / readable[0], opening)

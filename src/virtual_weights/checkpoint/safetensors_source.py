@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
 from virtual_weights.checkpoint.folder import check_name, parse_json_object, pin_inside, read_config, read_index
-from virtual_weights.checkpoint.pinned_file import PinnedFile, pin, read_tensor
-from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Opening, Source, TensorInfo
-from virtual_weights.checkpoint.token_text import texts_of_tokenizer_json
+from virtual_weights.checkpoint.hub import published_sha256
+from virtual_weights.checkpoint.pinned_file import PinnedFile, read_tensor
+from virtual_weights.checkpoint.source import STORAGE_DTYPES, AtRest, Opening, Source, TensorInfo, plain_names
+from virtual_weights.checkpoint.tokenizer import texts_of_tokenizer_json, tokenizer_of_folder
 from virtual_weights.errors import MalformedCheckpointError, MissingTensorError, UnsafeCheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 250_000
@@ -34,7 +42,7 @@ COMPANIONS = (
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor, the file that holds it, and where its bytes begin in that file."""
 
@@ -49,16 +57,18 @@ class SafetensorsSource(Source):
 
     Args:
         folder: where ``config.json`` and ``tokenizer.json`` would lie.
-        stored: every tensor by name.
+        stored: every tensor by its name in the files; prefixes of a wrapped model are taken off.
         opening: the options; without a configuration, ``config.json`` is read.
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor], opening: Opening) -> None:
         config = read_config(folder) if opening.config is None else opening.config
+        stored = {name: stored[at_rest] for name, at_rest in plain_names(stored).items()}
         tensors = {name: tensor.info for name, tensor in stored.items()}
         super().__init__(opening.reference, "hf", config, tensors, allow_non_finite=opening.allow_non_finite)
         self._folder = folder
         self._stored = stored
+        self._digests: dict[Path, str] = {}
 
     @property
     def at_rest(self) -> AtRest:
@@ -66,14 +76,24 @@ class SafetensorsSource(Source):
         for name, tensor in self._stored.items():
             files.setdefault(tensor.file, []).append(name)
         companions = {
-            name: pin_inside(self._folder, name).path for name in COMPANIONS if (self._folder / name).exists()
+            name: pin_inside(self._folder, name).path for name in COMPANIONS if os.path.lexists(self._folder / name)
         }
         return AtRest(tuple(map(tuple, files.values())), companions, self._folder)
 
+    @property
+    def files(self) -> tuple[PinnedFile, ...]:
+        return tuple(dict.fromkeys(tensor.file for tensor in self._stored.values()))
+
     def token_texts(self) -> tuple[str, ...] | None:
-        if not (self._folder / "tokenizer.json").exists():
+        if not os.path.lexists(self._folder / "tokenizer.json"):
             return None
         return texts_of_tokenizer_json(pin_inside(self._folder, "tokenizer.json"))
+
+    def tokenizer(self) -> Tokenizer | None:
+        def file(name: str) -> PinnedFile | None:
+            return pin_inside(self._folder, name) if os.path.lexists(self._folder / name) else None
+
+        return tokenizer_of_folder(file, str(self.config.get("model_type")))
 
     def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
         stored = self._stored[name]
@@ -84,6 +104,13 @@ class SafetensorsSource(Source):
         stored = self._stored[name]
         return stored.file.read(stored.offset + begin, end - begin)
 
+    def _published(self, name: str) -> str | None:
+        stored = self._stored[name]
+        digest = self._digests.get(stored.file.path)
+        if digest is None:
+            digest = self._digests[stored.file.path] = published_sha256(stored.file) or ""
+        return f"{digest} {stored.offset} {stored.info.nbytes}" if digest else None
+
 
 def open_safetensors_file(path: Path, opening: Opening) -> SafetensorsSource:
     """Open one safetensors file.
@@ -92,7 +119,7 @@ def open_safetensors_file(path: Path, opening: Opening) -> SafetensorsSource:
         CheckpointError: it cannot be read, or contradicts its format.
         UnsafeCheckpointError: it is not a regular file.
     """
-    return SafetensorsSource(path.parent, _read_header(pin(path)), opening)
+    return SafetensorsSource(path.parent, _read_header(pin_inside(path.parent, path.name)), opening)
 
 
 def open_safetensors_index(path: Path, opening: Opening) -> SafetensorsSource:
@@ -148,16 +175,74 @@ def _read_header(file: PinnedFile) -> dict[str, StoredTensor]:
         raise _malformed(file, f"its header claims {length:,} bytes", f"at most {MAX_HEADER:,}")
     if length > file.size - 8:
         raise _malformed(file, f"its header claims {length:,} bytes of {file.size - 8:,}", "a header inside the file")
-    header = parse_json_object(file.read(8, length), f"{file.path.name} (header)")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _malformed(file, "its __metadata__ is not a map of strings", "strings to strings")
-    if len(header) > MAX_TENSORS:
-        raise _malformed(file, f"it claims {len(header):,} tensors", f"at most {MAX_TENSORS:,}")
     start = 8 + length
-    tensors = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
+    raw = file.read(8, length)
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in _entries(file, raw):
+        if len(tensors) == MAX_TENSORS:
+            raise _malformed(file, f"it holds more than {MAX_TENSORS:,} tensors", f"at most {MAX_TENSORS:,}")
+        if name in tensors:
+            raise _malformed(file, f"the key {name!r:.200} occurs twice", "every key once")
+        tensors[name] = _tensor(file, name, entry, start)
     _check_tiling(file, tensors, start)
     return tensors
+
+
+_SPACE = rb"[ \t\r\n]*+"
+_STRING = rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"'
+_PAIR = _STRING + _SPACE + b":" + _SPACE + _STRING + _SPACE
+_OPEN = re.compile(_SPACE + rb"\{" + _SPACE)
+_KEY = re.compile(rb"(" + _STRING + rb")" + _SPACE + b":" + _SPACE)
+_ENTRY = re.compile(rb"\{[^{}]{0,8000}+\}")
+_METADATA = re.compile(rb"\{" + _SPACE + rb"(?:" + _PAIR + rb"(?:," + _SPACE + _PAIR + rb")*+)?+\}")
+_NEXT = re.compile(_SPACE + rb"(,|\}" + _SPACE + rb"$)" + _SPACE)
+_SMALL_HEADER = 1 << 20
+
+
+def _entries(file: PinnedFile, raw: bytes) -> Iterator[tuple[str, Any]]:
+    """Every tensor's name and entry, one by one: as JSON objects all at once they take twenty times the header."""
+    position = _after(file, raw, _OPEN.match(raw))
+    if raw[position : position + 1] == b"}" and not raw[position + 1 :].strip():
+        return
+    while True:
+        key = _KEY.match(raw, position)
+        position = _after(file, raw, key)
+        name = _parsed(file, raw, key[1] if key else b"")
+        if name == "__metadata__":
+            value = _METADATA.match(raw, position)
+            if value is None:
+                raise _malformed(file, "its __metadata__ is not a map of strings", "strings to strings")
+        else:
+            value = _ENTRY.match(raw, position)
+            yield name, _parsed(file, raw, value[0] if value else b"")
+        position = _after(file, raw, value)
+        end = _NEXT.match(raw, position)
+        position = _after(file, raw, end)
+        if end and end[1] != b",":
+            return
+
+
+def _after(file: PinnedFile, raw: bytes, match: re.Match[bytes] | None) -> int:
+    """The place behind what was matched; refuses a header that is not what was looked for."""
+    if match is not None:
+        return match.end()
+    if len(raw) <= _SMALL_HEADER:  # small enough to ask what is wrong with it
+        parse_json_object(raw, f"{file.path.name} (header)")
+    raise _malformed(file, "its header holds what is not a tensor's entry", "names with dtype, shape and data_offsets")
+
+
+def _parsed(file: PinnedFile, raw: bytes, part: bytes) -> Any:
+    try:
+        return _DECODER.decode(part.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return _after(file, raw, None)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    return dict(pairs) if len({key for key, _ in pairs}) == len(pairs) else None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _tensor(file: PinnedFile, name: str, entry: Any, start: int) -> StoredTensor:
@@ -178,7 +263,7 @@ def _tensor(file: PinnedFile, name: str, entry: Any, start: int) -> StoredTensor
     if nbytes != end - begin:
         expected = f"the {nbytes:,} bytes of {dtype} in the shape {shape}"
         raise _malformed(file, f"{name!r} takes {end - begin:,} bytes", expected)
-    return StoredTensor(TensorInfo(tuple(shape), dtype, nbytes), file, start + begin)
+    return StoredTensor(TensorInfo(tuple(shape), sys.intern(dtype), nbytes), file, start + begin)
 
 
 def _check_tiling(file: PinnedFile, tensors: dict[str, StoredTensor], start: int) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.checkpoint.pinned_file import PinnedFile, recall, remember
 from virtual_weights.errors import MissingTensorError, NonFiniteError, UsageError
+from virtual_weights.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,12 +47,12 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = {
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 
-_SAMPLE_BYTES = 64 * 1024
+_BYTES_AT_ONCE = 8 << 20
 _VALUES_AT_ONCE = 1 << 22
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What is known of a tensor without reading it.
 
@@ -121,6 +128,7 @@ class Source(ABC):
         self._config = MappingProxyType(dict(config))
         self._tensors = MappingProxyType(dict(tensors))
         self._allow_non_finite = allow_non_finite
+        self._identity: tuple[object, str] | None = None
 
     @property
     def reference(self) -> str:
@@ -146,21 +154,78 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hex sha256 of the dialect, the configuration and every tensor's name, type, shape and content.
 
-        Content is sampled, since hashing 16 GB at each start would cost more than most questions: all
-        bytes of a tensor up to 192 KiB, else its first, middle and last 64 KiB as stored. A change that
-        leaves all samples alone is therefore not seen. File names, times and the division into shards
-        do not count, so that the same weights have the same fingerprint wherever they lie.
+        Every byte counts, so that a model in which one head was replaced is another one. File names, times and the
+        division into files do not count: the same weights have the same fingerprint wherever they lie. Only in the
+        hub's own cache, whose files are named by the sha256 of their content, content is what that name says, unread.
+
+        It is computed when somebody first asks for it, which reads every tensor, and remembered on this machine by the
+        files' paths, sizes, times and inodes.
         """
-        total = sha256(_canonical(["virtual-weights 1", self._dialect, self._config]))
+        state = self._state()
+        if self._identity is None or self._identity[0] != state:
+            self._identity = state, self._remembered(silent)
+        return self._identity[1]
+
+    def identify(self, progress: Progress = silent) -> str:
+        """The fingerprint; of tensors in memory computed anew, since they may have been changed without a trace.
+
+        Args:
+            progress: called with (bytes hashed, bytes in all).
+
+        Raises:
+            MalformedCheckpointError: the file changed or shrank after it was opened.
+        """
+        if self._identity is None or not self.files:
+            self._identity = self._state(), self._remembered(progress)
+        return self._identity[1]
+
+    @property
+    def files(self) -> tuple[PinnedFile, ...]:
+        """The files that tensors are read from, each of which must stay what it was; none where they are in memory."""
+        return ()
+
+    def _state(self) -> object:
+        """What differs where the content may differ; files that change are refused when they are read."""
+        return None
+
+    def _remembered(self, progress: Progress) -> str:
+        """The fingerprint as it was computed before of the same files, or computed now."""
+        if not self.files:
+            return self._hashed(progress)
+        stamps = [file.identity() for file in self.files]
+        key = sha256(_canonical(["fingerprint 2", self._dialect, self._config, stamps])).hexdigest()
+        fingerprint = recall(key)
+        if fingerprint is None:
+            fingerprint = self._hashed(progress)
+            if stamps == [file.identity() for file in self.files] and all(file.is_settled() for file in self.files):
+                remember(key, fingerprint)
+        return fingerprint
+
+    def _hashed(self, progress: Progress) -> str:
+        total = sha256(_canonical(["virtual-weights 2", self._dialect, self._config]))
+        done, size = 0, sum(info.nbytes for info in self._tensors.values())
         for name, info in sorted(self._tensors.items()):
-            content = sha256()
-            for begin, end in _sampled_spans(info.nbytes):
-                content.update(self._stored_bytes(name, begin, end))
-            total.update(_canonical([name, info.dtype, info.shape, content.hexdigest()]))
+            digest = self._published(name)
+            if digest is None:
+                content = sha256()
+                for begin in range(0, info.nbytes, _BYTES_AT_ONCE):
+                    content.update(self._stored_bytes(name, begin, min(begin + _BYTES_AT_ONCE, info.nbytes)))
+                    progress(done + min(begin + _BYTES_AT_ONCE, info.nbytes), size)
+                digest = content.hexdigest()
+            total.update(_canonical([name, info.dtype, info.shape, digest]))
+            done += info.nbytes
+        progress(size, size)
         return total.hexdigest()
 
+    def _published(self, name: str) -> str | None:  # noqa: ARG002
+        """What stands for a tensor's content where its publisher has hashed the file that holds it."""
+        return None
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or some of its first axis, in storage dtype (block-quantised types: float32).
+        """Read one tensor, or some of its first axis, in storage dtype.
+
+        What torch cannot multiply as stored comes with the same values in another type: block-quantised types as
+        float32, float8 as float64, in which its products with float32 gains are exact.
 
         Args:
             name: one of ``tensors``.
@@ -181,7 +246,20 @@ class Source(ABC):
         tensor = self._read(name, first_row, shape)
         if not self._allow_non_finite:
             _check_finite(tensor, name, first_row)
-        return tensor
+        return tensor.to(torch.float64) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same shape and values; read in parts, up to the first that differs."""
+        one, two = self._tensors[first], self._tensors[second]
+        if one.shape != two.shape:
+            return False
+        step = max(1, _VALUES_AT_ONCE // max(1, math.prod(one.shape[1:])))
+        for begin in range(0, one.shape[0] if one.shape else 1, step):
+            shape = (min(step, one.shape[0] - begin), *one.shape[1:]) if one.shape else ()
+            parts = [self._read(name, begin, shape).to(torch.float64) for name in (first, second)]
+            if not torch.equal(parts[0], parts[1]):
+                return False
+        return True
 
     @property
     @abstractmethod
@@ -191,6 +269,15 @@ class Source(ABC):
     @abstractmethod
     def token_texts(self) -> tuple[str, ...] | None:
         """The text of every token id, or None when the checkpoint carries no tokenizer."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """A tokenizer made of what the checkpoint carries, ``tokenizer().encode(text).ids``; None where it has none.
+
+        Raises:
+            UsageError: it carries one that cannot be read, or the tokenizers library is not installed.
+            MalformedCheckpointError: it is not a sound one.
+        """
 
     @abstractmethod
     def _read(self, name: str, first_row: int, shape: tuple[int, ...]) -> Tensor:
@@ -205,6 +292,34 @@ class Source(ABC):
     @abstractmethod
     def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
         """The bytes [begin, end) of a tensor as stored."""
+
+
+def text_of(texts: Sequence[str] | None, token: int) -> str | None:
+    """A token's text; None where there is no tokenizer, or it has no such token, as of rows that pad a vocabulary."""
+    return (texts[token] or None) if texts is not None and token < len(texts) else None
+
+
+_WRAPPERS = ("module.", "language_model.", "_forward_module.", "base_model.model.")
+_MARKS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors without what wrapping a model has put before or into them.
+
+    ``_orig_mod.`` (torch.compile) and the like go wherever they stand; ``module.`` (data parallel), ``language_model.``
+    (the text model of a larger one) and the like only where every name begins so. Where two names would become one,
+    all stay as they are.
+
+    Example:
+        >>> plain_names(["module._orig_mod.embed.weight", "module._orig_mod.norm.weight"])
+        {'embed.weight': 'module._orig_mod.embed.weight', 'norm.weight': 'module._orig_mod.norm.weight'}
+    """
+    stored = list(names)
+    plain = [_MARKS.sub("", name) for name in stored]
+    while prefix := next((p for p in _WRAPPERS if plain and all(name.startswith(p) for name in plain)), ""):
+        plain = [name.removeprefix(prefix) for name in plain]
+    result = dict(zip(plain, stored, strict=True))
+    return result if len(result) == len(stored) and "" not in result else {name: name for name in stored}
 
 
 def _missing(name: str, tensors: Mapping[str, TensorInfo]) -> MissingTensorError:
@@ -256,14 +371,6 @@ def _non_finite(tensor: Tensor, flat_index: int, name: str, first_row: int) -> N
         expected="finite weights",
         do="repair the checkpoint, or allow non-finite values if they are meant",
     )
-
-
-def _sampled_spans(nbytes: int) -> tuple[tuple[int, int], ...]:
-    """The byte ranges of a tensor that count: all of it up to three samples, else start, middle and end."""
-    if nbytes <= 3 * _SAMPLE_BYTES:
-        return ((0, nbytes),) if nbytes else ()
-    begins = (0, (nbytes - _SAMPLE_BYTES) // 2, nbytes - _SAMPLE_BYTES)
-    return tuple((begin, begin + _SAMPLE_BYTES) for begin in begins)
 
 
 def _canonical(value: Any) -> bytes:

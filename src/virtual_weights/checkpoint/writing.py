@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -65,6 +65,42 @@ def write_checkpoint(
     write_folder(folder.absolute(), fill)
 
 
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a new safetensors file tensor by tensor, with the permissions of any new file.
+
+    The format's own library makes files that nobody but their owner may read.
+
+    Args:
+        path: the file, which does not exist.
+        shapes: type and shape of every tensor by name.
+        tensors: the tensors in the same order.
+        metadata: what else its header says.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, (dtype, shape) in shapes.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("xb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for (name, (dtype, shape)), tensor in zip(shapes.items(), tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name}: {tensor.dtype} {tensor.shape}"
+            file.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A dense tensor's values as they are stored, in row order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _fill(
     folder: Path,
     files: Sequence[Mapping[str, Planned]],
@@ -73,31 +109,20 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    total, size, weight_map = sum(map(len, files)), 0, dict[str, str]()
+    total, weight_map = sum(map(len, files)), dict[str, str]()
+
+    def made(tensors: Mapping[str, Planned], shard: str) -> Iterator[Tensor]:
+        for name, planned in tensors.items():
+            yield planned.make().to(dtype)
+            weight_map[name] = shard
+            if progress is not None:
+                progress(len(weight_map), total)
+
     for number, tensors in enumerate(files, 1):
         shard = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        with (folder / shard).open("wb") as file:
-            file.write(_header(tensors, dtype))
-            for name, planned in tensors.items():
-                tensor = planned.make().to(dtype).contiguous()
-                assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)}, planned {planned.shape}"
-                size += file.write(tensor.flatten().view(torch.uint8).numpy().data)
-                weight_map[name] = shard
-                if progress is not None:
-                    progress(len(weight_map), total)
+        shapes = {name: (dtype, planned.shape) for name, planned in tensors.items()}
+        write_safetensors(folder / shard, shapes, made(tensors, shard), {"format": "pt"})
     if len(files) > 1:
+        size = sum(math.prod(planned.shape) for tensors in files for planned in tensors.values()) * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _header(tensors: Mapping[str, Planned], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file: length, then JSON padded to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, planned in tensors.items():
-        end = begin + math.prod(planned.shape) * dtype.itemsize
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

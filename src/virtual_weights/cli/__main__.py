@@ -1,5 +1,5 @@
 """``python -m virtual_weights.cli``."""
 
-from virtual_weights.cli.app import main
+from virtual_weights.cli import main
 
 main()

@@ -163,6 +163,9 @@ def _metric(session: Session, token: str | None, against: str | None) -> vw.Logi
 
 
 def _named(session: Session, metric: vw.LogitDifference) -> str:
+    from virtual_weights.checkpoint import text_of
+
     texts = session.stream.source.token_texts()
     ids = [token for token in (metric.token, metric.against) if token is not None]
-    return f"the logit of {' less that of '.join(repr(texts[i]) if texts else str(i) for i in ids)}"
+    names = [str(i) if (text := text_of(texts, i)) is None else repr(text) for i in ids]
+    return f"the logit of {' less that of '.join(names)}"

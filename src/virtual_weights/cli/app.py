@@ -8,10 +8,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import StringIO
 from typing import Any
 
 import typer
 
+from virtual_weights.cli import INTERRUPTED
 from virtual_weights.cli.ablate import ablate, attribute
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition, subspaces
@@ -27,9 +30,9 @@ from virtual_weights.cli.options import Command, Group
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.trace import trace
 from virtual_weights.cli.validate import validate
-from virtual_weights.errors import VirtualWeightsError
+from virtual_weights.errors import ResourceError, VirtualWeightsError, printable, write_error
 
-OUT_OF_RESOURCES, INTERRUPTED = 5, 130
+OUT_OF_RESOURCES = 5
 # ClickException: typer carries its own click and does not export it
 COMMAND_LINE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
@@ -105,31 +108,38 @@ def run(arguments: Sequence[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except COMMAND_LINE_ERRORS as error:
-        error.show(file=sys.stderr)
+        shown = StringIO()
+        error.show(file=shown)
+        with suppress(BrokenPipeError):
+            print(printable(shown.getvalue()), end="", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
         return 0
+    except SystemExit as error:  # what typer and rich make of a reader who has gone
+        if isinstance(error.__context__, BrokenPipeError):
+            return 0
+        raise
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _out_of_resources(error):
+        typed = write_error(error.filename or "the output", error) if isinstance(error, OSError) else None
+        if isinstance(typed, ResourceError):
+            _complain(f"out of resources: {typed}")
+            return OUT_OF_RESOURCES
+        if _out_of_resources(error):
+            remedy = "lower --memory, use --compute-dtype float32, or free memory or disk"
+            _complain(f"out of resources: {error}\n  to do: {remedy}")
+            return OUT_OF_RESOURCES
+        if not isinstance(error, OSError):
             raise
-        remedy = "lower --memory, use --compute-dtype float32, or free memory or disk"
-        _complain(f"out of resources: {error}\n  to do: {remedy}")
-        return OUT_OF_RESOURCES
-
-
-def main() -> None:
-    """Entry point of the command."""
-    sys.exit(run(sys.argv[1:]))
+        _complain(f"the system refused: {error}\n  to do: check the path, its permissions and the disk")
+        return VirtualWeightsError.exit_code
 
 
 def _complain(text: str) -> None:
-    print(f"vweights: {text}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(f"vweights: {printable(text)}", file=sys.stderr)
 
 
 def _out_of_resources(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (12, 28, 122)  # ENOMEM, ENOSPC, EDQUOT
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))

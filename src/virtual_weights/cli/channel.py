@@ -11,13 +11,23 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
-from virtual_weights.cli.verb import Session, verb
+from virtual_weights.cli.verb import Session, figure, verb
 from virtual_weights.errors import UsageError
 
 _TOKEN = ("directions", "gain", "end", "side", "token", "text", "cosine", "random")
 _BLOCK = ("directions", "end", "side", "random", "gain")
 _COMPONENT = ("component", "reader", "score", "null_ratio", "z", "strength", "share", "gain", "gap")
 _OFFSET = ("offset", "strength", "score", "null_ratio", "norm_reader")
+
+
+Offsets = Annotated[
+    str | None,
+    typer.Option(
+        "--offsets",
+        metavar="A:B",
+        help="also show the rotary offsets from A to B - 1, e.g. 0:16, or 0:16:2 with a step",
+    ),
+]
 
 
 @verb("no_fold", "partial", "offline", "allow_non_finite")
@@ -49,14 +59,7 @@ def channel(
             help="also score each singular component of the writing head; without READER, against all later heads",
         ),
     ] = False,
-    offsets: Annotated[
-        str | None,
-        typer.Option(
-            "--offsets",
-            metavar="A:B",
-            help="also show the rotary offsets from A to B - 1, e.g. 0:16, or 0:16:2 with a step",
-        ),
-    ] = None,
+    offsets: Offsets = None,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 12,
     seed: o.Seed = 0,
@@ -159,9 +162,10 @@ def _offsets(session: Session, writer: str, reader: str, span: range) -> list[An
     shown = [
         Table(f"{writer} -> {reader} by rotary offset", rows, _OFFSET),
         f"root mean square over {'these offsets' if isinstance(rotary, list) else rotary}: "
-        f"strength {average['strength']:.4g}, score {average['score']:.4g}",
+        f"strength {average['strength']:.4g}, score {figure(average['score'], 4)}",
     ]
-    line = f"averaged over these offsets, the QK circuit keeps {mean.stamp['kept']:.1%} of its norm; its gains: {gains}"
+    kept = figure(mean.stamp["kept"], 3)
+    line = f"averaged over these offsets, the QK circuit keeps {kept} of its norm; its gains: {gains}"
     return [
         Answer(profile, rows, {"root_mean_square": average}, shown),
         Answer(mean, None, {"kept": mean.stamp["kept"]}, [line]),

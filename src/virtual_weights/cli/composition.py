@@ -122,8 +122,7 @@ def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]], 
 
 def save_matrices(record: vw.Record, path: Path) -> None:
     """Every column as a matrix (readers, writers), NaN where the writer cannot reach, labels in the metadata."""
-    from safetensors.torch import save_file
-
+    from virtual_weights.checkpoint.writing import write_safetensors
     from virtual_weights.record.durable import replacing
 
     metadata = {
@@ -132,11 +131,12 @@ def save_matrices(record: vw.Record, path: Path) -> None:
         "writers": json.dumps(record.axis("writer").labels),
         "parameters": json.dumps(record.parameters),
         "stamp": json.dumps(record.stamp),
-        "provenance": json.dumps(record.provenance),
+        "provenance": json.dumps(dict(record.provenance)),
     }
-    matrices = {c.name: c.values.contiguous() for c in record.columns if not isinstance(c.values, tuple)}
+    matrices = {c.name: c.values for c in record.columns if not isinstance(c.values, tuple)}
+    shapes = {name: (values.dtype, tuple(values.shape)) for name, values in matrices.items()}
     with replacing(path) as temporary:
-        save_file(matrices, temporary, metadata)
+        write_safetensors(temporary, shapes, matrices.values(), metadata)
 
 
 def _moments(session: Session, file: Path | None, text: str | None, tokens: int, device: str) -> vw.Moments | None:

@@ -10,7 +10,7 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
-from virtual_weights.cli.verb import Session, verb
+from virtual_weights.cli.verb import Session, figure, verb
 from virtual_weights.errors import UsageError
 
 _HEAD = (
@@ -119,7 +119,9 @@ def _heads(record: vw.Record, top: int) -> Answer:
     null = {name: figures for name, figures in record.stamp["null"].items() if name != "draws"}
     shown.append(
         "random heads: "
-        + ", ".join(f"{name.replace('_', ' ')} {f['mean']:.3g} ± {f['std']:.2g}" for name, f in null.items())
+        + ", ".join(
+            f"{name.replace('_', ' ')} {figure(f['mean'], 3)} ± {figure(f['std'], 2)}" for name, f in null.items()
+        )
     )
     return Answer(record, best["erasers"], {"count": count, "copiers": best["copiers"]}, shown)
 

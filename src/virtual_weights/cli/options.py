@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from virtual_weights.errors import UsageError
+from virtual_weights.errors import UsageError, writing
 
 if TYPE_CHECKING:  # slow to import, and help needs none of it
     import torch
@@ -134,11 +134,17 @@ def checked_file(path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", expected="a file, new or to be replaced", do="add a file name to it")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"no folder {path.absolute().parent}", expected="a folder that exists", do="create it first")
-    _writable(path.absolute().parent)
+    with writing(path):
+        if path.is_dir():
+            raise UsageError(
+                f"{path} is a folder", expected="a file, new or to be replaced", do="add a file name to it"
+            )
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", expected="a new or regular file", do="name another file")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise UsageError(f"no folder {folder}", expected="a folder that exists", do="create it first")
+        _writable(folder)
     return path
 
 
@@ -150,10 +156,12 @@ def checked_folder(path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"{nearest} is a file", expected="a folder, existing or new", do="name another folder")
-    _writable(nearest)
+    with writing(path):
+        path.is_dir()  # refuses a name that is too long
+        nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not nearest.is_dir():
+            raise UsageError(f"{nearest} is a file", expected="a folder, existing or new", do="name another folder")
+        _writable(nearest)
     return path
 
 
@@ -171,6 +179,12 @@ NoFold = Annotated[bool, typer.Option("--no-fold", help="leave norm gains and ce
 Partial = Annotated[bool, typer.Option("--partial", help="accept a checkpoint in which tensors are missing")]
 Offline = Annotated[bool, typer.Option("--offline", help="never use the network")]
 AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="accept NaN and infinity among the weights")]
+IgnoreConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config", metavar="KEY", help="ignore an unknown configuration key that changes nothing; repeatable"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
 Progress = Annotated[
     ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr; none")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from virtual_weights.cli.options import ProgressMode
+from virtual_weights.errors import printable
 
 if TYPE_CHECKING:  # the package is slow to import, and help needs none of it
     from virtual_weights.record import Record
@@ -68,7 +69,8 @@ class Table:
         if not self.rows:
             line("none", out)
             return out.print()
-        columns = [_Column.of(name, head, [row.get(name) for row in self.rows]) for name, head in self.heads.items()]
+        heads = {name: printable(head, keep="") for name, head in self.heads.items()}
+        columns = [_Column.of(name, head, [row.get(name) for row in self.rows]) for name, head in heads.items()]
         columns, absent = _fitting([c for c in columns if any(c.cells)], out.width)
         spare = out.width - _width(columns)
         drawn = Drawn(box=box.SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0), pad_edge=False, show_edge=False)
@@ -135,13 +137,13 @@ class Answer:
 
 
 def put_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; NaN never appears."""
-    print(json.dumps(value, allow_nan=False))
+    """One JSON object on stdout; NaN never appears, nor what steers a terminal."""
+    print(json.dumps(value, allow_nan=False, default=dict).replace("\x7f", "\\u007f"))
 
 
 def line(text: str, on: Console | None = None, style: str = "") -> None:
     """A line on stdout, broken between words alone; what follows a label at its beginning is indented below itself."""
-    out = on or console()
+    out, text = on or console(), printable(text, keep="\n\t")
     label = re.match(r"\s*(\S+\s{2,})?", text)
     for part in _filled(re.findall(r"\s*\S+", text), out.width, " " * (label.end() if label else 0)):
         out.print(Text(part, style), soft_wrap=True)
@@ -169,7 +171,8 @@ def steps(mode: ProgressMode) -> Generator[Step]:
 
 def _json_step(name: str) -> Any:
     def report(done: float, total: float) -> None:
-        print(json.dumps({"step": name, "done": done, "total": total}), file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):  # nobody listens any longer: the work goes on
+            print(json.dumps({"step": name, "done": done, "total": total}), file=sys.stderr, flush=True)
 
     return report
 
@@ -283,7 +286,7 @@ def _text(cell: object) -> str:
         return (" .. " if _floats(cell) else " ").join(map(_text, cell))
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return figure(cell) if isinstance(cell, float) else "" if cell is None else str(cell)
+    return figure(cell) if isinstance(cell, float) else "" if cell is None else printable(str(cell), keep="")
 
 
 def _floats(cell: Iterable[object]) -> bool:

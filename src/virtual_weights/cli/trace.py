@@ -58,14 +58,7 @@ def trace(
             expected="these only with --reader unembed, which is the default",
             do="leave --reader out, or the others",
         )
-    run = session.run
-    if not -run.count <= position < run.count:
-        raise UsageError(
-            f"--position {position} in a prompt of {run.count} tokens",
-            expected=f"a number from 0 to {run.count - 1}, or from -{run.count} to -1",
-            do="correct it",
-        )
-    place = position % run.count
+    place = _place(session.run.count, position)
     if lens:
         return _states(session, session.ask(vw.Lens(min(top, _LENS), place)), place)
     other = None if against is None else session.token(against)
@@ -81,6 +74,17 @@ def trace(
     line = f"the sum over all writers differs from what the model computes by a share of {record.stamp['error']:.1g}"
     columns = None if logit is None else ("writer", "logit", "share")  # a logit's norm is its size
     return _answer(session, record, rows, Table(title, rows, columns), place, line)
+
+
+def _place(count: int, position: int) -> int:
+    """A position in a prompt of ``count`` tokens, counted from its beginning."""
+    if not -count <= position < count:
+        raise UsageError(
+            f"--position {position} in a prompt of {count} tokens",
+            expected=f"a number from 0 to {count - 1}, or from -{count} to -1",
+            do="correct it",
+        )
+    return position % count
 
 
 def _likeliest(session: Session, place: int) -> int:
@@ -102,9 +106,11 @@ def _routed(session: Session, record: vw.Record, top: int, title: str, place: in
 
 
 def _states(session: Session, record: vw.Record, place: int) -> Answer:
+    from virtual_weights.checkpoint import text_of
+
     texts = session.stream.source.token_texts()
     rows = [{name: value for name, value in row.items() if name != "row"} for row in record.rows()]
-    rows = [{**row, "text": texts[int(str(row["token"]))] if texts else None} for row in rows]
+    rows = [{**row, "text": text_of(texts, int(str(row["token"])))} for row in rows]
     tokens: dict[Any, list[str]] = {}
     for row in rows:
         text = row["token"] if row["text"] is None else repr(row["text"])

@@ -23,6 +23,7 @@ _OPENING: dict[str, tuple[Any, Any]] = {
     "partial": (o.Partial, False),
     "offline": (o.Offline, False),
     "allow_non_finite": (o.AllowNonFinite, False),
+    "ignore_config": (o.IgnoreConfig, None),
 }
 _RUNNING: dict[str, tuple[Any, Any]] = {
     "text": (o.Text, None),
@@ -58,13 +59,16 @@ class Session:
     @cached_property
     def stream(self) -> vw.Stream:
         """The model's stream."""
+        from virtual_weights.architecture import without_keys
         from virtual_weights.checkpoint import open_source
         from virtual_weights.stream import open_stream
 
         progress: Progress = self.step("open")
         offline, non_finite = (bool(self.options.get(name)) for name in ("offline", "allow_non_finite"))
         source = open_source(self.name, offline=offline, allow_non_finite=non_finite, progress=progress)
-        return open_stream(source, fold=not self.options.get("no_fold"), partial=bool(self.options.get("partial")))
+        config = without_keys(source.config, source.dialect, self.options.get("ignore_config") or ())
+        fold, partial = not self.options.get("no_fold"), bool(self.options.get("partial"))
+        return open_stream(source, fold=fold, partial=partial, config=config)
 
     @property
     def runs(self) -> bool:
@@ -77,7 +81,10 @@ class Session:
         options = self.options
         how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
         if options["prompt"] is not None or options["prompt_ids"] is not None:
-            return vw.Run.on_prompt(self.stream, options["prompt"] or whole_numbers(options["prompt_ids"]), **how)
+            prompt = options["prompt"]
+            return vw.Run.on_prompt(
+                self.stream, whole_numbers(options["prompt_ids"]) if prompt is None else prompt, **how
+            )
         size = options["tokens"], options["length"]
         if options["repeated"]:
             return vw.Run.on_repeats(self.stream, *size, options["seed"], **how)
@@ -110,9 +117,11 @@ class Session:
         return texts.index(name)
 
     def named(self, token: int) -> str:
-        """A token's text with its id, or the id alone where the checkpoint has no tokenizer."""
-        texts = self.stream.source.token_texts()
-        return f"{texts[token]!r} (id {token})" if texts else str(token)
+        """A token's text with its id, or the id alone where it has no text."""
+        from virtual_weights.checkpoint import text_of
+
+        text = text_of(self.stream.source.token_texts(), token)
+        return str(token) if text is None else f"{text!r} (id {token})"
 
 
 def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
@@ -122,7 +131,7 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
         opening: which of the options for opening a model it has: ``no_fold``, ``partial``, ``offline``,
             ``allow_non_finite``.
     """
-    return _command({name: _OPENING[name] for name in opening})
+    return _command({name: _OPENING[name] for name in (*opening, "ignore_config")})
 
 
 def running_verb(
@@ -143,22 +152,28 @@ def running_verb(
     if wanted == ("prompt",):  # one chunk, with nothing random in it
         fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
     shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
-    return _command({**shared, "offline": _OPENING["offline"]}, fixed, always)
+    opening = {name: _OPENING[name] for name in ("offline", "ignore_config")}
+    return _command({**shared, **opening}, fixed, always)
 
 
 def need_runtime() -> None:
     """Refuse to begin what will run a model where the packages for it are not installed.
 
     Raises:
-        UsageError: transformers or accelerate is missing.
+        UsageError: transformers or tokenizers is missing.
     """
-    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    missing = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
     if missing:
         raise UsageError(
             f"this runs the model, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             expected="the packages of the extra 'runtime'",
             do="pip install -c constraints.txt '.[runtime]' in a clone of this project",
         )
+
+
+def figure(value: float | None, digits: int) -> str:
+    """A figure within a sentence; a ratio to what is zero is undefined."""
+    return "undefined" if value is None else f"{value:.{digits}g}"
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -191,7 +206,10 @@ def _command(
             if runs or any(options.get(name) not in (None, False) for name in _KINDS_OF_TEXT):
                 need_runtime()
             with steps(progress) as step:
-                answer = function(Session(model, step, options), **values)
+                session = Session(model, step, options)
+                answer = function(session, **values)
+                if json:
+                    session.stream.source.identify(step("fingerprint"))
             if json:
                 put_json(answer.as_json(model))
             else:

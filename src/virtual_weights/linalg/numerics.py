@@ -62,6 +62,19 @@ THREE_DIGITS = 1e-3
 blocks keeps three digits of every norm scalar."""
 
 
+def exactness_bound(dtype: torch.dtype) -> float:
+    """Relative error of one step of a running model up to which it is rounding: its dtype's, or the check's own.
+
+    Args:
+        dtype: of the running model. The check is in float32, and transformers takes norms and softmax in float32
+            whatever the dtype, so that float64 is no better.
+
+    Returns:
+        Dimensionless, > 0: 1e-5, or 8 eps where that is more.
+    """
+    return max(1e-5, 8 * torch.finfo(dtype).eps)
+
+
 def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:
     """Relative cut below which a singular value is rounding: ``eps(dtype) * max(shape)``.
 

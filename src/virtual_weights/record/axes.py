@@ -140,12 +140,23 @@ class Header:
             ValueError: the text is not JSON, or a field is missing or of another type.
         """
         try:
-            fields = json.loads(text)
+            return cls.of_fields(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The header of plain values.
+
+        Raises:
+            ValueError: a field is missing or of another type.
+        """
+        try:
             plain: dict[str, Any] = {f.name: fields[f.name] for f in dataclasses.fields(cls)}
             axes = tuple(Axis(a["name"], tuple(a["labels"]), tuple(a["groups"])) for a in plain.pop("axes"))
             columns = (Described(c["name"], c["kind"], c["unit"], c["meaning"]) for c in plain.pop("columns"))
             header = cls(axes=axes, columns=tuple(columns), **plain)
-        except (KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"a field is missing or of another type: {error!r}") from error
         if any(len(axis.groups) not in (0, len(axis.labels)) for axis in header.axes):
             raise ValueError("an axis has groups for some labels only")

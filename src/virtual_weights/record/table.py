@@ -94,7 +94,8 @@ def to_frame(record: Record) -> DataFrame:
         nullable = _NULLABLE.get(values.dtype.kind) if np.ma.is_masked(values) else None
         columns[name] = pandas.array(values.tolist(), dtype=nullable) if nullable else values
     frame = pandas.DataFrame(columns)
-    frame.attrs = {name: getattr(record, name) for name in ("question", "parameters", "stamp", "provenance")}
+    described = {name: dict(getattr(record, name)) for name in ("parameters", "stamp", "provenance")}
+    frame.attrs = {"question": record.question, **described}
     return frame
 
 
@@ -122,7 +123,7 @@ def read_table(path: Path) -> Table:
     import duckdb  # here, since importing the package is cheap by promise
 
     with duckdb.connect() as database:
-        return database.read_parquet(glob.escape(str(path))).fetchnumpy()
+        return database.read_parquet(glob.escape(str(path)), hive_partitioning=False).fetchnumpy()
 
 
 def load_parquet(path: str | Path) -> tuple[Header, list[Values]]:

@@ -28,6 +28,8 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     groups = evidence.sample(stream.groups.heads[1:] or stream.groups.heads, 4)
     layer_norm = stream.spec.norm == "layer"
     states = _states(evidence)
+    if not len(states):
+        return cannot_tell("every row of the embedding is zero")
     centred = states - states.mean(-1, keepdim=True) if layer_norm else states
     figures: dict[str, Figure] = {
         "virtual_weights_folded": max(_moved(stream, group, turn) for group in groups),
@@ -72,7 +74,8 @@ def _moved(stream: Stream, group: Group, turn: Tensor) -> float:
     weight = None if stream.folded else stream.weight("norm", group)
     gain = 1.0 if weight is None else weight.to(accumulate)
     before, after = (read * gain) @ writer, ((read @ turn.T) * gain) @ (turn @ writer)
-    return float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
+    moved, size = float(torch.linalg.norm(after - before)), float(torch.linalg.norm(before))
+    return moved / size if size else moved
 
 
 def _scalar_moved(states: Tensor, map: Tensor, norm: Literal["rms", "layer"]) -> float:
@@ -81,9 +84,13 @@ def _scalar_moved(states: Tensor, map: Tensor, norm: Literal["rms", "layer"]) ->
     return float(((after - before).abs() / before).max())
 
 
-def _kurtosis(stream: Stream, groups: Sequence[Group], turn: Tensor | None = None) -> float:
-    """Mean over heads' output columns of the kurtosis over the stream's coordinates; 3 has no preferred basis."""
+def _kurtosis(stream: Stream, groups: Sequence[Group], turn: Tensor | None = None) -> float | None:
+    """Mean over heads' output columns of the kurtosis over the stream's coordinates; 3 has no preferred basis.
+
+    Columns that are zero have none.
+    """
     rows = torch.cat([stream.write(group).to(accumulate).transpose(1, 2).flatten(0, 1) for group in groups])
     rows = rows if turn is None else rows @ turn.T
     rows = rows - rows.mean(1, keepdim=True)
-    return float(present(rows.pow(4).mean(1) / rows.square().mean(1).square()).mean())
+    kurtosis = present(rows.pow(4).mean(1) / rows.square().mean(1).square())
+    return float(kurtosis.mean()) if len(kurtosis) else None

@@ -23,6 +23,7 @@ from virtual_weights.statements import (
 from virtual_weights.statements.evidence import Evidence, Finding, Statement
 from virtual_weights.stream import Composite, OperatingPoint, Stream
 from virtual_weights.stream.question import Ask, asking
+from virtual_weights.stream.stream import finite
 
 STATEMENTS = (
     Statement(
@@ -304,7 +305,7 @@ def _columns(statements: Sequence[Statement], findings: Sequence[Finding]) -> tu
         "condition": tuple(f.condition for f in findings),
         "why": tuple(f.why for f in findings),
         "witnesses": tuple("; ".join(f.witnesses) for f in findings),
-        "evidence": tuple(json.dumps(dict(f.figures), allow_nan=False) for f in findings),
+        "evidence": tuple(json.dumps(finite(f.figures), allow_nan=False) for f in findings),
         "page": tuple(s.page for s in statements),
     }
     return tuple(Column(name, values) for name, values in columns.items())

@@ -218,6 +218,8 @@ def effective_dimension(evidence: Evidence) -> Finding:
             f"{edge['writer']} -> {name}: {count['numerical_rank']} not zero, {count['above_null_edge']} above chance, "
             f"entropy rank {count['entropy_rank']:.3g}"
         )
+    if not counts:
+        return cannot_tell("no head that writes reaches a head that reads keys: one of the two is zero in every pair")
     differing = sum(count["numerical_rank"] != count["above_null_edge"] for count in counts)
     figures: dict[str, Figure] = {"edges": len(counts), **{f"first_{key}": n for key, n in counts[0].items()}}
     figures["edges_where_the_threshold_decides"] = differing

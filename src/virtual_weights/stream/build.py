@@ -30,7 +30,7 @@ def open_stream(
             file, ``hf://org/name@revision``, a state dict (with ``config``), a transformers module, a
             TransformerLens bridge or an nnsight model.
         fold: contain the norm's gain and LayerNorm's centring in every reader.
-        config: replaces the checkpoint's own configuration.
+        config: replaces the checkpoint's own configuration; of a source, in reading which tensor plays which role.
         partial: accept a checkpoint in which tensors are missing and leave those parts out.
         offline: never fetch anything.
         allow_non_finite: do not refuse NaN and infinity.
@@ -49,8 +49,16 @@ def open_stream(
         (576, 576)
     """
     source = open_source(reference, config=config, offline=offline, allow_non_finite=allow_non_finite)
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    return Stream(source, resolve(source.config, shapes, source.dialect, partial=partial), fold)
+    read = config if config is not None and isinstance(reference, Source) else source.config
+    model = resolve(
+        read,
+        {name: info.shape for name, info in source.tensors.items()},
+        source.dialect,
+        partial=partial,
+        dtypes={name: info.dtype for name, info in source.tensors.items()},
+        equal=source.equal,
+    )
+    return Stream(source, model, fold)
 
 
 open = open_stream  # its public name, virtual_weights.open, by which help() calls it

@@ -15,7 +15,7 @@ from virtual_weights.record.axes import one_line
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights moments 2"
+FORMAT = "virtual-weights moments 3"
 
 
 @final

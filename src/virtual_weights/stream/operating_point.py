@@ -14,7 +14,7 @@ from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights operating point 2"
+FORMAT = "virtual-weights operating point 3"
 
 _NONE = torch.empty(0)
 

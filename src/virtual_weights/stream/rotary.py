@@ -1,7 +1,8 @@
 """Rotary position embedding as a linear map inside a head.
 
 A query at position m and a key at position n meet as ``(R_m q)^T (R_n k) = q^T R_D^T k`` with
-``D = m - n``; ``R_D`` turns the plane (i, i + dim/2) by the angle ``D f_i``, ``f_i = base^(-2i/dim)``.
+``D = m - n``; ``R_D`` turns the plane (i, i + apart) by the angle ``D f_i``, ``f_i = base^(-2i/dim)``, i < dim/2.
+Where nothing else is said ``apart`` is dim/2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def frequencies(spec: RotarySpec, factors: Tensor | None = None) -> Tensor:
     """
     plain = spec.base ** (-torch.arange(0, spec.dim, 2, dtype=torch.float64) / spec.dim)
     if factors is not None:
-        return plain / factors.double()
+        plain = plain / factors.double()
     kind = spec.scaling.get("rope_type")
     if kind == "linear":
         return plain / spec.scaling["factor"]
@@ -41,12 +42,12 @@ def _llama3(plain: Tensor, spec: RotarySpec) -> Tensor:
 def rotation(spec: RotarySpec, offset: int, d_head: int, factors: Tensor | None = None) -> Tensor:
     """The matrix ``R_offset`` of a head, shape (d_head, d_head), float64, orthogonal.
 
-    Planes are (i, i + dim/2), so ``R q = q cos + rotate_half(q) sin`` with rotate_half(a, b) = (-b, a).
+    Planes are (i, i + apart), so ``R q = q cos + rotate_half(q) sin`` with rotate_half(a, b) = (-b, a).
     """
     angle = offset * frequencies(spec, factors)
     half = spec.dim // 2
     matrix = torch.eye(d_head, dtype=torch.float64)
-    low, high = torch.arange(half), torch.arange(half) + half
+    low, high = torch.arange(half), torch.arange(half) + (spec.apart or half)
     matrix[low, low] = matrix[high, high] = angle.cos()
     matrix[low, high] = -angle.sin()
     matrix[high, low] = angle.sin()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -108,13 +109,16 @@ class Stream:
         return "gain folded" if self.spec.norm == "rms" else "gain and centring folded"
 
     @property
-    def provenance(self) -> dict[str, Any]:
-        """Which checkpoint this is, for every result."""
-        return {"model": self.source.reference, "fingerprint": self.source.fingerprint, "family": self.model.family}
+    def provenance(self) -> Mapping[str, Any]:
+        """Which checkpoint this is, for every result; its fingerprint is computed when it is first looked at."""
+        return _Provenance(self.source, self.model.family)
 
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
-        """An answer about this model: the question's name and parameters, the norm's stamp and the provenance go in."""
-        stamp = {"norm": self.norm_stamp, **stamp}
+        """An answer about this model: the question's name and parameters, the norm's stamp and the provenance go in.
+
+        A figure of the stamp that is not finite, such as a ratio to a map that is zero, is absent: None.
+        """
+        stamp = {"norm": self.norm_stamp, **finite(stamp)}
         if "rotary_offset" in stamp:
             offset = stamp["rotary_offset"]
             stamp["rotary_offset"] = "no rotary embedding" if self.spec.rotary is None else offset or 0
@@ -270,9 +274,44 @@ class Stream:
         )
 
 
+class _Provenance(Mapping[str, Any]):
+    """Which checkpoint a result is of; what lies in files is hashed when somebody looks at its fingerprint.
+
+    Tensors in memory can change, so theirs is of the time of the result.
+    """
+
+    def __init__(self, source: Source, family: str) -> None:
+        self._source = source
+        self._known = {"model": source.reference, "fingerprint": None, "family": family}
+        if not source.files:
+            self._known["fingerprint"] = source.fingerprint
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._known[name]
+        return self._source.fingerprint if name == "fingerprint" and value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
 def _id(group: Group | str) -> str:
     return group if isinstance(group, str) else group.id
 
 
 def _letters(layout: str) -> set[str]:
     return set(layout.replace("(", " ").replace(")", " ").replace("->", " ").split())
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which None stands for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -85,9 +85,11 @@ class Turned:
 
     def _name(self, row: Row, group: str) -> str:
         """The source's own name where it is transformers' too, else what the table of that dialect says."""
-        if self.stream.source.dialect == "hf" and not (row.roles == ("unembed",) and self.unties):
-            return self.stream.model.placements[row.roles[0], group].tensor
-        return self.stream.model.hf.spelled(row, group)
+        name = self.stream.model.placements[row.roles[0], group].tensor
+        # one tensor for both ends becomes two, whichever of the two names it had
+        borrowed = (row.roles == ("unembed",) and self.unties) or (row.roles == ("embed",) and row.name not in name)
+        own = self.stream.source.dialect == "hf" and not borrowed
+        return name if own else self.stream.model.hf.spelled(row, group)
 
     def _shape(self, row: Row, group: str) -> tuple[int, ...]:
         shape = stored_shape(row.layout, self.stream.spec.axes)
@@ -171,7 +173,7 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
         config["max_position_embeddings"] = context
     if config.get("vocab_size") is None:
         config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
-    if turned.unties:
+    if turned.unties or not spec.tied:
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)
     return {**config, "dtype": str(dtype).removeprefix("torch.")}

@@ -191,7 +191,9 @@ def survey_into(
     Raises:
         UsageError: as ``map_model``.
     """
-    if run is not None and run.stream.source.fingerprint != stream.source.fingerprint:
+    stream.source.identify(step("fingerprint"))
+    other = run is not None and run.stream.source is not stream.source
+    if run is not None and other and run.stream.source.fingerprint != stream.source.fingerprint:
         raise UsageError(
             f"a run of {run.stream.source.reference}",
             expected=f"a run of {stream.source.reference}",

@@ -42,7 +42,7 @@ def bars(shown: bool | Step | None = None) -> Generator[Step]:
     elif not (watched if shown is None else shown):
         yield quiet
     else:
-        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TaskProgressColumn()
+        columns = rich.TextColumn("{task.description}", markup=False), rich.BarColumn(), rich.TaskProgressColumn()
         with rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, transient=True) as display:
 
             def begin(name: str) -> Progress:
@@ -75,7 +75,7 @@ class Survey:
         self, stream: Stream, atlas: Atlas | None = None, run: Run | None = None, step: Step = quiet, **manner: Any
     ) -> None:
         self.stream, self.atlas, self.run, self.step = stream, atlas, run, step
-        self._manner, self._fingerprint = manner, stream.source.fingerprint
+        self._manner = manner
         self._records: dict[str, Record] = {}
 
     def ask(self, question: Question[Any], subject: Run | None = None) -> Record:
@@ -90,7 +90,7 @@ class Survey:
         """The answers to several questions, in order; those that one pass serves are computed together."""
         adapted = [self._adapted(question) for question in questions]
         subjects = (subject or self.run, self.stream)
-        keys = [self.key(question, subject_of(question, subjects)) for question in adapted]
+        keys = [self._key(question, subject_of(question, subjects)) for question in adapted]
         missing = {key: question for key, question in zip(keys, adapted, strict=True) if not self._known(key)}
         for batch in batched(missing.values()):
             self._compute(batch, subjects)
@@ -98,10 +98,7 @@ class Survey:
 
     def key(self, question: Question[Any], subject: Run | Stream) -> str:
         """The address of an answer: model, question, parameters and conventions; of a run its identity too."""
-        conventions = {"norm": self.stream.norm_stamp}
-        if isinstance(subject, Run):
-            conventions["run"] = subject.identity
-        return task_key(self._fingerprint, question.question, question.parameters, conventions)
+        return self._key_of(self.stream.source.fingerprint, question, subject)
 
     def moments(self, observation: Observation | None = None) -> Moments:
         """The averages of the survey's run, from the atlas or observed now; they are kept in a file beside the records.
@@ -111,19 +108,29 @@ class Survey:
         """
         observation = observation or Observation()
         run: Run = subject_of(observation, [self.run])
-        key = self.key(observation, run)
+        key = self._key(observation, run)
         path = None if self.atlas is None else self.atlas.path / f"moments-{key[:16]}.safetensors"
-        if path is not None and path.is_file():
-            try:
-                return Moments.load(path, self.stream)
-            except RecordError:  # cut short: observed anew
-                path.unlink()
+        if path is not None and path.is_symlink():
+            raise RecordError(f"{path} is a link", expected="a file in the atlas itself", do="remove the link")
         began = time.monotonic()
-        moments = observation.moments(run, self.step("observation"))
-        if path is not None:
-            moments.save(path)
-        self._store(key, observation, observation.record(run, moments), time.monotonic() - began)
+        if path is not None and path.exists():
+            moments = Moments.load(path, self.stream)
+        else:
+            moments = observation.moments(run, self.step("observation"))
+            if path is not None:
+                moments.save(path)
+        if not self._known(key):  # a run may have ended between the file and the record
+            self._store(key, observation, observation.record(run, moments), time.monotonic() - began)
         return moments
+
+    def _key(self, question: Question[Any], subject: Run | Stream) -> str:
+        """The address of an answer; where nothing is stored, one that does not need the model's fingerprint."""
+        return self._key_of("" if self.atlas is None else self.stream.source.fingerprint, question, subject)
+
+    def _key_of(self, fingerprint: str, question: Question[Any], subject: Run | Stream) -> str:
+        run = {"run": subject.identity} if isinstance(subject, Run) else {}
+        conventions = {"norm": self.stream.norm_stamp, **run}
+        return task_key(fingerprint, question.question, question.parameters, conventions)
 
     def _adapted(self, question: Question[Any]) -> Question[Any]:
         """The question with the survey's own cost fields and dtype, which change no answer, or that of all alike."""
@@ -145,7 +152,7 @@ class Survey:
         else:
             answers = type(batch[0]).together(batch, subject, progress)
         for question, record in answers:
-            self._store(self.key(question, subject), question, record, time.monotonic() - began)
+            self._store(self._key(question, subject), question, record, time.monotonic() - began)
             began = time.monotonic()
 
     def _store(self, key: str, question: Question[Any], record: Record, seconds: float) -> None:

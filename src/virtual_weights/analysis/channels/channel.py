@@ -137,14 +137,16 @@ class Channel(Question[Stream]):
         )
 
 
-def summary(record: Record) -> dict[str, float | int | list[int]]:
+def summary(record: Record) -> dict[str, float | int | list[int] | None]:
     """The figures of a channel: strength, ranks, score and how many gains stand above the null's edge.
+
+    Where one of its two ends is zero, score and z are absent.
 
     Of a ``Circuit`` only shape, strength and ranks.
     """
     gains, stamp = record.numbers("gain"), record.stamp
     ranks, strength = Spectrum(gains), float(gains.square().sum().sqrt())
-    figures: dict[str, float | int | list[int]] = {
+    figures: dict[str, float | int | list[int] | None] = {
         "shape": stamp["shape"],
         "strength": strength,
         "numerical_rank": ranks.numerical_rank(),
@@ -153,8 +155,9 @@ def summary(record: Record) -> dict[str, float | int | list[int]]:
         "participation_ratio": ranks.participation_ratio,
     }
     if record.question == Channel.question:
+        ends = stamp["norm_reader"] * stamp["norm_writer"]
         figures |= {
-            "score": strength / (stamp["norm_reader"] * stamp["norm_writer"]),
+            "score": strength / ends if ends else None,
             "z": stamp["z"],
             "null_edge": stamp["null_edge"],
             "above_null_edge": ranks.count_above(stamp["null_edge"]),

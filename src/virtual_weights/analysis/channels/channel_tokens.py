@@ -12,6 +12,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.channels.channel import circuit_map
 from virtual_weights.analysis.maps.circuits import nearest_tokens, token_rows
+from virtual_weights.checkpoint import text_of
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, Spectrum, accumulate, column_space, svd
 from virtual_weights.progress import Progress, silent
@@ -112,7 +113,7 @@ class ChannelTokens(Question[Stream]):
                 "side": side,
             }
             for place, (cosine, token) in enumerate(zip(cosines, ids, strict=True), 1):
-                text = None if texts is None else texts[token]
+                text = text_of(texts, token)
                 rows.append({"cosine": sign * cosine, **block, "place": place, "token": token, "text": text})
         return stream.record(
             self,

@@ -85,7 +85,7 @@ class OffsetProfile(Question[Stream]):
             Column("norm_reader", norms, "weights", "||QK(D)||_F"),
         )
         average = {"strength": _rms(strength), "norm_reader": _rms(norms)}
-        average["score"] = average["strength"] / (average["norm_reader"] * norm_writer)
+        average["score"] = _ratio(average["strength"], average["norm_reader"] * norm_writer)
         axis = Axis("offset", tuple(str(offset) for offset in self.offsets))
         record = stream.record(self, (axis,), columns, norm_writer=norm_writer, root_mean_square=average)
         return _with_offsets(record, stream, self.offsets)
@@ -126,7 +126,7 @@ class MeanCircuit(Question[Stream]):
         outer, inner = _core(head.q), _core(head.k)
         norms = torch.stack([(outer @ _turn(head, offset).T @ inner.T).norm() for offset in self.offsets])
         axis, columns = spectrum(gains, "the mean circuit")
-        share = float(gains.square().sum().sqrt()) / _rms(norms)
+        share = _ratio(float(gains.square().sum().sqrt()), _rms(norms))
         return _with_offsets(stream.record(self, axis, columns, kept=share), stream, self.offsets)
 
 
@@ -182,3 +182,8 @@ def _rms(values: Tensor) -> float:
 def _with_offsets(record: Record, stream: Stream, offsets: Iterable[int]) -> Record:
     none = "no rotary embedding: all offsets are equal"
     return replace(record, stamp={**record.stamp, "rotary_offset": list(offsets) if stream.spec.rotary else none})
+
+
+def _ratio(part: float, whole: float) -> float:
+    """A ratio; of nothing there is none."""
+    return part / whole if whole else float("nan")

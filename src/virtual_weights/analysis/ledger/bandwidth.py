@@ -18,6 +18,7 @@ from virtual_weights.analysis.maps.circuits import (
     unembedding,
     writes_into,
 )
+from virtual_weights.checkpoint import text_of
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import GramSum, Spectrum, Subspace, accumulate, gram_sum
 from virtual_weights.progress import Progress, silent
@@ -288,7 +289,7 @@ def in_tokens(
     texts = stream.source.token_texts()
 
     def with_text(token: int, cosine: float) -> TokenCosine:
-        return TokenCosine(token, None if texts is None else texts[token], cosine)
+        return TokenCosine(token, text_of(texts, token), cosine)
 
     columns = zip(ids.T.tolist(), best.T.tolist(), strict=True)
     return tuple(tuple(map(with_text, tokens, cosines)) for tokens, cosines in columns)

@@ -173,7 +173,7 @@ class _Products:
     @property
     def error(self) -> float:
         """The last state's distance from the sum of all that was written, over its length."""
-        return (self.difference / self.energy) ** 0.5
+        return (self.difference / self.energy) ** 0.5 if self.energy else float("nan")
 
     def shares(self, centred: bool) -> _Shares:
         """Shares of ``sum_t w <y_i, y_j>``, each writer's mean left out where ``centred``; a constant leaves 0."""

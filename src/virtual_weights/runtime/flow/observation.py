@@ -24,7 +24,7 @@ _STATES = {
     "inverse": ("1", "E[1/s]"),
     "inverse_square": ("1", "E[1/s^2]"),
     "variance": ("1", "of a token's d entries, mean over tokens"),
-    "kurtosis": ("1", "of a token's d entries, mean over tokens; a Gaussian's is 3"),
+    "kurtosis": ("1", "of a token's d entries, mean over tokens; a Gaussian's is 3, the least is 1, as of zeros"),
 }
 
 
@@ -203,7 +203,7 @@ class _MomentSums:
         self.inverse[state] = 1 / s
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
-        kurtosis = centred.square().square().mean(-1) / variance.square()
+        kurtosis = (centred.square().square().mean(-1) / variance.square()).nan_to_num(1.0)  # of a state that is zero
         self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
 
     def _attention(self, group: str, pattern: Tensor) -> None:

@@ -1,19 +1,23 @@
-"""What a prompt, or some tokens of a text, did in a model: what its parts received and gave."""
+"""What a prompt did in a model: what its parts received and gave, and whether that is what the stream's maps say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from virtual_weights.errors import UsageError
+from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate
-from virtual_weights.runtime.running.hooks import Place, Signal, places, watched
-from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Stream
+from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched
+from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.norm import constant, fold
+
+if TYPE_CHECKING:
+    from virtual_weights.runtime.running.run import Run
 
 _PROMPT: tuple[Signal, ...] = ("state", "inner", "written", "Q", "K", "V", "gate", "up", "in")
 
@@ -86,3 +90,184 @@ def prompted(run: Run, *further: Signal) -> Activations:
     signals, logits = watched(run.module, run.stream, wanted, tokens[None].to(run.device))
     cpu = {place: tensor[0].cpu() for place, tensor in signals.items()}
     return Activations(run.stream, tokens, cpu, logits[0].cpu())
+
+
+@final
+@dataclass(frozen=True)
+class Exactness:
+    """How far a running model is from what the stream's maps say of it.
+
+    Attributes:
+        error: the largest relative error of a step, dimensionless, >= 0; NaN where a value is not a number.
+        place: the step: ``"L3.attn.K"``, ``"the pattern of L3.attn"``, ``"what L3.mlp reads"``.
+    """
+
+    error: float
+    place: str
+
+
+_TOKENS = 32
+_VOCABULARY = 1024
+
+
+@torch.no_grad()
+def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
+    """Check on one prompt of random tokens that a module computes what a stream's maps say, in float32.
+
+    Of a sample of the stream's states x_p, all where the model is small: ``x_p = x_(p-1) + sum_w O_w z_w`` over the
+    writers between them; for whatever reads it ``R~ x_p / s + c`` is what the module's own map gives; a pattern is
+    ``softmax(scale q^T R_D^T k)``; inner activations are a pattern's mean of values, or the nonlinearity of
+    pre-activations. Where all states are taken these add up to the exactness law: the sum of what writers write, read
+    by a reader's map, is what the reader receives.
+
+    Args:
+        stream: the model.
+        module: what runs, with transformers' names.
+        weights: how many to read again, about; of a larger model a sample of its states is taken.
+
+    Raises:
+        MissingTensorError: the stream holds a part of the model only.
+    """
+    _whole(stream)
+    stream = replace(stream, folded=True, dtype=torch.float32)
+    count = min(_TOKENS, stream.spec.n_positions or _TOKENS)
+    tokens = torch.randint(vocabulary(stream), (count,), generator=torch.Generator().manual_seed(0))
+    sample = _sample(stream, weights)
+    sites = [group for state in sample for group in stream.groups.sited(state)]
+    writers = [group for group in stream.groups.writers if group.first in sample and not group.constant]
+    wanted: set[Place] = {("state", state) for p in sample for state in (p - 1, p) if state >= 0}
+    wanted |= {(port, group.id) for group in sites for port in group.ports if port != "unembed"}
+    wanted |= {("inner", group.id) for group in (*sites, *writers) if group.kind in ("head", "mlp")}
+    wanted |= {("pattern", group.id) for group in sites if group.kind == "head"}
+    signals, logits = watched(module, stream, wanted, tokens[None].to(next(module.parameters()).device))
+    step = _Step(stream, tokens, {place: x[0].float().cpu() for place, x in signals.items()}, logits[0].float().cpu())
+    steps = [error for state in sample for error in step.errors(state)]
+    return max(steps, key=lambda law: math.inf if math.isnan(law.error) else law.error)
+
+
+def vocabulary(stream: Stream) -> int:
+    """How many tokens the embedding holds; no tensor is read.
+
+    Raises:
+        MissingTensorError: the stream holds none.
+    """
+    place = stream.model.placements.get(("embed", "embed"))
+    if place is None:
+        raise _incomplete(["embed"])
+    return stream.source.tensors[place.tensor].shape[0]
+
+
+def _whole(stream: Stream) -> None:
+    """Refuse a part of a model, naming what it lacks."""
+    blocks = [f"L{layer}.{part}" for layer in range(stream.spec.n_layers) for part in ("attn", "mlp")]
+    missing = [group for group in ("embed", *blocks, "unembed") if group not in stream.groups]
+    if missing:
+        raise _incomplete(missing)
+
+
+def _incomplete(missing: list[str]) -> MissingTensorError:
+    return MissingTensorError(
+        f"this checkpoint has no {', '.join(missing[:6])}",
+        expected="a complete model to run",
+        do="open all of it, or ask questions of the weights alone",
+    )
+
+
+def _sample(stream: Stream, weights: int) -> list[int]:
+    """States whose neighbourhoods together hold about so many weights, evenly, the first and last among them."""
+    ends = {place.tensor for (_, group), place in stream.model.placements.items() if group in ("embed", "unembed")}
+    total = sum(math.prod(info.shape) for name, info in stream.source.tensors.items() if name not in ends)
+    count = max(3, min(stream.states, weights * stream.states // max(1, total)))
+    return sorted({round(x) for x in torch.linspace(0, stream.states - 1, count).tolist()})
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One prompt in a module, in float32 on the CPU, and its distance from what the maps say."""
+
+    stream: Stream
+    tokens: Tensor
+    signals: dict[Place, Tensor]
+    logits: Tensor
+
+    def errors(self, state: int) -> Iterator[Exactness]:
+        """The errors of what is written into a state, what reads it, and what follows from that inside a component."""
+        x = self.signals["state", state]
+        s = self.stream.scale(x)[:, None]
+        before = self.signals["state", state - 1] if state else torch.zeros_like(x)
+        groups = [group for group in self.stream.groups.writers if group.first == state]
+        written = before + torch.stack([self._written(group) for group in groups]).sum(0)
+        yield Exactness(_distance(written / s, x / s), f"what {' and '.join(g.id for g in groups)} write")
+        for group in self.stream.groups.sited(state):
+            yield from self._read(group, x / s)
+            if group.kind == "head":
+                pattern = self.signals["pattern", group.id]
+                yield Exactness(_distance(self._pattern(group), pattern), f"the pattern of {group.id}")
+                values = self.signals["V", group.id].repeat_interleave(group.sharing, 1)
+                self_mean = torch.einsum("htu,uhk->thk", pattern, values)
+                yield Exactness(_distance(self_mean, self.signals["inner", group.id]), f"the values of {group.id}")
+            elif group.kind == "mlp":
+                inner = self.signals["inner", group.id][:, 0]
+                yield Exactness(_distance(self._neurons(group), inner), f"the nonlinearity of {group.id}")
+
+    def _written(self, group: Group) -> Tensor:
+        """What a group writes, (T, d)."""
+        stream = self.stream
+        if group.kind in ("embed", "pos"):
+            name = stream.model.placements[group.kind, group.id].tensor
+            rows = self.tokens.tolist() if group.kind == "embed" else range(len(self.tokens))
+            return torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
+        maps = stream.write(group).float()
+        if group.constant:
+            return maps[0, :, 0].expand(len(self.tokens), -1)
+        return torch.einsum("mdk,tmk->td", maps, self.signals["inner", group.id])
+
+    def _read(self, group: Group, x: Tensor) -> Iterator[Exactness]:
+        """The error of every port of a group that reads x (T, d), the state over its norm scalar."""
+        for port in group.ports:
+            if port == "unembed":
+                maps, constants, received = self._unembedding()
+            else:
+                read = self.stream.read(port, group)
+                maps, constants, received = read.maps, read.constants, self.signals[port, group.id]
+            expected = torch.einsum("mkd,td->tmk", maps.float(), x)
+            if constants is not None:
+                expected = expected + constants.float()
+            # a reader of almost nothing is compared with what its map could have read
+            least = float(maps.norm() * x.norm()) / maps.shape[-1]
+            yield Exactness(_distance(expected.flatten(1), received.flatten(1), least), f"{group.id}.{port}")
+
+    def _unembedding(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Some rows of the unembedding in one piece: maps (1, n, d), constants (1, n), and their logits (T, 1, n)."""
+        stream, name = self.stream, self.stream.model.placements["unembed", "unembed"].tensor
+        count = stream.source.tensors[name].shape[0]
+        begin = max(0, count - _VOCABULARY) // 2
+        rows = slice(begin, min(count, begin + _VOCABULARY))
+        maps, gain = stream.source.read(name, rows)[None], stream.weight("norm", "unembed")
+        assert gain is not None
+        constants = constant(maps, stream.weight("norm_bias", "unembed"), None, stream.dtype)
+        return fold(maps, gain, stream.spec.norm, stream.dtype), constants, self.logits[:, None, rows]
+
+    def _pattern(self, group: Group) -> Tensor:
+        """The attention pattern of queries and keys, (m, T, T), over the tokens that the module attends to."""
+        queries, keys = self.signals["Q", group.id], self.signals["K", group.id].repeat_interleave(group.sharing, 1)
+        if self.stream.spec.rotary is not None:
+            turns = [self.stream.rotation(position) for position in range(len(queries))]
+            turn = torch.stack([matrix for matrix in turns if matrix is not None]).float()
+            queries, keys = (torch.einsum("tij,tmj->tmi", turn, x) for x in (queries, keys))
+        scores = torch.einsum("tmk,umk->mtu", queries, keys) * self.stream.spec.attention_scale
+        return scores.masked_fill(self.signals["pattern", group.id] == 0, -math.inf).softmax(-1)
+
+    def _neurons(self, group: Group) -> Tensor:
+        """An MLP's neurons after the nonlinearity of its pre-activations, (T, n)."""
+        act = activation(self.stream.spec.activation)
+        if not self.stream.spec.gated:
+            return act(self.signals["in", group.id])
+        return act(self.signals["gate", group.id]) * self.signals["up", group.id]
+
+
+def _distance(expected: Tensor, received: Tensor, least: float = 0.0) -> float:
+    """``||a - b|| / max(||b||, least)``; 0 where both are nothing."""
+    distance = float((expected - received).norm())
+    return distance and distance / max(float(received.norm()), least, torch.finfo(torch.float32).tiny)

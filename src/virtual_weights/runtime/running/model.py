@@ -1,31 +1,68 @@
-"""The transformers model of a stream, ready to run."""
+"""What runs a model: built from the tensors and the configuration that were opened, or a loaded model, checked."""
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from io import StringIO
 from typing import Any, final
 
+import einops
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from virtual_weights.architecture import Row, config_for
 from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from, twin, unwrapped
-from virtual_weights.errors import UsageError
+from virtual_weights.errors import ArchitectureError, CheckpointError, MissingTensorError, UsageError
+from virtual_weights.linalg.numerics import exactness_bound
+from virtual_weights.runtime.running.activations import Exactness, exactness, vocabulary
 from virtual_weights.stream import Stream
+from virtual_weights.stream.rotary import frequencies
+
+
+class Runner(ABC):
+    """What runs a model, shared by all runs that are given it; loaded when something first runs.
+
+    Everything that runs a model goes through this, so that it can be run by other means than transformers.
+    """
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The module, with transformers' names for its parts, as the hooks find them.
+
+        Raises:
+            CheckpointError: it is not the model that the stream's maps describe.
+        """
+
+    @property
+    @abstractmethod
+    def precision(self) -> str:
+        """The dtype of the run, known before anything is loaded where it can be."""
+
+    @property
+    @abstractmethod
+    def exactness_error(self) -> float:
+        """How far the module is from what the stream's maps say of it, see ``exactness``."""
+
+
+_SAMPLED = 2**24
+"""Weights that are read a second time, in about a second, to check a model that was built of them."""
+_ALL = 2**28
+"""The same to check a model that was built elsewhere: all of a small model's, some seconds."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Runner:
-    """What runs a model: a module, loaded when it is first needed and shared by whatever runs it.
+class ModuleRunner(Runner):
+    """Runs a module of transformers.
 
     Attributes:
         stream: the model.
-        model: a loaded model to take, see ``load``; None loads the checkpoint.
-        dtype: of the weights, where the checkpoint is loaded.
+        model: a loaded model to take, see ``load``; None builds one from what the stream was opened from.
+        dtype: of the weights, where the model is built.
         device: any torch device, likewise.
     """
 
@@ -34,19 +71,37 @@ class Runner:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
-    @cached_property
+    @property
     def module(self) -> nn.Module:
-        """The module itself."""
-        return load(self.stream, self.model, dtype=self.dtype, device=self.device)
+        return self._checked[0]
 
     @property
     def precision(self) -> str:
-        """The dtype of the run; nothing is loaded to tell it."""
         return str(self.dtype if self.model is None else next(self.module.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def exactness_error(self) -> float:
+        return self._checked[1].error
+
+    @cached_property
+    def _checked(self) -> tuple[nn.Module, Exactness]:
+        if self.model is None:
+            module, weights = _built(self.stream, self.dtype).to(self.device).eval(), _SAMPLED
+        else:
+            module, weights = _eager(unwrapped(self.model)).eval(), _ALL
+        law, bound = exactness(self.stream, module, weights), exactness_bound(next(module.parameters()).dtype)
+        if law.error <= bound:
+            return module, law
+        raise CheckpointError(
+            f"what runs is not the model whose maps are read: {law.place} differs by {law.error:.1e} relatively",
+            expected=f"at most {bound:.1e}, which rounding explains",
+            do="pass as model= the model that was opened, with the same weights and settings; or leave it out, and "
+            "what was opened runs",
+        )
 
 
 Runs = nn.Module | NnsightModel | Runner | None
-"""What can be named as the model that runs; None is the checkpoint itself."""
+"""What can be named as the model that runs; None is what was opened."""
 
 
 def load(
@@ -56,7 +111,9 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> nn.Module:
-    """The model that a stream was opened from, loaded by transformers, with eager attention, in eval mode.
+    """The model that a stream was opened from, as a transformers module with eager attention, in eval mode.
+
+    It is built from the stream's own tensors and sizes: the class is the one of our table, and no file is looked at.
 
     Args:
         stream: the model's stream.
@@ -67,34 +124,12 @@ def load(
         device: any torch device.
 
     Raises:
-        UsageError: transformers or accelerate is not installed, or the stream is of a model in memory and no ``model``
-            is given, or an nnsight model has not loaded its weights.
-        CheckpointError: a TransformerLens model whose weights are no longer those of the checkpoint.
+        UsageError: transformers is not installed, or an nnsight model has not loaded its weights.
+        CheckpointError: the module does not compute what the stream's maps say, or a tensor is missing, or a
+            TransformerLens model's weights are no longer those of the checkpoint.
+        ArchitectureError: transformers cannot run this model.
     """
-    if model is not None:
-        return _eager(unwrapped(model)).eval()
-    path = stream.source.at_rest.path
-    installed = all(find_spec(name) is not None for name in ("transformers", "accelerate"))
-    if path is None or not installed:
-        in_memory = path is None
-        raise UsageError(
-            "this stream was opened from memory" if in_memory else "running a model needs transformers and accelerate",
-            expected="its module" if in_memory else "the extra 'runtime' of this package",
-            do="pass model=" if in_memory else "pip install '.[runtime]' in a clone of this project",
-        )
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # progress is shown in one way, on stderr
-    auto: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
-    if path.is_file():
-        folder, options["gguf_file"] = path.parent, path.name
-    else:
-        folder = path
-    with redirect_stderr(StringIO()):  # bars of its own: progress is shown in one way
-        loaded: nn.Module = auto.from_pretrained(folder, **options)
-    return loaded.to(device).eval()
+    return ModuleRunner(stream, model, dtype, device).module
 
 
 def _eager(model: nn.Module) -> nn.Module:
@@ -105,3 +140,109 @@ def _eager(model: nn.Module) -> nn.Module:
     switched: Any = twin(model)
     switched.set_attn_implementation("eager")
     return switched
+
+
+def _built(stream: Stream, dtype: torch.dtype) -> nn.Module:
+    """A transformers module with a stream's sizes and tensors, one copy of each in memory."""
+    if find_spec("transformers") is None:
+        raise UsageError(
+            "running a model needs transformers",
+            expected="the extra 'runtime' of this package",
+            do="pip install '.[runtime]' in this project's folder",
+        )
+    module, config = _empty(stream)
+    tensors = dict(_parameters(stream, dtype))
+    absent = sorted(set(dict(module.named_parameters(remove_duplicate=False))) - set(tensors))
+    if absent:
+        raise MissingTensorError(
+            f"{len(absent)} tensors are missing to run this model: {', '.join(absent[:6])}",
+            expected=f"every tensor of a {stream.spec.n_layers}-layer {stream.spec.model_type}",
+            do="open the complete checkpoint",
+        )
+    module.load_state_dict(tensors, assign=True, strict=True)
+    module.tie_weights()
+    rotary = dict(module.base_model.named_children()).get("rotary_emb")
+    if rotary is not None:  # its frequencies are computed, not stored
+        module.base_model.rotary_emb = type(rotary)(config)
+        factors, own = stream.weight("factors", "rotary"), module.base_model.rotary_emb.inv_freq
+        assert stream.spec.rotary is not None
+        turning = frequencies(stream.spec.rotary, factors).float()
+        if factors is not None or len(turning) < len(own):  # what no configuration can say
+            module.base_model.rotary_emb.inv_freq = torch.cat([turning, own.new_zeros(len(own) - len(turning))])
+    return module
+
+
+_MASKS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+"""Keys of ``config.json`` that limit which tokens attention reaches: the maps do not depend on them, a run does."""
+
+
+def _empty(stream: Stream) -> tuple[Any, Any]:
+    """A module of the class that our own table names, without tensors, and its configuration of a stream's sizes."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    source, model, rotary = stream.source, stream.model, stream.spec.rotary
+    if rotary is not None and rotary.apart == stream.spec.d_head // 2:  # as if all turned: some by nothing
+        model = replace(model, spec=replace(model.spec, rotary=replace(rotary, dim=stream.spec.d_head)))
+    settings = config_for(model)
+    settings["vocab_size"] = vocabulary(stream)
+    if source.dialect == "hf":
+        settings |= {key: source.config[key] for key in _MASKS if key in source.config}
+    kind = getattr(transformers, settings["architectures"][0])
+    try:
+        # no text is generated, so that no token has a part to play
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        config = kind.config_class(**settings, **tokens, attn_implementation="eager")
+        with torch.device("meta"):  # nothing is allocated or initialised: every parameter is replaced
+            return kind(config), config
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise ArchitectureError(
+            f"transformers refuses the settings of this model: {' '.join(str(error).split())[:300]}",
+            expected="settings that its class accepts",
+            do="correct config.json, or pass config= with the right values",
+        ) from error
+
+
+def _parameters(stream: Stream, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by transformers' name.
+
+    Raises:
+        ArchitectureError: the checkpoint holds what transformers' module has no place for.
+    """
+    table, placements = stream.model.hf, stream.model.placements
+    left = set(placements) - {("factors", "rotary")}
+    ends: dict[str, Tensor] = {}  # one tensor for both ends of the stream stays one
+    for row in table.rows:
+        for group in row.groups(stream.spec.n_layers):
+            left -= {(role, group) for role in row.roles}
+            place = placements.get((row.roles[0], group))
+            if place is None:
+                continue
+            tensor = ends[place.tensor] if place.tensor in ends else _parameter(stream, row, group).to(dtype)
+            if row.roles in (("embed",), ("unembed",)):
+                ends[place.tensor] = tensor
+            yield table.spelled(row, group), tensor
+    if left:
+        names = sorted({placements[place].tensor for place in left})
+        raise ArchitectureError(
+            f"{len(names)} tensors have no place in transformers' {stream.spec.model_type}: {', '.join(names[:6])}",
+            expected="the tensors of its class",
+            do="ask questions of the weights alone, or start from the safetensors form of this model",
+        )
+
+
+def _parameter(stream: Stream, row: Row, group: str) -> Tensor:
+    """The parameter of one row of transformers' table, in transformers' layout."""
+    place = stream.model.placements[row.roles[0], group]
+    if place.layout == row.layout:
+        return stream.source.read(place.tensor)
+    parts = [stream.weight(role, group) for role in row.roles]
+    canonical = torch.stack([part for part in parts if part is not None])
+    stored, ours = row.layout.split("->")
+    sizes = {name: size for name, size in stream.spec.axes.items() if size and name in _letters(row.layout)}
+    one = len(row.roles) == 1
+    return einops.rearrange(canonical[0] if one else canonical, f"{ours} -> {stored}", **sizes).contiguous()
+
+
+def _letters(layout: str) -> set[str]:
+    return set(layout.replace("(", " ").replace(")", " ").replace("->", " ").split())

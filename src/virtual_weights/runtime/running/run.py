@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.running.model import Runner, Runs
+from virtual_weights.runtime.running.activations import vocabulary
+from virtual_weights.runtime.running.model import ModuleRunner, Runner, Runs
 from virtual_weights.runtime.running.text import (
     DEFAULT,
     DEFAULT_TEXT,
+    PADDING,
     chunks,
     is_token,
     padded,
@@ -24,8 +26,11 @@ from virtual_weights.runtime.running.text import (
     texts,
     token_ids,
     tokenizer_of,
+    without_mark,
 )
 from virtual_weights.stream import Question, Stream
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @final
@@ -71,7 +76,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.count:
-            raise UsageError("there are no tokens to run on", expected="a text", do="pass one that is not empty")
+            raise UsageError(f"{self.text} has no tokens", expected="a text to run on", do="pass one that is not empty")
         if self.first < 1 or self.batch < 1:
             raise UsageError(
                 f"first={self.first}, batch={self.batch}",
@@ -82,16 +87,16 @@ class Run:
         wrong = ids[(ids < 0) | (ids >= size)]
         if len(wrong):
             raise UsageError(
-                f"token ids {', '.join(map(str, wrong[:4].tolist()))}",
-                expected=f"ids from 0 to {size - 1}",
-                do="correct them",
+                f"{self.text}: token ids {', '.join(map(str, wrong[:4].tolist()))}",
+                expected=f"ids from 0 to {size - 1}, the rows of the model's embedding",
+                do="correct them; if they come from the tokenizer, it is not this model's",
             )
         length, positions = max(map(len, self.chunks)), _positions(self.stream)
         if positions is not None and length > positions:
             raise UsageError(
-                f"chunks of {length} tokens",
+                f"{self.text} of {length} tokens",
                 expected=f"at most {positions}, as many as the model has positions",
-                do="make them shorter, on the command line with --length",
+                do="shorten it, or run it as a text, which is cut into chunks (--length)",
             )
 
     @classmethod
@@ -121,14 +126,14 @@ class Run:
         """
         rows = list(tokens)
         for row in rows:
-            if row.ndim != 1 or row.is_floating_point():
+            if row.ndim != 1 or row.dtype not in _WHOLE:
                 raise UsageError(
                     f"tokens of shape {tuple(row.shape)}, {row.dtype}",
                     expected="token ids (T,)",
                     do="pass a vector of whole numbers",
                 )
-        trimmed = tuple(row[is_token(row[None])[0]].cpu() for row in rows)
-        runner = model if isinstance(model, Runner) else Runner(stream, model, dtype, device)
+        trimmed = tuple(row[is_token(row[None])[0]].long().cpu() for row in rows)
+        runner = model if isinstance(model, Runner) else ModuleRunner(stream, model, dtype, device)
         return cls(stream, tuple(row for row in trimmed if len(row)), first, text, runner, batch)
 
     @classmethod
@@ -141,13 +146,14 @@ class Run:
             stream: the model.
             text: a file, a folder, ``"-"`` for standard input; None or ``"default"`` for the default text.
             tokens: stop after so many.
-            length: tokens of a chunk.
+            length: tokens of a chunk, at most the positions that the model has embeddings for.
             how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
 
         Raises:
             UsageError: there is no such text, or no tokenizer.
         """
         documents = token_ids(texts(text), tokenizer_of(stream))
+        length = _within(stream, length)
         name = DEFAULT_TEXT if text is None or str(text) == DEFAULT else str(text)
         return cls.on_tokens(stream, chunks(documents, length, tokens), text=name, **how)
 
@@ -158,11 +164,11 @@ class Run:
         Args:
             stream: the model.
             tokens: how many, in whole chunks.
-            length: tokens of a chunk, the repetition included.
+            length: tokens of a chunk, the repetition included, at most the positions that the model has embeddings for.
             seed: of the tokens.
             how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
         """
-        half = max(1, length // 2)
+        half = max(1, _within(stream, length) // 2)
         rows = repeated_tokens(vocabulary(stream), half, -(-tokens // (2 * half)), seed)
         return cls.on_tokens(
             stream, rows, half, f"repeated random tokens (seed {seed}, {half} before the repeat)", **how
@@ -176,10 +182,18 @@ class Run:
             UsageError: the ids are not in the vocabulary, or a text comes without a tokenizer.
         """
         if isinstance(prompt, str):
-            (ids,) = token_ids([prompt], tokenizer_of(stream))
+            (ids,) = token_ids([without_mark(prompt)], tokenizer_of(stream))
         else:
-            ids = torch.as_tensor(prompt)
-        return cls.on_tokens(stream, [ids], text="a prompt", **how)
+            try:
+                ids = torch.as_tensor(prompt)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise UsageError(
+                    f"a prompt that is no row of token ids: {error}", expected="whole numbers", do="pass such"
+                ) from error
+        run = cls.on_tokens(stream, [ids], text="a prompt", **how)
+        if run.count < len(ids):
+            raise UsageError(f"a prompt: token ids {PADDING}", expected="ids from 0", do="correct them")
+        return run
 
     @property
     def module(self) -> nn.Module:
@@ -247,22 +261,22 @@ class Run:
         )
 
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
-        """An answer about this run: as ``Stream.record``, with the text and the identity of the run in the stamp."""
+        """An answer about this run: as ``Stream.record``, with the text and the identity of the run in the stamp.
+
+        The provenance says how far what ran was from what the maps say, see ``exactness``.
+        """
         stamp = {"text": self.text, "tokens": self.count, "run": self.identity, **stamp}
-        return self.stream.record(question, axes, columns, **stamp)
-
-
-def vocabulary(stream: Stream) -> int:
-    """How many tokens the embedding holds; no tensor is read."""
-    place = stream.model.placements.get(("embed", "embed"))
-    if place is None:
-        raise UsageError(
-            "this checkpoint has no embedding", expected="a complete model to run", do="open the complete checkpoint"
-        )
-    return stream.source.tensors[place.tensor].shape[0]
+        record = self.stream.record(question, axes, columns, **stamp)
+        return replace(record, provenance={**record.provenance, "exactness_error": self.runner.exactness_error})
 
 
 def _positions(stream: Stream) -> int | None:
     """How many positions the model has embeddings for; None where it has no such table."""
     place = stream.model.placements.get(("pos", "pos"))
     return None if place is None else stream.source.tensors[place.tensor].shape[0]
+
+
+def _within(stream: Stream, length: int) -> int:
+    """A length of chunks that the model has positions for."""
+    positions = _positions(stream)
+    return length if positions is None else min(length, positions)

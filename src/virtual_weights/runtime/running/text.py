@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.stream import Stream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PADDING = -1
 """Marks a place in a batch that holds no token. Such places stand last in their row, where no token attends to them,
@@ -29,7 +32,7 @@ def texts(source: str | Path | None = None) -> Iterator[str]:
     The default text goes by None or ``"default"``; a file of that name is ``"./default"``.
 
     Raises:
-        UsageError: there is no such file, or it is not UTF-8.
+        UsageError: there is no such file, or a file (it is named) cannot be read or is not UTF-8.
     """
     if source is None or str(source) == DEFAULT:
         from pydoc_data.topics import topics
@@ -37,45 +40,77 @@ def texts(source: str | Path | None = None) -> Iterator[str]:
         yield "\n\n".join(topics.values())
         return
     if str(source) == "-":
-        yield sys.stdin.read()
+        try:
+            yield without_mark(sys.stdin.read())
+        except UnicodeDecodeError as error:
+            raise _unread("standard input", f"byte {error.start:,} is not {error.encoding}") from error
         return
     place = Path(source)
-    try:
-        for file in sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]:
-            yield file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"no text in {place}: {error}", expected="UTF-8 text", do="name a text file") from error
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    if not files:
+        raise UsageError(f"the folder {str(place)!r} holds no file", expected="text files", do="name another folder")
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except (OSError, ValueError) as error:
+            raise _unread(file, getattr(error, "strerror", None) or str(error)) from error
+        try:
+            yield without_mark(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise _unread(file, f"byte {error.start:,} is not UTF-8") from error
 
 
-def tokenizer_of(stream: Stream) -> Any:
-    """The tokenizer that lies beside a checkpoint or in it, as transformers loads it.
+def without_mark(text: str) -> str:
+    """A text without the byte order mark that some editors put before it.
 
     Raises:
-        UsageError: the stream was opened from memory, or its checkpoint carries no tokenizer.
+        UsageError: it holds what is not a character, as a terminal gives for bytes that are not UTF-8.
     """
-    path = stream.source.at_rest.path
-    if path is None:
-        raise UsageError(
-            "a model in memory has no tokenizer", expected="a checkpoint with a tokenizer", do="pass token ids"
-        )
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    auto: Any = transformers.AutoTokenizer
-    where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     try:
-        return auto.from_pretrained(where, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise UsageError(
-            f"no tokenizer at {path}: {error}", expected="tokenizer files beside it", do="pass token ids"
+            f"the text holds {text[error.start]!r} after {error.start:,} characters, which is not a character",
+            expected="UTF-8 text",
+            do="check the encoding of the text",
         ) from error
+    return text.removeprefix("\ufeff")
 
 
-def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
-    """The ids of each document, (T,), with the special tokens that the tokenizer adds."""
+def tokenizer_of(stream: Stream) -> Tokenizer:
+    """The tokenizer that lies beside a checkpoint or in it; no code of the checkpoint is looked at.
+
+    Raises:
+        UsageError: the stream was opened from memory, or its checkpoint carries no tokenizer that can be read.
+        MalformedCheckpointError: its tokenizer is not a sound one.
+    """
+    tokenizer = stream.source.tokenizer()
+    if tokenizer is None:
+        in_memory = stream.source.at_rest.path is None
+        raise UsageError(
+            "a model in memory has no tokenizer" if in_memory else f"no tokenizer at {stream.source.reference}",
+            expected="a checkpoint with tokenizer.json, or vocab.json and merges.txt, beside it",
+            do="pass token ids",
+        )
+    return tokenizer
+
+
+def token_ids(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
+    """The ids of each document, (T,), with the special tokens that the tokenizer adds.
+
+    Raises:
+        UsageError: the vocabulary has no token for a part of a text, and none for what is unknown.
+    """
     for text in documents:
-        yield torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        try:
+            ids = tokenizer.encode(text).ids
+        except Exception as error:  # the library raises Exception itself
+            raise UsageError(
+                f"the tokenizer cannot read the text: {error!r:.300}",
+                expected="text that the model's vocabulary covers",
+                do="pass another text, or token ids",
+            ) from error
+        yield torch.tensor(ids, dtype=torch.int64)
 
 
 def chunks(documents: Iterable[Tensor], length: int = 256, limit: int | None = None) -> Iterator[Tensor]:
@@ -138,3 +173,9 @@ def repeated_tokens(vocabulary: int, length: int = 128, batch: int = 4, seed: in
 
 def _stack(rows: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
+
+
+def _unread(what: object, why: str) -> UsageError:
+    return UsageError(
+        f"no text in {str(what)!r}: {why}", expected="text in UTF-8", do="name a text file, or a folder of them"
+    )
