@@ -17,6 +17,7 @@ from pathlib import Path
 import duckdb
 import pytest
 import torch
+from fuzz import Tally, attempt
 from fuzz_stored import make_atlas, make_moments
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
@@ -149,6 +150,16 @@ def test_moments_of_an_atlas_are_refused_if_changed_and_get_their_record(
     path.symlink_to(tmp_path / "away")
     with pytest.raises(RecordError, match="is a link"):
         vw.Survey(stream, store, run).moments()
+
+
+@pytest.mark.parametrize(("target", "tries"), [("atlas", 60), ("moments", 150)])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_are_refused_by_type(target: str, tries: int, tmp_path: Path) -> None:
+    tally = Tally()
+    for number in range(tries):
+        attempt(target, number, tally, tmp_path)
+    assert not tally.wrong, tally.first
+    assert 0 < tally.opened < tries // 2
 
 
 # -- foreign files
