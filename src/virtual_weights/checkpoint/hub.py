@@ -183,7 +183,8 @@ def _missing(model: HubModel, what: str) -> MissingTensorError:
 
 
 def _unreachable(model: HubModel, offline: bool, error: Exception) -> OfflineError:
-    reason = "is not wholly in the hub's cache, and fetching is not allowed" if offline else f"cannot be fetched: {error}"
+    fault = "is not wholly in the hub's cache, and fetching is not allowed"
+    reason = fault if offline else f"cannot be fetched: {error}"
     return OfflineError(
         f"{model.repo} (revision {model.revision or 'main'}) {reason}",
         expected="the model in the cache, or a hub that can be reached",
