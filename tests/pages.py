@@ -38,6 +38,8 @@ def _checks(name: str) -> dict[int, Any]:
     if not path.exists():
         return {}
     parts = re.split(r"^# after block (\d+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert not parts[0].strip(), f"{path.name} begins with another line than '# after block N'"
+    assert len(set(parts[1::2])) == len(parts[1::2]), f"{path.name} names a block twice"
     return {
         int(number): compile(code, str(path), "exec") for number, code in zip(parts[1::2], parts[2::2], strict=True)
     }

@@ -261,7 +261,7 @@ def _aligned(values: Sequence[object]) -> tuple[list[str], bool]:
 def _numbers(values: Iterable[Any]) -> list[str]:
     """Numbers as texts: floats in four digits, but whole where all of them are."""
     numbers = list(values)
-    whole = all(value is None or float(value).is_integer() for value in numbers)
+    whole = all(value is None or (float(value).is_integer() and abs(value) < 1e15) for value in numbers)
     return ["" if v is None else str(int(v)) if whole or isinstance(v, int) else figure(v) for v in numbers]
 
 

@@ -94,9 +94,11 @@ def _likeliest(session: Session, place: int) -> int:
 
 
 def _routed(session: Session, record: vw.Record, top: int, title: str, place: int) -> Answer:
+    from virtual_weights.checkpoint import text_of
+
     best = sorted(record.rows(), key=lambda row: -abs(float(row["logit"] or 0.0)))[:top]
     tokens, texts = session.run.chunks[0].tolist(), session.stream.source.token_texts()
-    rows = [{**row, "text": texts[tokens[int(str(row["token"]))]] if texts else None} for row in best]
+    rows = [{**row, "text": text_of(texts, tokens[int(str(row["token"]))])} for row in best]
     direct, error = record.stamp["direct"], record.stamp["error"]
     through = record.parameters["through"]
     line = f"{through} adds {direct:.4g}, from which the sum over all paths differs by a share of {error:.1g}"
@@ -129,9 +131,11 @@ def _answer(
     line: str | None = None,
 ) -> Answer:
     """The answer with a table whose title also names the token and the model, and with a line below it."""
+    from virtual_weights.checkpoint import text_of
+
     tokens, texts = session.run.chunks[0].tolist(), session.stream.source.token_texts()
     last = session.named(tokens[place])
     titled = replace(table, title=f"{table.title} at position {place}, token {last} · {session.name}")
-    prompt = [{"token": token, "text": texts[token] if texts else None} for token in tokens]
+    prompt = [{"token": token, "text": text_of(texts, token)} for token in tokens]
     summary = {"tokens": prompt, "position": place, "error": record.stamp.get("error")}
     return Answer(record, rows, summary, [titled] if line is None else [titled, line])
