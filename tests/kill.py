@@ -81,8 +81,13 @@ def in_a_fork(work: Callable[[], Any], end_after: float | None = None) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    begin = time.perf_counter()
+    while end_after is not None and time.perf_counter() - begin < end_after:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
     if end_after is not None:
-        time.sleep(end_after)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -147,29 +152,30 @@ def disturbed(
 
     calm, log = scratch / "calm", scratch / "log"
     assert in_a_fork(lambda: (watched(calm, None, log), work(calm))) == 0
-    begin = time.perf_counter()
     assert in_a_fork(lambda: work(scratch / "again")) == 0
-    seconds, total = time.perf_counter() - begin, log.stat().st_size
+    total = log.stat().st_size
     expected = content(calm)
     assert content(scratch / "again") == expected, "two undisturbed runs differ"
     draw, result = random.Random(0), {"boundaries": total, "killed": 0, "failed": 0, "different": 0}
-    chosen: list[int | float] = [*range(first, total, max(1, total // (boundaries or total)))]
-    atlas = scratch / "disturbed"
-    for place in [*chosen, *(draw.uniform(0, seconds) for _ in range(moments))]:
-        if isinstance(place, int):
+    chosen: list[int | None] = [*range(first, total, max(1, total // (boundaries or total))), *[None] * moments]
+    atlas, seconds = scratch / "disturbed", 0.0
+    for place in chosen:
+        if place is not None:
             status = in_a_fork(lambda n=place: (watched(atlas, n), work(atlas)))
         else:
-            status = in_a_fork(lambda: work(atlas), end_after=place)
+            status = in_a_fork(lambda: work(atlas), end_after=draw.uniform(0, seconds))
         result["killed"] += status == -signal.SIGKILL
+        begin = time.perf_counter()
         if in_a_fork(lambda: work(atlas)) != 0:
             result["failed"] += 1
         elif (left := content(atlas)) != expected:
             result["different"] += 1
             names = left.keys() | expected.keys()
             sys.stderr.write(f"differs: {[name for name in names if left.get(name) != expected.get(name)]}\n")
+        seconds = max(0.9 * seconds, time.perf_counter() - begin)  # of what is left to do, about all after an early end
         shutil.rmtree(atlas)
         sys.stderr.write(f"{place} {result}\n")
-    return result | {"tries": len(chosen) + moments}
+    return result | {"tries": len(chosen)}
 
 
 def main() -> None:
