@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from virtual_weights.analysis.depth.frozen import replay
 from virtual_weights.analysis.pairs.alignment import agreement
 from virtual_weights.analysis.pairs.contribution import Contribution
 from virtual_weights.analysis.pairs.overlap import Overlap
+from virtual_weights.cli import run
 from virtual_weights.cli.composition import composition
 from virtual_weights.cli.observe import observe
 from virtual_weights.cli.validate import validate
@@ -154,6 +156,18 @@ def test_validate_says_how_records_agree(folder: Path) -> None:
         assert row["precision_at_20"] == expected.precision
     assert "random tokens (seed 6" in given["summary"]["predicted_from"]
     assert (given["parameters"]["sequences"], given["parameters"]["length"]) == (8, 64)
+
+
+def test_precision_that_chance_reaches_is_not_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--repeated", "--tokens", "64", "--length", "16", "--edges", "14", "--seed", "5"]
+    assert run(["validate", str(folder), *options]) == 0
+    out = capsys.readouterr().out
+    assert "precision at 20 is blank where it is not above that of a random order" in out
+    assert "over 15 edges a rank correlation within ±0.52 is not above chance" in out
+    rows = [line.split() for line in out.splitlines() if re.search(r" [QKV]  +(effect|contribution) ", line)]
+    sizes = {target: {len(row) for row in rows if row[2] == target} for target in ("contribution", "effect")}
+    assert sizes["effect"] == {6}, "predictor, port, target, two correlations, edges"
+    assert 7 in sizes["contribution"], "with the precision"
 
 
 def _effects(ablations: list[Record]) -> Record:

@@ -13,7 +13,8 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import edge_tables
-from virtual_weights.cli.show import Table, line, put_json, steps
+from virtual_weights.cli.show import Table, line, put_json, show_all, steps
+from virtual_weights.cli.statements import counted
 from virtual_weights.cli.verb import Session, need_runtime
 from virtual_weights.errors import UsageError
 
@@ -112,10 +113,9 @@ def _show(model: str, stream: vw.Stream, records: list[vw.Record], summary: dict
 
     for port, record in among_heads(stream, records).items():
         title = f"{port}-composition · {model} · norm {stream.norm_stamp}"
-        for part in edge_tables(title, record, edges_of(record, top)):
-            part.show() if isinstance(part, Table) else line(part)
+        show_all(edge_tables(title, record, edges_of(record, top)))
     if "statements" in summary:
-        line("statements: " + ", ".join(f"{n} {verdict}" for verdict, n in summary["statements"].items()))
+        line(f"statements: {counted(summary['statements'])}")
     if "ablation" in summary:
         line("ablation: {edges} edges removed one by one, {causal} of them causal".format(**summary["ablation"]))
 

@@ -121,19 +121,23 @@ class Answer:
         return shape | ({"more": [answer.as_json(model) for answer in self.more]} if self.more else {})
 
     def show(self) -> None:
-        """Everything that a person is shown; an empty line sets tables apart."""
-        parts = self._parts()
-        for before, part in zip([None, *parts], parts, strict=False):
-            if isinstance(part, str):
-                line(part)
-                continue
-            if isinstance(before, str):
-                line("")
-            part.show()
+        """Everything that a person is shown."""
+        show_all(self._parts())
 
     def _parts(self) -> list[Table | str]:
         """What is shown of this answer and of the further ones."""
         return [*self.shown, *(part for answer in self.more for part in answer._parts())]
+
+
+def show_all(parts: Sequence[Table | str]) -> None:
+    """Tables and lines, in order; an empty line sets tables apart."""
+    for before, part in zip([None, *parts], parts, strict=False):
+        if isinstance(part, str):
+            line(part)
+            continue
+        if isinstance(before, str):
+            line("")
+        part.show()
 
 
 def put_json(value: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ def statements(
     rows = rows_of(record)
     counts = dict(Counter(str(row["verdict"]) for row in rows))
     lines = [text for row in rows for text in _lines(row)]
-    total = f"{len(rows)} statements on {session.name}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    total = f"{len(rows)} statement{'' if len(rows) == 1 else 's'} on {session.name}: {counted(counts)}"
     return Answer(record, rows, {"verdicts": counts, "run": record.stamp["run"]}, [*lines, total])
 
 
@@ -54,6 +55,12 @@ def rows_of(record: vw.Record) -> list[dict[str, Any]]:
         plain["witnesses"] = [name for name in str(row["witnesses"]).split("; ") if name]
         rows.append(plain)
     return rows
+
+
+def counted(verdicts: Mapping[str, int]) -> str:
+    """How many statements have each verdict, in a line."""
+    words = {"holds": "holds", "holds under": "holds under a condition", "fails": "fails", "cannot tell": "cannot tell"}
+    return ", ".join(f"{words[name]} {verdicts[name]}" for name in words if name in verdicts)
 
 
 def _lines(row: dict[str, Any]) -> list[str]:

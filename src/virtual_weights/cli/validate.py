@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 import typer
 
@@ -53,19 +54,29 @@ def validate(
         device=session.options["device"],
     )
     record = vw.Survey(session.stream, None, target, session.step).ask(question)
-    rows = list(record.rows())
+    rows: list[dict[str, Any]] = list(record.rows())
     title = f"rank correlation of scores with contributions and with effects of ablation · {session.name}"
-    shown = [
-        Table(title, rows, _FIGURES),
+    shown: list[Table | str] = [
+        Table(title, [_above_chance(row) for row in rows], _FIGURES),
         f"contributions are those of {target.count} tokens of {target.text}; data-aware predictors use "
         f"{moments.tokens} tokens of {moments.text}",
     ]
-    if edges:
+    effects = [int(row["edges"]) for row in rows if row["target"] == "effect"]
+    if effects:
+        chance = 1.96 / math.sqrt(max(min(effects) - 1, 1))
         shown.append(
             f"effects are those of ablating random edges one by one, on {question.sequences} chunks of "
-            f"{question.length} tokens of the same text"
+            f"{question.length} tokens of the same text; over {min(effects)} edges a rank correlation within "
+            f"±{chance:.2g} is not above chance"
         )
+    shown.append("precision at 20 is blank where it is not above that of a random order")
     return Answer(record, rows, {"predicted_from": moments.text, "target_text": target.text}, shown)
+
+
+def _above_chance(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose precision is left out where a random order would reach it, as with 20 edges or fewer."""
+    precise = row["precision_at_20"] > row["precision_at_random"]
+    return row if precise else {**row, "precision_at_20": None}
 
 
 def _texts(session: Session) -> tuple[vw.Run, vw.Run]:

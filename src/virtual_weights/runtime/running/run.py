@@ -256,8 +256,8 @@ class Run:
         """
         middle = (len(self.chunks) + 1) // 2
         return (
-            replace(self, chunks=self.chunks[:middle], text=f"{self.text}, earlier"),
-            replace(self, chunks=self.chunks[middle:], text=f"{self.text}, later"),
+            replace(self, chunks=self.chunks[:middle], text=f"{self.text}, first half"),
+            replace(self, chunks=self.chunks[middle:], text=f"{self.text}, second half"),
         )
 
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
