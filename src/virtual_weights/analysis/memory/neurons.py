@@ -9,8 +9,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.maps.circuits import sign_eps
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import accumulate, beyond_rounding
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -37,7 +38,8 @@ class Neurons(Question[Stream]):
 
     Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and change places
     where it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise.
-    A neuron that reads or writes nothing has no cosine and is absent.
+    A neuron that reads or writes nothing has gain 0 and no cosine. A cosine that rounding of the stored weights explains
+    is 0, and so is its gain.
 
     Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
     draws pairs of neurons by their order). The cosines are invariant under scaling of a neuron's maps by positive
@@ -87,7 +89,7 @@ class Neurons(Question[Stream]):
         counts: list[Tensor] = []
         for done, group in enumerate(groups, 1):
             rows = _rows(stream, group)
-            blocks.append(_values(rows))
+            blocks.append(_values(rows, sign_eps(stream)))
             counts += self._shuffled_counts(rows, generator)
             progress(done, len(groups))
         columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
@@ -183,13 +185,18 @@ def _rows(stream: Stream, group: Group) -> dict[str, Tensor]:
     return rows
 
 
-def _values(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    unit = {name: _unit(row) for name, row in rows.items()}
-    values = {"cosine": (unit["in"] * unit["out"]).sum(1), "gain": -(rows["in"] * rows["out"]).sum(1)}
+def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
+    norms = {name: torch.linalg.vector_norm(row, dim=1) for name, row in rows.items()}
+
+    def cosine_and_gain(first: str, second: str) -> tuple[Tensor, Tensor]:
+        size = norms[first] * norms[second]
+        product = beyond_rounding((rows[first] * rows[second]).sum(1), size, eps)
+        return product / size, -product
+
+    values = dict(zip(("cosine", "gain"), cosine_and_gain("in", "out"), strict=True))
     if "gate" in rows:
-        values["gate_cosine"] = (unit["gate"] * unit["out"]).sum(1)
-        values["gate_gain"] = -(rows["gate"] * rows["out"]).sum(1)
-        values["gate_up_cosine"] = (unit["gate"] * unit["in"]).sum(1)
+        values["gate_cosine"], values["gate_gain"] = cosine_and_gain("gate", "out")
+        values["gate_up_cosine"], _ = cosine_and_gain("gate", "in")
     return values
 
 
