@@ -7,6 +7,7 @@ tensors that other modules share follow at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.linear_map import LinearMap, halves
-from virtual_weights.linalg.numerics import ROUNDINGS, STORED_ROUNDINGS, accumulate, tolerance
+from virtual_weights.linalg.numerics import ROUNDINGS, STORED_ROUNDINGS, accumulate, beyond_rounding, tolerance
 
 _EPS = torch.finfo(accumulate).eps
 
@@ -133,7 +134,7 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
         rank: keep at most this many of the largest singular values; None keeps all r, zeros included.
 
     Returns:
-        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64. The sign of each pair is fixed: the
+        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64; S as in ``singular_values``. The sign of each pair is fixed: the
         entry of largest magnitude in a column of U is positive.
 
     Raises:
@@ -152,14 +153,18 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    s = _beyond_rounding(s, map)
     u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
     sign = _signs(u)
     return SVD(U=u * sign, S=s, V=v * sign)
 
 
 def singular_values(map: LinearMap) -> Tensor:
-    """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0."""
-    return gains(_core(map))
+    """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0.
+
+    Those of a product are 0 where they are rounding of the product of its factors' largest: ``R O = 0`` has rank 0.
+    """
+    return _beyond_rounding(gains(_core(map)), map)
 
 
 def spectral_norm(map: LinearMap) -> float:
@@ -170,7 +175,7 @@ def spectral_norm(map: LinearMap) -> float:
 
 def frobenius_norm(map: LinearMap) -> float:
     """``||map||_F = sqrt(sum of squared entries)``, through the r x r core."""
-    return float(torch.linalg.vector_norm(_core(map)))
+    return float(_beyond_rounding(torch.linalg.vector_norm(_core(map)), map))
 
 
 def eigenvalues(map: LinearMap, stored: float = _EPS) -> Tensor:
@@ -313,6 +318,30 @@ def _one_thread(a: Tensor) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_POWER_STEPS = 8  # they give a largest singular value to some per cent, which a cut does not need better
+
+
+def _beyond_rounding(gains: Tensor, map: LinearMap) -> Tensor:
+    """Gains of a product, 0 where its factors, in the dtype that they have, leave rounding of that size."""
+    chain = map.chain()
+    if len(chain) < 2:
+        return gains
+    eps = torch.finfo(torch.promote_types(map.dtype, torch.float32)).eps
+    return beyond_rounding(gains, math.prod(_largest_gain(factor.to(accumulate)) for factor in chain), eps)
+
+
+def _largest_gain(map: LinearMap) -> float:
+    """``||map||_2`` by power iteration, slightly below it."""
+    transposed, x = map.T, torch.randn(map.shape[1], 1, generator=torch.Generator().manual_seed(0), dtype=accumulate)
+    x, size = x.to(map.device), x.new_zeros(())
+    for _ in range(_POWER_STEPS):
+        x = transposed.apply(map.apply(x / torch.linalg.vector_norm(x)))
+        size = torch.linalg.vector_norm(x).sqrt()
+        if not bool(size > 0):
+            break
+    return float(size)
 
 
 def _core(map: LinearMap) -> Tensor:

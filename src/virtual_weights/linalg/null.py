@@ -67,7 +67,7 @@ def _spread(trace: Tensor, square: Tensor, d: int) -> Tensor:
 
 
 def standardised(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """``(value - mean) / deviation``, NaN where the null leaves no choice: its variance is 0."""
+    """``(value - mean) / deviation``; NaN where the variance is 0, since then the null leaves no choice."""
     return ((values - mean) / variance.sqrt()).masked_fill(variance == 0, torch.nan)
 
 

@@ -39,7 +39,8 @@ class Record:
         provenance: checkpoint reference and fingerprint, package version.
 
     A record over two axes is a matrix per column (readers by writers); over one axis it is a table.
-    A pair that cannot reach is NaN in the matrix and no row in the table.
+    A pair that cannot reach is NaN in every column of the matrix and no row in the table. A pair of which one side reads
+    or writes nothing has a row, with strength 0 and without a score (None).
     """
 
     question: str
@@ -184,11 +185,17 @@ class Record:
         return math.prod(len(axis.labels) for axis in self.axes)
 
     def present(self) -> Tensor:
-        """Which entries are there: True but where the first floating tensor is NaN; flat, in row order."""
-        for column in self.columns:
-            if isinstance(column.values, Tensor) and column.values.is_floating_point():
-                return ~torch.isnan(column.values.detach().flatten().cpu())
-        return torch.ones(self.size, dtype=torch.bool)
+        """Which entries are there, flat, in row order: of one axis all, else those with a number in a floating column.
+
+        What cannot be (a pair that cannot reach) has no number at all; what is undefined lacks some of them.
+        """
+        tensors = [c.values for c in self.columns if isinstance(c.values, Tensor) and c.values.is_floating_point()]
+        if len(self.axes) < 2 or not tensors:
+            return torch.ones(self.size, dtype=torch.bool)
+        present = torch.zeros(self.size, dtype=torch.bool)
+        for values in tensors:
+            present |= ~torch.isnan(values.detach().flatten().cpu())
+        return present
 
     def rows(self) -> Iterator[dict[str, Value]]:
         """Every entry that is present as a dictionary: axis labels, groups where shared, column values.

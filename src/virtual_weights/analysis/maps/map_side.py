@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, self_moments
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, beyond_rounding, self_moments
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream
@@ -57,7 +57,8 @@ class PairProducts:
 
     Attributes:
         axes: ``reader`` and ``writer``.
-        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach.
+        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach, 0 where it is
+            rounding of ``||G_i|| ||G_j||``, and where either map is 0.
         readers, writers: (2, n), ``tr G`` and ``tr G^2`` of every map.
         form: how heads were paired with heads: ``"gram"`` or ``"direct"``, None where none did.
         flops: of that part.
@@ -160,7 +161,7 @@ def pair_products(
     products = PairProducts((readers.axis, writers.axis), squared, *moments, form, flops)
     for done in _fill_wide(products, readers, writers, device, memory):
         progress(done, total)
-    return _by_depth(products, writers)
+    return _by_depth(products, writers, dtype)
 
 
 def energy_through(heads: MapStack, gram: Tensor, reachable: Tensor) -> Tensor:
@@ -204,14 +205,17 @@ def _fill_wide(products: PairProducts, readers: MapSide, writers: MapSide, devic
             yield len(readers.wide) + j - w + 1
 
 
-def _by_depth(products: PairProducts, writers: MapSide) -> PairProducts:
-    """Writers in order of depth, heads no longer first."""
+def _by_depth(products: PairProducts, writers: MapSide, dtype: torch.dtype) -> PairProducts:
+    """Writers in order of depth, heads no longer first; squares of mere rounding are 0."""
+    size = (products.readers[1, :, None] * products.writers[1]).sqrt()
+    squared = beyond_rounding(products.squared, size, torch.finfo(dtype).eps)
+    squared = squared.masked_fill((size == 0) & ~squared.isnan(), 0.0)
     order = torch.argsort(writers.position, stable=True)
     reader, writer = products.axes
     return replace(
         products,
         axes=(reader, replace(writer, labels=tuple(writer.labels[i] for i in order.tolist()))),
-        squared=products.squared.clamp_(min=0.0)[:, order],
+        squared=squared.clamp_(min=0.0)[:, order],
         writers=products.writers[:, order],
     )
 
