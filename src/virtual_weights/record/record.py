@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Named = TypeVar("Named", Axis, Column)
+SIZES = ("strength", "dimensions")
+"""Columns that tell what reads or writes nothing (0) from what cannot be (NaN)."""
 _COMPLETED = 100_000  # entries up to which a shell offers the labels of rows
 
 
@@ -185,15 +187,15 @@ class Record:
         return math.prod(len(axis.labels) for axis in self.axes)
 
     def present(self) -> Tensor:
-        """Which entries are there, flat, in row order: of one axis all, else those with a number in a floating column.
+        """Which entries are there, flat, in row order: where the first floating tensor or a size is a number.
 
-        What cannot be (a pair that cannot reach) has no number at all; what is undefined lacks some of them.
+        A size, of ``SIZES``, is 0 of what reads or writes nothing and has no score; of what cannot be it is NaN, too.
         """
-        tensors = [c.values for c in self.columns if isinstance(c.values, Tensor) and c.values.is_floating_point()]
-        if len(self.axes) < 2 or not tensors:
-            return torch.ones(self.size, dtype=torch.bool)
-        present = torch.zeros(self.size, dtype=torch.bool)
-        for values in tensors:
+        tensors = [c for c in self.columns if isinstance(c.values, Tensor) and c.values.is_floating_point()]
+        decisive = [c.values for c in (*tensors[:1], *(c for c in tensors[1:] if c.name in SIZES))]
+        present = torch.full((self.size,), not decisive)
+        for values in decisive:
+            assert isinstance(values, Tensor)
             present |= ~torch.isnan(values.detach().flatten().cpu())
         return present
 

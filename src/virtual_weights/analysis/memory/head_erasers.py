@@ -26,6 +26,7 @@ _COLUMNS = {
     "trace": ("1 / (1 / s)", "tr OV = sum of eigenvalues"),
     "trace_z": ("standard deviations", "tr OV sqrt(d) / ||OV||_F: against Haar orientation of reads to writes"),
     "kept": ("1 (factor), >= 0", "min |1 + eigenvalue / s|: what the head leaves of the direction that it clears best"),
+    "strength": ("weights", "||OV||_F, 0 of a head that reads or writes nothing"),
     "token_copying": ("1, in [-1, 1]", "sum Re / sum |.| of the eigenvalues of W_U OV W_E"),
     "token_negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|, of W_U OV W_E"),
 }
@@ -120,6 +121,7 @@ class HeadErasers(Question[Stream]):
             "most_positive": torch.where(most > 0, most, none),
             "trace": trace,
             "trace_z": trace * out.shape[1] ** 0.5 / ov,
+            "strength": ov,
             "kept": (1 + eigenvalues / self.scalar).abs().amin(1),
         }
         if tokens is not None:

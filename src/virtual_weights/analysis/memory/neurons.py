@@ -20,6 +20,7 @@ from virtual_weights.stream import Group, Question, Stream
 _COLUMNS = {
     "cosine": ("1, in [-1, 1]", "cos(w_in, w_out); w_in is the up row where the MLP is gated"),
     "gain": ("1 / (slope / s)", "-<w_in, w_out>: clearing gain per unit slope at norm scalar 1; 1 clears <w_in, x>"),
+    "strength": ("weights", "||w_in|| ||w_out||"),
     "gate_cosine": ("1, in [-1, 1]", "cos(w_gate, w_out)"),
     "gate_gain": ("1 / (slope / s)", "-<w_gate, w_out>: clearing gain on what the gate reads"),
     "gate_up_cosine": ("1, in [-1, 1]", "cos(w_gate, w_up)"),
@@ -38,7 +39,7 @@ class Neurons(Question[Stream]):
 
     Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and change places
     where it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise.
-    A neuron that reads or writes nothing has gain 0 and no cosine. A cosine that rounding of the stored weights explains
+    A neuron that reads or writes nothing has strength 0 and no cosine. A cosine that rounding of the stored weights explains
     is 0, and so is its gain.
 
     Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
@@ -74,7 +75,7 @@ class Neurons(Question[Stream]):
             progress: called with (layers done, layers in all).
 
         Returns:
-            A Record over ``neuron`` with columns ``cosine``, ``gain``; where gated ``gate_cosine``, ``gate_gain``,
+            A Record over ``neuron`` with columns ``cosine``, ``gain``, ``strength``; where gated ``gate_cosine``, ``gate_gain``,
             ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
             what the model's own, shuffled, would give; ``census`` sums it up.
 
@@ -194,6 +195,7 @@ def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
         return product / size, -product
 
     values = dict(zip(("cosine", "gain"), cosine_and_gain("in", "out"), strict=True))
+    values["strength"] = norms["in"] * norms["out"]
     if "gate" in rows:
         values["gate_cosine"], values["gate_gain"] = cosine_and_gain("gate", "out")
         values["gate_up_cosine"], _ = cosine_and_gain("gate", "in")

@@ -109,7 +109,7 @@ class Subspaces(Question[Stream]):
         return stream.record(
             self,
             (first, second),
-            self._columns(table, ranks, pairs, stream.d_model),
+            self._columns(table, ranks, stream.d_model),
             gauge="circuits: free of heads' inner bases; QK at rotary offset 0",
             cut=cut,
             pairs=int(pairs.sum()),
@@ -151,7 +151,7 @@ class Subspaces(Question[Stream]):
             block[name][i, j] = column.cpu()
         return block
 
-    def _columns(self, table: dict[str, Tensor], ranks: tuple[Tensor, ...], pairs: Tensor, d: int) -> Iterator[Column]:
+    def _columns(self, table: dict[str, Tensor], ranks: tuple[Tensor, ...], d: int) -> Iterator[Column]:
         r_a, r_b = ranks[0][:, None], ranks[1][None, :]
         mean, variance = overlap_moments(r_a, r_b, d)
         overlap, shape = table["overlap"], table["overlap"].shape
@@ -162,13 +162,13 @@ class Subspaces(Question[Stream]):
         yield Column("angle", table["cosine"].acos(), "rad, in [0, pi/2]", "smallest principal angle")
         yield Column(
             "rank_first",
-            r_a.expand(shape).masked_fill(~pairs, torch.nan),
+            r_a.expand(shape),
             "dimensions",
             "dimension of the first subspace",
         )
         yield Column(
             "rank_second",
-            r_b.expand(shape).masked_fill(~pairs, torch.nan),
+            r_b.expand(shape),
             "dimensions",
             "dimension of the second subspace",
         )
