@@ -81,7 +81,7 @@ def test_t7_by_a_run_on_text() -> None:
     assert figures["conditional"] == figures["conditional_with_two_modes"] == 1
     assert findings["all"].figures["unconditional"] == 1
     assert figures["tokens"] == 30
-    assert findings["half"].witnesses == ("L1N0: clears on 50% of tokens, coefficient 0.50 ± 0.50",)
+    assert findings["half"].witnesses == ("L1N0: erases on 50% of tokens, coefficient 0.50 ± 0.50",)
     assert verdict("T7", models["half"]).verdict == "cannot tell"
     assert verdict("T7", models["half"], run_of(models["half"], 6)).verdict == "cannot tell"
     assert verdict("T7", blank(), run_of(blank())).verdict == "cannot tell"
@@ -93,7 +93,7 @@ def test_t6_counts_what_clears_while_the_model_runs() -> None:
     assert "unconditional_neurons" not in bare.figures
     assert (finding.figures["unconditional_neurons"], finding.figures["conditional_neurons"]) == (1, 0)
     assert finding.figures["tokens_run"] == 30
-    assert finding.witnesses[-2].startswith("L1N0: clears on 100.0% of tokens, coefficient 1.000")
+    assert finding.witnesses[-2].startswith("L1N0: erases on 100.0% of tokens, coefficient 1.000")
     half = gated(torch.arange(TOKENS) % 2 == 0)
     assert verdict("T6", half, run_of(half)).figures["conditional_neurons"] == 1
 

@@ -134,8 +134,8 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
         rank: keep at most this many of the largest singular values; None keeps all r, zeros included.
 
     Returns:
-        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64; S as in ``singular_values``. The sign of each pair is fixed: the
-        entry of largest magnitude in a column of U is positive.
+        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64; S as in ``singular_values``.
+        The sign of each pair is fixed: the entry of largest magnitude in a column of U is positive.
 
     Raises:
         UsageError: a negative rank.

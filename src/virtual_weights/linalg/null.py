@@ -71,7 +71,7 @@ def standardised(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return ((values - mean) / variance.sqrt()).masked_fill(variance == 0, torch.nan)
 
 
-def haar_tail(values: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], d: int) -> Tensor:
+def haar_tail(values: Tensor, a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], d: int) -> Tensor:
     """``P(X >= value)`` for X of :func:`haar_moments`, by the gamma law with its mean, variance and third moment.
 
     ::

@@ -41,8 +41,8 @@ class Record:
         provenance: checkpoint reference and fingerprint, package version.
 
     A record over two axes is a matrix per column (readers by writers); over one axis it is a table.
-    A pair that cannot reach is NaN in every column of the matrix and no row in the table. A pair of which one side reads
-    or writes nothing has a row, with strength 0 and without a score (None).
+    A pair that cannot reach is NaN in every column of the matrix and no row in the table. A pair of which one side
+    reads or writes nothing has a row, with strength 0 and without a score (None).
     """
 
     question: str

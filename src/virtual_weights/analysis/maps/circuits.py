@@ -97,7 +97,7 @@ def rank_cut(stream: Stream) -> float:
 
 
 def folded_eps(stream: Stream) -> float:
-    """eps of the dtype in which norms are folded into readers: relative rounding of their entries.
+    """Eps of the dtype in which norms are folded into readers: relative rounding of their entries.
 
     Stored entries are taken as exact wherever a strength or a rank is asked for.
     """
@@ -105,7 +105,7 @@ def folded_eps(stream: Stream) -> float:
 
 
 def stored_eps(stream: Stream) -> float:
-    """eps of the least precise dtype in which weights are stored; quantised blocks count as bfloat16.
+    """Eps of the least precise dtype in which weights are stored; quantised blocks count as bfloat16.
 
     What was meant to be 0 (an eigenvalue, a cosine) is in stored weights 0 up to this: it decides signs.
     """
@@ -114,7 +114,7 @@ def stored_eps(stream: Stream) -> float:
 
 
 def sign_eps(stream: Stream) -> float:
-    """eps of a product of two maps over the stream, for ``beyond_rounding``, with rounding of stored weights in it."""
+    """Eps of a product of two maps over the stream, for ``beyond_rounding``, with rounding of stored weights in it."""
     return max(folded_eps(stream), STORED_ROUNDINGS / ROUNDINGS * stored_eps(stream) / stream.d_model**0.5)
 
 

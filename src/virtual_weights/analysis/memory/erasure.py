@@ -12,7 +12,15 @@ from torch import Tensor
 from virtual_weights.analysis.maps.circuits import writing_circuits
 from virtual_weights.analysis.maps.map_side import write_gram
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, all_pairs, beyond_rounding, haar_moments, self_moments, standardised
+from virtual_weights.linalg import (
+    MapStack,
+    accumulate,
+    all_pairs,
+    beyond_rounding,
+    haar_moments,
+    self_moments,
+    standardised,
+)
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost

@@ -39,8 +39,8 @@ class Neurons(Question[Stream]):
 
     Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and change places
     where it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise.
-    A neuron that reads or writes nothing has strength 0 and no cosine. A cosine that rounding of the stored weights explains
-    is 0, and so is its gain.
+    A neuron that reads or writes nothing has strength 0 and no cosine. A cosine that rounding of the stored weights
+    explains is 0, and so is its gain.
 
     Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
     draws pairs of neurons by their order). The cosines are invariant under scaling of a neuron's maps by positive
@@ -75,8 +75,8 @@ class Neurons(Question[Stream]):
             progress: called with (layers done, layers in all).
 
         Returns:
-            A Record over ``neuron`` with columns ``cosine``, ``gain``, ``strength``; where gated ``gate_cosine``, ``gate_gain``,
-            ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
+            A Record over ``neuron`` with columns ``cosine``, ``gain``, ``strength``; where gated ``gate_cosine``,
+            ``gate_gain``, ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
             what the model's own, shuffled, would give; ``census`` sums it up.
 
         Raises:
@@ -194,8 +194,8 @@ def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
         product = beyond_rounding((rows[first] * rows[second]).sum(1), size, eps)
         return product / size, -product
 
-    values = dict(zip(("cosine", "gain"), cosine_and_gain("in", "out"), strict=True))
-    values["strength"] = norms["in"] * norms["out"]
+    cosine, gain = cosine_and_gain("in", "out")
+    values = {"cosine": cosine, "gain": gain, "strength": norms["in"] * norms["out"]}
     if "gate" in rows:
         values["gate_cosine"], values["gate_gain"] = cosine_and_gain("gate", "out")
         values["gate_up_cosine"], _ = cosine_and_gain("gate", "in")

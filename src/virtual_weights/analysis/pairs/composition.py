@@ -57,8 +57,8 @@ class Composition(Question[Stream]):
     Columns: ``score`` (the above, in [0, 1]); ``strength`` (its numerator); ``null_ratio``, the score over
     ``1/sqrt(d)``, its root mean square for independent random orientations; ``z``, the squared strength standardised by
     its closed-form mean and deviation when one of the two maps is turned by a Haar-random rotation of the stream; NaN
-    where every orientation gives the same. A pair of which one side is 0 has strength 0 and no score; a pair that cannot
-    reach is absent.
+    where every orientation gives the same. A pair of which one side is 0 has strength 0 and no score; a pair that
+    cannot reach is absent.
 
     Invariant under re-basing of heads and, with RMSNorm folded, under rotation of the stream. With a rotary offset
     other than 0 only re-basings that turn rotary planes leave Q and K unchanged.

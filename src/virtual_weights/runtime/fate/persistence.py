@@ -70,8 +70,8 @@ class Persistence(_OnePass):
     ``1/s^2``, s the token's largest norm scalar, so that a few tokens with huge norms do not outweigh the others.
 
     Columns ``projection`` and ``strength``; absent before it is written. What a writer of nothing wrote has strength 0
-    and no projection. With LayerNorm, which no mean of a state passes, all that is written is centred. Invariant under re-basing of heads and, with RMSNorm, rotation
-    of the stream.
+    and no projection. With LayerNorm, which passes no mean of a state, all that is written is centred. Invariant under
+    re-basing of heads and, with RMSNorm, rotation of the stream.
 
     Attributes:
         centred: leave the mean over tokens out of all that was written, so that only what differs between tokens
