@@ -76,8 +76,8 @@ class Neurons(Question[Stream]):
 
         Returns:
             A Record over ``neuron`` with columns ``cosine``, ``gain``, ``strength``; where gated ``gate_cosine``,
-            ``gate_gain``, ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
-            what the model's own, shuffled, would give; ``census`` sums it up.
+            ``gate_gain``, ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random
+            directions and what the model's own, shuffled, would give; ``census`` sums it up.
 
         Raises:
             UsageError: the checkpoint holds no MLP.
