@@ -9,11 +9,12 @@ from virtual_weights.analysis.crowding.coherence import Coherence, capacity
 from virtual_weights.analysis.crowding.directions import DirectionKind
 from virtual_weights.analysis.crowding.interference import FEWEST, Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
-from virtual_weights.analysis.maps.circuits import reading_circuits, writing_circuits
+from virtual_weights.analysis.maps.circuits import reading_circuits, sign_eps, writing_circuits
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.linalg import (
     BELOW_ONE,
     FOLDED_ROUNDING,
+    ROUNDINGS,
     THREE_DIGITS,
     Dense,
     accumulate,
@@ -201,7 +202,7 @@ def trivial_intersection(evidence: Evidence) -> Finding:
     cosine, strength, bound = (record.numbers(name) for name in ("cosine", "strength", "bound"))
     effect = strength / (bound / cosine)
     apart = cosine < 1 - FOLDED_ROUNDING
-    affected = apart & (effect > FOLDED_ROUNDING)
+    affected = apart & (effect > max(FOLDED_ROUNDING, ROUNDINGS * sign_eps(evidence.stream)))
     count, total = int(affected.sum()), int(apart.sum())
     figures: dict[str, Figure] = {
         "pairs": len(present(cosine)),
