@@ -288,4 +288,4 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     assert run(["edges", str(other), "--moments", str(point)]) == 2
     assert "no edges of 'contribution' with moments" in capsys.readouterr().err
     assert run(["map", str(folder), "-o", str(other), "--repeated", "--text", "default"]) == 2
-    assert "more than one source" in capsys.readouterr().err
+    assert "more than one kind of text" in capsys.readouterr().err

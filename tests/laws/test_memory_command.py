@@ -66,7 +66,7 @@ def test_pairs_can_be_ordered_by_what_is_free_of_the_norm_scalar(folder: Path) -
     assert [row["z"] for row in orders[0]] == sorted((row["z"] for row in orders[0]), reverse=True)
     assert [row["writer"] for row in orders[0]] == [row["writer"] for row in orders[1]]
     assert orders[2][0]["erasure"] == pytest.approx(3 * orders[3][0]["erasure"])
-    with pytest.raises(vw.VirtualWeightsError, match="no column"):
+    with pytest.raises(vw.VirtualWeightsError, match="--by size"):
         answer(folder, "--by", "size")
 
 

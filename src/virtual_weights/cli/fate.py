@@ -90,6 +90,7 @@ def persistence(
     top: o.Top = 20,
 ) -> Answer:
     """Measure how long a component's output persists in the stream, and which later components remove it."""
+    writer = None if writer is None else session.stream.groups.writer(writer)
     questions = [vw.PersistenceSummary(centred), vw.Persistence(centred), vw.ErasedBy(centred)]
     summary, projection, shares = session.survey.answers(questions)
     if writer is not None:

@@ -38,6 +38,7 @@ from virtual_weights.linalg.numerics import (
     WORKSPACE_BYTES,
     ZERO,
     accumulate,
+    random_generator,
     tolerance,
 )
 from virtual_weights.linalg.pairing import MapStack, self_moments
@@ -97,6 +98,7 @@ __all__ = [
     "overlap",
     "overlap_moments",
     "principal_angles",
+    "random_generator",
     "rank_correlation",
     "row_space",
     "self_moments",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from virtual_weights.errors import UsageError
+
 accumulate = torch.float64
 """Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
 no figure depends on the rounding of the storage dtype."""
@@ -60,6 +62,22 @@ few operations computed carries a few eps."""
 THREE_DIGITS = 1e-3
 """Relative difference that counts as none where a run is involved or digits are printed: a float32 run through many
 blocks keeps three digits of every norm scalar."""
+
+
+def random_generator(seed: int) -> torch.Generator:
+    """What draws the random choices of a seed, on the CPU.
+
+    Args:
+        seed: a whole number in [-2^63, 2^64), as torch takes it.
+
+    Raises:
+        UsageError: it does not fit into 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise UsageError(
+            f"seed {seed}", expected="a whole number from -2^63 to 2^64 - 1", do="pass a smaller one, such as 0"
+        )
+    return torch.Generator().manual_seed(seed)
 
 
 def exactness_bound(dtype: torch.dtype) -> float:

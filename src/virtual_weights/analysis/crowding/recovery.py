@@ -13,7 +13,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
@@ -90,7 +90,7 @@ class Recovery(Question[Stream]):
         columns = unit.T.to(accumulate)
         counts = [n for n in (2**i for i in range(32)) if n <= min(self.most, len(unit))]
         methods = {name: _method(name, columns) for name in self._methods}
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         fidelity = {name: torch.zeros(len(counts), dtype=accumulate) for name in methods}
         for i, n in enumerate(counts):
             truth = torch.stack([_signals(len(unit), n, generator) for _ in range(self.trials)], 1)

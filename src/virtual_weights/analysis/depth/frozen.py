@@ -13,6 +13,9 @@ from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, OperatingPoint, Stream
 
+_SMALLEST, _LARGEST = 1e-60, 1e60
+"""Range of a factor: beyond it squares of what passes through two blocks leave the range of float64."""
+
 
 @final
 @dataclass(frozen=True)
@@ -20,16 +23,30 @@ class Convention:
     """What stands in for an operating point where nothing ran: one token that attends to itself with weight 1.
 
     Attributes:
-        scalar: the norm scalar s of every group, > 0.
-        gate: the factor on every neuron's pre-activation: the activated gate, or the slope where ungated.
+        scalar: the norm scalar s of every group, in [1e-60, 1e60].
+        gate: the factor on every neuron's pre-activation: the activated gate, or the slope where ungated; in
+            [-1e60, 1e60].
+
+    Raises:
+        UsageError: one of them is outside.
     """
 
     scalar: float = 1.0
     gate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scalar > 0.0:
-            raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
+        if not _SMALLEST <= self.scalar <= _LARGEST:
+            raise UsageError(
+                f"norm scalar {self.scalar}",
+                expected=f"a number from {_SMALLEST:g} to {_LARGEST:g}",
+                do="pass for example scalar=1.0",
+            )
+        if not abs(self.gate) <= _LARGEST:
+            raise UsageError(
+                f"gate {self.gate}",
+                expected=f"a number from -{_LARGEST:g} to {_LARGEST:g}",
+                do="pass for example gate=1.0",
+            )
 
 
 Point = OperatingPoint | Convention

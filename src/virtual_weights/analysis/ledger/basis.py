@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -48,8 +49,10 @@ class Basis(Question[Stream]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.massive > 1.0:
-            raise UsageError(f"massive={self.massive}", expected="a multiple above 1", do="pass for example massive=3")
+        if not 1.0 < self.massive < math.inf:
+            raise UsageError(
+                f"massive={self.massive}", expected="a finite multiple above 1", do="pass for example massive=3"
+            )
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through all writers and readers.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -82,7 +82,7 @@ class Neurons(Question[Stream]):
         groups = stream.groups.mlps
         if not groups:
             raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         blocks: list[dict[str, Tensor]] = []
         counts: list[Tensor] = []
         for done, group in enumerate(groups, 1):

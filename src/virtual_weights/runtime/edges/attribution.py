@@ -16,6 +16,7 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.running.activations import check_tokens
 from virtual_weights.runtime.running.hooks import Place, leaf, module_of, split, watched, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
@@ -35,10 +36,16 @@ class LogitDifference:
     Attributes:
         token: id of the token.
         against: id of the other; None for the logit itself.
+
+    Raises:
+        UsageError: both are the same token.
     """
 
     token: int
     against: int | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The difference, (B,)."""

@@ -12,7 +12,7 @@ from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.running.activations import Activations, prompted
+from virtual_weights.runtime.running.activations import Activations, check_tokens, prompted
 from virtual_weights.runtime.running.hooks import activation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Label, Question, parse
@@ -43,6 +43,9 @@ class Trace(Question[Run]):
     token: int | None = None
     against: int | None = None
 
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
+
     def __call__(self, run: Run, progress: Progress = silent) -> Record:
         """Run the prompt.
 
@@ -52,11 +55,14 @@ class Trace(Question[Run]):
             itself, of a neuron ``value``.
 
         Raises:
-            UsageError: no such reader, token ids that the vocabulary does not have, or a run of several chunks.
+            UsageError: no such reader, token ids that the vocabulary does not have, twice the same token, or a run of
+                several chunks.
             ResourceError: more contributions than memory should hold.
         """
         del progress  # it is one step
-        activations, label = prompted(run), parse(self.reader)
+        label = parse(self.reader)
+        run.stream.groups.of(label)  # refuses a wrong name before the model runs
+        activations = prompted(run)
         reading = self._reading(activations, label)
         writers, width = len(run.stream.components), len(reading.rows)
         if run.count * writers * width > _MOST:
@@ -209,6 +215,9 @@ class Route(Question[Run]):
     against: int | None = None
     position: int = -1
 
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
+
     @torch.no_grad()
     def __call__(self, run: Run, progress: Progress = silent) -> Record:
         """Run the prompt.
@@ -217,7 +226,7 @@ class Route(Question[Run]):
             A Record over (writer, token): ``logit``. Of an MLP the only token is its own; tokens after t are absent.
 
         Raises:
-            UsageError: no such component, token or position, or a run of several chunks.
+            UsageError: no such component, token or position, twice the same token, or a run of several chunks.
         """
         del progress  # it is one step
         stream, label, size = run.stream, parse(self.through), run.count

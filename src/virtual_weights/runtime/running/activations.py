@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched
 from virtual_weights.stream import Group, Stream
 from virtual_weights.stream.norm import constant, fold
@@ -131,7 +131,7 @@ def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
     _whole(stream)
     stream = replace(stream, folded=True, dtype=torch.float32)
     count = min(_TOKENS, stream.spec.n_positions or _TOKENS)
-    tokens = torch.randint(vocabulary(stream), (count,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(vocabulary(stream), (count,), generator=random_generator(0))
     sample = _sample(stream, weights)
     sites = [group for state in sample for group in stream.groups.sited(state)]
     writers = [group for group in stream.groups.writers if group.first in sample and not group.constant]
@@ -155,6 +155,21 @@ def vocabulary(stream: Stream) -> int:
     if place is None:
         raise _incomplete(["embed"])
     return stream.source.tensors[place.tensor].shape[0]
+
+
+def check_tokens(token: int | None, against: int | None) -> None:
+    """Refuse a difference of logits without a first token, or of a token and itself.
+
+    Raises:
+        UsageError: ``against`` is named without ``token``, or is the same, or one of them is below 0.
+    """
+    ids = [number for number in (token, against) if number is not None]
+    if (against is not None and against == token) or min(ids, default=0) < 0 or (token is None and ids):
+        raise UsageError(
+            f"the logit of token {token} less that of token {against}" if against is not None else f"token {token}",
+            expected="two different tokens, or the first alone; ids from 0",
+            do="name another token, or leave the second one out",
+        )
 
 
 def _whole(stream: Stream) -> None:
