@@ -73,6 +73,9 @@ def _after(stream: Stream, flows: list[Any], port: str, group: Group, head: int,
         turn = torch.eye(spec.d_head, dtype=torch.float64) if spec.rotary is None else stream.rotation(t - u)
         rows = other @ turn if port == "Q" else other @ turn.T  # q^T (Rot^T k), (Rot q)^T k
         after.append((1 / len(pairs) / len(rows) / spec.d_head, rows))
+    if port == "Q":  # softmax does not see what all keys have in common
+        mean = torch.stack([rows.mean(0) for _, rows in after]).mean(0)
+        after = [(weight, rows - mean) for weight, rows in after]
     return after
 
 
