@@ -45,7 +45,10 @@ def errors(stream: Stream, signals: Flow, tokens: Tensor) -> dict[str, float]:
     received = [(port, f"L{layer}.{part}", signals.reads[port, layer]) for port, layer, part in parts]
     assert signals.logits is not None
     worst: dict[str, float] = {}
-    for port, group, whole in [*received, ("unembed", "unembed", signals.logits - signals.logits.mean(-1, keepdim=True))]:
+    for port, group, whole in [
+        *received,
+        ("unembed", "unembed", signals.logits - signals.logits.mean(-1, keepdim=True)),
+    ]:
         reads, read = stream.groups[group].reads, stream.read(port, group)
         assert reads is not None
         reaching = [vector for position, vector in written if position <= reads]

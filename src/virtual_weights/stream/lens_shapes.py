@@ -9,7 +9,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.stream.group import READINGS, Port
-from virtual_weights.stream.stream import Stream
+from virtual_weights.stream.stream import Stream, centred
 
 _HEADS: dict[str, Port] = {"Q": "Q", "K": "K", "V": "V"}
 _GATED: dict[str, Port] = {"gate": "gate", "in": "up"}
@@ -102,7 +102,7 @@ def _written(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Te
     """Writers, the stream's axis last."""
     tensors = _present(stream, places)
     turned = {name: x.mT if places[name][0] in ("o", "down") else x for name, x in tensors.items()}
-    return {name: stream.centred(x, -1, stream.dtype) for name, x in turned.items()}
+    return {name: centred(stream, x, -1, stream.dtype) for name, x in turned.items()}
 
 
 def _present(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:

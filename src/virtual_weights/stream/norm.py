@@ -27,10 +27,10 @@ def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"], least: torch
     """
     dtype = torch.promote_types(torch.promote_types(maps.dtype, gain.dtype), least)
     scaled = maps.to(dtype) * gain.to(dtype)
-    return centred(scaled, -1) if norm == "layer" else scaled
+    return without_mean(scaled, -1) if norm == "layer" else scaled
 
 
-def centred(vectors: Tensor, axis: int) -> Tensor:
+def without_mean(vectors: Tensor, axis: int) -> Tensor:
     """Vectors along an axis less their mean, ``P x``; exactly 0 where all entries are the same up to rounding."""
     rest = vectors - vectors.mean(axis, keepdim=True)
     length, before = (torch.linalg.vector_norm(x, dim=axis, keepdim=True) for x in (rest, vectors))

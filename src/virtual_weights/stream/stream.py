@@ -19,7 +19,7 @@ from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.group import READINGS, WRITINGS, Component, Group, Groups, Port, groups, states
 from virtual_weights.stream.names import Label, parse
-from virtual_weights.stream.norm import centred, constant, fold, scale
+from virtual_weights.stream.norm import constant, fold, scale, without_mean
 from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
@@ -170,7 +170,7 @@ class Stream:
         maps, received = fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype)
         if port != "unembed":
             return Read(maps, received)
-        return Read(centred(maps, -2), None if received is None else centred(received, -1))
+        return Read(without_mean(maps, -2), None if received is None else without_mean(received, -1))
 
     def write(self, group: Group | str) -> Tensor:
         """The write maps of a group, shape (m, d, k), in storage dtype; with LayerNorm folded centred, ``P O``.
@@ -192,16 +192,7 @@ class Stream:
         if kind in ("embed", "pos"):
             maps = maps.T
         maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
-        return self.centred(maps, -2, self.dtype)
-
-    def centred(self, vectors: Tensor, axis: int = -1, least: torch.dtype = torch.float32) -> Tensor:
-        """What readers can see of vectors of the stream along an axis: less their mean where LayerNorm is folded.
-
-        Then in ``least`` precision or their own, if that is wider.
-        """
-        if not self.folded or self.spec.norm == "rms":
-            return vectors
-        return centred(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
+        return centred(self, maps, -2, self.dtype)
 
     def scale(self, states: Tensor) -> Tensor:
         """The norm scalar ``s`` with which every token of states (..., d) is read, (...)."""
@@ -316,6 +307,16 @@ class _Provenance(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype = torch.float32) -> Tensor:
+    """What readers can see of vectors of the stream along an axis: less their mean where LayerNorm is folded.
+
+    Then in ``least`` precision or their own, if that is wider.
+    """
+    if not stream.folded or stream.spec.norm == "rms":
+        return vectors
+    return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
 def _id(group: Group | str) -> str:

@@ -118,9 +118,7 @@ class Contribution(Question[Stream]):
             progress(done, len(readers))
         return self._record(stream, axes, torch.cat(rows), (torch.cat(inputs), torch.cat(shared)))
 
-    def _record(
-        self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, beside: tuple[Tensor, Tensor]
-    ) -> Record:
+    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, beside: tuple[Tensor, Tensor]) -> Record:
         inputs, common = beside
         units = {"Q": "squared logits", "K": "squared logits", "V": "squared norm"}
         columns = [Column("contribution", energy, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]

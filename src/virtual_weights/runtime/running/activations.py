@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched, wide
-from virtual_weights.stream import Group, Stream
+from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.norm import constant, fold
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Activations:
 
     def state(self, number: int) -> Tensor:
         """A state of the stream, the sum of all that is written before, (T, d) float64; centred as writers are."""
-        return self.stream.centred(self.signals["state", number].to(accumulate))
+        return centred(self.stream, self.signals["state", number].to(accumulate))
 
     def scalar(self, number: int) -> Tensor:
         """The norm scalar with which a state is read, (T,) float64."""
@@ -194,9 +194,9 @@ class _Step:
 
     def errors(self, state: int) -> Iterator[Exactness]:
         """The errors of what is written into a state, what reads it, and what follows from that inside a component."""
-        x = self.stream.centred(self.signals["state", state])
+        x = centred(self.stream, self.signals["state", state])
         s = self.stream.scale(x)[:, None]
-        before = self.stream.centred(self.signals["state", state - 1]) if state else torch.zeros_like(x)
+        before = centred(self.stream, self.signals["state", state - 1]) if state else torch.zeros_like(x)
         groups = [group for group in self.stream.groups.writers if group.first == state]
         written = before + torch.stack([self._written(group) for group in groups]).sum(0)
         yield Exactness(_distance(written / s, x / s), f"what {' and '.join(g.id for g in groups)} write")
@@ -218,7 +218,7 @@ class _Step:
         if group.kind in ("embed", "pos"):
             name = stream.model.placements[group.kind, group.id].tensor
             rows = self.tokens.tolist() if group.kind == "embed" else range(len(self.tokens))
-            return stream.centred(torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows]))
+            return centred(stream, torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows]))
         maps = stream.write(group).float()
         if group.constant:
             return maps[0, :, 0].expand(len(self.tokens), -1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.stream import Stream
+from virtual_weights.stream import Stream, centred
 from virtual_weights.stream.group import READINGS, WRITINGS, Port
 from virtual_weights.stream.names import Kind
 
@@ -167,7 +167,7 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
         bias = stream.weight("bias", f"{group.id}.bias")
 
         def written(tensor: Tensor) -> None:
-            see(signal, where, stream.centred(tensor if bias is None else tensor - bias.to(tensor)))
+            see(signal, where, centred(stream, tensor if bias is None else tensor - bias.to(tensor)))
 
         return _after(output, written)
     role = READINGS[signal]
