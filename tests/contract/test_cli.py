@@ -46,7 +46,7 @@ def test_composition_json_is_the_record(folder: Path, port: str, capsys: Capture
     expected = list(vw.Composition(port)(vw.open(folder)).top(5).rows())
     assert (given["model"], given["question"]) == (str(folder), "composition")
     assert given["parameters"] == vw.Composition(port).parameters
-    assert given["stamp"]["norm"] == "gain folded"
+    assert given["stamp"]["norm"] == "gain folded, unembedding centred"
     for edge, row in zip(given["rows"], expected, strict=True):
         assert edge["reader"] == row["reader"]
         assert {k: edge[k] for k in ("writer", "score", "strength", "null_ratio", "z")} == {

@@ -133,7 +133,7 @@ def test_an_atlas_of_an_older_format_is_refused(folder: Path, tmp_path: Path, ca
     ("other", "choices"),
     [
         ({"rotary_offset": 2}, ("rotary_offset=none", "rotary_offset=2")),
-        ({"fold": False}, ("norm=gain folded", "norm=left out")),
+        ({"fold": False}, ("norm=gain folded, unembedding centred", "norm=left out")),
     ],
     ids=["offsets", "norm"],
 )

@@ -199,7 +199,7 @@ def frozen_blocks(stream: Stream, point: Point, start: int = 0, stop: int | None
 def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
     """One attention or MLP at a point."""
     port = group.ports[-1]  # V, up or in: what it reads here passes linearly to its output
-    read, bias = stream.read(port, group), stream.weight("bias", f"{group.id}.bias")
+    read, bias = stream.read(port, group), f"{group.id}.bias"
     pattern = gate = None
     if isinstance(point, Convention):
         gate = None if group.kind == "head" else torch.full((1, 1), point.gate, dtype=accumulate)
@@ -213,7 +213,7 @@ def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
         write=stream.write(group).to(accumulate),
         inverse=inverse_scalar(point, group.id),
         read_constant=_accumulated(read.constants, group.shared(port)),
-        write_constant=_accumulated(bias),
+        write_constant=_accumulated(stream.write(bias)[0, :, 0] if bias in stream.groups else None),
         pattern=_accumulated(pattern),
         gate=_accumulated(gate),
     )
@@ -226,7 +226,8 @@ def _accumulated(tensor: Tensor | None, repeats: int = 1) -> Tensor | None:
 def replay(stream: Stream, point: OperatingPoint) -> Tensor:
     """The final residual, before the final norm, from the embeddings through all frozen blocks; (T, d) float64.
 
-    It equals the model's own up to rounding: that is what makes a frozen block exact for its prompt.
+    It equals the model's own (with LayerNorm less its mean, which writers leave out) up to rounding: that is what makes
+    a frozen block exact for its prompt.
 
     Raises:
         UsageError, RecordError, MissingTensorError: as ``frozen_blocks``; MissingTensorError without embeddings.

@@ -31,11 +31,11 @@ _Reader = tuple[Port, str]  # a port and the id of the group that reads through 
 @final
 @dataclass(frozen=True)
 class LogitDifference:
-    """A metric: the logit of a token after the last one of each sequence, less that of another.
+    """A metric: the logit of a token after the last one of each sequence, less that of another or of all.
 
     Attributes:
         token: id of the token.
-        against: id of the other; None for the logit itself.
+        against: id of the other; None for the mean over the vocabulary.
 
     Raises:
         UsageError: both are the same token.
@@ -51,7 +51,7 @@ class LogitDifference:
         """The difference, (B,)."""
         del tokens  # it does not depend on them
         last = logits[:, -1]
-        return last[:, self.token] if self.against is None else last[:, self.token] - last[:, self.against]
+        return last[:, self.token] - (last.mean(-1) if self.against is None else last[:, self.against])
 
     @property
     def identity(self) -> str:

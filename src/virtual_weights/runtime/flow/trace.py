@@ -34,7 +34,8 @@ class Trace(Question[Run]):
 
     Attributes:
         reader: ``"L17H3.K"`` (before rotary), ``"L5.mlp.up"``, ``"L5N7.gate"`` or ``"unembed"``.
-        token: of the unembedding only this row: the contribution of every writer to a token's logit.
+        token: of the unembedding only this row: the contribution of every writer to a token's logit, here as everywhere
+            the logit less the mean over the vocabulary (a log-probability up to what all tokens have in common).
         against: less this row: to the difference of two logits.
     """
 
@@ -84,7 +85,8 @@ class Trace(Question[Run]):
         ]
         if width == 1:
             name = "logit" if label.kind == "unembed" else "value"
-            columns.insert(0, Column(name, values[:, :, 0], "", "R~ O z / s"))
+            meaning = "R~ O z / s" + (", less its mean over the vocabulary" if name == "logit" else "")
+            columns.insert(0, Column(name, values[:, :, 0], "", meaning))
         return run.record(
             self,
             (Axis("token", tuple(map(str, range(run.count)))), Axis("writer", tuple(parts))),
@@ -148,7 +150,8 @@ class Lens(Question[Run]):
         """Run the prompt.
 
         Returns:
-            A Record over ``row``: ``state``, ``place`` (1 is most likely), ``token``, ``logit`` and ``probability``.
+            A Record over ``row``: ``state``, ``place`` (1 is most likely), ``token``, ``logit`` (less the mean over
+            the vocabulary) and ``probability``.
         """
         activations, unembed = prompted(run), run.stream.read("unembed")
         maps, columns = unembed.maps[0].to(accumulate), dict[str, list[float]]()
@@ -205,7 +208,7 @@ class Route(Question[Run]):
     Attributes:
         through: ``"L17H3"``, ``"L17.mlp"`` or ``"L17N5"``.
         token: whose logit.
-        against: less the logit of this one.
+        against: less the logit of this one; None for the logit less the mean over the vocabulary.
         position: at which token of the prompt; -1 is the last.
     """
 
