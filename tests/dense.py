@@ -30,3 +30,36 @@ def dense_composition(
             strength[r, w] = torch.linalg.norm(left @ (right.T if transpose_writer else right))
             score[r, w] = strength[r, w] / (torch.linalg.norm(left) * torch.linalg.norm(right))
     return score, strength
+
+
+def dense_lift(stream: Stream, port: str) -> dict[str, Tensor]:
+    """Lift and both main effects of every reader with all writers, log2, whether they reach or not."""
+    reads, writes, kinds = [], [], []
+    for group in stream.groups.readers(port):
+        for label in group.labels:
+            part = stream[label]
+            circuit = part.circuit(port) if group.kind == "head" else stream[f"{label}.{port}".removesuffix(".unembed")]
+            reads.append(_unit_gram(circuit.dense().double()))
+    for group in sorted(stream.groups.writers, key=lambda group: group.first):
+        for label in group.labels:
+            part = stream[label]
+            output = part.ov if group.kind == "head" else part.out if group.kind == "mlp" else part
+            writes.append(_unit_gram(output.dense().double().T))
+            kinds.append(group.kind)
+    product = torch.einsum("rij,wij->rw", torch.stack(reads), torch.stack(writes))
+    same = torch.tensor([[a == b for b in kinds] for a in kinds]).double()
+    mean_reader = sum(reads) / len(reads)
+    mean_writers = torch.einsum("vw,wij->vij", same / same.sum(1, keepdim=True), torch.stack(writes))
+    heard = torch.einsum("ij,wij->w", mean_reader, torch.stack(writes))
+    listening = torch.einsum("rij,wij->rw", torch.stack(reads), mean_writers)
+    both = torch.einsum("ij,wij->w", mean_reader, mean_writers)
+    d = stream.d_model
+    return {
+        "lift": (product * both / (heard * listening)).log2(),
+        "writer_effect": (d * heard).log2().expand_as(product),
+        "reader_effect": (d * listening).log2(),
+    }
+
+
+def _unit_gram(map: Tensor) -> Tensor:
+    return map.T @ map / map.square().sum()

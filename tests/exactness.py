@@ -34,7 +34,10 @@ def contributions(stream: Stream, signals: Flow, tokens: Tensor) -> list[tuple[i
 
 
 def errors(stream: Stream, signals: Flow, tokens: Tensor) -> dict[str, float]:
-    """Relative error of every reader: ``||sum R~ O z / s + c - x|| / ||x||``, the worst layer of each port."""
+    """Relative error of every reader: ``||sum R~ O z / s + c - x|| / ||x||``, the worst layer of each port.
+
+    A logit is one less the mean over the vocabulary.
+    """
     written = contributions(stream, signals, tokens)
     mlp = ("gate", "up") if stream.spec.gated else ("in",)
     parts = [(port, layer, "attn") for layer in range(stream.spec.n_layers) for port in "QKV"]
@@ -42,7 +45,10 @@ def errors(stream: Stream, signals: Flow, tokens: Tensor) -> dict[str, float]:
     received = [(port, f"L{layer}.{part}", signals.reads[port, layer]) for port, layer, part in parts]
     assert signals.logits is not None
     worst: dict[str, float] = {}
-    for port, group, whole in [*received, ("unembed", "unembed", signals.logits)]:
+    for port, group, whole in [
+        *received,
+        ("unembed", "unembed", signals.logits - signals.logits.mean(-1, keepdim=True)),
+    ]:
         reads, read = stream.groups[group].reads, stream.read(port, group)
         assert reads is not None
         reaching = [vector for position, vector in written if position <= reads]

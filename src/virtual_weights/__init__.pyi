@@ -86,6 +86,7 @@ from .linalg import (
     svd as svd,
 )
 from .record import Record as Record
+from .report import report as report
 from .runtime.edges.ablation import Ablation as Ablation
 from .runtime.edges.ablation import EdgeAblation as EdgeAblation
 from .runtime.edges.attribution import Attribution as Attribution

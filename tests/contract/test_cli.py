@@ -46,7 +46,7 @@ def test_composition_json_is_the_record(folder: Path, port: str, capsys: Capture
     expected = list(vw.Composition(port)(vw.open(folder)).top(5).rows())
     assert (given["model"], given["question"]) == (str(folder), "composition")
     assert given["parameters"] == vw.Composition(port).parameters
-    assert given["stamp"]["norm"] == "gain folded"
+    assert given["stamp"]["norm"] == "gain folded, unembedding centred"
     for edge, row in zip(given["rows"], expected, strict=True):
         assert edge["reader"] == row["reader"]
         assert {k: edge[k] for k in ("writer", "score", "strength", "null_ratio", "z")} == {
@@ -288,4 +288,4 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     assert run(["edges", str(other), "--moments", str(point)]) == 2
     assert "no edges of 'contribution' with moments" in capsys.readouterr().err
     assert run(["map", str(folder), "-o", str(other), "--repeated", "--text", "default"]) == 2
-    assert "more than one source" in capsys.readouterr().err
+    assert "more than one kind of text" in capsys.readouterr().err

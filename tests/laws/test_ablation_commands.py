@@ -100,19 +100,29 @@ def test_other_ports(port: str, ending: str, folder: Path, capsys: pytest.Captur
     assert all(edge["reader"].endswith(ending) for edge in given["rows"])
 
 
+def every_row(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The edges into all ports."""
+    return [row for part in (given, *given.get("more", ())) for row in part["rows"]]
+
+
 def test_attribution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edges = answer(capsys, "attribute", folder, "--top", 200)["rows"]
+    given = answer(capsys, "attribute", folder, "--top", 200)
+    assert [part["parameters"]["port"] for part in (given, *given["more"])] == list(HEAD_PORTS)
     run = repeats(vw.open(folder))
     expected = attributions({port: Attribution(port)(run) for port in HEAD_PORTS})
-    assert len(edges) == 6 * 12 + 6 * 6 + 2 * (6 * 4 + 6 * 2)  # queries, and two shared heads of keys and of values
-    sizes = [abs(edge["attribution"]) for edge in edges]
-    assert sizes == sorted(sizes, reverse=True)
-    for edge in edges:
-        row = expected[edge["writer"], edge["reader"]]
-        assert edge["attribution"] == pytest.approx(row["attribution"], rel=1e-3, abs=1e-7)
-        assert len(edge["shared_with"]) == (0 if edge["reader"].endswith("Q") else 2)
-    keys = answer(capsys, "attribute", folder, "--top", 5, "--port", "K")["rows"]
-    assert keys == [edge for edge in edges if edge["reader"].endswith("K")][:5]
+    for part, count in zip((given, *given["more"]), (6 * 12 + 6 * 6, *[6 * 4 + 6 * 2] * 2), strict=True):
+        edges, port = part["rows"], part["parameters"]["port"]
+        assert len(edges) == count  # of every query head, and of two shared heads of keys and of values
+        sizes = [abs(edge["attribution"]) for edge in edges]
+        assert sizes == sorted(sizes, reverse=True)
+        for edge in edges:
+            row = expected[edge["writer"], edge["reader"]]
+            assert edge["attribution"] == pytest.approx(row["attribution"], rel=1e-3, abs=1e-7)
+            assert edge["reader"].endswith(port)
+            assert len(edge["shared_with"]) == (0 if port == "Q" else 2)
+    keys = answer(capsys, "attribute", folder, "--top", 5, "--port", "K")
+    assert keys["rows"] == given["more"][0]["rows"][:5]
+    assert "more" not in keys
 
 
 def test_a_text(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +172,10 @@ def test_attribution_of_a_logit_to_every_kind_of_edge(
     prompt, metric = Run.on_tokens(stream, tokens), LogitDifference(7, 2)
     expected = attributions({port: Attribution(port, "all", metric)(prompt) for port in ("V", "up", "unembed")})
     assert given["summary"]["metric"] == "the logit of 7 less that of 2"
-    assert {edge["reader"] for edge in given["rows"]} >= {"unembed", "L2.mlp.up", "L2H0.V"}
-    assert {edge["writer"] for edge in given["rows"]} >= {"embed", "L1.mlp", "L1H5"}
-    for edge in given["rows"]:
+    edges = [edge for part in (given, *given["more"]) for edge in part["rows"]]
+    assert {edge["reader"] for edge in edges} >= {"unembed", "L2.mlp.up", "L2H0.V"}
+    assert {edge["writer"] for edge in edges} >= {"embed", "L1.mlp", "L1H5"}
+    for edge in edges:
         row = expected[edge["writer"], edge["reader"]]
         assert edge["attribution"] == pytest.approx(row["attribution"], rel=1e-3, abs=1e-6)
     # the unembedding is linear: leaving an edge into it out does what attribution says, all of it

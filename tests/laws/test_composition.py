@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import dense_composition
+from dense import dense_composition, dense_lift
 from regauge import rebased, rotated
-from tiny_models import SHAPES, tiny
+from tiny_models import SHAPES, in_float64, tiny
 
 import virtual_weights as vw
 
@@ -81,7 +81,7 @@ def test_unchanged_when_the_stream_of_a_folded_rmsnorm_is_rotated(name: str) -> 
 def test_left_out_gains_change_the_score_and_the_record_says_so() -> None:
     model = tiny("llama-full")
     folded, bare = (vw.Composition("K")(vw.open(model, fold=fold)) for fold in (True, False))
-    assert folded.stamp["norm"] == "gain folded"
+    assert folded.stamp["norm"] == "gain folded, unembedding centred"
     assert bare.stamp["norm"] == "left out"
     assert (folded["score"] - bare["score"]).abs().nan_to_num().max() > 1e-3
 
@@ -116,6 +116,65 @@ def test_float32_compute_is_close_and_said() -> None:
 def test_wrong_parameters_are_refused(bad: dict[str, str]) -> None:
     with pytest.raises(vw.VirtualWeightsError, match="expected"):
         vw.Composition(**bad)
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-untied", "gpt2", "neox-parallel-partial-rotary"])
+def test_lift_and_main_effects_equal_their_definition(name: str) -> None:
+    _, stream = in_float64(name)
+    for port in stream.groups.ports:
+        record, dense = vw.Composition(port, writers="all")(stream), dense_lift(stream, port)
+        small = vw.Composition(port, writers="all", memory_mb=0 if port not in PORTS else 1)(stream)
+        absent = record["score"].isnan()
+        for column, expected in dense.items():
+            for answer in (record, small):  # the second holds one reader's Gram at a time
+                torch.testing.assert_close(
+                    answer[column], expected.masked_fill(absent, torch.nan), rtol=0, atol=1e-12, equal_nan=True
+                )
+
+
+def test_lift_of_subspaces_is_that_of_their_projectors() -> None:
+    _, stream = in_float64("llama-grouped-untied")
+    record = vw.Overlap("V")(stream)
+    first = record.axis("reader").labels
+    reads = [vw.svd(stream[label.partition(".")[0]].ov).V for label in first]
+    writes = [vw.svd(stream[label].ov).U for label in record.axis("writer").labels]
+    r, w = (torch.stack([q[:, :4] @ q[:, :4].T / 4 for q in side]) for side in (reads, writes))
+    product, heard, listening = (
+        torch.einsum("rij,wij->rw", *pair) for pair in ((r, w), (r.mean(0, True), w), (r, w.mean(0, True)))
+    )
+    lift = (product * listening.mean() / (heard * listening)).log2()
+    lift = lift.masked_fill(record["overlap"].isnan(), torch.nan)
+    torch.testing.assert_close(record["lift"], lift, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_a_writer_that_most_readers_hear_has_a_main_effect_and_little_lift() -> None:
+    model = tiny("llama-full", dtype=torch.float64)
+    hub, private = torch.eye(24, dtype=torch.float64)[:2]
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.input_layernorm.weight.fill_(1)
+            keys = layer.self_attn.k_proj.weight
+            keys -= (keys @ hub)[:, None] * hub + (keys @ private)[:, None] * private
+            keys[:, 0] = 1.0
+            if number == 2:
+                keys[:4, 1] = 3.0  # head 0 alone reads what L0H1 writes
+        out = model.model.layers[0].self_attn.o_proj.weight
+        out[:, :4], out[:, 4:8] = hub[:, None], private[:, None]
+    record = vw.Composition("K")(vw.open(model))
+    heard, found = record["L0H0", "L2H3.K"], record["L0H1", "L2H0.K"]
+    assert heard["writer_effect"] > 2
+    assert abs(heard["lift"]) < 0.3
+    assert found["lift"] > 2
+
+
+def test_what_is_zero_has_no_lift_and_is_in_no_mean() -> None:
+    model = tiny("llama-full", dtype=torch.float64)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[:, :4] = 0  # L0H0 writes nothing
+    record = vw.Composition("K")(vw.open(model))
+    lift, dead = record["lift"], record.axis("writer").labels.index("L0H0")
+    assert bool(lift[:, dead].isnan().all())
+    assert torch.equal(lift.isnan().sum(0)[1:], record["strength"].isnan().sum(0)[1:])
 
 
 def _same(one: vw.Record, two: vw.Record) -> None:

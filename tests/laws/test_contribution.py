@@ -73,6 +73,9 @@ def _after(stream: Stream, flows: list[Any], port: str, group: Group, head: int,
         turn = torch.eye(spec.d_head, dtype=torch.float64) if spec.rotary is None else stream.rotation(t - u)
         rows = other @ turn if port == "Q" else other @ turn.T  # q^T (Rot^T k), (Rot q)^T k
         after.append((1 / len(pairs) / len(rows) / spec.d_head, rows))
+    if port == "Q":  # softmax does not see what all keys have in common
+        mean = torch.stack([rows.mean(0) for _, rows in after]).mean(0)
+        after = [(weight, rows - mean) for weight, rows in after]
     return after
 
 
@@ -176,3 +179,13 @@ def test_moments_of_another_model_are_refused() -> None:
     _, moments = _observed(tiny("gpt2"))
     with pytest.raises(vw.VirtualWeightsError, match="another checkpoint"):
         Contribution("K", moments)(vw.open(tiny("gpt2", seed=9)))
+
+
+@pytest.mark.parametrize(("name", "offset"), [("gpt2", None), ("llama-grouped-untied", 3)])
+def test_what_varies_between_keys_is_the_contribution_without_its_mean(name: str, offset: int | None) -> None:
+    """Without rotary at every offset, with it at a single one."""
+    stream, moments = _observed(tiny(name, seed=2, dtype=torch.float64))
+    whole, centred = (Contribution("K", moments, c, "all", offset)(stream) for c in (False, True))
+    torch.testing.assert_close(whole["varying"], centred["contribution"], rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert bool((whole["contribution"] - whole["varying"]).nan_to_num().max() > 1e-3)
+    assert "varying" not in [column.name for column in centred.columns]

@@ -21,9 +21,9 @@ LN = {"Q": "ln1", "K": "ln1", "V": "ln1", "gate": "ln2", "in": "ln2"}
 MLP = {True: (("gate", "gate"), ("in", "up")), False: (("in", "in"),)}  # TransformerLens's name of a map, and our port
 
 
-def activations_of(name: str) -> Activations:
+def activations_of(name: str, fold: bool) -> Activations:
     model: Any = tiny(name, seed=2)
-    return prompted(Run.on_prompt(vw.open(model), TOKENS, model=model))
+    return prompted(Run.on_prompt(vw.open(model, fold=fold), TOKENS, model=model))
 
 
 def normed(stream: vw.Stream, state: Tensor, weights: dict[str, Tensor], place: str) -> Tensor:
@@ -36,7 +36,7 @@ def normed(stream: vw.Stream, state: Tensor, weights: dict[str, Tensor], place: 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
-    activations = activations_of(name)
+    activations = activations_of(name, folded)
     stream, signals = activations.stream, activations.signals
     weights, spec = in_lens_shapes(stream, folded=folded), stream.spec
     close = {"rtol": 1e-4, "atol": 1e-4}
@@ -60,14 +60,15 @@ def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
         if spec.parallel:
             added = added + mlp + weights.get(f"blocks.{layer}.mlp.b_out", torch.zeros(()))
         state = layer if spec.parallel else 2 * layer
-        torch.testing.assert_close(signals["state", state + 1] - signals["state", state], added, **close)
+        before, after = (activations.state(number).float() for number in (state, state + 1))
+        torch.testing.assert_close(after - before, added, **close)
         act = activation(spec.activation)
         first, *rest = (signals[port, f"L{layer}.mlp"] for _, port in MLP[spec.gated])  # type: ignore[index]
         torch.testing.assert_close(neurons, act(first) * rest[0] if spec.gated else act(first))
     embedded = weights["embed.W_E"][TOKENS]
     if "pos_embed.W_pos" in weights:
         embedded = embedded + weights["pos_embed.W_pos"][: len(TOKENS)]
-    torch.testing.assert_close(embedded, signals["state", 0])
+    torch.testing.assert_close(embedded, activations.state(0).float())
     x = normed(stream, signals["state", stream.states - 1], weights, "ln_final")
     torch.testing.assert_close(read(x, "unembed.W_U"), activations.logits, **close)
     assert any("ln" in key for key in weights) == (not folded)

@@ -162,9 +162,10 @@ def test_token_circuit_folds_the_final_norm_as_the_stream_says(monkeypatch: pyte
     five_tokens = 8 * 24 * 5  # chunks of 5 of 37 tokens
     monkeypatch.setattr("virtual_weights.analysis.memory.head_erasers.WORKSPACE_BYTES", five_tokens)
     embed, unembed = model.model.embed_tokens.weight, model.lm_head.weight
-    for fold, gain in ((True, model.model.norm.weight), (False, torch.ones(24, dtype=torch.float64))):
+    read = (unembed - unembed.mean(0)) * model.model.norm.weight
+    for fold, rows in ((True, read), (False, unembed)):
         circuit = token_circuit(vw.open(model, fold=fold))
-        torch.testing.assert_close(circuit, (embed.T @ unembed * gain).detach())
+        torch.testing.assert_close(circuit, (embed.T @ rows).detach())
 
 
 def test_null_of_heads_is_calibrated_on_random_heads() -> None:

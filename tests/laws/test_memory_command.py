@@ -40,7 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_json_is_the_records(folder: Path) -> None:
     given = answer(folder, "--top", 4, "--threshold", 0.3, "--norm-scalar", 2, "--component", "L1H2", "--json")
     stream = vw.open(folder)
-    assert (given["model"], given["question"], given["stamp"]["norm"]) == (str(folder), "neurons", "gain folded")
+    assert (given["model"], given["question"], given["stamp"]["norm"]) == (
+        str(folder),
+        "neurons",
+        "gain folded, unembedding centred",
+    )
     assert {**given["summary"], "by_layer": given["rows"]} == census(Neurons(0.3)(stream))
     of_heads, of_pairs, of_component = given["more"]
     heads = HeadErasers(2.0)(stream)
@@ -66,7 +70,7 @@ def test_pairs_can_be_ordered_by_what_is_free_of_the_norm_scalar(folder: Path) -
     assert [row["z"] for row in orders[0]] == sorted((row["z"] for row in orders[0]), reverse=True)
     assert [row["writer"] for row in orders[0]] == [row["writer"] for row in orders[1]]
     assert orders[2][0]["erasure"] == pytest.approx(3 * orders[3][0]["erasure"])
-    with pytest.raises(vw.VirtualWeightsError, match="no column"):
+    with pytest.raises(vw.VirtualWeightsError, match="--by size"):
         answer(folder, "--by", "size")
 
 

@@ -53,7 +53,7 @@ def test_the_whole_model(folder: Path) -> None:
     assert [e["score"] for e in given["rows"]] == pairs["score"].tolist()
     assert min(e["score"] for e in given["rows"]) < 0 < max(pairs["score"]), "signed, by magnitude"
     assert given["summary"]["pairs"] == 3 * 40 * 40
-    assert (given["model"], given["stamp"]["norm"]) == (str(folder), "gain folded")
+    assert (given["model"], given["stamp"]["norm"]) == (str(folder), "gain folded, unembedding centred")
     assert given["provenance"] == stream.provenance
 
 

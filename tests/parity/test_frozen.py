@@ -14,6 +14,7 @@ from torch import Tensor
 
 import virtual_weights as vw
 from virtual_weights.analysis.depth.frozen import replay
+from virtual_weights.stream import centred
 from virtual_weights.stream.operating_point import FORMAT, OperatingPoint, gate_factor
 
 TOKENS = torch.tensor([3, 17, 5, 5, 30, 1, 22])
@@ -29,6 +30,7 @@ def test_replay_is_transformers_own_final_residual(name: str, dtype: torch.dtype
     model = tiny(name, seed=1, dtype=dtype)
     stream = vw.open(model)
     point, residual = operate(model, stream, TOKENS)
+    residual = centred(stream, residual)
     assert _error(replay(stream, point), residual) < bound
     later = replace(point, patterns={i: p.mT for i, p in point.patterns.items()})
     assert _error(replay(stream, later), residual) > 1e-2
@@ -40,6 +42,7 @@ def test_every_kind_of_figure_matters(kind: str) -> None:
     model = tiny("neox-parallel-partial-rotary", dtype=torch.float64)
     stream = vw.open(model)
     point, residual = operate(model, stream, TOKENS)
+    residual = centred(stream, residual)
     for key, tensor in getattr(point, kind).items():
         if key != "unembed":  # read by the unembedding alone
             changed = replace(point, **{kind: {**getattr(point, kind), key: tensor * 1.01}})

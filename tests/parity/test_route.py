@@ -96,7 +96,11 @@ def test_each_path_is_what_one_writer_at_one_token_adds() -> None:
     v = block.self_attn.v_proj.weight[4:8] * block.input_layernorm.weight
     o, pattern = block.self_attn.o_proj.weight[:, head], activations.signals["pattern", "L1.attn"][4, -1]
     last = prompt.stream.states - 1
-    r = model.lm_head.weight[5] * model.model.norm.weight / activations.scalar(last)[-1]
+    r = (
+        (model.lm_head.weight[5] - model.lm_head.weight.mean(0))
+        * model.model.norm.weight
+        / activations.scalar(last)[-1]
+    )
     written = dict(activations.written(2))
     for writer, token in (("embed", 2), ("L0H3", 5), ("L0.mlp", 7)):
         expected = (r @ o @ v @ written[writer][token] * pattern[token] / activations.scalar(2)[token]).detach()

@@ -28,8 +28,9 @@ def nearest(record: vw.Record, directions: str, end: str, side: str) -> tuple[in
 
 
 def vectors(model: Any) -> tuple[Tensor, Tensor]:
-    """Unit rows of the unembedding with its norm folded, and unit embeddings."""
+    """Unit rows of the unembedding, its norm folded and less their mean, and unit embeddings."""
     said = model.lm_head.weight.detach() * model.model.norm.weight.detach()
+    said = said - said.mean(0)
     return torch.nn.functional.normalize(said, dim=1), torch.nn.functional.normalize(
         model.model.embed_tokens.weight.detach(), dim=1
     )

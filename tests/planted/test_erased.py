@@ -83,7 +83,7 @@ def test_figures_are_those_of_the_tokens(name: str) -> None:
         assert {k: eraser[k] for k in NUMBERS} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-6)
         share = eraser["erased"]
         word = None if not share else "unconditional" if share >= 0.9 else "conditional" if share >= 0.1 else "rare"
-        assert eraser["verdict"] == ("overshoots" if eraser["overshot"] > share else word)
+        assert eraser["verdict"] == ("overshoots" if eraser["overshot"] > max(share, 0.1 - 1e-9) else word)
     assert {row["verdict"] for row in record.rows()} >= {None, "conditional"}
 
 
@@ -148,6 +148,8 @@ def test_a_neuron_that_always_clears_is_unconditional() -> None:
     assert (over["mean"], over["verdict"]) == (pytest.approx(2, rel=1e-9), "overshoots")
     assert (over["erased"], over["overshot"]) == (0, 1)
     assert row(erased(gated_neuron(none, 1.4), EVERY), "L1N0")["verdict"] == "unconditional"
+    once = row(erased(gated_neuron(torch.arange(TOKENS) != 7, 9.0), EVERY), "L1N0")
+    assert (once["verdict"], once["overshot"]) == (None, pytest.approx(1 / 30))
 
 
 def test_a_gate_that_opens_on_some_tokens_makes_it_conditional() -> None:

@@ -174,5 +174,7 @@ def test_the_command_says_what_the_records_say(tmp_path: Path, capsys: pytest.Ca
     (row,), (projection, erased_by) = one["rows"], one["more"]
     assert abs(row["final"]) == abs(projection["rows"][-1]["projection"]) == pytest.approx(left[0])
     assert all(share["writer"] == name for share in erased_by["rows"])
+    assert run(["persistence", str(tmp_path), "--writer", "1.0", *options]) == 0
+    assert [row["writer"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["L1H0"]
     assert run(["persistence", str(tmp_path), "--writer", "L9H9", *options]) == 2
     assert run(["persistence", str(tmp_path), "--repeated", "--text", "default"]) == 2

@@ -140,12 +140,15 @@ def test_interference_of_parallel_directions_is_all_there_is() -> None:
 def test_interference_where_directions_are_orthogonal_has_no_power() -> None:
     import transformers
 
-    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=8, vocab_size=11, n_inner=64)
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=8, vocab_size=11, n_inner=63)
     model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_proj.weight.copy_(torch.eye(64))
+    with torch.no_grad():  # orthogonal to (1, ..., 1) too, which no reader sees
+        hadamard = torch.ones(1, 1)
+        for _ in range(6):
+            hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        model.transformer.h[0].mlp.c_proj.weight.copy_(hadamard[1:])
     record = Interference("out")(vw.open(model))
-    assert record["total"].tolist() == record["error"].tolist() == [0.0] * 4
+    assert record["total"].tolist() == record["error"].tolist() == [0.0] * 3
     assert record.stamp["exponents"] == {"total": None, "error": None}
 
 

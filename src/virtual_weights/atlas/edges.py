@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from virtual_weights.atlas.atlas import Atlas
 from virtual_weights.atlas.stored import EDGES, PAIR, TABLE, Header, checked_table
 from virtual_weights.errors import RecordError, UsageError
+from virtual_weights.stream import parse
 from virtual_weights.stream.group import READINGS
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
 
     Args:
         atlas: the atlas.
-        reader: a label, with its port or without (``"L18H6.K"``, ``"L18H6"``); None for all.
+        reader: a label, with its port or without (``"L18H6.K"``, ``"L18H6"`` or ``"18.6"``); None for all.
         writer: a label; None for all.
         question: name of a question whose records are over (reader, writer), or tables with these two columns.
         by: the numeric column to order by, largest first; None takes the first of the question's columns.
         top: how many at most.
-        where: conventions of the records to ask, by name, such as ``{"rotary_offset": 2, "norm": "left out"}``; needed
-            where the atlas holds answers to the question under several.
+        where: parameters of the records to ask, by name, such as ``{"rotary_offset": 2, "norm": "left out"}`` or
+            ``{"port": "K"}``; needed where the atlas holds answers to the question under several conventions.
 
     Returns:
         One dictionary per edge: ``key`` of its record, question, port, reader and writer (with
@@ -56,7 +57,7 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
     if top < 1:
         raise UsageError(f"top={top}", expected="1 or more", do="pass for example top=20")
     pairs = _pairs(atlas, question, where or {})
-    named = {side: label for side, label in (("reader", reader), ("writer", writer)) if label is not None}
+    named = {side: _label(name) for side, name in (("reader", reader), ("writer", writer)) if name is not None}
     ends = {side: [label, *(f"{label}.{port}" for port in READINGS)] for side, label in named.items()}
     first = next(iter(pairs.values())).columns
     by = by or next(column.name for column in first if column.kind.startswith("torch"))
@@ -78,6 +79,14 @@ def edges(  # noqa: PLR0913 - which edges, by keyword only
         ) from error
 
 
+def _label(name: str) -> str:
+    """The label that a name is short for, such as ``L5H3`` for ``5.3``; what is not of the grammar is its own label."""
+    try:
+        return str(parse(name))
+    except UsageError:
+        return name
+
+
 def conventions(header: Header) -> dict[str, Any]:
     """What a record of pairs was computed under: its parameters and norm, but for what says which pairs it is about."""
     chosen = {name: value for name, value in header.parameters.items() if name not in _SLICES}
@@ -87,16 +96,9 @@ def conventions(header: Header) -> dict[str, Any]:
 def _pairs(atlas: Atlas, question: str, where: Mapping[str, Any]) -> dict[str, Header]:
     """The stored records of a question over pairs, by key, all under one convention."""
     headers = {key: header for key in atlas.keys(question) if (header := atlas.header(key)).is_pairs}
-    pairs = {key: header for key, header in headers.items() if where.items() <= conventions(header).items()}
+    pairs = {key: header for key, header in headers.items() if where.items() <= _parameters(header).items()}
     if not pairs:
-        keys = atlas.keys()
-        stored = sorted({atlas.header(key).question for key in keys})
-        chosen = " with " + ", ".join(f"{name}={value}" for name, value in where.items()) if where else ""
-        raise UsageError(
-            f"this atlas has no edges of {question!r}{chosen}",
-            expected=" or ".join(_options(headers.values())) if headers else f"one of {stored}",
-            do="choose among these" if headers else "compute it first, for example with vweights map",
-        )
+        raise _no_pairs(atlas, question, headers.values(), where)
     options = _options(pairs.values())
     if options:
         raise UsageError(
@@ -107,13 +109,43 @@ def _pairs(atlas: Atlas, question: str, where: Mapping[str, Any]) -> dict[str, H
     return pairs
 
 
+def _parameters(header: Header) -> dict[str, Any]:
+    """What a record of pairs can be chosen by: its conventions, and which pairs it is about."""
+    return {**header.parameters, **conventions(header)}
+
+
+def _no_pairs(atlas: Atlas, question: str, headers: Collection[Header], where: Mapping[str, Any]) -> UsageError:
+    """What is said where nothing stored fits: the questions, the names or the values that there are."""
+    if not headers:
+        stored = {header.question for header in map(atlas.header, atlas.keys()) if header.is_pairs}
+        expected = f"one of {', '.join(sorted(stored))}" if stored else "an atlas that has answers over pairs"
+        do = "choose among these, or compute it first, for example with vweights map"
+        return UsageError(f"this atlas has no edges of {question!r}", expected=expected, do=do)
+    values = _values(map(_parameters, headers))
+    unknown = [name for name in where if name not in values]
+    if unknown:
+        what = f"edges of {question!r} have no parameter {unknown[0]!r}"
+        return UsageError(what, expected=f"one of {', '.join(sorted(values))}", do="choose by one of these")
+    chosen = ", ".join(f"{name}={value}" for name, value in where.items())
+    expected = "; ".join(" or ".join(values[name]) for name in where)
+    return UsageError(
+        f"this atlas has no edges of {question!r} with {chosen}", expected=expected, do="choose among these"
+    )
+
+
 def _options(headers: Iterable[Header]) -> list[str]:
     """The conventions in which records differ, each with the values that it has."""
-    values: dict[str, dict[str, None]] = {}
-    for header in headers:
-        for name, value in conventions(header).items():
-            values.setdefault(name, {})[f"{name}={'none' if value is None else value}"] = None
-    return [", ".join(choices) for choices in values.values() if len(choices) > 1]
+    return [", ".join(choices) for choices in _values(map(conventions, headers)).values() if len(choices) > 1]
+
+
+def _values(parameters: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Every parameter with the values that it has, each as ``NAME=VALUE``."""
+    values: dict[str, list[str]] = {}
+    for name, value in (item for named in parameters for item in named.items()):
+        choice = f"{name}={'none' if value is None else value}"
+        if choice not in values.setdefault(name, []):
+            values[name].append(choice)
+    return values
 
 
 def _check_known(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import typer
@@ -27,6 +29,7 @@ class Replaced(StrEnum):
 @running_verb("text", "repeated", tokens=1024, length=128, batch=8)
 def ablate(
     session: Session,
+    context: typer.Context,
     writer: Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
     reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
     port: Annotated[
@@ -63,6 +66,7 @@ def ablate(
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
     scalars: Literal["held", "move"] = "move" if move else "held"
     if writer is not None and reader is not None:
+        o.refuse_unused(context, "with WRITER and READER", "port", "top")
         scores, edges = {}, [(writer, reader)]
     else:
         scores = strongest(session.ask(vw.Composition(port.value)), top, "score")
@@ -107,18 +111,19 @@ def attribute(
     from virtual_weights.stream.group import HEAD_PORTS
 
     metric = _metric(session, token, against)
-    ports: list[Any] = [name.value for name in port or []] or list(HEAD_PORTS)
+    ports: list[Any] = list(dict.fromkeys(name.value for name in port or [])) or list(HEAD_PORTS)
     questions = [vw.Attribution(name, writers.value, metric, batch=session.options["batch"]) for name in ports]
-    first, *rest = records = session.survey.answers(questions)
-    rows = sorted((row for record in records for row in _largest(session, record, top)), key=_by_size)[:top]
+    records = session.survey.answers(questions)
+    largest = [_largest(session, record, top) for record in records]
+    rows = sorted(chain.from_iterable(largest), key=_by_size)[:top]
     what = "the mean next-token loss in nats" if metric is None else _named(session, metric)
     shown = [
         Table(f"the {len(rows)} edges with the largest first-order effects · {session.name}", rows, _EDGE),
         f"attribution: change of {what} without the edge, to first order, on {session.run.text}",
         "to see what removing an edge does in full: vweights ablate",
     ]
-    more = [Answer(record, _largest(session, record, top)) for record in rest]
-    return Answer(first, rows, {"metric": what, "ports": ports}, shown, more)
+    first, *rest = (Answer(r, edges, {"metric": what}) for r, edges in zip(records, largest, strict=True))
+    return replace(first, shown=shown, more=rest)
 
 
 def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ Offsets = Annotated[
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def channel(
     session: Session,
+    context: typer.Context,
     writer: Annotated[
         str,
         typer.Argument(
@@ -70,25 +71,33 @@ def channel(
     directions that the writing head writes, and --offsets shows how the connection changes with the distance between
     tokens.
     """
+    _refuse_unused(context, reader or writer)
     span = None if offsets is None else _span(offsets)
-    if span is not None and reader is None:
-        raise UsageError("--offsets without a reader", expected="a port Q or K, such as L17H3.K", do="name a reader")
     answers: list[Answer] = []
-    circuit = writer.endswith((".ov", ".qk"))
-    if reader is not None or circuit or not components or nearest is not None:
+    if reader is not None or writer.endswith((".ov", ".qk")) or not components or nearest is not None:
         answers.append(_spectrum(session, writer, reader, rotary_offset, seed, top))
     if nearest is not None:
         tokens = vw.ChannelTokens(writer, reader, nearest, blocks, rotary_offset=rotary_offset)
         answers.append(_tokens(session.ask(tokens)))
     if components:
         name = writer.removesuffix(".ov")
-        answers.append(
-            _components(session.ask(vw.ComponentComposition(name, reader, rotary_offset=rotary_offset)), top)
-        )
+        scored = session.ask(vw.ComponentComposition(name, reader, rotary_offset=rotary_offset))
+        answers.append(_components(scored, top))
     if span is not None and reader is not None:
         answers += _offsets(session, writer, reader, span)
     first, *rest = answers
     return replace(first, more=rest)
+
+
+def _refuse_unused(context: typer.Context, end: str) -> None:
+    """Refuse options of what is not asked for, and of offsets where nothing turns with them."""
+    given = context.params
+    if given["nearest"] is None:
+        o.refuse_unused(context, "without --nearest", "blocks")
+    if given["reader"] is None:
+        o.refuse_unused(context, "without READER", "offsets", "seed")
+    if given["reader"] is not None or not given["components"]:
+        o.refuse_offsets(context, end, "offsets", "rotary_offset")
 
 
 def _plain(value: Any) -> Any:

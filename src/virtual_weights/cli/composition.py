@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def composition(
     session: Session,
+    context: typer.Context,
     port: Annotated[
         o.PortName,
         typer.Option("--port", metavar="PORT", help="port of the readers: Q, K, V, gate, up, in or unembed"),
     ] = o.PortName.K,
     writers: o.WriterOption = o.WriterSet.heads,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by", metavar="COLUMN", help="column to sort by, e.g. score, the default, strength, lift or contribution"
+        ),
+    ] = None,
     rotary_offset: o.RotaryOffset = None,
     moments: o.Moments = None,
     text: o.Text = None,
@@ -49,21 +56,25 @@ def composition(
         raise UsageError(f"--save {save} does not end in .safetensors", expected="FILE.safetensors", do="rename it")
     if moments is not None and text is not None:
         raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
-    if text is not None:
+    if text is None:
+        o.refuse_unused(context, "without --text", "tokens")
+    else:
         need_runtime()
+    if port.value not in ("Q", "K"):
+        o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
     memory = memory_mb or 256
     question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
-    record, by = question(session.stream, session.step(f"composition {port.value}")), "score"
+    record = question(session.stream, session.step(f"composition {port.value}"))
     averages = _moments(session, moments, text, tokens, device)
     if averages is not None:
         flow = vw.Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
         contribution = flow(session.stream, session.step(f"contribution {port.value}"))
         record = beside(record, contribution, [column.name for column in contribution.columns])
-        by = "contribution"
+    by = by or ("score" if averages is None else "contribution")
     if save is not None:
         save_matrices(record, save)
     edges = edges_of(record, top, by)
-    title = f"{port.value}-composition · {session.name} · norm {record.stamp['norm']}"
+    title = f"{port.value}-composition by {by.replace('_', ' ')} · {session.name} · norm {record.stamp['norm']}"
     written = [] if save is None else [f"matrices written to {save}"]
     summary = {"by": by, "groups": groups_of(edges, by)}
     return Answer(record, edges, summary, [*edge_tables(title, record, edges, by), *written])
@@ -92,6 +103,7 @@ def subspaces(
     from virtual_weights.analysis.pairs.subspaces import figures
 
     question = vw.Subspaces(*_roles(roles), energy=energy, device=device, memory_mb=memory_mb or 512)
+    o.checked_column(by, question.columns)
     record = question(session.stream, session.step(f"subspaces {roles}"))
     rows = [{name: row[name] for name in row if name != "place"} for row in record.top(top, by=by).rows()]
     summary = {name: value for name, value in asdict(figures(record)).items() if value is not None}

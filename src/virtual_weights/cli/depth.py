@@ -33,6 +33,7 @@ _TITLES = (
 @verb("no_fold", "offline", "allow_non_finite")
 def linear(
     session: Session,
+    context: typer.Context,
     point: o.Point = None,
     position: o.Position = -1,
     all_tokens: Annotated[
@@ -50,6 +51,9 @@ def linear(
     """
     from virtual_weights.analysis.depth.linear_composition import MAPS
 
+    _refuse_unused(context, "position", "all_tokens")
+    if all_tokens:
+        o.refuse_unused(context, "with --all-tokens", "position")
     token = None if all_tokens else position
     record = session.ask(vw.LinearComposition(_point(session, point), token, every, norm_scalar, gate))
     rows = list(record.rows())
@@ -63,9 +67,10 @@ def linear(
         of_map = [row for row in rows if row["map"] == name]
         shown.append(Table(f"{title} · {session.name} · norm {record.stamp['norm']}", of_map, columns))
     errors = [float(row["pair_error"]) for row in rows if row["pair_error"] is not None]
-    largest = max(errors, default=0.0)
+    largest = max(errors, default=None)
     shown += [
-        f"check of neighbouring blocks against I + T1 + T2 + T2 T1: largest relative error {largest:.1e}",
+        "check of neighbouring blocks against I + T1 + T2 + T2 T1: "
+        + ("no pair could be checked" if largest is None else f"largest relative error {largest:.1e}"),
         _assumed(record.stamp),
     ]
     return Answer(record, rows, {"largest_pair_error": largest}, shown)
@@ -74,6 +79,7 @@ def linear(
 @verb("no_fold", "offline", "allow_non_finite")
 def paths(
     session: Session,
+    context: typer.Context,
     writer: Annotated[str, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")],
     reader: Annotated[str, typer.Argument(metavar="READER", help="e.g. L17H3.K, L5.mlp.up, unembed")],
     order: Annotated[
@@ -97,6 +103,8 @@ def paths(
     top: o.Top = 20,
 ) -> Answer:
     """List the direct and indirect paths from WRITER to READER, strongest first, and their sum."""
+    _refuse_unused(context, "position", "source")
+    o.refuse_offsets(context, reader, "rotary_offset")
     ends = writer, reader, order, top, _point(session, point), position, source, norm_scalar, gate
     record = session.ask(vw.Paths(*ends, offset=rotary_offset or 0))
     rows, totals = list(record.rows()), record.stamp["totals"]
@@ -111,6 +119,14 @@ def paths(
         _assumed(record.stamp),
     ]
     return Answer(record, rows, totals, shown)
+
+
+def _refuse_unused(context: typer.Context, *places: str) -> None:
+    """Refuse places in a prompt where there is none, and assumptions where a prompt makes them needless."""
+    if context.params["point"] is None:
+        o.refuse_unused(context, "without --point", *places)
+    else:
+        o.refuse_unused(context, "with --point", "norm_scalar", "gate")
 
 
 def _point(session: Session, file: Path | None) -> vw.OperatingPoint | None:

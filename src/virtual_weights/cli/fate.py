@@ -81,7 +81,7 @@ def erased(
     shown += [
         f"a component erases where its coefficient is {threshold:g} to {2 - threshold:g}: unconditionally on "
         f"{question.always:.0%} of tokens or more, conditionally on {question.seldom:.0%} or more, rarely on fewer; "
-        "above, it overshoots, and counts as overshooting where it does so on more tokens than it erases on",
+        f"above, it overshoots, and counts as doing so on {question.seldom:.0%} or more, if it erases on fewer",
         f"for heads and MLPs, mean and spread are those of coefficients clipped to ±{question.tail:g}",
         f"{record.stamp['tokens']} tokens of {session.run.text}",
     ]
@@ -100,6 +100,7 @@ def persistence(
     top: o.Top = 20,
 ) -> Answer:
     """Measure how long a component's output persists in the stream, and which later components remove it."""
+    writer = None if writer is None else session.stream.groups.writer(writer)
     questions = [vw.PersistenceSummary(centred), vw.Persistence(centred), vw.ErasedBy(centred)]
     summary, projection, shares = session.survey.answers(questions)
     if writer is not None:

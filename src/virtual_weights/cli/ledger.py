@@ -45,6 +45,7 @@ class DirectionKind(StrEnum):
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def bandwidth(
     session: Session,
+    context: typer.Context,
     state: Annotated[
         int | None, typer.Option("--state", metavar="N", min=0, help="also show the unused directions at this state")
     ] = None,
@@ -57,6 +58,8 @@ def bandwidth(
     """Show how many dimensions of the stream are written, and how many are still read, at every depth."""
     from virtual_weights.analysis.ledger.bandwidth import bottleneck
 
+    if state is None:
+        o.refuse_unused(context, "without --state", "top")
     question = vw.Bandwidth(cut)
     spaces = {} if state is None else _spaces(session.stream, state, cut)
     record = session.ask(question)

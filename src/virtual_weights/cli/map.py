@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,9 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import edge_tables
-from virtual_weights.cli.show import Table, line, put_json, show_all, steps
+from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.statements import counted
-from virtual_weights.cli.verb import Session, need_runtime
+from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,90 +34,78 @@ Only = Annotated[
     typer.Option("--only", metavar="PARTS", help=f"only these parts, separated by commas: {PARTS}"),
 ]
 _HIDDEN = ("key", "question", "port", "edge", "shared_with")
-_LENGTH = 128  # tokens of a chunk
+_OPENED = ("no_fold", "partial", "allow_non_finite")
 
 
+@running_verb("text", "repeated", always=False, opening=_OPENED, tokens=4096, length=128, batch=8)
 def map_model(
-    model: o.Model,
+    session: Session,
+    context: typer.Context,
     output: Output = None,
     only: Only = None,
     rotary_offset: o.RotaryOffset = None,
     moments: o.Moments = None,
-    text: o.Text = None,
-    repeated: o.Repeated = False,
-    tokens: o.Tokens = 4096,
     edge_count: Annotated[
         int, typer.Option("--edges", metavar="N", min=0, help="with --text or --repeated: how many edges to remove")
     ] = 16,
     top: o.Top = 10,
     compute_dtype: o.ComputeDtype = "float64",
-    device: o.Device = "cpu",
     memory_mb: o.Memory = None,
-    no_fold: o.NoFold = False,
-    partial: o.Partial = False,
-    offline: o.Offline = False,
-    allow_non_finite: o.AllowNonFinite = False,
-    as_json: o.AsJson = False,
-    progress: o.Progress = o.ProgressMode.auto,
-) -> None:
+) -> Answer:
     """Compute every connection of a model from its weights and write a report. Resumes where it stopped.
 
     With --text or --repeated the model also runs. The report then shows how much each connection carries on the text,
     and what removing the strongest ones costs.
     """
-    from virtual_weights.report import write_report
-    from virtual_weights.survey.plan import manifest_of, survey_into
+    from virtual_weights.record import Header
+    from virtual_weights.report import report
+    from virtual_weights.survey.plan import survey_into
 
-    began, parts = time.monotonic(), _parts(only)
-    _check_source(moments, text, repeated)
-    folder = output or Path(f"{Path(model.removeprefix('hf://')).name}.atlas")
+    if not session.runs:
+        o.refuse_unused(context, "without a text to run on", "edge_count")
+    began, parts, model = time.monotonic(), _parts(only), session.name
+    if moments is not None and session.runs:
+        raise UsageError("a run and a file of moments", expected="a text, or --moments", do="keep one of them")
+    folder = output or Path(f"{_named(model)}.atlas")
     o.checked_folder(folder)
-    opening = {"no_fold": no_fold, "partial": partial, "offline": offline, "allow_non_finite": allow_non_finite}
-    manner = {"compute_dtype": compute_dtype, "device": device, "memory_mb": memory_mb}
-    with steps(progress) as step:
-        stream = Session(model, step, opening).stream
-        run = _run(stream, text, repeated, tokens, device)
-        plan = vw.Plan(parts, rotary_offset, edge_count, None if moments is None else vw.Moments.load(moments, stream))
-        records = list(plan.records(survey_into(folder, stream, run, model, step, **manner)))
-        report = folder / "report.html"
-        write_report(report, records, manifest_of(stream, model))
-    summary, seconds = _summary(stream, records, top), time.monotonic() - began
-    if as_json:
-        paths = {"atlas": str(folder), "report": str(report), "seconds": seconds}
-        parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": edge_count}
-        rows = [edge for figures in summary["composition"].values() for edge in figures["edges"]]
-        shape = {"model": model, "question": "map", "parameters": parameters, "stamp": {"norm": stream.norm_stamp}}
-        put_json({**shape, "provenance": stream.provenance, "summary": {**paths, **summary}, "rows": rows})
-        return
-    _show(model, stream, records, summary, top)
-    line(f"done in {seconds:.1f} s")
-    line(f"atlas:  {folder}")
-    line(f"report: {report}")
+    manner = {"compute_dtype": compute_dtype, "device": session.options["device"], "memory_mb": memory_mb}
+    stream = session.stream
+    plan = vw.Plan(parts, rotary_offset, edge_count, None if moments is None else vw.Moments.load(moments, stream))
+    survey = survey_into(folder, stream, session.run if session.runs else None, model, session.step, **manner)
+    records = list(plan.records(survey))
+    assert survey.atlas is not None
+    page = report(survey.atlas, records=records)
+    seconds, figures = time.monotonic() - began, _summary(stream, records, top)
+    parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": edge_count}
+    header = Header("map", (), (), parameters, {"norm": stream.norm_stamp}, stream.provenance)
+    rows = [edge for part in figures["composition"].values() for edge in part["edges"]]
+    summary = {"atlas": str(folder), "report": str(page), "seconds": seconds, **figures}
+    shown = [*_shown(model, stream, records, figures, top), f"done in {seconds:.1f} s"]
+    return Answer(header, rows, summary, [*shown, f"atlas:  {folder}", f"report: {page}"])
 
 
-def _check_source(moments: Path | None, text: str | None, repeated: bool) -> None:
-    """Refuse two sources of what flows, and a run that cannot be."""
-    if sum((moments is not None, text is not None, repeated)) > 1:
-        raise UsageError(
-            "more than one source of text or moments",
-            expected="one of --moments, --text, --repeated",
-            do="keep one of them",
-        )
-    if text is not None or repeated:
-        need_runtime()
+def _named(model: str) -> str:
+    """What an atlas is called that no option names: after the model's file or folder."""
+    return Path(model.removeprefix("hf://")).absolute().name
 
 
-def _show(model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int) -> None:
+def _shown(
+    model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int
+) -> list[Table | str]:
     """The strongest edges as tables, and the rest in a line each."""
     from virtual_weights.survey.edges import among_heads, edges_of
 
+    shown: list[Table | str] = []
     for port, record in among_heads(stream, records).items():
         title = f"{port}-composition · {model} · norm {stream.norm_stamp}"
-        show_all(edge_tables(title, record, edges_of(record, top)))
+        shown += edge_tables(title, record, edges_of(record, top))
     if "statements" in summary:
-        line(f"statements: {counted(summary['statements'])}")
+        shown.append(f"statements: {counted(summary['statements'])}")
     if "ablation" in summary:
-        line("ablation: {edges} edges removed one by one, {causal} of them causal".format(**summary["ablation"]))
+        shown.append(
+            "ablation: {edges} edges removed one by one, {causal} of them causal".format(**summary["ablation"])
+        )
+    return shown
 
 
 def edges(
@@ -149,6 +137,8 @@ def edges(
     as_json: o.AsJson = False,
 ) -> None:
     """Show the strongest connections in an atlas: those of one reader, those of one writer, or all."""
+    from virtual_weights.record import Header
+
     chosen = dict(_convention(text) for text in where or [])
     if moments is not None:
         chosen["moments"] = vw.Moments.load(moments).identity
@@ -157,14 +147,18 @@ def edges(
     rows = vw.edges(store, reader, writer, question=question, by=by, top=top, where=chosen)
     headers = {key: store.header(key) for key in {row["key"] for row in rows}}
     rows = [_edge(headers[row["key"]].axes, row) for row in rows]
-    if as_json:
-        parameters = {"reader": reader, "writer": writer, "by": by, "top": top, "where": chosen}
-        shape = {"model": store.manifest.get("model"), "question": question, "parameters": parameters}
-        provenance = {name: store.manifest.get(name) for name in ("reference", "fingerprint", "version")}
-        put_json({**shape, "stamp": {}, "provenance": provenance, "summary": {"atlas": str(atlas)}, "rows": rows})
-        return
+    parameters = {"reader": reader, "writer": writer, "by": by, "top": top, "where": chosen}
+    provenance = {name: store.manifest.get(name) for name in ("reference", "fingerprint", "version")}
+    header = Header(question, (), (), parameters, _common([header.stamp for header in headers.values()]), provenance)
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _HIDDEN))
-    Table(f"the {len(rows)} strongest edges · {question} · {atlas}", rows, names).show()
+    table = Table(f"the {len(rows)} strongest edges · {question} · {atlas}", rows, names)
+    Answer(header, rows, {"atlas": str(atlas)}, [table]).give(store.manifest.get("model"), as_json)
+
+
+def _common(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several stamps say alike."""
+    first, *rest = stamps or [{}]
+    return {name: value for name, value in first.items() if all(name in s and s[name] == value for s in rest)}
 
 
 def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:
@@ -195,17 +189,11 @@ def _convention(text: str) -> tuple[str, Any]:
 
 def _parts(only: str | None) -> tuple[vw.Part, ...]:
     """The parts asked for, in the order of the report."""
-    wanted = [name.strip() for name in (only or "").split(",") if name.strip()]
+    wanted = list(vw.Part) if only is None else o.listed("--only", only, expected=PARTS)
     unknown = [name for name in wanted if name not in tuple(vw.Part)]
     if unknown:
-        raise UsageError(f"no part {unknown[0]!r}", expected=", ".join(vw.Part), do="name some of these in --only")
-    return tuple(part for part in vw.Part if not wanted or part in wanted)
-
-
-def _run(stream: vw.Stream, text: str | None, repeated: bool, tokens: int, device: str) -> vw.Run | None:
-    if repeated:
-        return vw.Run.on_repeats(stream, tokens, _LENGTH, batch=8, device=device)
-    return None if text is None else vw.Run.on_text(stream, text, tokens, _LENGTH, batch=8, device=device)
+        raise UsageError(f"no part {unknown[0]!r}", expected=PARTS, do="name some of these in --only")
+    return tuple(part for part in vw.Part if part in wanted)
 
 
 def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str, Any]:

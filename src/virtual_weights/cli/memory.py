@@ -46,7 +46,7 @@ def memory(
         typer.Option("--component", metavar="NAME", help="also show how one component erases, e.g. L5H3 or L5.mlp"),
     ] = None,
     by: Annotated[
-        str, typer.Option("--by", metavar="COLUMN", help="column to sort pairs by: erasure, alignment or z")
+        str, typer.Option("--by", metavar="COLUMN", help="column to sort pairs by, e.g. erasure, alignment or z")
     ] = "erasure",
     seed: o.Seed = 0,
     top: o.Top = 10,
@@ -56,6 +56,7 @@ def memory(
     """Find neurons and heads that amplify or erase what they read, and which erase what others wrote."""
     neurons, heads = vw.Neurons(threshold, seed=seed), vw.HeadErasers(norm_scalar, seed=seed)
     pairs = vw.Erasure(norm_scalar, gate, device=device, memory_mb=memory_mb or 512)
+    o.checked_column(by, pairs.columns)
     groups, answers = session.stream.groups, list[Answer]()
     spectrum = None if component is None else session.ask(vw.Clearing(component, norm_scalar, gate))
     if groups.mlps:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Table, line, put_json, steps
-from virtual_weights.cli.verb import Session
+from virtual_weights.cli.show import Answer, Table, steps
+from virtual_weights.cli.verb import Session, verb
+
+if TYPE_CHECKING:
+    from virtual_weights.record import Header
 
 model_commands = typer.Typer(cls=o.Group, help="List and fetch the built-in models.", no_args_is_help=True)
 
@@ -22,11 +25,8 @@ def list_models(as_json: o.AsJson = False) -> None:
     rows: list[dict[str, Any]] = [
         {"name": m.name, "here": is_cached(m.name), "licence": m.licence, "about": m.about} for m in built_in()
     ]
-    if as_json:
-        shape: dict[str, Any] = {"model": None, "question": "models", "parameters": {}, "stamp": {}, "provenance": {}}
-        put_json({**shape, "summary": {"count": len(rows), "here": sum(row["here"] for row in rows)}, "rows": rows})
-    else:
-        Table("built-in models", rows).show()
+    summary = {"count": len(rows), "here": sum(row["here"] for row in rows)}
+    Answer(_header("models"), rows, summary, [Table("built-in models", rows)]).give(None, as_json)
 
 
 @model_commands.command("fetch", cls=o.Command)
@@ -41,15 +41,20 @@ def fetch(
 
     with steps(progress) as step:
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
-    if as_json:
-        shape = {"model": name, "question": "fetch", "parameters": {"offline": offline}, "stamp": {}, "provenance": {}}
-        put_json({**shape, "summary": {"path": str(path)}, "rows": []})
-    else:
-        line(f"{name} is at {path}")
+    answer = Answer(_header("fetch", offline=offline), (), {"path": str(path)}, [f"{name} is at {path}"])
+    answer.give(name, as_json)
 
 
+def _header(question: str, **parameters: Any) -> Header:
+    """Of an answer that is about no opened model."""
+    from virtual_weights.record import Header
+
+    return Header(question, (), (), parameters, {}, {})
+
+
+@verb("offline", "allow_non_finite")
 def rotate(
-    model: o.Model,
+    session: Session,
     out: Annotated[
         Path,
         typer.Option(
@@ -70,32 +75,26 @@ def rotate(
             "but at least float32",
         ),
     ] = None,
-    offline: o.Offline = False,
-    allow_non_finite: o.AllowNonFinite = False,
-    as_json: o.AsJson = False,
-    progress: o.Progress = o.ProgressMode.auto,
-) -> None:
+) -> Answer:
     """Write a copy of a model in a rotated basis: the same function, ready for transformers to load."""
     from virtual_weights.checkpoint.writing import write_checkpoint
+    from virtual_weights.record import Header
     from virtual_weights.stream.turned import Turned, config_of, random_turn
 
-    with steps(progress) as step:
-        stream = Session(model, step, {"offline": offline, "allow_non_finite": allow_non_finite}).stream
-        wide = any(info.dtype == "F64" for info in stream.source.tensors.values())
-        dtype = dtype or (o.StoredDtype.float64 if wide else o.StoredDtype.float32)
-        turned = Turned(stream, random_turn(stream, seed))
-        files, config = turned.files, config_of(turned, dtype.torch)
-        companions = stream.source.at_rest.companions
-        write_checkpoint(out, files, dtype.torch, config, companions, step("rotate"))
-    summary = {"checkpoint": str(out), "tensors": sum(map(len, files)), "files": len(files)}
+    stream = session.stream
+    wide = any(info.dtype == "F64" for info in stream.source.tensors.values())
+    dtype = dtype or (o.StoredDtype.float64 if wide else o.StoredDtype.float32)
+    turned = Turned(stream, random_turn(stream, seed))
+    files, config = turned.files, config_of(turned, dtype.torch)
+    companions = stream.source.at_rest.companions
+    write_checkpoint(out, files, dtype.torch, config, companions, session.step("rotate"))
+    tensors = sum(map(len, files))
+    summary = {"checkpoint": str(out), "tensors": tensors, "files": len(files)}
     summary |= {"changed": turned.changed, "copied": sorted(companions)}
-    if as_json:
-        parameters = {"seed": seed, "dtype": dtype.value}
-        shape = {"model": model, "question": "rotate", "parameters": parameters, "stamp": {"norm": stream.norm_stamp}}
-        put_json({**shape, "provenance": stream.provenance, "summary": summary, "rows": []})
-        return
-    line(f"{summary['tensors']} tensors in {summary['files']} files, turned with seed {seed}: {out}")
-    for change in turned.changed:
-        line(f"changed: {change}")
+    shown = [f"{tensors} tensors in {len(files)} files, turned with seed {seed}: {out}"]
+    shown += [f"changed: {change}" for change in turned.changed]
     if not companions:
-        line("no tokenizer files were beside the source: take them from where the model was published")
+        shown.append("no tokenizer files were beside the source: take them from where the model was published")
+    parameters = {"seed": seed, "dtype": dtype.value}
+    header = Header("rotate", (), (), parameters, {"norm": stream.norm_stamp}, stream.provenance)
+    return Answer(header, (), summary, shown)

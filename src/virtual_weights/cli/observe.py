@@ -16,6 +16,7 @@ from virtual_weights.cli.verb import Session, running_verb
 @running_verb(tokens=16384)
 def observe(
     session: Session,
+    context: typer.Context,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="FILE", callback=o.checked_file, help="safetensors file to write"),
@@ -33,6 +34,7 @@ def observe(
 
     run = session.run
     if session.options["prompt"] is not None or session.options["prompt_ids"] is not None:
+        o.refuse_unused(context, "with a prompt", "memory_mb")
         point = operating_point(run)
         with replacing(output) as temporary:
             point.save(temporary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,10 +99,79 @@ def mebibytes(text: str) -> int:
     if size < _LEAST_MEMORY:
         raise UsageError(
             f"--memory {text}",
-            expected=f"a number with KB, MB, GB, KiB, MiB or GiB, {_LEAST_MEMORY}MiB or more",
+            expected=f"a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, {_LEAST_MEMORY}MiB or more",
             do="write for example --memory 4GB",
         )
     return size
+
+
+def listed(option: str, text: str, expected: str) -> tuple[str, ...]:
+    """The names in ``"L5, T3"``, each once.
+
+    Raises:
+        UsageError: there is none.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"{option} {text!r} names nothing", expected=expected, do=f"name some, or leave {option} out")
+    return names
+
+
+def checked_seed(seed: int) -> int:
+    """A seed that random choices can be made from.
+
+    Raises:
+        UsageError: it does not fit into 64 bits.
+    """
+    from virtual_weights.linalg import random_generator
+
+    random_generator(seed)
+    return seed
+
+
+def checked_column(name: str, columns: Sequence[str]) -> str:
+    """The column to sort by, before the columns are computed.
+
+    Raises:
+        UsageError: the answer will not have it.
+    """
+    if name not in columns:
+        raise UsageError(f"--by {name}", expected=f"one of {', '.join(columns)}", do="sort by one of these columns")
+    return name
+
+
+def refuse_unused(context: typer.Context, where: str, *names: str) -> None:
+    """Refuse options that the command line has and the answer would not depend on.
+
+    Args:
+        context: of the command.
+        where: when they mean nothing, such as ``"without --point"``.
+        names: the parameters of the command that mean nothing then.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    given: list[str] = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name) if parameter.name in names else None
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(parameter.opts[0])
+    if given:
+        raise UsageError(
+            f"{' and '.join(given)} {where}",
+            expected="only options that the answer depends on",
+            do=f"leave {'it' if len(given) == 1 else 'them'} out",
+        )
+
+
+def refuse_offsets(context: typer.Context, end: str, *names: str) -> None:
+    """Refuse options of rotary offsets where an end, a reader or a circuit, is not turned by them.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    if end == "unembed" or end.rpartition(".")[2] in ("V", "ov", "gate", "up", "in"):
+        refuse_unused(context, f"with {end}, which no rotary embedding turns", *names)
 
 
 def checked_device(device: str) -> str:
@@ -197,7 +267,7 @@ WriterOption = Annotated[
     WriterSet, typer.Option("--writers", help="heads only, or all: also embeddings, MLPs and biases")
 ]
 Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="show at most N rows of each ranking")]
-Seed = Annotated[int, typer.Option("--seed", help="seed of every random choice")]
+Seed = Annotated[int, typer.Option("--seed", callback=checked_seed, help="seed of every random choice")]
 ComputeDtype = Annotated[
     str,
     typer.Option(

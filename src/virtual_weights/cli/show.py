@@ -21,7 +21,7 @@ from virtual_weights.cli.options import ProgressMode
 from virtual_weights.errors import printable
 
 if TYPE_CHECKING:  # the package is slow to import, and help needs none of it
-    from virtual_weights.record import Record
+    from virtual_weights.record import Header, Record
     from virtual_weights.survey.survey import Step
 
 Row = Mapping[str, Any]
@@ -99,45 +99,49 @@ class Answer:
     """What a verb answers: a record as JSON, and what a person is shown of it.
 
     Attributes:
-        record: question, parameters, stamp and provenance come from it.
-        rows: the rows; None for all that the record has.
+        record: question, parameters, stamp and provenance come from it; a header where the answer is no record.
+        rows: the rows; None for all that the record has, of a header none.
         summary: its figures in short.
         shown: tables and lines, in order.
         more: answers to further questions of the same verb.
     """
 
-    record: Record
+    record: Record | Header
     rows: Sequence[Row] | None = None
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     shown: Sequence[Table | str] = ()
     more: Sequence[Answer] = ()
 
-    def as_json(self, model: str) -> dict[str, Any]:
+    def as_json(self, model: str | None) -> dict[str, Any]:
         """The answer in the one shape that all verbs have."""
         record = self.record
         shape: dict[str, Any] = {"model": model, "question": record.question, "parameters": dict(record.parameters)}
         shape |= {"stamp": dict(record.stamp), "provenance": dict(record.provenance), "summary": dict(self.summary)}
-        shape["rows"] = list(record.rows()) if self.rows is None else list(self.rows)
+        rows = getattr(record, "rows", tuple)() if self.rows is None else self.rows  # a header has none
+        shape["rows"] = list(rows)
         return shape | ({"more": [answer.as_json(model) for answer in self.more]} if self.more else {})
 
+    def give(self, model: str | None, as_json: bool) -> None:
+        """One JSON object, or what a person is shown."""
+        if as_json:
+            put_json(self.as_json(model))
+        else:
+            self.show()
+
     def show(self) -> None:
-        """Everything that a person is shown."""
-        show_all(self._parts())
+        """Everything that a person is shown; an empty line sets tables apart."""
+        parts = self._parts()
+        for before, part in zip([None, *parts], parts, strict=False):
+            if isinstance(part, str):
+                line(part)
+                continue
+            if isinstance(before, str):
+                line("")
+            part.show()
 
     def _parts(self) -> list[Table | str]:
         """What is shown of this answer and of the further ones."""
         return [*self.shown, *(part for answer in self.more for part in answer._parts())]
-
-
-def show_all(parts: Sequence[Table | str]) -> None:
-    """Tables and lines, in order; an empty line sets tables apart."""
-    for before, part in zip([None, *parts], parts, strict=False):
-        if isinstance(part, str):
-            line(part)
-            continue
-        if isinstance(before, str):
-            line("")
-        part.show()
 
 
 def put_json(value: Mapping[str, Any]) -> None:

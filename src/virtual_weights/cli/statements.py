@@ -33,7 +33,7 @@ def statements(
     Lemmas L1-L12, theorems T1-T7 and corollaries C1-C6. They are checked on the weights alone; with a text or a prompt
     the model also runs, for the statements about running models.
     """
-    wanted = tuple(dict.fromkeys(name.strip() for name in only.split(",") if name.strip())) if only else ()
+    wanted = () if only is None else o.listed("--only", only, expected="statements such as L5,T3")
     question = vw.Statements(wanted, sample, session.options["seed"])  # refuses a wrong id before a model is opened
     if point is not None:
         question = replace(question, point=vw.OperatingPoint.load(point, session.stream))

@@ -19,6 +19,7 @@ _LENS = 5  # tokens of every state, at most
 @running_verb("prompt")
 def trace(
     session: Session,
+    context: typer.Context,
     reader: Annotated[
         str,
         typer.Option(
@@ -50,14 +51,12 @@ def trace(
     """
     if not session.runs:
         raise UsageError("there is no prompt", expected="--prompt or --prompt-ids", do="add one of them")
-    if through is not None and lens:
-        raise UsageError("--through and --lens together", expected="one of them", do="leave one out")
-    if reader != "unembed" and (through or token or against):
-        raise UsageError(
-            f"--token, --against or --through with --reader {reader}",
-            expected="these only with --reader unembed, which is the default",
-            do="leave --reader out, or the others",
-        )
+    if lens:
+        o.refuse_unused(context, "with --lens", "reader", "token", "against", "through")
+    if reader != "unembed":
+        o.refuse_unused(context, f"with --reader {reader}", "token", "against", "through")
+    if through is not None:
+        session.stream.groups.of(through)  # refuses a wrong name before the model runs
     place = _place(session.run.count, position)
     if lens:
         return _states(session, session.ask(vw.Lens(min(top, _LENS), place)), place)

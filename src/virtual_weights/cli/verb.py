@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, final
 
+import typer
+
 import virtual_weights as vw
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Answer, put_json, steps
+from virtual_weights.cli.show import Answer, steps
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Progress, Step
 
@@ -38,6 +40,7 @@ _RUNNING: dict[str, tuple[Any, Any]] = {
     "device": (o.Device, "cpu"),
 }
 _GIVEN: dict[str, tuple[Any, Any]] = {"json": (o.AsJson, False), "progress": (o.Progress, o.ProgressMode.auto)}
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _KINDS_OF_TEXT = {"text": "--text", "repeated": "--repeated", "prompt": "--prompt", "prompt_ids": "--prompt-ids"}
 
 
@@ -135,7 +138,7 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
 
 
 def running_verb(
-    *kinds: str, always: bool = True, **defaults: Any
+    *kinds: str, always: bool = True, opening: Sequence[str] = (), **defaults: Any
 ) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     """The same for a verb that runs the model, with the options that say on which tokens.
 
@@ -143,6 +146,7 @@ def running_verb(
         kinds: which kinds of text it takes: ``text``, ``repeated``, ``prompt``; by default all. It has no options that
             mean nothing for the only kind that it takes.
         always: whether it always runs the model, or only where a text is named.
+        opening: which of the options for opening a model it has beside ``offline`` and ``ignore_config``.
         defaults: of its options, such as ``tokens=16384``.
     """
     wanted = kinds or ("text", "repeated", "prompt")
@@ -152,8 +156,9 @@ def running_verb(
     if wanted == ("prompt",):  # one chunk, with nothing random in it
         fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
     shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
-    opening = {name: _OPENING[name] for name in ("offline", "ignore_config")}
-    return _command({**shared, **opening}, fixed, always)
+    return _command(
+        {**shared, **{name: _OPENING[name] for name in (*opening, "offline", "ignore_config")}}, fixed, always
+    )
 
 
 def need_runtime() -> None:
@@ -192,28 +197,27 @@ def _command(
     shared: Mapping[str, tuple[Any, Any]], fixed: Mapping[str, Any] | None = None, runs: bool = False
 ) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
-        names = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=o.Model)]
-        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in names]
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        takes_context = any(parameter.name == "context" for parameter in own)
+        fixed_first = {"context": typer.Context, "model": o.Model}
+        parameters = [inspect.Parameter(n, _BY_NAME, annotation=kind) for n, kind in fixed_first.items()]
+        parameters += [parameter.replace(kind=_BY_NAME) for parameter in own if parameter.name != "context"]
         parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            inspect.Parameter(name, _BY_NAME, annotation=annotation, default=default)
             for name, (annotation, default) in {**shared, **_GIVEN}.items()
         ]
 
-        def command(model: str, json: bool, progress: o.ProgressMode, **values: Any) -> None:
+        def command(context: typer.Context, model: str, json: bool, progress: o.ProgressMode, **values: Any) -> None:
             options = {**(fixed or {}), **{name: values.pop(name) for name in shared}}
-            _one_text(options)
-            if runs or any(options.get(name) not in (None, False) for name in _KINDS_OF_TEXT):
-                need_runtime()
+            _check_text(context, options, runs)
+            if takes_context:
+                values["context"] = context
             with steps(progress) as step:
                 session = Session(model, step, options)
                 answer = function(session, **values)
                 if json:
                     session.stream.source.identify(step("fingerprint"))
-            if json:
-                put_json(answer.as_json(model))
-            else:
-                answer.show()
+            answer.give(model, json)
 
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -223,8 +227,8 @@ def _command(
     return decorate
 
 
-def _one_text(options: Mapping[str, Any]) -> None:
-    """Refuse more than one kind of text."""
+def _check_text(context: typer.Context, options: Mapping[str, Any], always: bool) -> None:
+    """Refuse more than one kind of text, options of a text where there is none, and a run without its packages."""
     kinds = [flag for name, flag in _KINDS_OF_TEXT.items() if options.get(name) not in (None, False)]
     if len(kinds) > 1:
         raise UsageError(
@@ -232,3 +236,9 @@ def _one_text(options: Mapping[str, Any]) -> None:
             expected="one of --text, --repeated, --prompt and --prompt-ids",
             do="choose one of them",
         )
+    if always or kinds:
+        need_runtime()
+    elif "tokens" in options:
+        o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype")
+    if kinds and kinds[0].startswith("--prompt"):
+        o.refuse_unused(context, f"with {kinds[0]}", "tokens", "length")

@@ -43,6 +43,7 @@ from virtual_weights.linalg.numerics import (
     ZERO,
     accumulate,
     beyond_rounding,
+    random_generator,
     tolerance,
 )
 from virtual_weights.linalg.pairing import MapStack, power_traces, self_moments
@@ -107,6 +108,7 @@ __all__ = [
     "overlap_moments",
     "power_traces",
     "principal_angles",
+    "random_generator",
     "rank_correlation",
     "row_space",
     "self_moments",

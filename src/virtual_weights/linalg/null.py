@@ -15,7 +15,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import gains, singular_values
 from virtual_weights.linalg.linear_map import LinearMap
-from virtual_weights.linalg.numerics import ROUNDINGS, WORKSPACE_BYTES, accumulate, tolerance
+from virtual_weights.linalg.numerics import ROUNDINGS, WORKSPACE_BYTES, accumulate, random_generator, tolerance
 
 _LOG_EPS = math.log(torch.finfo(accumulate).eps)
 
@@ -222,7 +222,7 @@ def _null_cores(A: LinearMap, B: LinearMap, draws: int, seed: int) -> Iterator[T
     s_a, s_b = (s[s > 0] for s in (singular_values(A).cpu(), singular_values(B).cpu()))
     # U^T is as Haar as U: only the thinner side needs a frame
     wide, thin = (s_a, s_b) if len(s_a) >= len(s_b) else (s_b, s_a)
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_generator(seed)
     batch = max(1, WORKSPACE_BYTES // max(1, 8 * d * len(thin)))
     for start in range(0, draws, batch):
         frames = _haar_frames(min(batch, draws - start), d, len(thin), generator)

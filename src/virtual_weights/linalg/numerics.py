@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from virtual_weights.errors import UsageError
+
 accumulate = torch.float64
 """Decompositions and long sums are taken in float64: cores are at most a few hundred wide, so the cost is small, and
 no figure depends on the rounding of the storage dtype."""
@@ -86,6 +88,22 @@ def beyond_rounding(values: Tensor, size: Tensor | float, eps: float = torch.fin
         tensor([0.0000, 0.5000], dtype=torch.float64)
     """
     return values.masked_fill(values.abs() <= ROUNDINGS * eps * size, 0.0)
+
+
+def random_generator(seed: int) -> torch.Generator:
+    """What draws the random choices of a seed, on the CPU.
+
+    Args:
+        seed: a whole number in [-2^63, 2^64), as torch takes it.
+
+    Raises:
+        UsageError: it does not fit into 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise UsageError(
+            f"seed {seed}", expected="a whole number from -2^63 to 2^64 - 1", do="pass a smaller one, such as 0"
+        )
+    return torch.Generator().manual_seed(seed)
 
 
 def exactness_bound(dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Named = TypeVar("Named", Axis, Column)
 SIZES = ("strength", "dimensions")
-"""Columns that tell what reads or writes nothing (0) from what cannot be (NaN)."""
+"""Columns that tell what reads or writes nothing (0, without a score) from what cannot be (NaN)."""
 _COMPLETED = 100_000  # entries up to which a shell offers the labels of rows
 
 
@@ -83,12 +83,16 @@ class Record:
         reader's port may be left out where the record was asked for one. Tables of edges are asked in the same way.
 
         Raises:
-            UsageError: there is no such column or label, or nothing at this place.
+            UsageError: there is no such column or label, or nothing at this place, or what is named is no text.
         """
         return self.column(name).values if isinstance(name, str) else self._row(name)
 
-    def _row(self, labels: tuple[str, ...]) -> dict[str, Value]:
+    def _row(self, labels: Any) -> dict[str, Value]:
         names = self._names()
+        expected = f"a label of each: {', '.join(name for name, _ in reversed(names))}"
+        if not isinstance(labels, tuple) or not all(isinstance(label, str) for label in labels):  # pyright: ignore
+            do = "name a column or labels; list(record.rows()) has rows by their place"
+            raise UsageError(f"record[{labels!r}]", expected=f"the name of a column, or {expected}", do=do)
         absent = False
         for order in (names[::-1], names):
             flat = self._place(order, labels) if len(labels) == len(names) else None
@@ -98,11 +102,13 @@ class Record:
                 return {**self._labels(flat, shape), **values}
             absent = absent or flat is not None
         known = list(dict.fromkeys(str(label) for _, column in names for label in column))
-        near = [f"{label!r}: {close}" for label in labels if (close := get_close_matches(label, known))]
+        unknown = [label for label in labels if not {label, f"{label}.{self.parameters.get('port')}"} & {*known}]
+        near = [f"{label!r}: {get_close_matches(label, known) or known[:4]}" for label in unknown]
+        names_like_it = f"names like it, {'; '.join(near)}" if near else "list what it has with record.rows()"
         raise UsageError(
             f"this record has {'no value' if absent else 'no row'} at {', '.join(labels)}",
-            expected=f"a label of each: {', '.join(name for name, _ in reversed(names))}",
-            do="the first cannot reach the second" if absent else f"names like it: {'; '.join(near) or known[:4]}",
+            expected=expected,
+            do="the first cannot reach the second" if absent else names_like_it,
         )
 
     def _names(self) -> list[tuple[str, tuple[Value, ...]]]:
@@ -187,15 +193,11 @@ class Record:
         return math.prod(len(axis.labels) for axis in self.axes)
 
     def present(self) -> Tensor:
-        """Which entries are there, flat, in row order: where the first floating tensor or a size is a number.
-
-        A size, of ``SIZES``, is 0 of what reads or writes nothing and has no score; of what cannot be it is NaN, too.
-        """
-        tensors = [c for c in self.columns if isinstance(c.values, Tensor) and c.values.is_floating_point()]
-        decisive = [c.values for c in (*tensors[:1], *(c for c in tensors[1:] if c.name in SIZES))]
-        present = torch.full((self.size,), not decisive)
-        for values in decisive:
-            assert isinstance(values, Tensor)
+        """Which entries are there, flat, in row order: those with a number as first float or in one of ``SIZES``."""
+        tensors = [(c.name, c.values) for c in self.columns if isinstance(c.values, Tensor)]
+        floats = [(name, values) for name, values in tensors if values.is_floating_point()]
+        present = torch.full((self.size,), not floats)
+        for _, values in (*floats[:1], *(pair for pair in floats if pair[0] in SIZES)):
             present |= ~torch.isnan(values.detach().flatten().cpu())
         return present
 

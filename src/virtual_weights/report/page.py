@@ -6,15 +6,18 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from virtual_weights.atlas import Atlas
+from virtual_weights.errors import writing
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
 from virtual_weights.report.evidence import evidence
 from virtual_weights.report.tables import EDGES_PER_PORT, density, drawn, plain, statements, strongest, table
+from virtual_weights.survey.plan import shown_of
 
 MOST_LISTED = 200
 _ERASURES = ("alignment", "z", "erasure")
@@ -95,6 +98,27 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Record] = ()) -> Path:
+    """Write the report of everything that an atlas holds.
+
+    Args:
+        atlas: the atlas.
+        path: the file, replaced whole; ``report.html`` in the folder of the atlas by default.
+        records: answers that are shown rather than others which the atlas holds to the same questions, such as those
+            under another convention.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> vw.report(vw.Atlas.open("atlas"))  # doctest: +SKIP
+    """
+    path = atlas.path / "report.html" if path is None else Path(path)
+    with writing(path):
+        write_report(path, shown_of(atlas, records), atlas.manifest)
+    return path
 
 
 def write_report(path: Path, records: Iterable[Record], manifest: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import VirtualWeightsError
-from virtual_weights.linalg import FLOAT64_ROUNDING, accumulate, haar_orthogonal
+from virtual_weights.linalg import FLOAT64_ROUNDING, accumulate, haar_orthogonal, random_generator
 from virtual_weights.linalg.numerics import exactness_bound
 from virtual_weights.runtime.running.model import load, turned_module
 from virtual_weights.runtime.running.run import Run
@@ -31,7 +31,7 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     stream = evidence.stream
     if "embed" not in stream.groups or not evidence.heads:
         return cannot_tell("the checkpoint lacks its embedding or its attention")
-    generator = torch.Generator().manual_seed(evidence.seed)
+    generator = random_generator(evidence.seed)
     turn = haar_orthogonal(stream.d_model, generator)
     skew = turn * torch.logspace(-0.5, 0.5, stream.d_model, dtype=accumulate)  # invertible, not orthogonal
     bare = replace(stream, folded=False)

@@ -21,6 +21,7 @@ from virtual_weights.linalg import (
     beyond_rounding,
     eigenvalues,
     frobenius_norm,
+    random_generator,
     singular_values,
     spectral_norm,
     tolerance,
@@ -112,14 +113,14 @@ def _sequences(evidence: Evidence) -> list[list[str]]:
     """Sequences of heads of successive attentions."""
     groups = evidence.stream.groups.heads
     starts = evidence.sample(range(max(1, len(groups) - _STEPS + 1)), 8)
-    generator = torch.Generator().manual_seed(evidence.seed)
+    generator = random_generator(evidence.seed)
     return [_one_of_each(groups[start : start + _STEPS], generator) for start in starts]
 
 
 def _triples(evidence: Evidence) -> list[list[str]]:
     """Heads of any three attentions, in order of depth."""
     groups = evidence.stream.groups.heads
-    generator = torch.Generator().manual_seed(evidence.seed)
+    generator = random_generator(evidence.seed)
     triples = list[list[str]]()
     for _ in range(min(evidence.samples, 32) if len(groups) >= 3 else 0):
         indices: list[int] = torch.randperm(len(groups), generator=generator)[:3].sort().values.tolist()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.pairs.composition import Composition
-from virtual_weights.linalg import FOLDED_RANK_CUT, LinearMap, Spectrum, accumulate, singular_values
+from virtual_weights.linalg import FOLDED_RANK_CUT, LinearMap, Spectrum, accumulate, random_generator, singular_values
 from virtual_weights.record import Record
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Head, OperatingPoint, Question, Stream
@@ -49,7 +49,7 @@ class Evidence:
 
     def sample(self, items: Sequence[Item], count: int | None = None) -> list[Item]:
         """A seeded choice, in the order of the items."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         indices = torch.randperm(len(items), generator=generator)[: count or self.samples]
         return [items[i] for i in indices.sort().values.tolist()]
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
-from virtual_weights.linalg import FLOAT64_ROUNDING, FOLDED_RANK_CUT, FOLDED_ROUNDING, THREE_DIGITS, ZERO, accumulate
+from virtual_weights.linalg import (
+    FLOAT64_ROUNDING,
+    FOLDED_RANK_CUT,
+    FOLDED_ROUNDING,
+    THREE_DIGITS,
+    ZERO,
+    accumulate,
+    random_generator,
+)
 from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, dense
 from virtual_weights.stream import Stream
 
@@ -16,7 +24,7 @@ from virtual_weights.stream import Stream
 def null_space_is_kept(evidence: Evidence) -> Finding:
     """L4: a direction in the null space of a head's values: what the head leaves of it, and who reads it later."""
     names, directions, norms, erased = list[str](), list[Tensor](), list[float](), 0
-    generator = torch.Generator().manual_seed(evidence.seed)
+    generator = random_generator(evidence.seed)
     for name in evidence.sample(evidence.heads, min(evidence.samples, 24)):
         head = evidence.head(name)
         value, out = dense(head.v), dense(head.o)

@@ -230,6 +230,21 @@ class Groups:
             )
         return group
 
+    def writer(self, name: str) -> str:
+        """The label of a component that writes, such as ``"L5H3"`` for ``"5.3"``.
+
+        Raises:
+            UsageError: this model has no such component, or it does not write as a whole.
+        """
+        label, group = str(parse(name)), self.of(name)
+        if not group.writes or label not in group.labels:
+            raise UsageError(
+                f"{name} is not a writer",
+                expected="a head, an MLP, a bias, embed or pos, without a port, such as L5H3 or L5.mlp",
+                do="name one of these",
+            )
+        return label
+
 
 def no_heads() -> UsageError:
     """What is said where a question needs attention heads and the checkpoint holds none."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.stream.group import READINGS, Port
-from virtual_weights.stream.stream import Stream
+from virtual_weights.stream.stream import Stream, centred
 
 _HEADS: dict[str, Port] = {"Q": "Q", "K": "K", "V": "V"}
 _GATED: dict[str, Port] = {"gate": "gate", "in": "up"}
@@ -41,8 +41,10 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
     Args:
         stream: the model.
         layers: only these blocks; None for the whole model, embeddings and unembedding too.
-        folded: readers contain the norm's gain and LayerNorm's centring, and biases what its shift gives
-            (``fold_ln``); writers are never centred, nor are value biases moved.
+        folded: as the folded stream's maps: readers contain the norm's gain and LayerNorm's centring, and biases what
+            its shift gives (``fold_ln``); writers are centred where the norm is a LayerNorm
+            (``center_writing_weights``), and so is the unembedding over tokens (``center_unembed``). Value biases are
+            never moved.
 
     Returns:
         Tensors by name, read now; unfolded ones in storage dtype. They may be views with other strides.
@@ -61,7 +63,7 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
         raise UsageError(f"no layer {wrong[0]}", expected=f"layers 0 to {count - 1}", do="name one of these")
     tensors: dict[str, Tensor] = {}
     if layers is None:
-        tensors |= _present(view, {"embed.W_E": ("embed", "embed"), "pos_embed.W_pos": ("pos", "pos")})
+        tensors |= _written(view, {"embed.W_E": ("embed", "embed"), "pos_embed.W_pos": ("pos", "pos")})
     for layer in blocks:
         tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in _block(view, layer).items()}
     if layers is None:
@@ -76,9 +78,8 @@ def _block(stream: Stream, layer: int) -> dict[str, Tensor]:
         for name, port in ports.items():
             tensors |= _read(stream, module, name, port, group)
         tensors |= _norm(stream, _NORMS[module], group)
-    written = _present(stream, {"attn.W_O": ("o", attn), "mlp.W_out": ("down", mlp)})
-    tensors |= {name: tensor.mT for name, tensor in written.items()}
-    return tensors | _present(stream, {"attn.b_O": ("bias", f"{attn}.bias"), "mlp.b_out": ("bias", f"{mlp}.bias")})
+    tensors |= _written(stream, {"attn.W_O": ("o", attn), "mlp.W_out": ("down", mlp)})
+    return tensors | _written(stream, {"attn.b_O": ("bias", f"{attn}.bias"), "mlp.b_out": ("bias", f"{mlp}.bias")})
 
 
 def _read(stream: Stream, module: str, name: str, port: Port, group: str) -> dict[str, Tensor]:
@@ -95,6 +96,13 @@ def _read(stream: Stream, module: str, name: str, port: Port, group: str) -> dic
 def _norm(stream: Stream, name: str, group: str) -> dict[str, Tensor]:
     """The gain and shift of the norm before a group, where they are not folded."""
     return {} if stream.folded else _present(stream, {f"{name}.w": ("norm", group), f"{name}.b": ("norm_bias", group)})
+
+
+def _written(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Writers, the stream's axis last."""
+    tensors = _present(stream, places)
+    turned = {name: x.mT if places[name][0] in ("o", "down") else x for name, x in tensors.items()}
+    return {name: centred(stream, x, -1, stream.dtype) for name, x in turned.items()}
 
 
 def _present(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 LayerNorm: ``N(x) = gamma (P x) / s + beta`` with ``P = I - 11^T/d``, so ``R N(x) = R diag(gamma) P x / s + R beta``.
 RMSNorm: ``N(x) = gamma x / s``, so ``R N(x) = R diag(gamma) x / s``.
+
+Since no reader behind a LayerNorm sees the mean of what is written, O and ``P O`` are the same writer.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+_ROUNDING = 8  # what is left of (1, ..., 1) after its mean, in eps of its length
 
 
 def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"], least: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +27,14 @@ def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"], least: torch
     """
     dtype = torch.promote_types(torch.promote_types(maps.dtype, gain.dtype), least)
     scaled = maps.to(dtype) * gain.to(dtype)
-    return scaled - scaled.mean(-1, keepdim=True) if norm == "layer" else scaled
+    return without_mean(scaled, -1) if norm == "layer" else scaled
+
+
+def without_mean(vectors: Tensor, axis: int) -> Tensor:
+    """Vectors along an axis less their mean, ``P x``; exactly 0 where all entries are the same up to rounding."""
+    rest = vectors - vectors.mean(axis, keepdim=True)
+    length, before = (torch.linalg.vector_norm(x, dim=axis, keepdim=True) for x in (rest, vectors))
+    return rest.masked_fill_(length <= _ROUNDING * torch.finfo(rest.dtype).eps * before, 0.0)
 
 
 def constant(

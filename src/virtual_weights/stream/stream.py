@@ -19,7 +19,7 @@ from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.group import READINGS, WRITINGS, Component, Group, Groups, Port, groups, states
 from virtual_weights.stream.names import Label, parse
-from virtual_weights.stream.norm import constant, fold, scale
+from virtual_weights.stream.norm import constant, fold, scale, without_mean
 from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
@@ -49,8 +49,10 @@ class Stream:
     Attributes:
         source: where the weights come from.
         model: which tensor plays which role.
-        folded: whether readers contain the norm's gain (and LayerNorm's centring), the default.
-        dtype: least precision in which gains are folded; weights wider than it keep theirs.
+        folded: the default: readers contain the norm's gain, and what nothing sees is taken away: the mean over
+            coordinates of what is written, where the norm is a LayerNorm, and the mean over tokens of the unembedding,
+            which adds the same to all logits. False leaves all weights as they are.
+        dtype: least precision in which this is done; weights wider than it keep theirs.
     """
 
     source: Source
@@ -106,7 +108,8 @@ class Stream:
         """How results say what was done with the norm."""
         if not self.folded:
             return "left out"
-        return "gain folded" if self.spec.norm == "rms" else "gain and centring folded"
+        folded, also = ("gain and centring", "writers and ") if self.spec.norm == "layer" else ("gain", "")
+        return f"{folded} folded, {also}unembedding centred"
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -141,6 +144,8 @@ class Stream:
     def read(self, port: Port, group: Group | str = "unembed") -> Read:
         """The effective read maps of one port: ``R~ = R diag(gamma) (P)`` and ``R beta + c``.
 
+        The unembedding's are less their mean over tokens: a logit is one less the mean over the vocabulary.
+
         Args:
             port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` (an ungated MLP) or ``"unembed"``.
             group: what reads, e.g. ``"L3.attn"``.
@@ -162,10 +167,13 @@ class Stream:
         if not self.folded:
             return Read(maps, bias)
         gain, shift = self._needed("norm", site), self.weight("norm_bias", site)
-        return Read(fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype))
+        maps, received = fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype)
+        if port != "unembed":
+            return Read(maps, received)
+        return Read(without_mean(maps, -2), None if received is None else without_mean(received, -1))
 
     def write(self, group: Group | str) -> Tensor:
-        """The write maps of a group, shape (m, d, k), in storage dtype.
+        """The write maps of a group, shape (m, d, k), in storage dtype; with LayerNorm folded centred, ``P O``.
 
         Heads: (heads, d, d_head); an MLP: (1, d, d_mlp); embeddings: (1, d, tokens) or (1, d, positions); a bias:
         (1, d, 1).
@@ -182,8 +190,9 @@ class Stream:
             raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
         maps = self._needed(WRITINGS[kind], id)
         if kind in ("embed", "pos"):
-            return maps.T[None]
-        return maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
+            maps = maps.T
+        maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
+        return centred(self, maps, -2, self.dtype)
 
     def scale(self, states: Tensor) -> Tensor:
         """The norm scalar ``s`` with which every token of states (..., d) is read, (...)."""
@@ -298,6 +307,16 @@ class _Provenance(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype = torch.float32) -> Tensor:
+    """What readers can see of vectors of the stream along an axis: less their mean where LayerNorm is folded.
+
+    Then in ``least`` precision or their own, if that is wider.
+    """
+    if not stream.folded or stream.spec.norm == "rms":
+        return vectors
+    return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
 def _id(group: Group | str) -> str:

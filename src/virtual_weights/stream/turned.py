@@ -14,7 +14,7 @@ from torch import Tensor
 from virtual_weights.architecture import Row, config_for, stored_shape
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
-from virtual_weights.linalg import accumulate, haar_orthogonal
+from virtual_weights.linalg import accumulate, haar_orthogonal, random_generator
 from virtual_weights.stream.group import READINGS
 from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
@@ -160,7 +160,7 @@ class Turned:
 
 def random_turn(stream: Stream, seed: int) -> Tensor:
     """A Haar-random Q for this model, (d, d) float64; with LayerNorm one that leaves (1, ..., 1) where it is."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_generator(seed)
     d = stream.d_model
     if stream.spec.norm == "rms":
         return haar_orthogonal(d, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,7 +26,7 @@ from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Step
-from virtual_weights.record import Record
+from virtual_weights.record import Header, Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
 from virtual_weights.runtime.flow.labels import Labels
@@ -35,10 +36,18 @@ from virtual_weights.stream import Component, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
 from virtual_weights.survey.edges import among_heads, foremost
-from virtual_weights.survey.survey import Survey, bars
+from virtual_weights.survey.survey import ENDS, Survey, bars
 from virtual_weights.version import VERSION
 
 _NEURON_TABLES: tuple[Any, ...] = (NeuronNeuron, NeuronReaders, NeuronCosines)
+_ASKED = frozenset(
+    question.question
+    for question in (
+        *(Composition, Overlap, Subspaces, Channel, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
+        *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Statements),
+    )
+)
+"""What a plan asks and an atlas keeps, by name."""
 _SPECTRA = 6  # strongest edges into keys whose spectra the report shows
 _SEQUENCES = 8  # chunks on which edges are attributed and removed
 _RANDOM = 10  # matched random edges of every port
@@ -200,6 +209,30 @@ def survey_into(
             do="make a run of this model",
         )
     return Survey(stream, Atlas.create(path, manifest_of(stream, name)), run, step, **manner)
+
+
+def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:
+    """What a report of an atlas shows: answers to what a plan asks, one of each.
+
+    Of several answers to one question about one port, writer and reader, under several conventions or of several runs,
+    this is the one that covers most; the newest of those that cover the same.
+
+    Args:
+        atlas: the atlas.
+        records: answers that come before the stored ones.
+    """
+    seen = {_about(record) for record in records}
+    keys = atlas.keys()  # oldest first
+    headers = {key: header for key in keys if (header := atlas.header(key)).question in _ASKED}
+    chosen = dict[Any, str]()
+    for key in sorted(headers, key=lambda key: math.prod(headers[key].shape)):
+        chosen[_about(headers[key])] = key
+    return [*records, *(atlas.get(key) for key in keys if key in chosen.values() and _about(headers[key]) not in seen)]
+
+
+def _about(answer: Record | Header) -> tuple[Any, ...]:
+    """A question and what it is about."""
+    return answer.question, *(str(answer.parameters.get(name)) for name in ENDS)
 
 
 def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:

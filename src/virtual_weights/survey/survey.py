@@ -21,7 +21,8 @@ from virtual_weights.stream import Composite, Question, Stream
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.question import batched, subject_of
 
-_TOLD_APART = ("port", "role_a", "role_b", "writer", "reader", "kind")
+ENDS = ("port", "role_a", "role_b", "writer", "reader", "kind")
+"""Parameters by which questions of one kind are told apart: what they are about, not how it is computed."""
 
 
 @contextmanager
@@ -166,5 +167,5 @@ def _described(batch: Sequence[Question[Any]]) -> str:
     name, parameters = batch[0].question, batch[0].parameters
     if len(batch) > 1:
         return name
-    values = [str(parameters[key]) for key in _TOLD_APART if parameters.get(key) is not None]
+    values = [str(parameters[key]) for key in ENDS if parameters.get(key) is not None]
     return " ".join([name, *values])

@@ -10,4 +10,4 @@ torch.testing.assert_close(record["null_ratio"], record["score"] * 24**0.5, equa
 
 # after block 3
 torch.testing.assert_close(before["strength"], after["strength"], equal_nan=True)
-assert (after["score"][4:8, :4] < before["score"][4:8, :4]).all()
+torch.testing.assert_close(before["score"], after["score"], equal_nan=True)

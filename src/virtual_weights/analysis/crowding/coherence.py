@@ -13,6 +13,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream, cost
@@ -77,7 +78,7 @@ class Coherence(Question[Stream]):
         n, d = unit.shape
         if n < 2:
             raise UsageError(f"{n} direction of kind {self.kind!r}", expected="two or more", do="choose another kind")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         noise = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
         pairs = n * (n - 1) / 2
         model = _compare(unit.to(self.device), lambda done: progress(done, 2 * pairs))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import head_circuits
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import random_generator
 from virtual_weights.stream import Group, Stream
 
 DirectionKind = Literal["out", "in", "gate", "ov"]
@@ -56,7 +57,7 @@ def directions(
     size = torch.linalg.vector_norm(rows, dim=1)
     indices = (size > 0).nonzero()[:, 0]
     if sample is not None and sample < len(indices):
-        subset = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:sample]
+        subset = torch.randperm(len(indices), generator=random_generator(seed))[:sample]
         indices = indices[subset.sort().values]
     return tuple(names[i] for i in indices.tolist()), rows[indices] / size[indices, None]
 

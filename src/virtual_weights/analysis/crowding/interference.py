@@ -10,7 +10,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import ZERO, accumulate
+from virtual_weights.linalg import ZERO, accumulate, random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
@@ -77,7 +77,7 @@ class Interference(Question[Stream]):
                 expected=f"at least {4 * FEWEST}",
                 do="choose another kind",
             )
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         sums = torch.zeros(self.trials, 2, len(counts), dtype=accumulate)
         for trial in range(self.trials):
             indices = torch.randperm(len(unit), generator=generator)[: counts[-1]]

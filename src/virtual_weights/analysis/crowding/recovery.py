@@ -13,7 +13,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import FOLDED_RANK_CUT, accumulate, random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
@@ -90,7 +90,7 @@ class Recovery(Question[Stream]):
         columns = unit.T.to(accumulate)
         counts = [n for n in (2**i for i in range(32)) if n <= min(self.most, len(unit))]
         methods = {name: _method(name, columns) for name in self._methods}
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         fidelity = {name: torch.zeros(len(counts), dtype=accumulate) for name in methods}
         for i, n in enumerate(counts):
             truth = torch.stack([_signals(len(unit), n, generator) for _ in range(self.trials)], 1)
@@ -125,7 +125,7 @@ def _method(name: str, columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     if name == "matched":
         return lambda x, truth: columns.T @ x
     if name == "least_squares":
-        inverse = torch.linalg.pinv(columns)
+        inverse = torch.linalg.pinv(columns, rtol=FOLDED_RANK_CUT)
         return lambda x, truth: inverse @ x
     return _sparse(columns) if name == "sparse" else lambda x, truth: _on_support(columns, x, truth)
 
@@ -134,7 +134,9 @@ def _on_support(columns: Tensor, x: Tensor, truth: Tensor) -> Tensor:
     estimate = torch.zeros_like(truth)
     for i in range(truth.shape[1]):
         active = truth[:, i].nonzero()[:, 0]
-        estimate[active, i] = torch.linalg.lstsq(columns[:, active], x[:, i : i + 1], driver="gelsd").solution[:, 0]
+        support = columns[:, active]
+        solution = torch.linalg.lstsq(support, x[:, i : i + 1], rcond=FOLDED_RANK_CUT, driver="gelsd").solution
+        estimate[active, i] = solution[:, 0]
     return estimate
 
 
@@ -147,10 +149,10 @@ def _sparse(columns: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         )
     from sklearn.linear_model import orthogonal_mp
 
-    matrix = columns.numpy()
+    matrix, rank = columns.numpy(), int(torch.linalg.matrix_rank(columns, rtol=FOLDED_RANK_CUT))
 
     def pursue(x: Tensor, truth: Tensor) -> Tensor:
-        n = min(int((truth[:, 0] != 0).sum()), len(columns))
+        n = min(int((truth[:, 0] != 0).sum()), rank)
         with warnings.catch_warnings():
             # linearly dependent directions end the pursuit early, which the fidelity shows
             warnings.filterwarnings("ignore", "Orthogonal matching pursuit ended prematurely", RuntimeWarning)

@@ -13,6 +13,9 @@ from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, OperatingPoint, Stream
 
+_SMALLEST, _LARGEST = 1e-60, 1e60
+"""Range of a factor: beyond it squares of what passes through two blocks leave the range of float64."""
+
 
 @final
 @dataclass(frozen=True)
@@ -20,16 +23,30 @@ class Convention:
     """What stands in for an operating point where nothing ran: one token that attends to itself with weight 1.
 
     Attributes:
-        scalar: the norm scalar s of every group, > 0.
-        gate: the factor on every neuron's pre-activation: the activated gate, or the slope where ungated.
+        scalar: the norm scalar s of every group, in [1e-60, 1e60].
+        gate: the factor on every neuron's pre-activation: the activated gate, or the slope where ungated; in
+            [-1e60, 1e60].
+
+    Raises:
+        UsageError: one of them is outside.
     """
 
     scalar: float = 1.0
     gate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scalar > 0.0:
-            raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
+        if not _SMALLEST <= self.scalar <= _LARGEST:
+            raise UsageError(
+                f"norm scalar {self.scalar}",
+                expected=f"a number from {_SMALLEST:g} to {_LARGEST:g}",
+                do="pass for example scalar=1.0",
+            )
+        if not abs(self.gate) <= _LARGEST:
+            raise UsageError(
+                f"gate {self.gate}",
+                expected=f"a number from -{_LARGEST:g} to {_LARGEST:g}",
+                do="pass for example gate=1.0",
+            )
 
 
 Point = OperatingPoint | Convention
@@ -182,7 +199,7 @@ def frozen_blocks(stream: Stream, point: Point, start: int = 0, stop: int | None
 def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
     """One attention or MLP at a point."""
     port = group.ports[-1]  # V, up or in: what it reads here passes linearly to its output
-    read, bias = stream.read(port, group), stream.weight("bias", f"{group.id}.bias")
+    read, bias = stream.read(port, group), f"{group.id}.bias"
     pattern = gate = None
     if isinstance(point, Convention):
         gate = None if group.kind == "head" else torch.full((1, 1), point.gate, dtype=accumulate)
@@ -196,7 +213,7 @@ def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
         write=stream.write(group).to(accumulate),
         inverse=inverse_scalar(point, group.id),
         read_constant=_accumulated(read.constants, group.shared(port)),
-        write_constant=_accumulated(bias),
+        write_constant=_accumulated(stream.write(bias)[0, :, 0] if bias in stream.groups else None),
         pattern=_accumulated(pattern),
         gate=_accumulated(gate),
     )
@@ -209,7 +226,8 @@ def _accumulated(tensor: Tensor | None, repeats: int = 1) -> Tensor | None:
 def replay(stream: Stream, point: OperatingPoint) -> Tensor:
     """The final residual, before the final norm, from the embeddings through all frozen blocks; (T, d) float64.
 
-    It equals the model's own up to rounding: that is what makes a frozen block exact for its prompt.
+    It equals the model's own (with LayerNorm less its mean, which writers leave out) up to rounding: that is what makes
+    a frozen block exact for its prompt.
 
     Raises:
         UsageError, RecordError, MissingTensorError: as ``frozen_blocks``; MissingTensorError without embeddings.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.depth.frozen import Convention, FrozenBlock, Point, describe, frozen_blocks
 from virtual_weights.errors import ResourceError, UsageError
-from virtual_weights.linalg import PRODUCT_ROUNDING, Spectrum, accumulate, tolerance
+from virtual_weights.linalg import PRODUCT_ROUNDING, Spectrum, accumulate, random_generator, tolerance
 from virtual_weights.linalg.decompose import gains
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -130,7 +130,7 @@ class LinearComposition(Question[Stream]):
         """Every block's label and the rows of all maps up to it; no rows where none are taken."""
         running: _Running | None = None
         before: tuple[FrozenBlock, Tensor] | None = None
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         for i, block in enumerate(frozen_blocks(stream, point)):
             t = block.dense()
             tokens = len(t) // stream.d_model

@@ -96,7 +96,8 @@ class Paths(Question[Stream]):
             total is 0.
 
         Raises:
-            UsageError: a name is wrong, the writer comes too late, or the point is of another model.
+            UsageError: a name is wrong, the writer comes too late, the point is of another model, or what arrives along
+                all paths is beyond the range of float64.
             ResourceError: there are more than 200,000 paths.
         """
         point: Point = Convention(self.scalar, self.gate) if self.point is None else self.point
@@ -112,6 +113,12 @@ class Paths(Question[Stream]):
         for block in blocks(0):
             x = x + block.linear(x)
         total = ends.read(x)
+        if not bool(total.square().sum().isfinite()):
+            raise UsageError(
+                f"what arrives along all paths from {self.writer} to {self.reader} is too large for float64",
+                expected=f"a norm scalar and a gate nearer to 1 than {self.scalar} and {self.gate}",
+                do="pass others, or an operating point",
+            )
         expansion = _Expansion(ends, self.order, total)
         for block in blocks(count):
             expansion.extend(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -48,8 +49,10 @@ class Basis(Question[Stream]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.massive > 1.0:
-            raise UsageError(f"massive={self.massive}", expected="a multiple above 1", do="pass for example massive=3")
+        if not 1.0 < self.massive < math.inf:
+            raise UsageError(
+                f"massive={self.massive}", expected="a finite multiple above 1", do="pass for example massive=3"
+            )
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through all writers and readers.
@@ -64,15 +67,14 @@ class Basis(Question[Stream]):
         """
         turn = random_turn(stream, self.seed)
         sides = {"write": _Sum(stream.d_model, turn), "read": _Sum(stream.d_model, turn)}
-        centred = stream.folded and stream.spec.norm == "layer"  # no reader sees the mean of what is written
         for done, group in enumerate(stream.groups, 1):
             for side, rows in _directions(stream, group):
-                sides[side].add(rows, centred=centred and side == "write")
+                sides[side].add(rows)
             progress(done, len(stream.groups.all))
         columns = [column for side, total in sides.items() for column in total.columns(side)]
         massive = torch.fmax(sides["write"].energy, sides["read"].energy) > self.massive
         meaning = f"energy above {self.massive} times the mean"
-        free = stream.d_model - centred
+        free = stream.d_model - (stream.folded and stream.spec.norm == "layer")  # dimensions, see Stream.write
         return stream.record(
             self,
             (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),
@@ -101,10 +103,9 @@ class _Sum:
         self._d, self._turn, self._count = d, turn, 0
         self._squares, self._fourth, self._turned = (torch.zeros(d, dtype=accumulate) for _ in range(3))
 
-    def add(self, rows: Tensor, *, centred: bool = False) -> None:
+    def add(self, rows: Tensor) -> None:
         for chunk in rows.split(_CHUNK):
             chunk = chunk.to(accumulate)
-            chunk = chunk - chunk.mean(1, keepdim=True) if centred else chunk
             size = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
             unit = (chunk / size)[size[:, 0] > 0]
             self._count += len(unit)

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.depth.frozen import Convention
 from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import LinearMap, accumulate
@@ -37,7 +38,7 @@ class Clearing(Question[Stream]):
 
     Attributes:
         component: ``"L5H3"``, ``"L5.mlp"`` or ``"L5N7"``.
-        scalar: the norm scalar s, > 0; 1 is a convention, not a measurement.
+        scalar: the norm scalar s, in [1e-60, 1e60]; 1 is a convention, not a measurement.
         slope: the MLP's slope; heads have none and do not use it.
     """
 
@@ -47,8 +48,7 @@ class Clearing(Question[Stream]):
     slope: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scalar > 0.0:
-            raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
+        Convention(self.scalar, self.slope)  # refuses what is out of range
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute the spectrum.

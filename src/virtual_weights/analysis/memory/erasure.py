@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.depth.frozen import Convention
 from virtual_weights.analysis.maps.circuits import writing_circuits
 from virtual_weights.analysis.maps.map_side import write_gram
 from virtual_weights.errors import UsageError
@@ -94,7 +95,7 @@ class Erasure(Question[Stream]):
     Invariant under re-basing of heads, re-ordering of neurons and, with RMSNorm folded, rotation of the stream.
 
     Attributes:
-        scalar: the norm scalar s of every eraser, > 0; 1 is a convention, not a measurement.
+        scalar: the norm scalar s of every eraser, in [1e-60, 1e60]; 1 is a convention, not a measurement.
         slope: slope of MLPs that are not gated.
         device: any torch device.
         memory_mb: workspace in MiB.
@@ -107,8 +108,13 @@ class Erasure(Question[Stream]):
     memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
-        if not self.scalar > 0.0:
-            raise UsageError(f"norm scalar {self.scalar}", expected="a number > 0", do="pass for example scalar=1.0")
+        Convention(self.scalar, self.slope)  # refuses what is out of range
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the answer."""
+        inner, moments = torch.empty(0, 0), torch.empty(2, 0)
+        return tuple(column.name for column in _columns(inner, moments, moments, torch.empty(0), 2))
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Compute all pairs.

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.depth.frozen import Convention
 from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, beyond_rounding
+from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, beyond_rounding, random_generator
 from virtual_weights.linalg.decompose import eigen, product_eigen
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -55,7 +56,7 @@ class HeadErasers(Question[Stream]):
     does to what it attends to; where it attends is not in these figures.
 
     Attributes:
-        scalar: the norm scalar s that ``kept`` assumes, > 0.
+        scalar: the norm scalar s that ``kept`` assumes, in [1e-60, 1e60].
         draws: how many random heads in the null, >= 2.
         seed: seed of the draws.
 
@@ -68,12 +69,9 @@ class HeadErasers(Question[Stream]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.scalar > 0.0 or self.draws < 2:
-            raise UsageError(
-                f"norm scalar {self.scalar}, {self.draws} draws",
-                expected="a norm scalar > 0 and at least 2 draws",
-                do="pass for example scalar=1.0, draws=100",
-            )
+        Convention(self.scalar)  # refuses what is out of range
+        if self.draws < 2:
+            raise UsageError(f"{self.draws} draws", expected="at least 2", do="pass for example draws=100")
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Decompose every head.
@@ -139,7 +137,7 @@ class HeadErasers(Question[Stream]):
         return null
 
     def _random_heads(self, k: int, d: int, tokens: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         for _ in range(self.draws):
             value = torch.randn(k, d, generator=generator, dtype=accumulate)
             out = torch.randn(d, k, generator=generator, dtype=accumulate)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import sign_eps
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate, beyond_rounding
+from virtual_weights.linalg import accumulate, beyond_rounding, random_generator
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -85,7 +85,7 @@ class Neurons(Question[Stream]):
         groups = stream.groups.mlps
         if not groups:
             raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         blocks: list[dict[str, Tensor]] = []
         counts: list[Tensor] = []
         for done, group in enumerate(groups, 1):

@@ -14,6 +14,7 @@ from virtual_weights.analysis.maps.map_side import (
     MapSide,
     PairProducts,
     component_axis,
+    lift_columns,
     pair_products,
     wide_readers,
     writing_side,
@@ -59,6 +60,18 @@ class Composition(Question[Stream]):
     its closed-form mean and deviation when one of the two maps is turned by a Haar-random rotation of the stream; NaN
     where every orientation gives the same. A pair of which one side is 0 has strength 0 and no score; a pair that
     cannot reach is absent.
+
+    Trained maps are not random, so ``z`` is large nearly everywhere. Whether a pair stands out beyond its two ends is
+    ``lift``: with ``G_r`` and ``G_w``, the Gram matrices of both circuits over their traces, and ``Gbar`` their means
+    over all readers of the port and all writers of the kind (head, MLP, ...), whether they reach or not::
+
+        lift = log2( <G_r, G_w> <Gbar_r, Gbar_w> / (<G_r, Gbar_w> <Gbar_r, G_w>) )
+
+    Beside it stand both main effects, over their value where the other side is isotropic: ``writer_effect``
+    ``= log2(d <Gbar_r, G_w>)``, how widely the writer is heard, and ``reader_effect`` ``= log2(d <G_r, Gbar_w>)``, how
+    widely the reader listens. A writer that feeds most readers has a large effect and little lift. The spread of lift
+    falls with the distance of layers, and within one reader strength says more. Lift does not change where either map
+    is scaled; it is 0 for the only writer of its kind, and absent for a map or a product that is zero.
 
     Invariant under re-basing of heads and, with RMSNorm folded, under rotation of the stream. With a rotary offset
     other than 0 only re-basings that turn rotary planes leave Q and K unchanged.
@@ -106,6 +119,7 @@ class Composition(Question[Stream]):
             dtype=DTYPES[self.compute_dtype],
             device=self.device,
             memory=self.memory_mb * 2**20,
+            averaged=True,
             progress=progress,
         )
         return stream.record(
@@ -142,6 +156,7 @@ def _columns(products: PairProducts, d: int) -> Iterator[Column]:
     yield Column("null_ratio", score * d**0.5, "1 (ratio)", ratio)
     z = standardised(squared, mean, variance)
     yield Column("z", z, "standard deviations", "||R O||_F^2 against its Haar mean and deviation")
+    yield from lift_columns(products, d)
 
 
 @final

@@ -33,12 +33,19 @@ class Contribution(Question[Stream]):
 
     ``O z`` is what the writer wrote, s the reader's norm scalar, and A is what becomes of the reader's input::
 
-        Q: A^T A = E[Rot^T k k^T Rot] / d_head    K: A^T A = E[Rot q q^T Rot^T] / d_head    V: A = W_O
+        Q: A^T A = Cov(Rot^T k) / d_head    K: A^T A = E[Rot q q^T Rot^T] / d_head    V: A = W_O
         gate, up, in, unembed: A = 1
 
     so Q and K are in squared attention logits, as if queries and keys of a pair were independent of what is
-    contributed; V in squared stream norm; the others in squared pre-activations or logits, summed over neurons or
-    tokens. With ``C = E[z z^T/s^2]`` it is ``||A R~ O C^(1/2)||_F^2``, the same product as a composition score.
+    contributed; V in squared stream norm; the others in squared pre-activations or logits (less their mean over the
+    vocabulary), summed over neurons or tokens. With ``C = E[z z^T/s^2]`` it is ``||A R~ O C^(1/2)||_F^2``, the same
+    product as a composition score.
+
+    Softmax does not see what adds the same to all scores of a query. Of the keys that a contribution to Q meets, only
+    what differs between them counts: ``Cov(Rot^T k) = E[Rot^T k k^T Rot] - E[Rot]^T E[k] E[k]^T E[Rot]``, with E over
+    keys and offsets. Of a contribution to K the column ``varying`` leaves out what all keys have in common,
+    ``E_q <q, E[Rot]^T R~ O E[z/s]>^2``: without rotary embedding the mean over tokens, with it as much of that mean as
+    rotation leaves on average over the offsets (all of it at one offset).
 
     Heads as writers are exact in C where ``moments.form`` is ``"exact"``; MLPs and embeddings are always factorised,
     see ``Moments``. Biases are exact.
@@ -79,7 +86,8 @@ class Contribution(Question[Stream]):
         Returns:
             A Record over (reader, writer), both in order of depth: ``contribution``, and for Q, K and V ``share``, of
             the energy of all that the port receives (constants of the model apart). Contributions can cancel, so shares
-            need not sum to 1. A pair that cannot reach is absent.
+            need not sum to 1. For K also ``varying``, unless ``centred`` has left the mean out already. A pair that
+            cannot reach is absent.
 
         Raises:
             UsageError: the moments belong to another model, or the model has no such port.
@@ -91,25 +99,35 @@ class Contribution(Question[Stream]):
         place = {label: i for i, label in enumerate(axes[1].labels)}
         rows: list[Tensor] = []
         inputs: list[Tensor] = []
+        shared: list[Tensor] = []
         for done, group in enumerate(readers, 1):
             side, energy = self._reading(stream, group)
             row = torch.full((len(group.components), len(place)), float("nan"), dtype=accumulate)
+            common = row.clone()
             reaching = [writer for writer in writers if writer.reaches(group.reads)]
             if reaching:
                 sources = self._writing(stream, reaching, group, outer)
                 products = pair_products(side, sources, device=self.device, memory=self.memory_mb * 2**20)
                 row[:, [place[label] for label in products.axes[1].labels]] = products.squared
+                if self.port == "K" and not self.centred:
+                    names, means = self._means(stream, reaching, group)
+                    common[:, [place[name] for name in names]] = self._common(stream, group, means)
             rows.append(row)
+            shared.append(common)
             inputs.append(energy)
             progress(done, len(readers))
-        return self._record(stream, axes, torch.cat(rows), torch.cat(inputs))
+        return self._record(stream, axes, torch.cat(rows), (torch.cat(inputs), torch.cat(shared)))
 
-    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, inputs: Tensor) -> Record:
+    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, beside: tuple[Tensor, Tensor]) -> Record:
+        inputs, common = beside
         units = {"Q": "squared logits", "K": "squared logits", "V": "squared norm"}
         columns = [Column("contribution", energy, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]
         if self.port in HEAD_PORTS:
             share = "contribution over that of the port's whole input"
             columns.append(Column("share", energy / inputs[:, None], "1 (ratio), >= 0", share))
+        if self.port == "K" and not self.centred:
+            varying = "contribution without what is common to all keys of a query, which softmax does not see"
+            columns.append(Column("varying", (energy - common).clamp(min=0.0), "squared logits", varying))
         return stream.record(
             self,
             axes,
@@ -147,9 +165,48 @@ class Contribution(Question[Stream]):
             out = stream.write(group).double()
             return out.mT @ out
         opposite = "K" if self.port == "Q" else "Q"
-        other = self.moments.ports[f"{group.id}.{opposite}"].double().repeat_interleave(group.shared(opposite), 0)
+        id, shared = f"{group.id}.{opposite}", group.shared(opposite)
+        other = self.moments.ports[id].double().repeat_interleave(shared, 0)
         turned = _turned(other, stream, self.port, self.rotary_offset, self.moments.length)
+        if self.port == "Q":
+            mean = self._mean_turn(stream).mT @ self.moments.port_means[id].double()[..., None]
+            turned = turned - (mean @ mean.mT).repeat_interleave(shared, 0)
         return turned * stream.spec.attention_scale**2
+
+    def _mean_turn(self, stream: Stream) -> Tensor:
+        """``E[Rot]`` over the offsets, (k, k); the identity without rotary."""
+        offset, length = self.rotary_offset, self.moments.length
+        identity = torch.eye(stream.spec.d_head, dtype=accumulate)
+        if offset is not None:
+            turn = stream.rotation(offset)
+            return identity if turn is None else turn
+        step = stream.rotation(1)
+        if step is None:
+            return identity
+        values, basis = torch.linalg.eig(step)
+        powers = values[:, None] ** torch.arange(length, dtype=accumulate)
+        return (basis * (powers * _offset_weights(length)).sum(1) @ torch.linalg.inv(basis)).real
+
+    def _means(self, stream: Stream, writers: Sequence[Group], reader: Group) -> tuple[list[str], Tensor]:
+        """``O E[z/s]`` of every writer as a reader receives it: names, and (d, writers)."""
+        assert reader.reads is not None
+        means: list[Tensor] = []
+        for group in writers:
+            if group.constant:
+                mean = stream.write(group)[0].double() * self.moments.states["inverse"][reader.reads].double()
+            else:
+                _, inner = self.moments.held_at(group.id, reader.reads - group.first)
+                maps = stream.write(group).double() if group.kind == "head" else None
+                mean = (inner if maps is None else torch.einsum("mdk,mk->md", maps, inner)).T
+            means.append(mean)
+        return [label for group in writers for label in group.labels], torch.cat(means, 1)
+
+    def _common(self, stream: Stream, group: Group, means: Tensor) -> Tensor:
+        """What means (d, writers) add alike to all scores of a query, (heads, writers) squared logits."""
+        keys = stream.read("K", group).maps.double() @ means  # (shared heads, k, writers)
+        keys = (self._mean_turn(stream).mT @ keys).repeat_interleave(group.shared("K"), 0)
+        queries = self.moments.ports[f"{group.id}.Q"].double() * stream.spec.attention_scale**2
+        return (keys * (queries @ keys)).sum(1)
 
     def _writers(self, stream: Stream) -> Sequence[Group]:
         """Heads, or all whose moments are known, in order of depth."""
@@ -188,6 +245,12 @@ def _outer_product(a: Tensor, b: Tensor) -> Tensor:
     return a[..., :, None] * b[..., None, :]
 
 
+def _offset_weights(length: int) -> Tensor:
+    """The share of every offset, (length,), among the causal pairs of a chunk."""
+    pairs = torch.arange(length, 0, -1, dtype=accumulate)
+    return pairs / pairs.sum()
+
+
 def _turned(square: Tensor, stream: Stream, port: Port, offset: int | None, length: int) -> Tensor:
     """``Rot^T C Rot`` for Q, ``Rot C Rot^T`` for K, at one offset or on average over the causal pairs of a chunk.
 
@@ -202,8 +265,6 @@ def _turned(square: Tensor, stream: Stream, port: Port, offset: int | None, leng
         return turn @ square @ turn.mT
     values, basis = torch.linalg.eig(turn)
     inverse = torch.linalg.inv(basis)
-    distance = torch.arange(length, dtype=accumulate)
-    pairs = (length - distance) / (length - distance).sum()
-    powers = values[:, None] ** distance  # (k, length)
-    mean = (powers * pairs) @ powers.mT
+    powers = values[:, None] ** torch.arange(length, dtype=accumulate)  # (k, length)
+    mean = (powers * _offset_weights(length)) @ powers.mT
     return (basis @ ((inverse @ square.to(basis.dtype) @ inverse.mT) * mean) @ basis.mT).real

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import HeadRole, check_energy, rank_cut, subspace_axis, subspace_bases
-from virtual_weights.analysis.maps.map_side import Gram, MapSide, pair_products, wide_readers, writing_side
+from virtual_weights.analysis.maps.map_side import (
+    Gram,
+    MapSide,
+    lift_columns,
+    pair_products,
+    wide_readers,
+    writing_side,
+)
 from virtual_weights.linalg import MapStack, Spectrum, overlap_moments, standardised
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Column, Record
@@ -27,7 +34,9 @@ class Overlap(Question[Stream]):
     Columns: ``overlap``; ``null_ratio``, over its Haar mean ``max(r_r, r_w)/d``; ``z``; ``dimensions``, the smaller of
     both dimensions, of which 0 shares nothing and has no overlap. Heads enter by their circuits,
     those that share a key or value head are one reader, named after the first of them. A whole MLP or embedding spans
-    the stream, and overlaps with everything, unless ``energy`` says how much of it is asked about.
+    the stream, and overlaps with everything, unless ``energy`` says how much of it is asked about. ``lift``,
+    ``writer_effect`` and ``reader_effect`` are those of ``Composition`` with each circuit's G replaced by the projector
+    on its subspace, ``G = Q Q^T / r``; means are over the readers named here.
 
     Invariant under re-basing of heads and, with RMSNorm folded, under rotation of the stream.
 
@@ -68,6 +77,7 @@ class Overlap(Question[Stream]):
             self._projected(stream, writing_side(stream, self.writers, lambda: self._heads(stream, "writer", "O"))),
             device=self.device,
             memory=self.memory_mb * 2**20,
+            averaged=True,
             progress=progress,
         )
         r, w = products.readers[0].round()[:, None], products.writers[0].round()[None, :]  # the trace of a projector
@@ -81,6 +91,7 @@ class Overlap(Question[Stream]):
             Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_r, r_w)/d"),
             Column("z", z, "standard deviations", "against the Haar moments"),
             Column("dimensions", least, "dimensions", "min(r_r, r_w): 0 where one reads or writes nothing"),
+            *lift_columns(products, stream.d_model),
         )
         return stream.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")
 

@@ -116,6 +116,13 @@ class Subspaces(Question[Stream]):
         )
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the answer, which depend on the roles and on ``energy``."""
+        empty = torch.empty(0, 0)
+        ranks = torch.empty(0), torch.empty(0)
+        return tuple(column.name for column in self._columns(dict.fromkeys(_PAIRED, empty), ranks, 2))
+
+    @property
     def _interferes(self) -> bool:
         return (self.role_a == "O") != (self.role_b == "O") and self.energy is None
 

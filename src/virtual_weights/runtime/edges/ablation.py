@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate
+from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edges.edge import (
@@ -36,6 +36,11 @@ from virtual_weights.stream.question import Ask, asking
 RULE = (
     "causal: the 95% interval of the effect excludes 0, and the effect is larger in size than that of every matched "
     "random edge (same port, same kind of writer); not shown: all else, which does not mean that there is no effect"
+)
+
+NO_RULE = (
+    "not shown: without matched random edges (random=0) p is undefined and no edge can be called causal; compare the "
+    "interval of the effect with 0"
 )
 
 
@@ -121,15 +126,16 @@ class Ablation(Composite[Run]):
     """Remove edges one by one and compare each with matched random edges, which are removed too.
 
     The figures are those of ``EdgeAblation``. ``p`` is the share of edges among the matched random ones and this one
-    whose effect is at least as large in size. Verdicts follow ``RULE``: an edge like the random ones is called causal
-    with a chance of at most ``1/(n + 1)``, n being their number, each edge on its own. Random edges are the yardstick,
-    have the same columns, and by the rule are never causal themselves; those of one port and kind of writer do not
-    depend on what else is asked.
+    whose effect is at least as large in size, undefined without random ones. Verdicts follow ``RULE``: an edge like the
+    random ones is called causal with a chance of at most ``1/(n + 1)``, n being their number, each edge on its own.
+    Random edges are the yardstick, have the same columns, and by the rule are never causal themselves; those of one
+    port and kind of writer do not depend on what else is asked.
 
     Attributes:
         edges: names of writers and readers, any sequence of pairs, e.g. ``[("L16H0", "L18H6.K")]``; of several names
             of one edge the first counts.
-        random: how many matched random edges per port and kind of writer; fewer where the model has fewer.
+        random: how many matched random edges per port and kind of writer; fewer where the model has fewer. With 0
+            there is no verdict but "not shown", as the stamp's ``rule`` says.
         replacement: see ``EdgeAblation``.
         scalars: likewise.
         sequences: likewise.
@@ -169,14 +175,15 @@ class Ablation(Composite[Run]):
         questions = [EdgeAblation(str(edge.writer), str(edge.reader), *how) for edge in edges]
         records = (ask or asking(subject, progress=progress))(questions)
         columns = [_joined(records, column) for column in records[0].columns]
+        rule = RULE if self.random else NO_RULE
         p, verdict = _judged(edges, len(named), *(column.values for column in columns[:3]))
         columns[3:3] = (
-            Column("p", p, "1, in (0, 1]", "rank of the effect's size among the matched random edges"),
-            Column("verdict", verdict, "", RULE),
+            Column("p", p, "1, in (0, 1]", "rank of the effect's size among the matched random edges, absent without"),
+            Column("verdict", verdict, "", rule),
         )
         columns.insert(-4, Column("kind", tuple("asked" if i < len(named) else "random" for i in range(len(edges)))))
         stamp = {name: records[0].stamp[name] for name in ("clean_loss", "sequences")}
-        return subject.record(self, (Axis("edge", tuple(map(str, edges))),), columns, rule=RULE, **stamp)
+        return subject.record(self, (Axis("edge", tuple(map(str, edges))),), columns, rule=rule, **stamp)
 
 
 @final
@@ -262,7 +269,7 @@ def _interval(effects: Tensor, seed: int) -> Tensor:
     n = len(effects)
     if n < 2:
         return effects.new_full((2,), torch.nan)
-    draws = torch.randint(0, n, (2000, n), generator=torch.Generator().manual_seed(seed))
+    draws = torch.randint(0, n, (2000, n), generator=random_generator(seed))
     return effects[draws].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=effects.dtype))
 
 
@@ -310,7 +317,7 @@ def _judged(edges: Sequence[Edge], count: int, effect: Any, low: Any, high: Any)
     for i, edge in enumerate(edges):
         like = [j for j in range(count, len(edges)) if _likeness(edges[j]) == _likeness(edge) and j != i]
         larger = int((effect[like].abs() >= effect[i].abs()).sum())
-        p[i] = (1 + larger) / (1 + len(like))
+        p[i] = (1 + larger) / (1 + len(like)) if like else torch.nan
         largest = larger == 0 and i < count and len(like) > 0
         verdicts.append("causal" if largest and bool((low[i] > 0) | (high[i] < 0)) else "not shown")
     return p, tuple(verdicts)

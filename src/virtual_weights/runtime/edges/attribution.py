@@ -16,6 +16,7 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.running.activations import check_tokens
 from virtual_weights.runtime.running.hooks import Place, leaf, module_of, split, watched, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
@@ -30,21 +31,27 @@ _Reader = tuple[Port, str]  # a port and the id of the group that reads through 
 @final
 @dataclass(frozen=True)
 class LogitDifference:
-    """A metric: the logit of a token after the last one of each sequence, less that of another.
+    """A metric: the logit of a token after the last one of each sequence, less that of another or of all.
 
     Attributes:
         token: id of the token.
-        against: id of the other; None for the logit itself.
+        against: id of the other; None for the mean over the vocabulary.
+
+    Raises:
+        UsageError: both are the same token.
     """
 
     token: int
     against: int | None = None
 
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
+
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The difference, (B,)."""
         del tokens  # it does not depend on them
         last = logits[:, -1]
-        return last[:, self.token] if self.against is None else last[:, self.token] - last[:, self.against]
+        return last[:, self.token] - (last.mean(-1) if self.against is None else last[:, self.against])
 
     @property
     def identity(self) -> str:

@@ -73,9 +73,9 @@ class Erased(Question[Run]):
         Returns:
             A Record over ``eraser`` (of each layer its heads, its MLP, its neurons): ``mean``, ``spread``, ``erased``,
             ``overshot``, ``strengthened`` (shares of tokens), ``bimodality``, ``tokens``, ``verdict``, ``kind``,
-            ``layer``. The verdict is ``"overshoots"`` of what overshoots on more tokens than it erases on; else, by the
-            share erased, ``"unconditional"``, ``"conditional"``, ``"rare"`` or None. An eraser that has a coefficient
-            on no token is absent.
+            ``layer``. The verdict is ``"overshoots"`` of what overshoots on ``seldom`` of the tokens or more, and on
+            more than it erases on; else, by the share erased, ``"unconditional"``, ``"conditional"``, ``"rare"`` or
+            None. An eraser that has a coefficient on no token is absent.
 
         Raises:
             UsageError: the stream leaves norm gains out.
@@ -137,7 +137,7 @@ class Erased(Question[Run]):
         )
 
     def _verdict(self, share: float, overshot: float) -> str | None:
-        if overshot > share:
+        if overshot > share and overshot >= self.seldom:
             return "overshoots"
         if not share > 0:
             return None

@@ -12,7 +12,7 @@ from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.running.activations import Activations, prompted
+from virtual_weights.runtime.running.activations import Activations, check_tokens, prompted
 from virtual_weights.runtime.running.hooks import activation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Label, Question, parse
@@ -34,7 +34,8 @@ class Trace(Question[Run]):
 
     Attributes:
         reader: ``"L17H3.K"`` (before rotary), ``"L5.mlp.up"``, ``"L5N7.gate"`` or ``"unembed"``.
-        token: of the unembedding only this row: the contribution of every writer to a token's logit.
+        token: of the unembedding only this row: the contribution of every writer to a token's logit, here as everywhere
+            the logit less the mean over the vocabulary (a log-probability up to what all tokens have in common).
         against: less this row: to the difference of two logits.
     """
 
@@ -42,6 +43,9 @@ class Trace(Question[Run]):
     reader: str = "unembed"
     token: int | None = None
     against: int | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
 
     def __call__(self, run: Run, progress: Progress = silent) -> Record:
         """Run the prompt.
@@ -52,11 +56,14 @@ class Trace(Question[Run]):
             itself, of a neuron ``value``.
 
         Raises:
-            UsageError: no such reader, token ids that the vocabulary does not have, or a run of several chunks.
+            UsageError: no such reader, token ids that the vocabulary does not have, twice the same token, or a run of
+                several chunks.
             ResourceError: more contributions than memory should hold.
         """
         del progress  # it is one step
-        activations, label = prompted(run), parse(self.reader)
+        label = parse(self.reader)
+        run.stream.groups.of(label)  # refuses a wrong name before the model runs
+        activations = prompted(run)
         reading = self._reading(activations, label)
         writers, width = len(run.stream.components), len(reading.rows)
         if run.count * writers * width > _MOST:
@@ -78,7 +85,8 @@ class Trace(Question[Run]):
         ]
         if width == 1:
             name = "logit" if label.kind == "unembed" else "value"
-            columns.insert(0, Column(name, values[:, :, 0], "", "R~ O z / s"))
+            meaning = "R~ O z / s" + (", less its mean over the vocabulary" if name == "logit" else "")
+            columns.insert(0, Column(name, values[:, :, 0], "", meaning))
         return run.record(
             self,
             (Axis("token", tuple(map(str, range(run.count)))), Axis("writer", tuple(parts))),
@@ -142,7 +150,8 @@ class Lens(Question[Run]):
         """Run the prompt.
 
         Returns:
-            A Record over ``row``: ``state``, ``place`` (1 is most likely), ``token``, ``logit`` and ``probability``.
+            A Record over ``row``: ``state``, ``place`` (1 is most likely), ``token``, ``logit`` (less the mean over
+            the vocabulary) and ``probability``.
         """
         activations, unembed = prompted(run), run.stream.read("unembed")
         maps, columns = unembed.maps[0].to(accumulate), dict[str, list[float]]()
@@ -199,7 +208,7 @@ class Route(Question[Run]):
     Attributes:
         through: ``"L17H3"``, ``"L17.mlp"`` or ``"L17N5"``.
         token: whose logit.
-        against: less the logit of this one.
+        against: less the logit of this one; None for the logit less the mean over the vocabulary.
         position: at which token of the prompt; -1 is the last.
     """
 
@@ -209,6 +218,9 @@ class Route(Question[Run]):
     against: int | None = None
     position: int = -1
 
+    def __post_init__(self) -> None:
+        check_tokens(self.token, self.against)
+
     @torch.no_grad()
     def __call__(self, run: Run, progress: Progress = silent) -> Record:
         """Run the prompt.
@@ -217,7 +229,7 @@ class Route(Question[Run]):
             A Record over (writer, token): ``logit``. Of an MLP the only token is its own; tokens after t are absent.
 
         Raises:
-            UsageError: no such component, token or position, or a run of several chunks.
+            UsageError: no such component, token or position, twice the same token, or a run of several chunks.
         """
         del progress  # it is one step
         stream, label, size = run.stream, parse(self.through), run.count

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import accumulate
-from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched
-from virtual_weights.stream import Group, Stream
+from virtual_weights.linalg import accumulate, random_generator
+from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched, wide
+from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.norm import constant, fold
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Activations:
         stream: the model.
         tokens: (T,) ids.
         signals: what its modules received and gave, without the batch axis, on the CPU; see ``watching``.
-        logits: (T, vocabulary); empty where nothing asked for them.
+        logits: (T, vocabulary), as the unembedding's maps give them, see ``Stream.read``; empty where not asked for.
     """
 
     stream: Stream
@@ -40,8 +40,8 @@ class Activations:
     logits: Tensor
 
     def state(self, number: int) -> Tensor:
-        """A state of the stream, (T, d) float64."""
-        return self.signals["state", number].to(accumulate)
+        """A state of the stream, the sum of all that is written before, (T, d) float64; centred as writers are."""
+        return centred(self.stream, self.signals["state", number].to(accumulate))
 
     def scalar(self, number: int) -> Tensor:
         """The norm scalar with which a state is read, (T,) float64."""
@@ -89,7 +89,8 @@ def prompted(run: Run, *further: Signal) -> Activations:
     wanted = places(run.stream, *_PROMPT, *further)
     signals, logits = watched(run.module, run.stream, wanted, tokens[None].to(run.device))
     cpu = {place: tensor[0].cpu() for place, tensor in signals.items()}
-    return Activations(run.stream, tokens, cpu, logits[0].cpu())
+    logits = wide(logits[0].cpu())
+    return Activations(run.stream, tokens, cpu, logits - logits.mean(-1, keepdim=True) if run.stream.folded else logits)
 
 
 @final
@@ -131,7 +132,7 @@ def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
     _whole(stream)
     stream = replace(stream, folded=True, dtype=torch.float32)
     count = min(_TOKENS, stream.spec.n_positions or _TOKENS)
-    tokens = torch.randint(vocabulary(stream), (count,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(vocabulary(stream), (count,), generator=random_generator(0))
     sample = _sample(stream, weights)
     sites = [group for state in sample for group in stream.groups.sited(state)]
     writers = [group for group in stream.groups.writers if group.first in sample and not group.constant]
@@ -155,6 +156,21 @@ def vocabulary(stream: Stream) -> int:
     if place is None:
         raise _incomplete(["embed"])
     return stream.source.tensors[place.tensor].shape[0]
+
+
+def check_tokens(token: int | None, against: int | None) -> None:
+    """Refuse a difference of logits without a first token, or of a token and itself.
+
+    Raises:
+        UsageError: ``against`` is named without ``token``, or is the same, or one of them is below 0.
+    """
+    ids = [number for number in (token, against) if number is not None]
+    if (against is not None and against == token) or min(ids, default=0) < 0 or (token is None and ids):
+        raise UsageError(
+            f"the logit of token {token} less that of token {against}" if against is not None else f"token {token}",
+            expected="two different tokens, or the first alone; ids from 0",
+            do="name another token, or leave the second one out",
+        )
 
 
 def _whole(stream: Stream) -> None:
@@ -193,9 +209,9 @@ class _Step:
 
     def errors(self, state: int) -> Iterator[Exactness]:
         """The errors of what is written into a state, what reads it, and what follows from that inside a component."""
-        x = self.signals["state", state]
+        x = centred(self.stream, self.signals["state", state])
         s = self.stream.scale(x)[:, None]
-        before = self.signals["state", state - 1] if state else torch.zeros_like(x)
+        before = centred(self.stream, self.signals["state", state - 1]) if state else torch.zeros_like(x)
         groups = [group for group in self.stream.groups.writers if group.first == state]
         written = before + torch.stack([self._written(group) for group in groups]).sum(0)
         yield Exactness(_distance(written / s, x / s), f"what {' and '.join(g.id for g in groups)} write")
@@ -217,7 +233,7 @@ class _Step:
         if group.kind in ("embed", "pos"):
             name = stream.model.placements[group.kind, group.id].tensor
             rows = self.tokens.tolist() if group.kind == "embed" else range(len(self.tokens))
-            return torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
+            return centred(stream, torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows]))
         maps = stream.write(group).float()
         if group.constant:
             return maps[0, :, 0].expand(len(self.tokens), -1)

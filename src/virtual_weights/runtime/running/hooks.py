@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.stream import Stream
+from virtual_weights.stream import Stream, centred
 from virtual_weights.stream.group import READINGS, WRITINGS, Port
 from virtual_weights.stream.names import Kind
 
@@ -22,7 +22,8 @@ Signal = Literal["state", "inner", "written", "pattern"] | Port
 =============  =============================================================================================
 state          (B, T, d) what a norm receives; its place is the number of the state, ``stream.states - 1`` last
 inner          (B, T, m, k) what the output map of attention (m heads) or of an MLP (m = 1) receives
-written        (B, T, d) what an MLP writes, without its bias, which is a writer of its own; what embeddings write
+written        (B, T, d) what an MLP writes, without its bias, which is a writer of its own; what embeddings write;
+               centred as their maps are, see ``Stream.write``
 Q, K, V        (B, T, heads or shared heads, k) before rotary turns them, constants included
 gate, up, in   (B, T, n) pre-activations, constants included
 unembed        (B, T, V) the logits
@@ -164,7 +165,11 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
             shape = len(group.components), group.width
             return _before(output, lambda tensor: see(signal, where, tensor.unflatten(-1, shape)))
         bias = stream.weight("bias", f"{group.id}.bias")
-        return _after(output, lambda tensor: see(signal, where, tensor if bias is None else tensor - bias.to(tensor)))
+
+        def written(tensor: Tensor) -> None:
+            see(signal, where, centred(stream, tensor if bias is None else tensor - bias.to(tensor)))
+
+        return _after(output, written)
     role = READINGS[signal]
     reader = module_of(module, stream, role, group.id)
     return _after(reader, lambda tensor: see(signal, where, split(stream, role, group.id, tensor)))

@@ -163,13 +163,23 @@ class Run:
 
         Args:
             stream: the model.
-            tokens: how many, in whole chunks.
-            length: tokens of a chunk, the repetition included, at most the positions that the model has embeddings for.
+            tokens: how many at most, in whole chunks; where one chunk has more, the chunk is shortened.
+            length: tokens of a chunk, an even number since both copies count, cut to the positions that the model has
+                embeddings for.
             seed: of the tokens.
             how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
+
+        Raises:
+            UsageError: the length is odd, or there is no room for a token and its repetition.
         """
-        half = max(1, _within(stream, length) // 2)
-        rows = repeated_tokens(vocabulary(stream), half, -(-tokens // (2 * half)), seed)
+        half = min(_within(stream, length), tokens) // 2
+        if half < 1 or length % 2:
+            raise UsageError(
+                f"{tokens} repeated tokens in chunks of {length}",
+                expected="chunks of an even length, since both copies count, and at least 2 tokens",
+                do="pass for example length=128, tokens=1024 (--length, --tokens)",
+            )
+        rows = repeated_tokens(vocabulary(stream), half, tokens // (2 * half), seed)
         return cls.on_tokens(
             stream, rows, half, f"repeated random tokens (seed {seed}, {half} before the repeat)", **how
         )

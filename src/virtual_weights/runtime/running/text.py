@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import random_generator
 from virtual_weights.stream import Stream
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def is_token(batch: Tensor) -> Tensor:
 
 def repeated_tokens(vocabulary: int, length: int = 128, batch: int = 4, seed: int = 0) -> Tensor:
     """Uniformly random tokens, then the same again, (batch, 2 length): only copying predicts the second half."""
-    once = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    once = torch.randint(vocabulary, (batch, length), generator=random_generator(seed))
     return once.repeat(1, 2)
 
 
