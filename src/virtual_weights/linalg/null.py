@@ -17,6 +17,7 @@ from virtual_weights.linalg.decompose import gains, singular_values
 from virtual_weights.linalg.linear_map import LinearMap
 from virtual_weights.linalg.numerics import ROUNDINGS, WORKSPACE_BYTES, accumulate, random_generator, tolerance
 
+_NORMAL = 1e-6  # skewness up to which a gamma law is a normal one, its shape being too large to compute with
 _LOG_EPS = math.log(torch.finfo(accumulate).eps)
 
 
@@ -100,7 +101,7 @@ def haar_tail(values: Tensor, a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor,
     z = standardised(values, mean, variance)
     skewness = (third / variance**1.5).nan_to_num(0.0)
     normal = torch.special.erfc(z / 2**0.5) / 2
-    skewed = skewness > 1e-6  # below it the gamma law is a normal one, and its shape too large to compute with
+    skewed = skewness > _NORMAL
     shape = 4 / torch.where(skewed, skewness, 1.0).square()
     tail = torch.special.gammaincc(shape, (shape + z * shape.sqrt()).clamp(min=0.0))
     return torch.where(skewed, tail, normal).masked_fill(z.isnan(), torch.nan)
