@@ -89,7 +89,7 @@ class Bandwidth(Question[Stream]):
         if self.cut is not None and not GRAM_CUT <= self.cut < 1:
             raise UsageError(
                 f"cut={self.cut}",
-                expected=f"a share in [{GRAM_CUT:g}, 1): a Gram matrix in float64 holds no smaller singular value",
+                expected="a share in [1e-7, 1): a Gram matrix in float64 holds no smaller singular value",
                 do="leave it out for the default",
             )
 
