@@ -213,7 +213,8 @@ def lift_columns(products: PairProducts, d: int) -> Iterator[Column]:
 
 
 def _log2(name: str, ratio: Tensor, description: str) -> Column:
-    return Column(name, torch.where(ratio > 0, ratio, torch.nan).log2(), "log2", description)
+    """Of a ratio that is 1 but for rounding the logarithm is 0."""
+    return Column(name, beyond_rounding(torch.where(ratio > 0, ratio, torch.nan).log2(), 1.0), "log2", description)
 
 
 def energy_through(heads: MapStack, gram: Tensor, reachable: Tensor) -> Tensor:

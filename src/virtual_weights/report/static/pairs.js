@@ -114,6 +114,6 @@ function edges() {
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
   const apart = data.edges.some((e) => !isHead(e.writer)) ? ", for heads and for all other writers separately" : "";
   return section("edges", "The strongest edges",
-    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them. Heads that share a key or value head form one group with several names.`),
+    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them, and lift, by which vweights edges --by lift ranks across readers. Heads that share a key or value head form one group with several names.`),
     make("div", { class: "bar" }, search, data.edges.some((e) => e.group) ? make("label", {}, merge, "one row per group") : null), list.element);
 }
