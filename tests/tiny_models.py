@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,3 +192,44 @@ def in_float64(name: str) -> tuple[Any, vw.Stream]:
     """A tiny model and its stream, both in float64."""
     model = tiny(name, dtype=torch.float64)
     return model, vw.open(model).to(torch.float64)
+
+
+_GGUF = {
+    "model.layers.": "blk.",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def gguf_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama's or Qwen2's tensors as llama.cpp's converter writes them: a Llama's rotary planes in pairs of rows."""
+    named = dict[str, Tensor]()
+    for key, weight in tensors.items():
+        for hf, spelled in _GGUF.items():
+            key = key.replace(hf, spelled)
+        if config.model_type == "llama" and key.split(".")[-2] in ("attn_q", "attn_k"):
+            halves = weight.unflatten(0, (-1, 2, config.head_dim // 2))
+            weight = halves.transpose(1, 2).reshape(weight.shape).clone()
+        named[key] = weight
+    return named
+
+
+def gguf_sizes(config: Any) -> dict[str, int]:
+    """A model's sizes under GGUF's names."""
+    return {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }

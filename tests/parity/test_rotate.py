@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import SHAPES, norms_in_full_precision, tiny
+from tiny_models import SHAPES, gguf_sizes, gguf_tensors, norms_in_full_precision, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
@@ -123,21 +123,11 @@ def test_a_shift_is_carried_where_the_gain_is_nothing(
 def gguf(name: str, without: tuple[str, ...] = (), **keys: object) -> tuple[nn.Module, MappingSource]:
     """A tiny Llama, and the same under GGUF's names, with its queries' and keys' rows in GGUF's order."""
     model = tiny(name, dtype=torch.float64)
-    config, tensors = model.config, dict[str, Tensor]()
-    for key, weight in model.state_dict().items():
-        for hf, spelled in _GGUF.items():
-            key = key.replace(hf, spelled)
-        if any(part in key for part in ("attn_q.", "attn_k.")):
-            pairs = weight.unflatten(0, (-1, 2, config.head_dim // 2))
-            weight = pairs.transpose(1, 2).reshape(weight.shape).clone()
-        if not key.endswith(without):
-            tensors[key] = weight
+    config = model.config
+    named = gguf_tensors(config, model.state_dict())
+    tensors = {key: weight for key, weight in named.items() if not key.endswith(without)}
     sizes = {
-        "block_count": config.num_hidden_layers,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        **gguf_sizes(config),
         "attention.key_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "context_length": 4096,
@@ -145,23 +135,6 @@ def gguf(name: str, without: tuple[str, ...] = (), **keys: object) -> tuple[nn.M
     }
     metadata = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in sizes.items()}}
     return model, MappingSource(tensors, metadata, "gguf")
-
-
-_GGUF = {
-    "model.layers.": "blk.",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
 
 
 @pytest.mark.parametrize("name", ["llama-grouped-untied", "llama-biases-wide-heads"])

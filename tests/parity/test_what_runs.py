@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file, save_model
-from tiny_models import SHAPES, tiny
+from tiny_models import SHAPES, gguf_sizes, gguf_tensors, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
@@ -338,45 +338,16 @@ def a_configuration_that_names_other_code(folder: Path) -> Opened:
     return Opened(folder, a, b)
 
 
-_GGUF = {
-    "model.layers.": "blk.",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-
-
 def as_gguf(file: Path, model: Any, further: Mapping[str, Tensor] | None = None, **keys: Any) -> Path:
     """A GGUF file as llama.cpp's converter writes it: queries' and keys' rows in pairs."""
     config = model.config
     writer = gguf.GGUFWriter(file, config.model_type)
-    sizes = {
-        "block_count": config.num_hidden_layers,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "context_length": 64,
-    }
+    sizes = {**gguf_sizes(config), "context_length": 64}
     for key, value in (sizes | keys).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{config.model_type}.{key}", value)
     writer.add_float32(f"{config.model_type}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    for key, weight in stored(model).items():
-        for hf, spelled in _GGUF.items():
-            key = key.replace(hf, spelled)
-        if config.model_type == "llama" and key.split(".")[-2] in ("attn_q", "attn_k"):
-            halves = weight.unflatten(0, (-1, 2, (config.hidden_size // config.num_attention_heads) // 2))
-            weight = halves.transpose(1, 2).reshape(weight.shape)
+    for key, weight in gguf_tensors(config, stored(model)).items():
         writer.add_tensor(key, weight.contiguous().numpy())
     for key, value in (further or {}).items():
         writer.add_tensor(key, value.numpy())
