@@ -13,7 +13,7 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.composition import edge_tables
-from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.show import Answer, Table, header_of
 from virtual_weights.cli.statements import counted
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
@@ -57,7 +57,6 @@ def map_model(
     With --text or --repeated the model also runs. The report then shows how much each connection carries on the text,
     and what removing the strongest ones costs.
     """
-    from virtual_weights.record import Header
     from virtual_weights.report import report
     from virtual_weights.survey.plan import survey_into
 
@@ -77,7 +76,7 @@ def map_model(
     page = report(survey.atlas, records=records)
     seconds, figures = time.monotonic() - began, _summary(stream, records, top)
     parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": edge_count}
-    header = Header("map", (), (), parameters, {"norm": stream.norm_stamp}, stream.provenance)
+    header = header_of("map", parameters, stream)
     rows = [edge for part in figures["composition"].values() for edge in part["edges"]]
     summary = {"atlas": str(folder), "report": str(page), "seconds": seconds, **figures}
     shown = [*_shown(model, stream, records, figures, top), f"done in {seconds:.1f} s"]

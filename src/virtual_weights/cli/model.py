@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from virtual_weights.cli import options as o
-from virtual_weights.cli.show import Answer, Table, steps
+from virtual_weights.cli.show import Answer, Table, header_of, steps
 from virtual_weights.cli.verb import Session, verb
-
-if TYPE_CHECKING:
-    from virtual_weights.record import Header
 
 model_commands = typer.Typer(cls=o.Group, help="List and fetch the built-in models.", no_args_is_help=True)
 
@@ -26,7 +23,7 @@ def list_models(as_json: o.AsJson = False) -> None:
         {"name": m.name, "here": is_cached(m.name), "licence": m.licence, "about": m.about} for m in built_in()
     ]
     summary = {"count": len(rows), "here": sum(row["here"] for row in rows)}
-    Answer(_header("models"), rows, summary, [Table("built-in models", rows)]).give(None, as_json)
+    Answer(header_of("models", {}), rows, summary, [Table("built-in models", rows)]).give(None, as_json)
 
 
 @model_commands.command("fetch", cls=o.Command)
@@ -41,15 +38,8 @@ def fetch(
 
     with steps(progress) as step:
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
-    answer = Answer(_header("fetch", offline=offline), (), {"path": str(path)}, [f"{name} is at {path}"])
+    answer = Answer(header_of("fetch", {"offline": offline}), (), {"path": str(path)}, [f"{name} is at {path}"])
     answer.give(name, as_json)
-
-
-def _header(question: str, **parameters: Any) -> Header:
-    """Of an answer that is about no opened model."""
-    from virtual_weights.record import Header
-
-    return Header(question, (), (), parameters, {}, {})
 
 
 @verb("offline", "allow_non_finite")
@@ -78,7 +68,6 @@ def rotate(
 ) -> Answer:
     """Write a copy of a model in a rotated basis: the same function, ready for transformers to load."""
     from virtual_weights.checkpoint.writing import write_checkpoint
-    from virtual_weights.record import Header
     from virtual_weights.stream.turned import Turned, config_of, random_turn
 
     stream = session.stream
@@ -96,5 +85,4 @@ def rotate(
     if not companions:
         shown.append("no tokenizer files were beside the source: take them from where the model was published")
     parameters = {"seed": seed, "dtype": dtype.value}
-    header = Header("rotate", (), (), parameters, {"norm": stream.norm_stamp}, stream.provenance)
-    return Answer(header, (), summary, shown)
+    return Answer(header_of("rotate", parameters, stream), (), summary, shown)

@@ -22,6 +22,7 @@ from virtual_weights.errors import printable
 
 if TYPE_CHECKING:  # the package is slow to import, and help needs none of it
     from virtual_weights.record import Header, Record
+    from virtual_weights.stream import Stream
     from virtual_weights.survey.survey import Step
 
 Row = Mapping[str, Any]
@@ -142,6 +143,14 @@ class Answer:
     def _parts(self) -> list[Table | str]:
         """What is shown of this answer and of the further ones."""
         return [*self.shown, *(part for answer in self.more for part in answer._parts())]
+
+
+def header_of(question: str, parameters: Mapping[str, Any], stream: Stream | None = None) -> Header:
+    """The header of an answer that is no record: about an opened model, or about none."""
+    from virtual_weights.record import Header
+
+    stamp, provenance = ({}, {}) if stream is None else ({"norm": stream.norm_stamp}, stream.provenance)
+    return Header(question, (), (), parameters, stamp, provenance)
 
 
 def put_json(value: Mapping[str, Any]) -> None:

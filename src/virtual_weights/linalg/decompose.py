@@ -18,7 +18,14 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.linear_map import LinearMap, halves
-from virtual_weights.linalg.numerics import ROUNDINGS, STORED_ROUNDINGS, accumulate, beyond_rounding, tolerance
+from virtual_weights.linalg.numerics import (
+    ROUNDINGS,
+    STORED_ROUNDINGS,
+    accumulate,
+    beyond_rounding,
+    random_generator,
+    tolerance,
+)
 
 _EPS = torch.finfo(accumulate).eps
 
@@ -334,7 +341,7 @@ def _beyond_rounding(gains: Tensor, map: LinearMap) -> Tensor:
 
 def _largest_gain(map: LinearMap) -> float:
     """``||map||_2`` by power iteration, slightly below it."""
-    transposed, x = map.T, torch.randn(map.shape[1], 1, generator=torch.Generator().manual_seed(0), dtype=accumulate)
+    transposed, x = map.T, torch.randn(map.shape[1], 1, generator=random_generator(0), dtype=accumulate)
     x, size = x.to(map.device), x.new_zeros(())
     for _ in range(_POWER_STEPS):
         x = transposed.apply(map.apply(x / torch.linalg.vector_norm(x)))

@@ -74,7 +74,8 @@ class MapStack:
 
 def self_moments(stack: MapStack) -> tuple[Tensor, Tensor]:
     """``tr G_i`` and ``tr G_i^2`` of every map: the first two of :func:`power_traces`."""
-    return power_traces(stack)[:2]
+    trace, square = _traces(stack, 2)
+    return trace, square
 
 
 def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +91,12 @@ def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
         0 where ``tr G`` is rounding of ``||M|| ||W||``. Invariant under rotation of the stream and re-basing inside the
         map.
     """
+    trace, square, cube = _traces(stack, 3)
+    return trace, square, cube
+
+
+def _traces(stack: MapStack, powers: int) -> list[Tensor]:
+    """``tr G_i^p`` for p up to 2 or 3."""
     k, device = stack.inner, stack.outer.device
     step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
     cuts = [slice(i, i + step) for i in range(0, stack.outer.shape[0], step)]
@@ -97,7 +104,7 @@ def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
     for cut in cuts:
         block = stack.outer[cut].to(accumulate)
         torch.bmm(block, block.mT, out=gram[cut])
-    trace, square, cube = (torch.empty(stack.count, dtype=accumulate, device=device) for _ in range(3))
+    traces = [torch.empty(stack.count, dtype=accumulate, device=device) for _ in range(powers)]
     for start in range(0, stack.count, step):
         cut = slice(start, start + step)
         product = gram[stack.index[cut].to(device)]
@@ -105,12 +112,12 @@ def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
         if stack.metric is not None:
             metric = stack.metric[cut].to(device=device, dtype=accumulate)
             product, size = metric @ product, size * torch.linalg.matrix_norm(metric)
-        trace[cut] = beyond_rounding(product.diagonal(dim1=1, dim2=2).sum(dim=1), size)
-        twice = product @ product
-        square[cut] = twice.diagonal(dim1=1, dim2=2).sum(dim=1)
-        cube[cut] = (twice * product.mT).sum(dim=(1, 2))
-    dead = trace <= 0
-    return trace.clamp(min=0.0), square.masked_fill(dead, 0.0), cube.masked_fill(dead, 0.0)
+        traces[0][cut] = beyond_rounding(product.diagonal(dim1=1, dim2=2).sum(dim=1), size)
+        power = product
+        for trace in traces[1:]:
+            trace[cut] = (power * product.mT).sum(dim=(1, 2))
+            power = power if trace is traces[-1] else power @ product
+    return [trace.masked_fill(traces[0] <= 0, 0.0) for trace in traces]
 
 
 _MOST_GROUPS = 16  # the share of a triangular pattern computed in vain is at most 1/(2 groups)

@@ -16,7 +16,7 @@ from virtual_weights.runtime.flow.observation import operating_point
 from virtual_weights.runtime.running.activations import prompted
 from virtual_weights.runtime.running.hooks import activation
 from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, present
-from virtual_weights.stream import Group, OperatingPoint, Stream
+from virtual_weights.stream import Group, OperatingPoint, Stream, through_norm
 from virtual_weights.stream.operating_point import gate_factor
 
 _PROMPT = 32  # first tokens of a run that serve as the prompt
@@ -77,10 +77,7 @@ def _errors(
 ) -> Iterator[tuple[float, str]]:
     """How far a state (T, d) is, relatively and at the worst token, from what the run shows that a group reads."""
     if group.reads is not None and group.reads in states:
-        recorded = states[group.reads]
-        if stream.spec.norm == "layer":  # which passes no mean
-            x, recorded = (y - y.mean(-1, keepdim=True) for y in (x, recorded))
-        yield _relative(x, recorded), group.id
+        yield _relative(through_norm(stream, x), through_norm(stream, states[group.reads])), group.id
         return
     s = point.scalars[group.id].to(accumulate)
     yield _relative(stream.scale(x)[:, None], s[:, None]), group.id

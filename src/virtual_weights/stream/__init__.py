@@ -6,7 +6,7 @@ from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale
 from virtual_weights.stream.operating_point import OperatingPoint
 from virtual_weights.stream.question import Composite, Question, cost
-from virtual_weights.stream.stream import Read, Stream, centred
+from virtual_weights.stream.stream import Read, Stream, centred, through_norm
 from virtual_weights.stream.views import Head, Mlp
 from virtual_weights.stream.virtual import virtual_weight
 
@@ -27,5 +27,6 @@ __all__ = [
     "open_stream",
     "parse",
     "scale",
+    "through_norm",
     "virtual_weight",
 ]

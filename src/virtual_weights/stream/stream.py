@@ -319,6 +319,11 @@ def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype 
     return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
+def through_norm(stream: Stream, vectors: Tensor) -> Tensor:
+    """What a norm passes of vectors (..., d) of the stream, folded or not: LayerNorm takes their mean away."""
+    return vectors - vectors.mean(-1, keepdim=True) if stream.spec.norm == "layer" else vectors
+
+
 def _id(group: Group | str) -> str:
     return group if isinstance(group, str) else group.id
 

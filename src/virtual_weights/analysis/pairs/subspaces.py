@@ -167,18 +167,8 @@ class Subspaces(Question[Stream]):
         yield Column("z", standardised(overlap, mean, variance), "standard deviations", "against the Haar moments")
         yield Column("cosine", table["cosine"], "1, in [0, 1]", "cosine of the smallest principal angle")
         yield Column("angle", table["cosine"].acos(), "rad, in [0, pi/2]", "smallest principal angle")
-        yield Column(
-            "rank_first",
-            r_a.expand(shape),
-            "dimensions",
-            "dimension of the first subspace",
-        )
-        yield Column(
-            "rank_second",
-            r_b.expand(shape),
-            "dimensions",
-            "dimension of the second subspace",
-        )
+        yield Column("rank_first", r_a.expand(shape), "dimensions", "dimension of the first subspace")
+        yield Column("rank_second", r_b.expand(shape), "dimensions", "dimension of the second subspace")
         if self._interferes:
             yield Column("strength", table["strength"], "weights", "||R O||_2 over circuits")
             yield Column("bound", table["bound"], "weights", "||R||_2 ||O||_2 cos(theta_min)")

@@ -15,7 +15,7 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, forward, places, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
-from virtual_weights.stream import Group, Question
+from virtual_weights.stream import Group, Question, through_norm
 from virtual_weights.stream.names import Kind
 from virtual_weights.stream.operating_point import gate_factor
 
@@ -153,7 +153,9 @@ class _Coefficients:
         self.activation = activation(run.stream.spec.activation)
         self.sums: dict[tuple[str, Kind], Tensor] = {}
         self.mask, self.state, self.eps = torch.empty(0), torch.empty(0), 0.0
-        self.outputs = {group.id: self._seen(run.stream.write(group).mT).mT for group in run.stream.groups.heads}
+        self.outputs = {
+            group.id: through_norm(run.stream, run.stream.write(group).mT).mT for group in run.stream.groups.heads
+        }
         self.overlaps = {group.id: self._overlap(group).to(run.device) for group in run.stream.groups.mlps}
 
     def _overlap(self, group: Group) -> Tensor:
@@ -165,23 +167,19 @@ class _Coefficients:
         """Add one tensor's tokens; a state stands until the next one, for whoever reads it."""
         values = wide(tensor[self.mask])
         if signal == "state":
-            self.state, self.eps = self._seen(values), torch.finfo(tensor.dtype).eps
+            self.state, self.eps = through_norm(self.stream, values), torch.finfo(tensor.dtype).eps
         elif signal == "inner":
             maps = self.outputs[where].to(values)
             gram = (maps.to(accumulate).mT @ maps.to(accumulate)).to(values)  # |O z|^2 costs k^2 with it, not k d
             energy = torch.einsum("nmk,mkl,nml->nm", values, gram, values)
             self._along(where, "head", energy, torch.einsum("nd,mdk,nmk->nm", self.state, maps, values))
         elif signal == "written":
-            values = self._seen(values)
+            values = through_norm(self.stream, values)
             energy, product = (values * values).sum(1), (self.state * values).sum(1)
             self._along(where, "mlp", energy[:, None], product[:, None])
         else:
             act = self.activation
             self._neurons(where, act(values) if signal == "gate" else gate_factor(act, values))
-
-    def _seen(self, x: Tensor) -> Tensor:
-        """What a norm passes of vectors (..., d) of the stream: LayerNorm takes their mean away."""
-        return x - x.mean(-1, keepdim=True) if self.stream.spec.norm == "layer" else x
 
     def _along(self, group: str, kind: Kind, energy: Tensor, product: Tensor) -> None:
         """Add coefficients ``-|y|^2 / <x, y>``, of (tokens, m) each."""

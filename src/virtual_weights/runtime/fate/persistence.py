@@ -18,7 +18,7 @@ from virtual_weights.runtime.running.activations import Activations
 from virtual_weights.runtime.running.hooks import Place, Signal, forward, places, watching
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
-from virtual_weights.stream import Question, Stream
+from virtual_weights.stream import Question, Stream, through_norm
 
 _BYTES = 2**27  # of what all writers wrote at some tokens, in float64
 WEIGHT = "1/s^2, s the largest norm scalar of the token at any state"
@@ -171,18 +171,16 @@ class _Products:
         """Some tokens."""
         last = self.stream.states - 1
         weight = torch.stack([activations.scalar(p) for p in range(self.stream.states)]).amax(0).pow(-2)
-        written = torch.stack([self._seen(y) for _, y in activations.written(last)])  # (writers, tokens, d)
+        written = torch.stack(
+            [through_norm(self.stream, y) for _, y in activations.written(last)]
+        )  # (writers, tokens, d)
         flat = (written * weight.sqrt()[:, None]).flatten(1)
         self.gram += flat @ flat.T
         self.sums += torch.einsum("wtd,t->wd", written, weight)
         self.weight += float(weight.sum())
-        state = self._seen(activations.state(last))
+        state = through_norm(self.stream, activations.state(last))
         self.difference += float((written.sum(0) - state).square().sum())
         self.energy += float(state.square().sum())
-
-    def _seen(self, y: Tensor) -> Tensor:
-        """What a norm passes of a part of the stream (..., d): LayerNorm takes its mean away."""
-        return y - y.mean(-1, keepdim=True) if self.stream.spec.norm == "layer" else y
 
     @property
     def error(self) -> float:
