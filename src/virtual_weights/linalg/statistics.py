@@ -178,14 +178,13 @@ def mean_estimate(values: Tensor, level: float = 0.95) -> MeanEstimate:
     s = centred.square().sum(-1).div(n - 1).sqrt()
     skewness = (centred.pow(3).mean(-1) / centred.square().mean(-1) ** 1.5).nan_to_num(0.0)
     g = torch.where(skewness.abs() < 1e-6, 1e-6, skewness)  # below that the transformation is the identity
-    bounds: list[Tensor] = []
-    for y in (t := student_quantile(level, n - 1), -t):
-        w = 1 + g * (y / math.sqrt(n) - g / (6 * n))
-        bounds.append(mean - s * 3 / g * (w.sign() * w.abs() ** (1 / 3) - 1))
+    quantile = torch.tensor([1.0, -1.0], dtype=accumulate) * student_quantile(level, n - 1) / math.sqrt(n)
+    w = 1 + g[..., None] * (quantile.to(x.device) - g[..., None] / (6 * n))
+    low, high = (mean[..., None] - s[..., None] * 3 / g[..., None] * (w.sign() * w.abs() ** (1 / 3) - 1)).unbind(-1)
     w = mean / s
     statistic = math.sqrt(n) * (w + g * w.square() / 3 + g.square() * w.pow(3) / 27 + g / (6 * n))
     p = student_tail(statistic, n - 1)
-    return MeanEstimate(mean, *bounds, torch.where(s > 0, p, (mean == 0).to(p)))
+    return MeanEstimate(mean, low, high, torch.where(s > 0, p, (mean == 0).to(p)))
 
 
 def student_tail(t: Tensor, freedom: int) -> Tensor:

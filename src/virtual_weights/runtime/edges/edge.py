@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, Literal, final
 
 import torch
@@ -16,8 +15,6 @@ from virtual_weights.runtime.running.hooks import (
     Hook,
     Place,
     Signal,
-    module_name,
-    module_named,
     module_of,
     split,
     watching,
@@ -121,30 +118,38 @@ class EdgeSet:
 
     Attributes:
         edges: the set.
-        removes: ``"these"``; ``"others"``, whatever else reaches a reader of the set through its port; or ``"all"`` that
-            reaches one. What the same reader gets from biases stays.
+        removes: ``"these"``; ``"others"``, whatever else reaches a reader of the set through its port; or ``"all"``
+            that reaches one. What the same reader gets from biases stays.
+        elsewhere: edges into further readers, from which all is removed.
     """
 
     edges: tuple[Edge, ...]
     removes: Literal["these", "others", "all"] = "these"
+    elsewhere: tuple[Edge, ...] = ()
 
     @property
     def state(self) -> int:
         """The first state of the stream that one of its readers reads."""
-        return min(edge.state for edge in self.edges)
+        return min(edge.state for edge in (*self.edges, *self.elsewhere))
 
     @property
-    def inputs(self) -> list[tuple[Edge, ...]]:
-        """The edges by what they lead into."""
-        inputs: dict[Any, list[Edge]] = {}
+    def single(self) -> Edge | None:
+        """The edge that is removed, where it is one alone."""
+        return self.edges[0] if len(self.edges) == 1 and self.removes == "these" and not self.elsewhere else None
+
+    @property
+    def cuts(self) -> list[EdgeSet]:
+        """The same reader by reader: of each what is removed from it."""
+        cuts: dict[Any, EdgeSet] = {}
         for edge in self.edges:
-            inputs.setdefault(edge.input, []).append(edge)
-        return [tuple(edges) for edges in inputs.values()]
+            cut = cuts.get(edge.input, EdgeSet((), self.removes))
+            cuts[edge.input] = replace(cut, edges=(*cut.edges, edge))
+        return [*cuts.values(), *(EdgeSet((edge,), "all") for edge in self.elsewhere)]
 
     def places(self, stream: Stream) -> set[Place]:
         """What its removal needs of a run: what writers write from, and the states that readers read."""
-        writes = {Written.of(stream, edge.writer).place for edge in self.edges}
-        return writes | {("state", edge.state) for edge in self.edges}
+        places: set[Place] = {("state", edge.state) for edge in (*self.edges, *self.elsewhere)}
+        return places | {Written.of(stream, edge.writer).place for edge in self.edges}
 
 
 @final
@@ -227,44 +232,6 @@ Replacement = Literal["mean", "resample", "partner"]
 Scalars = Literal["held", "move"]
 
 
-def starting_group(stream: Stream, edges: Sequence[Edge | EdgeSet]) -> Group:
-    """Where a run without some edges must start: the attention of the first block that reads one, or the unembedding.
-
-    Nothing before it depends on these edges.
-    """
-    state = min(edge.state for edge in edges)
-    starts = (*stream.groups.heads, stream.groups["unembed"])
-    return [group for group in starts if group.reads is not None and group.reads <= state][-1]
-
-
-@contextmanager
-def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> Generator[None]:
-    """Let the blocks before a group's give what they gave in an earlier run, at no cost.
-
-    The model goes on as it does after them, by its own modules: embeddings, masks and rotary angles are made as ever.
-    Hooks inside the blocks left out do not fire.
-
-    Args:
-        model: what runs, see ``load``.
-        stream: the same model.
-        group: the attention of the first block that runs; the unembedding where none does.
-        state: (B, T, d) the state ``group.reads``, as an earlier run on the same tokens showed it.
-    """
-    before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
-    names = [module_name(stream, "norm", earlier.id).rpartition(".")[0] for earlier in before]
-    blocks: list[Any] = [module_named(model, stream, name) for name in names]
-    overrides = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *_, **__: state
-    try:
-        yield
-    finally:
-        for block, override in zip(blocks, overrides, strict=True):
-            del block.forward
-            if override is not None:
-                block.forward = override
-
-
 @final
 @dataclass(frozen=True, eq=False)
 class Removal:
@@ -301,7 +268,7 @@ class Removal:
             )
 
     def change(self, stream: Stream, edges: EdgeSet, signals: Mapping[Place, Tensor]) -> Tensor:
-        """What is added to the port that all of some edges lead into: (B, T, k), of what a run showed of B sequences."""
+        """What is added to the port that some edges lead into, the same of all: (B, T, k), of what a run showed."""
         edge, state = edges.edges[0], edges.edges[0].state
         x = wide(signals["state", state])
         moved = torch.zeros_like(x)
@@ -373,7 +340,7 @@ def removed(
         )
     removal = removal or Removal()
     sets = [edge if isinstance(edge, EdgeSet) else EdgeSet((edge,)) for edge in edges]
-    cuts = [(i, EdgeSet(into, whole.removes)) for i, whole in enumerate(sets) for into in whole.inputs]
+    cuts = [(i, cut) for i, edges in enumerate(sets) for cut in edges.cuts]
     signals: dict[Place, Tensor] = dict(earlier or {})
 
     def see(signal: Signal, where: Any, tensor: Tensor) -> None:
@@ -396,7 +363,7 @@ def removed(
         return module_of(model, stream, role, group).register_forward_hook(hook)
 
     with ExitStack() as stack:
-        stack.enter_context(watching(model, stream, {place for cut in sets for place in cut.places(stream)}, see))
+        stack.enter_context(watching(model, stream, {place for edges in sets for place in edges.places(stream)}, see))
         for role, group in dict.fromkeys(_module(cut) for _, cut in cuts):
             stack.callback(without(role, group).remove)
         yield
