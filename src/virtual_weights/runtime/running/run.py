@@ -200,15 +200,14 @@ class Run:
         return cls.on_tokens(stream, rows, half, text, **how)._marked(False)
 
     @classmethod
-    def on_prompt(cls, stream: Stream, prompt: Prompt, **how: Any) -> Run:
-        """A run on one prompt, a text or token ids.
+    def on_prompt(cls, stream: Stream, prompt: Prompt, bos: bool | None = None, **how: Any) -> Run:
+        """A run on one prompt, a text (``bos`` as in ``on_text``) or token ids.
 
         Raises:
             UsageError: the ids are not in the vocabulary, or a text comes without a tokenizer.
         """
-        ids = _prompt(stream, prompt)
-        run = cls.on_tokens(stream, [ids], text="a prompt", **how)
-        return run._marked(None) if isinstance(prompt, str) else run
+        run = cls.on_tokens(stream, [_prompt(stream, prompt, bos)], text="a prompt", **how)
+        return run._marked(bos) if isinstance(prompt, str) else run
 
     @classmethod
     def on_pairs(
@@ -232,15 +231,15 @@ class Run:
             how: ``first``, ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
 
         Raises:
-            UsageError: as many of one as of the other are not there, prompts differ in their number of tokens, or as
-                ``on_prompt``.
+            UsageError: there are no pairs, there are more of one than of the other, prompts differ in their number of
+                tokens, or as ``on_prompt``.
         """
         rows, partners = ([_prompt(stream, prompt, bos) for prompt in prompts] for prompts in (clean, corrupted))
-        if len(rows) != len(partners):
+        if not rows or len(rows) != len(partners):
             raise UsageError(
                 f"{len(rows)} clean prompts and {len(partners)} corrupted ones",
                 expected="a corrupted prompt for each clean one",
-                do="pass lists of the same length",
+                do="pass two lists of the same length",
             )
         for i, (row, partner) in enumerate(zip(rows, partners, strict=True)):
             if not len(row) == len(partner) == len(rows[0]):
@@ -250,7 +249,8 @@ class Run:
                     do="choose words of as many tokens, or run pairs of different lengths apart",
                 )
         run, others = (cls.on_tokens(stream, x, text="pairs of prompts", **how) for x in (rows, partners))
-        return replace(run, partners=others.chunks)._marked(bos)
+        run = replace(run, partners=others.chunks)
+        return run._marked(bos) if isinstance(clean[0], str) else run
 
     @property
     def module(self) -> nn.Module:
@@ -367,6 +367,10 @@ def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
     if isinstance(prompt, str):
         (ids,) = token_ids([without_mark(prompt)], tokenizer_of(stream), bos is None)
         return torch.cat([beginning(stream)[None], ids]) if bos else ids
+    if bos is not None:
+        raise UsageError(
+            f"token ids with bos={bos}", expected="a text, to which special tokens can be added", do="leave bos out"
+        )
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
