@@ -149,7 +149,8 @@ class EdgeSet:
     def places(self, stream: Stream) -> set[Place]:
         """What its removal needs of a run: what writers write from, and the states that readers read."""
         places: set[Place] = {("state", edge.state) for edge in (*self.edges, *self.elsewhere)}
-        return places | {Written.of(stream, edge.writer).place for edge in self.edges}
+        writers = () if self.removes == "all" else self.edges
+        return places | {Written.of(stream, edge.writer).place for edge in writers}
 
 
 @final
