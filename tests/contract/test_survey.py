@@ -118,6 +118,30 @@ def test_one_more_edge_is_one_more_ablation(folder: Path, tmp_path: Path, comput
     assert computed == ["ablation"]
 
 
+def test_a_metric_that_cannot_be_named_is_answered_but_not_stored(folder: Path, tmp_path: Path) -> None:
+    stream, factor = vw.open(folder), 2
+
+    def scaled(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return factor * last_logit(logits, tokens)
+
+    run = Run.on_repeats(stream, 32, 16)
+    survey = survey_into(tmp_path / "atlas", stream, run, None, quiet)
+    record = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled))
+    assert survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled)) is record
+    assert survey.atlas is not None
+    assert survey.atlas.keys() == []
+    plain = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit))
+    assert len(survey.atlas.keys()) == 1
+    assert torch.allclose(record["effect_nats"], factor * plain["effect_nats"])  # type: ignore[operator,arg-type]
+    again = survey_into(tmp_path / "atlas", stream, run, None, quiet)
+    assert again.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit)) == plain
+
+
+def last_logit(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    del tokens
+    return logits[:, -1, 5]
+
+
 def test_an_atlas_of_an_older_format_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     atlas = map_model(folder, tmp_path / "atlas", plan=Plan((Part.bandwidth,)))
     (atlas.path / "manifest.json").write_text(json.dumps({**atlas.manifest, "format": 1}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ class Dense:
             return self.model(tokens).logits, self.wrote
 
     @contextmanager
-    def _hooks(self, removed: Removed, instead: dict[str, Tensor], move: bool) -> Iterator[None]:
+    def _hooks(self, removed: Removed, instead: dict[str, Tensor], move: bool) -> Generator[None]:
         hooks = []
         for name, embed in self.embeds.items():
             hooks.append(embed.register_forward_hook(lambda _m, _g, out, name=name: self.wrote.update({name: out})))

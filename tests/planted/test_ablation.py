@@ -269,7 +269,7 @@ def test_a_metric_is_named_by_its_source_or_kept_in_no_atlas() -> None:
         return last_logit(logits, tokens) * len(unknown)
 
     unknown = [1, 2]
-    for metric in (closure, lambda logits, tokens: logits[:, -1, 4], partial(last_logit), lambda logits, tokens: 2):
+    for metric in (closure, lambda logits, tokens: logits[:, -1, 4], partial(last_logit)):
         question = EdgeAblation("L0H1", "L2H3.K", metric=metric)
         assert not question.addressable
         assert "of this process" in question.parameters["metric"]

@@ -240,6 +240,8 @@ def _check_text(context: typer.Context, options: Mapping[str, Any], always: bool
     if always or kinds:
         need_runtime()
     elif "tokens" in options:
-        o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype")
+        o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype", "bos")
     if kinds and kinds[0].startswith("--prompt"):
         o.refuse_unused(context, f"with {kinds[0]}", "tokens", "length")
+    if kinds in (["--repeated"], ["--prompt-ids"]):
+        o.refuse_unused(context, f"with {kinds[0]}", "bos")

@@ -62,26 +62,26 @@ class LogitDifference:
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The difference, (B,)."""
+        del tokens  # it does not depend on them
         last = logits[:, -1]
-        return self._of(last, self.token, tokens) - (
-            last.mean(-1) if self.against is None else self._of(last, self.against, tokens)
-        )
+        return self._of(last, self.token) - (last.mean(-1) if self.against is None else self._of(last, self.against))
 
-    def select(self, rows: slice) -> LogitDifference:
-        """The metric of some sequences of a run."""
+    def select(self, rows: slice, count: int) -> LogitDifference:
+        """The metric of some rows of a run of so many sequences."""
+        for tokens in (self.token, self.against):
+            if isinstance(tokens, Sequence) and len(tokens) != count:
+                raise UsageError(
+                    f"{len(tokens)} tokens whose logits are asked for, on {count} sequences",
+                    expected="one for each sequence of the run, or one for all",
+                    do="pass as many tokens as prompts",
+                )
         against = self.against[rows] if isinstance(self.against, Sequence) else self.against
         return LogitDifference(self.token[rows] if isinstance(self.token, Sequence) else self.token, against)
 
     @staticmethod
-    def _of(last: Tensor, token: int | Sequence[int], tokens: Tensor) -> Tensor:
+    def _of(last: Tensor, token: int | Sequence[int]) -> Tensor:
         if isinstance(token, int):
             return last[:, token]
-        if len(token) != len(tokens):
-            raise UsageError(
-                f"{len(token)} tokens whose logits are asked for, on {len(tokens)} sequences",
-                expected="one for each sequence of the run, or one for all",
-                do="pass as many tokens as prompts",
-            )
         return last.gather(1, torch.tensor(token, device=last.device)[:, None])[:, 0]
 
     @property
@@ -95,11 +95,11 @@ def metric_name(metric: Metric | None) -> str:
     return "next_token_loss" if metric is None else plain(metric)
 
 
-def metric_of(metric: Metric | None, first: int, rows: slice) -> Metric:
+def metric_of(metric: Metric | None, run: Run, rows: slice) -> Metric:
     """The metric of some rows of a run's sequences; the mean next-token loss from the first that counts where None."""
     if metric is None:
-        return partial(next_token_loss, first=first)
-    return metric.select(rows) if isinstance(metric, LogitDifference) else metric
+        return partial(next_token_loss, first=run.first)
+    return metric.select(rows, len(run.chunks)) if isinstance(metric, LogitDifference) else metric
 
 
 def _each(token: int | Sequence[int] | None) -> Sequence[int]:
@@ -186,7 +186,7 @@ class Attribution(Question[Run]):
             starts = range(0, len(tokens), how.batch)
             for i, start in enumerate(starts):
                 rows = slice(start, start + how.batch)
-                sums.add(tokens[rows], metric_of(how.metric, subject.first, rows))
+                sums.add(tokens[rows], metric_of(how.metric, subject, rows))
                 progress(i + 1, len(starts))
             for question in group:
                 yield question, question._record(subject, sums.effects(question.port) / len(tokens), len(tokens))

@@ -124,7 +124,7 @@ def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progre
     starts = range(0, len(tokens), manner.batch)
     for i, start in enumerate(starts):
         rows = slice(start, start + manner.batch)
-        passes, done = _Passes(run, sets, tokens[rows], metric_of(manner.metric, run.first, rows)), list[Tensor]()
+        passes, done = _Passes(run, sets, tokens[rows], metric_of(manner.metric, run, rows)), list[Tensor]()
         if partners is not None:
             shown, _ = watched(run.module, run.stream, {p for s in sets for p in s.places(run.stream)}, partners[rows])
             removal = replace(removal, partners=shown)
