@@ -20,12 +20,13 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.cli import run as command
 from virtual_weights.cli.app import app
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.progress import Progress
+from virtual_weights.progress import Progress, quiet
 from virtual_weights.record import Record
 from virtual_weights.runtime.fate.erased import Erased
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.survey import Part, Plan, Survey, map_model
+from virtual_weights.survey.plan import survey_into
 
 Capture = pytest.CaptureFixture[str]
 PARTS = (Part.composition, Part.bandwidth)
@@ -129,7 +130,7 @@ def test_a_metric_that_cannot_be_named_is_answered_but_not_stored(folder: Path, 
     record = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled))
     assert survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled)) is record
     assert survey.atlas is not None
-    assert survey.atlas.keys() == []
+    assert not survey.atlas.keys()
     plain = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit))
     assert len(survey.atlas.keys()) == 1
     assert torch.allclose(record["effect_nats"], factor * plain["effect_nats"])  # type: ignore[operator,arg-type]
