@@ -112,11 +112,11 @@ def test_pairs_that_do_not_fit_are_refused(clean: Any, corrupted: Any, what: str
 
 def test_parts_of_a_run_keep_their_partners() -> None:
     run = vw.Run.on_pairs(vw.open(tiny("gpt2")), list(CLEAN), list(CORRUPTED), first=2)
-    assert torch.equal(run.halves()[1].partner_sequences(), CORRUPTED[2:])
-    assert torch.equal(run.prompt(4).partner_sequences(), CORRUPTED[:1, :4])
-    assert torch.equal(run.shortened(4).partner_sequences(), CORRUPTED[:, :4])
+    assert torch.equal(run.halves()[1].sequences(partners=True), CORRUPTED[2:])
+    assert torch.equal(run.prompt(4).sequences(partners=True), CORRUPTED[:1, :4])
+    assert torch.equal(run.shortened(4).sequences(partners=True), CORRUPTED[:, :4])
     with pytest.raises(UsageError, match="no partners"):
-        vw.Run.on_tokens(run.stream, CLEAN).partner_sequences()
+        vw.Run.on_tokens(run.stream, CLEAN).sequences(partners=True)
 
 
 @pytest.mark.parametrize("form", ["json lines", "columns"])

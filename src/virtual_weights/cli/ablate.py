@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
@@ -31,98 +32,116 @@ class Replaced(StrEnum):
     partner = "partner"
 
 
+_Writer = Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")]
+_Reader = Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")]
+_Edges = Annotated[
+    list[str] | None, typer.Option("--edge", metavar="WRITER,READER", help="another edge to remove; repeatable")
+]
+_Together = Annotated[
+    bool, typer.Option("--together", help="also remove the edges at once, and all others into the same readers")
+]
+_Port = Annotated[
+    o.PortName,
+    typer.Option(
+        "--port",
+        metavar="PORT",
+        help="without WRITER: remove the strongest edges into this port: Q, K, V, gate, up, in or unembed",
+    ),
+]
+_Count = Annotated[int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")]
+_Random = Annotated[
+    int, typer.Option("--random", metavar="N", min=0, help="remove N random edges of the same port for comparison")
+]
+_Least = Annotated[
+    float, typer.Option("--least", metavar="NATS", min=0.0, help="the least effect that matters, for the verdict")
+]
+_Replaced = Annotated[
+    Replaced | None,
+    typer.Option(
+        "--replace",
+        help="what replaces the writer's output: its mean, its output on another sequence, or on the partner",
+        show_default="partner with --pairs, else mean",
+    ),
+]
+_Moving = Annotated[
+    bool, typer.Option("--move-scalars", help="let norm scalars change with the removal, instead of holding them")
+]
+_Pairs = Annotated[
+    Path | None,
+    typer.Option("--pairs", metavar="FILE", help="run on clean and corrupted prompts: JSON lines, or a table by tabs"),
+]
+_Skip = Annotated[
+    int, typer.Option("--skip", metavar="N", min=0, help="do not count what is predicted at the first N tokens")
+]
+
+
 @running_verb("text", "repeated", tokens=2048, length=64, batch=8)
 def ablate(
     session: Session,
     context: typer.Context,
-    writer: Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
-    reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
-    edge: Annotated[
-        list[str] | None, typer.Option("--edge", metavar="WRITER,READER", help="another edge to remove; repeatable")
-    ] = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="also remove the edges at once, and all others into the same readers")
-    ] = False,
-    port: Annotated[
-        o.PortName,
-        typer.Option(
-            "--port",
-            metavar="PORT",
-            help="without WRITER: remove the strongest edges into this port: Q, K, V, gate, up, in or unembed",
-        ),
-    ] = o.PortName.K,
-    top: Annotated[
-        int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")
-    ] = 20,
-    random: Annotated[
-        int, typer.Option("--random", metavar="N", min=0, help="remove N random edges of the same port for comparison")
-    ] = 20,
-    least: Annotated[
-        float, typer.Option("--least", metavar="NATS", min=0.0, help="the least effect that matters, for the verdict")
-    ] = 0.01,
-    replaced: Annotated[
-        Replaced | None,
-        typer.Option(
-            "--replace",
-            help="what replaces the writer's output: its mean, or its output on another sequence or on the partner",
-            show_default="partner with --pairs, else mean",
-        ),
-    ] = None,
-    move: Annotated[
-        bool, typer.Option("--move-scalars", help="let norm scalars change with the removal, instead of holding them")
-    ] = False,
-    pairs: Annotated[
-        Path | None,
-        typer.Option("--pairs", metavar="FILE", help="run on clean and corrupted prompts: JSON lines, or TSV"),
-    ] = None,
+    writer: _Writer = None,
+    reader: _Reader = None,
+    edge: _Edges = None,
+    together: _Together = False,
+    port: _Port = o.PortName.K,
+    top: _Count = 20,
+    random: _Random = 20,
+    least: _Least = 0.01,
+    replaced: _Replaced = None,
+    move: _Moving = False,
+    pairs: _Pairs = None,
     token: o.Logit = None,
     against: o.Against = None,
-    skip: Annotated[
-        int, typer.Option("--skip", metavar="N", min=0, help="do not count what is predicted at the first N tokens")
-    ] = 0,
+    skip: _Skip = 0,
 ) -> Answer:
     """Remove connections while the model runs, one by one: what does each cost, and does it matter?
 
-    Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output.
+    Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output. With
+    --pairs, it is run on clean and corrupted prompts, and a writer's output is replaced by that on the partner.
     """
     from virtual_weights.survey.plan import strongest
 
     named = [*([(writer, reader)] if writer and reader else []), *map(_pair, edge or ())]
     if (writer is None) != (reader is None):
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
-    run, metric = _on(session, context, pairs, token, against)
-    run = replace(run, first=max(run.first, skip + 1))
     if named:
         o.refuse_unused(context, "with WRITER and READER", "port", "top")
-    scores = {} if named else strongest(session.ask(vw.Composition(port.value)), top, "score")
+    run, metric = _on(session, context, pairs, token, against)
+    survey = vw.Survey(session.stream, None, replace(run, first=max(run.first, skip + 1)), session.step)
+    scores = {} if named else strongest(survey.ask(vw.Composition(port.value)), top, "score")
     scalars: Literal["held", "move"] = "move" if move else "held"
     replacement = replaced.value if replaced else "mean" if pairs is None else "partner"
     how: dict[str, Any] = {"replacement": replacement, "scalars": scalars, "least": least, "metric": metric}
     how["batch"] = session.options["batch"]
-    edges = named or list(scores)
-    record = session.survey.ask(vw.Ablation(edges, random, seed=session.options["seed"], **how), run)
-    sets = [session.survey.ask(vw.EdgeSetAblation(edges, **how), run)] if together else []
+    record = survey.ask(vw.Ablation(named or list(scores), random, seed=session.options["seed"], **how))
     rows = [_row(row, scores) for row in record.rows()]
-    shown: list[Table | str] = []
+    sets = [survey.ask(vw.EdgeSetAblation(named or list(scores), **how))] if together else []
+    more = [Answer(whole, _quantities(whole)) for whole in sets]
+    verdicts = [row["verdict"] for row in rows if row["kind"] == "asked"]
+    counts = {name: verdicts.count(name) for name in ("causal", "negligible", "inconclusive")}
+    shown = [*_tables(session, rows, more), *_on_what(session, record, metric)]
+    return Answer(record, rows, {"clean_loss": record.stamp["clean_loss"], **counts}, shown, more)
+
+
+def _tables(session: Session, rows: list[dict[str, Any]], sets: list[Answer]) -> Iterator[Table]:
     for title, kind in (("edges removed one by one", "asked"), ("random edges of the same port", "random")):
         of_kind = [row for row in rows if row["kind"] == kind]
-        shown += [Table(f"{title} · {session.name}", of_kind, _SHOWN)] if of_kind else []
-    shown += [Table(f"the edges as a set · {session.name}", _quantities(record), _SET) for record in sets]
+        if of_kind:
+            yield Table(f"{title} · {session.name}", of_kind, _SHOWN)
+    for answer in sets:
+        yield Table(f"the edges as a set · {session.name}", answer.rows or (), _SET)
+
+
+def _on_what(session: Session, record: vw.Record, metric: vw.LogitDifference | None) -> Iterator[str]:
+    """On what effects were measured and by what verdicts go, in sentences."""
     stamp = record.stamp
-    shown += [
+    yield (
         f"loss with every edge in place: {stamp['clean_loss']:.4g} nats, on {stamp['sequences']} sequences of "
-        f"{stamp['text']}, from token {stamp['first']} on (0 is the first); beginning token: {stamp['bos']}",
-        *(
-            []
-            if metric is None
-            else [f"effect: on {_named(session, metric)}, {stamp['clean_metric']:.4g} with every edge"]
-        ),
-        stamp["rule"],
-    ]
-    verdicts = [row["verdict"] for row in rows if row["kind"] == "asked"]
-    more = [Answer(record, _quantities(record)) for record in sets]
-    counts = {name: verdicts.count(name) for name in ("causal", "negligible", "inconclusive")}
-    return Answer(record, rows, {"clean_loss": stamp["clean_loss"], **counts}, shown, more)
+        f"{stamp['text']}, from token {stamp['first']} on (0 is the first); beginning token: {stamp['bos']}"
+    )
+    if metric is not None:
+        yield f"effects are on {_named(session, metric)}, {stamp['clean_metric']:.4g} with every edge in place"
+    yield stamp["rule"]
 
 
 @running_verb(tokens=1024, length=128, batch=2)

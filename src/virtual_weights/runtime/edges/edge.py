@@ -14,7 +14,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.runtime.running.hooks import (
     Hook,
     Place,
-    Signal,
+    See,
     module_of,
     split,
     watching,
@@ -315,8 +315,7 @@ def removed(
 ) -> Generator[None]:
     """Let the model run without an edge, or a set of them; several along the batch, each removed from its own block.
 
-    With E edges or sets a batch has E times B sequences, and block i runs without edge i alone. All else is the model's
-    own.
+    With E edges or sets a batch has E times B sequences; block i runs without edge i alone, else as the model does.
 
     Args:
         model: what runs, see ``load``.
@@ -339,13 +338,11 @@ def removed(
             expected="norm gains folded into the readers",
             do="open the model without fold=False (--no-fold)",
         )
-    removal = removal or Removal()
+    how = removal or Removal()
     sets = [edge if isinstance(edge, EdgeSet) else EdgeSet((edge,)) for edge in edges]
     cuts = [(i, cut) for i, edges in enumerate(sets) for cut in edges.cuts]
     signals: dict[Place, Tensor] = dict(earlier or {})
-
-    def see(signal: Signal, where: Any, tensor: Tensor) -> None:
-        signals[signal, where] = tensor
+    see: See = lambda signal, where, tensor: signals.update({(signal, where): tensor})  # noqa: E731
 
     def without(role: str, group: str) -> Hook:
         here = [(i, cut) for i, cut in cuts if _module(cut) == (role, group)]
@@ -353,12 +350,12 @@ def removed(
         def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
             output = output.clone()
             for i, cut in here:
-                edge, block = cut.edges[0], _block(len(output), len(sets), i, removal)
+                edge, block = cut.edges[0], _block(len(output), len(sets), i, how)
                 port = split(stream, role, group, output)[block]  # a view: what is added stays
                 values = port[..., edge.map_index, :] if edge.reader.kind == "head" else port
                 shown = {place: signals[place] for place in cut.places(stream)}
                 shown = {place: x.expand(len(output), *x.shape[1:])[block] for place, x in shown.items()}
-                values[..., edge.rows] += removal.change(stream, cut, shown)
+                values[..., edge.rows] += how.change(stream, cut, shown)
             return output
 
         return module_of(model, stream, role, group).register_forward_hook(hook)

@@ -197,7 +197,7 @@ def _partners(run: Run, tokens: Tensor, manner: Manner) -> Tensor | None:
     if manner.replacement == "mean":
         return None
     if manner.replacement == "partner":
-        return run.partner_sequences(manner.sequences)
+        return run.sequences(manner.sequences, partners=True)
     if len(tokens) < 2:
         raise UsageError(
             "one sequence, whose writers should give what they give on another",

@@ -284,12 +284,18 @@ class Run:
         """The chunks ``batch`` at a time, (B, T) each, shorter ones ending in ``PADDING``."""
         return padded(self.chunks, self.batch)
 
-    def sequences(self, most: int | None = None) -> Tensor:
-        """The first whole chunks, those of the greatest length, (sequences, tokens), on the device.
+    def sequences(self, most: int | None = None, partners: bool = False) -> Tensor:
+        """The first whole chunks, those of the greatest length, (sequences, tokens), on the device; or their partners.
 
         Raises:
-            UsageError: they hold no token whose prediction counts.
+            UsageError: they hold no token whose prediction counts, or have no partners.
         """
+        if partners and not self.partners:
+            raise UsageError(
+                f"a run on {self.text}, whose sequences have no partners",
+                expected="pairs of clean and corrupted prompts",
+                do="make the run with Run.on_pairs (--pairs), or replace by the mean or by resampling",
+            )
         length = max(map(len, self.chunks))
         if not self.first < length:
             raise UsageError(
@@ -297,22 +303,8 @@ class Run:
                 expected=f"chunks of more than {self.first} tokens",
                 do="pass longer chunks, or count from an earlier token",
             )
-        whole = [chunk for chunk in self.chunks if len(chunk) == length]
+        whole = [chunk for chunk in (self.partners if partners else self.chunks) if len(chunk) == length]
         return torch.stack(whole[:most]).to(self.device)
-
-    def partner_sequences(self, most: int | None = None) -> Tensor:
-        """The partners of ``sequences(most)``, likewise.
-
-        Raises:
-            UsageError: they have none.
-        """
-        if not self.partners:
-            raise UsageError(
-                f"a run on {self.text}, whose sequences have no partners",
-                expected="pairs of clean and corrupted prompts",
-                do="make the run with Run.on_pairs (--pairs), or replace by the mean or by resampling",
-            )
-        return torch.stack(self.partners[:most]).to(self.device)
 
     def prompt(self, most: int | None = None) -> Run:
         """The first chunk alone, or its first tokens."""
