@@ -244,7 +244,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "labels": ("MODEL", *RUNS[1:]),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
     "attribute": ("MODEL", *RUNS, "--top", "3"),
-    "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", *RUNS),
+    "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", "--together", *RUNS),
     "erased": ("MODEL", *RUNS),
     "persistence": ("MODEL", *RUNS, "--writer", "L0H1"),
     "frontier": ("MODEL", *RUNS),
