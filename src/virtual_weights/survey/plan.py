@@ -44,7 +44,7 @@ _ASKED = frozenset(
     question.question
     for question in (
         *(Composition, Overlap, Subspaces, Channel, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
-        *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Statements),
+        *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Ablation, Statements),
     )
 )
 """What a plan asks and an atlas keeps, by name."""

@@ -74,7 +74,7 @@ class EdgeAblation(Question[Run]):
         UsageError: when asked, an edge that cannot be, or a replacement that the run does not have.
     """
 
-    question: ClassVar[str] = "ablation"
+    question: ClassVar[str] = "edge_ablation"
 
     writer: str
     reader: str
@@ -153,7 +153,6 @@ class Ablation(Composite[Run]):
     """
 
     question: ClassVar[str] = "ablation"
-    stored: ClassVar[bool] = False
 
     edges: Sequence[tuple[str, str]]
     random: int = 20
