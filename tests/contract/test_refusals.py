@@ -125,7 +125,7 @@ def test_an_atlas_names_the_parameters_that_it_has(folder: Path, tmp_path: Path,
     assert run([*edges, "--where", "port=K", "--reader", "1.0", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert {row["reader"] for row in answer["rows"]} == {"L1H0.K"}
-    assert answer["stamp"]["norm"] == "gain folded"
+    assert answer["stamp"]["norm"] == "gain folded, unembedding centred"
 
 
 def test_a_later_part_of_a_map_leaves_the_report_whole(folder: Path, tmp_path: Path) -> None:

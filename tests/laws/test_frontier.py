@@ -105,7 +105,8 @@ def twin(model: nn.Module, stream: Stream) -> dict[str, tuple[Tensor, Tensor, st
                 shares[name] = put / received.mean()
         intended = max(shares, key=lambda name: float(shares[name].mean()))
         others = [share for name, share in shares.items() if name != intended]
-        change = ((states[-1] - states[q]) * y).sum(1) / y.square().sum(1)
+        seen = y - y.mean(1, keepdim=True) if stream.spec.norm == "layer" else y  # no reader sees a mean
+        change = ((states[-1] - states[q]) * seen).sum(1) / seen.square().sum(1)
         units[str(c.label)] = (sum(others, torch.zeros(len(y))), (-change).clamp(0, 1), intended)
     return units
 

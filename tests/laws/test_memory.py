@@ -68,13 +68,14 @@ def test_census_counts_what_the_columns_say(threshold: float) -> None:
     assert counts["gate_up"]["strengthening"] == int((record["gate_up_cosine"] > threshold).sum())
 
 
-def test_a_neuron_that_writes_nothing_is_absent() -> None:
+def test_a_neuron_that_writes_nothing_has_strength_0_and_no_cosine() -> None:
     model = tiny("llama-full")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 3] = 0
     record = Neurons()(vw.open(model))
     assert record["class"][3] is None
-    assert not record.present()[3]
+    assert record.present()[3]
+    assert [math.isnan(record["cosine"][3]), float(record["strength"][3])] == [True, 0.0]
     counts = census(record)
     assert (counts["absent"], counts["count"]) == (1, 119)
     assert math.isfinite(counts["null"]["shuffled"]["mean_square"])
@@ -146,6 +147,7 @@ def test_head_eigenvalues_equal_dense(name: str) -> None:
             "trace": ov.trace(),
             "trace_z": ov.trace() * stream.d_model**0.5 / ov.norm(),
             "kept": (1 + eigenvalues / 2).abs().min(),
+            "strength": ov.norm(),
         }
         tokens = _spectrum(unembed @ ov @ embed, stream.spec.d_head)
         expected["token_copying"] = tokens.real.sum() / tokens.abs().sum()

@@ -23,7 +23,7 @@ from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import PADDING
 
 ROWS = (torch.tensor([3, 17, 5, 5, 30, 1, 22, 8, 9]), torch.tensor([4, 28, 11, 0, 12]), torch.tensor([36, 2, 2]))
-NUMBERS = ("mean", "spread", "erased", "strengthened", "bimodality", "tokens")
+NUMBERS = ("mean", "spread", "erased", "overshot", "strengthened", "bimodality", "tokens")
 FAMILIES = ("llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-parallel-partial-rotary")
 
 
@@ -48,6 +48,8 @@ def token_by_token(model: nn.Module) -> dict[str, Tensor]:
         for component in stream.components:
             if component.kind in ("head", "mlp"):
                 x, y = activations.state(component.reads), written[str(component.label)]
+                if stream.spec.norm == "layer":  # no reader sees a mean
+                    x, y = (v - v.mean(1, keepdim=True) for v in (x, y))
                 left = ((x + y) * y).sum(1) / (x * y).sum(1)  # of what x has along y
                 coefficients.setdefault(str(component.label), []).append(1 - left)
         for layer, group in enumerate(stream.groups.mlps):
@@ -72,7 +74,8 @@ def test_figures_are_those_of_the_tokens(name: str) -> None:
         expected = {
             "mean": cut.mean(),
             "spread": cut.std(correction=0),
-            "erased": (c > 0.5).double().mean(),
+            "erased": ((c >= 0.5) & (c <= 1.5)).double().mean(),
+            "overshot": (c > 1.5).double().mean(),
             "strengthened": (c < 0).double().mean(),
             "bimodality": (z.pow(3).mean() ** 2 + 1) / z.pow(4).mean(),
             "tokens": 17,
@@ -80,7 +83,7 @@ def test_figures_are_those_of_the_tokens(name: str) -> None:
         assert {k: eraser[k] for k in NUMBERS} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-6)
         share = eraser["erased"]
         word = None if not share else "unconditional" if share >= 0.9 else "conditional" if share >= 0.1 else "rare"
-        assert eraser["verdict"] == word
+        assert eraser["verdict"] == ("overshoots" if eraser["overshot"] > max(share, 0.1 - 1e-9) else word)
     assert {row["verdict"] for row in record.rows()} >= {None, "conditional"}
 
 
@@ -141,7 +144,12 @@ def test_a_neuron_that_always_clears_is_unconditional() -> None:
     turned = row(erased(gated_neuron(none, -1.0), EVERY), "L1N0")
     assert (turned["verdict"], turned["erased"], turned["strengthened"]) == (None, 0, 1)
     assert turned["mean"] == pytest.approx(-1, rel=1e-9)
-    assert row(erased(gated_neuron(none, 2.0), EVERY), "L1N0")["mean"] == pytest.approx(2, rel=1e-9)
+    over = row(erased(gated_neuron(none, 2.0), EVERY), "L1N0")
+    assert (over["mean"], over["verdict"]) == (pytest.approx(2, rel=1e-9), "overshoots")
+    assert (over["erased"], over["overshot"]) == (0, 1)
+    assert row(erased(gated_neuron(none, 1.4), EVERY), "L1N0")["verdict"] == "unconditional"
+    once = row(erased(gated_neuron(torch.arange(TOKENS) != 7, 9.0), EVERY), "L1N0")
+    assert (once["verdict"], once["overshot"]) == (None, pytest.approx(1 / 30))
 
 
 def test_a_gate_that_opens_on_some_tokens_makes_it_conditional() -> None:
@@ -158,14 +166,14 @@ def test_a_gate_that_opens_on_some_tokens_makes_it_conditional() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "mean", "verdict"), [(1.0, 1, "unconditional"), (-1, -1, None), (10, 4, "unconditional")]
+    ("gain", "mean", "verdict"), [(1.0, 1, "unconditional"), (-1, -1, None), (10, 4, "overshoots")]
 )
 def test_a_head_that_takes_away_what_it_stands_on(gain: float, mean: float, verdict: str | None) -> None:
     """Alone in its row a token attends to itself; its content lies in the four dimensions of the head."""
     record = erased(echo(-gain), EVERY.T)
     head = row(record, "L1H2")
     assert (head["mean"], head["verdict"], head["kind"]) == (pytest.approx(mean, rel=1e-9), verdict, "head")
-    assert head["erased"] == float(gain > 0)
+    assert (head["erased"], head["overshot"]) == (float(gain == 1), float(gain == 10))
     assert "L1H1" not in [eraser["eraser"] for eraser in record.rows()], "a head that writes nothing has no coefficient"
     assert int(record["tokens"][record.axis("eraser").index("L1H1")]) == 0
 
@@ -179,7 +187,7 @@ def test_tokens_without_a_coefficient_do_not_count() -> None:
     s = (1 / D + model.config.rms_norm_eps) ** 0.5
     plant_head(model, 1, 2, s * (torch.outer(e[6], e[1]) - 2 * torch.outer(e[0], e[0])))
     head = row(erased(model, EVERY.T, batch=20), "L1H2")
-    assert (head["tokens"], head["erased"], head["verdict"]) == (10, 1, "unconditional")
+    assert (head["tokens"], head["erased"], head["overshot"], head["verdict"]) == (10, 0.5, 0.5, "conditional")
     assert head["mean"] == pytest.approx(1.5, rel=1e-4)
     assert head["spread"] == pytest.approx(0.5, rel=1e-4)
     assert head["bimodality"] == pytest.approx(1, rel=1e-4)

@@ -47,14 +47,15 @@ def test_projections_and_shares_are_those_of_every_token(name: str) -> None:
     for tokens in ROWS:
         with norms_in_full_precision():
             whole = prompted(Run.on_prompt(stream, tokens, model=model))
-        written = dict(whole.written(stream.states - 1))
+        seen = (lambda y: y - y.mean(1, keepdim=True)) if stream.spec.norm == "layer" else (lambda y: y)
+        written = {name: seen(y) for name, y in whole.written(stream.states - 1)}
         largest = torch.stack([whole.scalar(p) for p in range(stream.states)]).amax(0)
         for t in range(len(tokens)):
             w = float(largest[t]) ** -2
             for one, y in written.items():
                 energy[one] = energy.get(one, 0.0) + w * float(y[t] @ y[t])
                 for p in range(stream.states):
-                    along[one, p] = along.get((one, p), 0.0) + w * float(whole.state(p)[t] @ y[t])
+                    along[one, p] = along.get((one, p), 0.0) + w * float(seen(whole.state(p))[t] @ y[t])
                 for other, z in written.items():
                     products[one, other] = products.get((one, other), 0.0) + w * float(z[t] @ y[t])
     projection, erased_by, _ = answers(model)

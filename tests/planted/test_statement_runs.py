@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import virtual_weights as vw
 from virtual_weights.cli import run as command
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.flow.observation import operating_point
+from virtual_weights.runtime.running.activations import Activations, prompted
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements import STATEMENTS, Finding, Statements
 from virtual_weights.statements.evidence import Evidence
 from virtual_weights.stream import Question
 from virtual_weights.stream.question import asking
+from virtual_weights.stream.turned import random_turn
 
 CHECKS = {s.id: s.check for s in STATEMENTS}
 
@@ -81,7 +84,7 @@ def test_t7_by_a_run_on_text() -> None:
     assert figures["conditional"] == figures["conditional_with_two_modes"] == 1
     assert findings["all"].figures["unconditional"] == 1
     assert figures["tokens"] == 30
-    assert findings["half"].witnesses == ("L1N0: clears on 50% of tokens, coefficient 0.50 ± 0.50",)
+    assert findings["half"].witnesses == ("L1N0: erases on 50% of tokens, coefficient 0.50 ± 0.50",)
     assert verdict("T7", models["half"]).verdict == "cannot tell"
     assert verdict("T7", models["half"], run_of(models["half"], 6)).verdict == "cannot tell"
     assert verdict("T7", blank(), run_of(blank())).verdict == "cannot tell"
@@ -93,7 +96,7 @@ def test_t6_counts_what_clears_while_the_model_runs() -> None:
     assert "unconditional_neurons" not in bare.figures
     assert (finding.figures["unconditional_neurons"], finding.figures["conditional_neurons"]) == (1, 0)
     assert finding.figures["tokens_run"] == 30
-    assert finding.witnesses[-2].startswith("L1N0: clears on 100.0% of tokens, coefficient 1.000")
+    assert finding.witnesses[-2].startswith("L1N0: erases on 100.0% of tokens, coefficient 1.000")
     half = gated(torch.arange(TOKENS) % 2 == 0)
     assert verdict("T6", half, run_of(half)).figures["conditional_neurons"] == 1
 
@@ -142,6 +145,53 @@ def test_l3_takes_its_point_from_the_run_where_none_is_passed() -> None:
         (row,) = record.rows()
         assert row["verdict"] == "holds under"
         assert json.loads(str(row["evidence"]))["tokens"] == tokens
+
+
+def test_l1_goes_by_the_logits_of_a_run() -> None:
+    """Rotated the model is the same; with the gains left in the norm, or another map than a rotation, it is not."""
+    for name in ("llama-grouped-untied", "gpt2"):
+        model = tiny(name, dtype=torch.float64)
+        finding = verdict("L1", model, run_of(model))
+        assert finding.verdict == "holds under", finding.why
+        assert finding.figures["logits_rotated"] < 1e-4 < 1e-2 < finding.figures["logits_not_orthogonal"]
+        assert finding.figures["logits_rotated_with_the_gains_in_the_norm"] > 1e-2
+        assert finding.figures["kl_rotated"] < 1e-6 < finding.figures["kl_not_orthogonal"]
+    flat: Any = tiny("llama-grouped-untied", dtype=torch.float64)
+    with torch.no_grad():
+        for weight in flat.parameters():
+            if weight.ndim == 1:
+                weight.fill_(1)
+    assert verdict("L1", flat, run_of(flat)).verdict == "holds"
+    with torch.no_grad():
+        flat.lm_head.weight.zero_()
+    assert "logits" in verdict("L1", flat, run_of(flat)).figures, "without logits the weights decide"
+
+
+def test_l1_fails_where_a_rotated_model_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+
+    def wrong(stream: vw.Stream, seed: int) -> Tensor:
+        return 1.2 * random_turn(stream, seed) + 0.1
+
+    monkeypatch.setattr("virtual_weights.statements.basis.random_turn", wrong)
+    assert verdict("L1", model, run_of(model)).verdict == "fails"
+
+
+def test_l3_compares_states_and_not_their_lengths() -> None:
+    """A model that runs on states turned by half a turn has the same norm scalars, and other states."""
+    model = tiny("llama-full", dtype=torch.float64)
+    run = run_of(model)
+    with norms_in_full_precision():
+        finding = verdict("L3", model, run)
+        assert (finding.verdict, finding.figures["compared"]) == ("holds under", "states")
+
+        def turned(prompt: Run) -> Activations:
+            whole = prompted(prompt)
+            return replace(whole, signals={k: -v if k[0] == "state" else v for k, v in whole.signals.items()})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("virtual_weights.statements.running.prompted", turned)
+            assert verdict("L3", model, run).verdict == "fails"
 
 
 def test_the_record_says_what_was_run() -> None:

@@ -247,8 +247,7 @@ def test_c1_needs_an_edge_that_skips_a_layer() -> None:
     plant_head(model, 2, 3, axes[:, 12:16] @ axes[:, :4].T)
     finding = verdict("C1", model)
     assert finding.verdict == "holds"
-    assert finding.witnesses[0].endswith("2 layers, z " + finding.witnesses[0].rsplit(" ", 1)[1])
-    assert "-> L2H3.V" in finding.witnesses[0]
+    assert finding.witnesses[0].startswith("L0H0 -> L2H3.V, 2 layers, p ")
     assert verdict("C1", one_wide_head(num_hidden_layers=2)).verdict == "cannot tell"
 
 
@@ -270,7 +269,10 @@ def test_l3_needs_a_run_and_the_right_one() -> None:
     assert verdict("L3", model).verdict == "cannot tell"
     finding = verdict("L3", model, point=point)
     assert finding.verdict == "holds under"
-    assert finding.figures["largest_relative_error_of_a_norm_scalar"] < 1e-10
+    assert (finding.figures["compared"], finding.verdict) == ("norm scalars and gates", "holds under")
+    assert float(finding.figures["largest_relative_error"] or 0) < 1e-10
+    wrong = {group: 1.01 * gate for group, gate in point.gates.items() if group == "L2.mlp"}
+    assert verdict("L3", model, point=replace(point, gates={**point.gates, **wrong})).verdict == "fails"
     other, _ = operate(model, stream, torch.arange(12).flip(0))
     mixed = replace(point, patterns=other.patterns, gates=other.gates)
     assert verdict("L3", model, point=mixed).verdict == "fails"
@@ -293,14 +295,15 @@ def test_t7_tells_a_gate_that_listens_from_one_that_is_always_open() -> None:
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(sign[:, None] * axes[:, 0] + 0.1 * axes[:, 1])
             model.model.layers[1].mlp.gate_proj.weight[0] = 10 * axes[:, 0]
-        plant_neuron(model, 1, 0, axes[:, 1], -axes[:, 1] / 10)
+        s = ((1 + 0.01) / D + model.config.rms_norm_eps) ** 0.5  # the gate is about 10 / s where it is open
+        plant_neuron(model, 1, 0, axes[:, 1], -axes[:, 1] * s**2 / 10)
         stream = vw.open(model)
         point, _ = operate(model, stream, torch.arange(12))
         findings[kind] = verdict("T7", model, point=point)
         assert verdict("T7", model).verdict == "cannot tell"
     assert {kind: finding.verdict for kind, finding in findings.items()} == {"half": "holds", "all": "fails"}
     assert findings["half"].figures["conditional"] == findings["all"].figures["unconditional"] == 1
-    assert findings["half"].witnesses[0].startswith("L1N0: clears on 50% of tokens")
+    assert findings["half"].witnesses[0].startswith("L1N0: erases on 50% of tokens, coefficient 0.50")
 
 
 def test_every_statement_has_its_row_and_its_page() -> None:

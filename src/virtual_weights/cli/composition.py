@@ -63,9 +63,9 @@ def composition(
     if port.value not in ("Q", "K"):
         o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
     memory = memory_mb or 256
+    averages = _moments(session, moments, text, tokens, device)  # first: a file that is not there is refused at once
     question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
     record = question(session.stream, session.step(f"composition {port.value}"))
-    averages = _moments(session, moments, text, tokens, device)
     if averages is not None:
         flow = vw.Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
         contribution = flow(session.stream, session.step(f"contribution {port.value}"))

@@ -13,8 +13,13 @@ from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 
-_ERASER = ("eraser", "mean", "spread", "erased", "strengthened", "bimodality", "tokens")
-_VERDICTS: tuple[str, ...] = ("unconditional", "conditional", "rare", "never")
+_ERASER = ("eraser", "mean", "spread", "erased", "overshot", "strengthened", "bimodality", "tokens")
+_VERDICTS: tuple[str, ...] = ("unconditional", "conditional", "rare", "overshoots", "never")
+_LISTS = {
+    "unconditional": ("erase unconditionally", "by share of tokens, then nearest to 1"),
+    "conditional": ("erase conditionally", "by bimodality"),
+    "overshoots": ("overshoot", "by share of tokens"),
+}
 _ERASERS = 3  # named for each writer
 _WRITER = ("writer", "start", "final", "lowest", "lowest_state", "half_state", "eraser", "taken")
 _PRICES = (
@@ -44,34 +49,39 @@ class EraserKind(StrEnum):
 def erased(
     session: Session,
     threshold: Annotated[
-        float, typer.Option("--threshold", metavar="X", help="coefficient above which a component counts as erasing")
+        float,
+        typer.Option(
+            "--threshold", metavar="X", help="least coefficient that counts as erasing, below 1; 2 - X is the largest"
+        ),
     ] = 0.5,
     kind: Annotated[EraserKind, typer.Option("--kind", help="which erasers to list; all are counted")] = (
         EraserKind.neuron
     ),
     top: o.Top = 10,
 ) -> Answer:
-    """Find neurons, heads and MLPs that erase what they read: at every token of a text, at some, or at few."""
+    """Find neurons, heads and MLPs that erase what they read: at every token of a text, at some, or at few.
+
+    Beyond erasing, a component overshoots: it leaves the opposite of what it read.
+    """
     question = vw.Erased(threshold)
     record = session.ask(question)
     counts = _counts(record)
-    best = {name: _most(record, kind, name, top) for name in ("unconditional", "conditional")}
+    best = {name: _most(record, kind, name, top) for name in ("unconditional", "conditional", "overshoots")}
     shown: list[Table | str] = [
         Table(
-            f"how many components erase unconditionally, conditionally, rarely, never · {session.name}",
+            f"how many components erase (unconditionally, conditionally, rarely) or overshoot · {session.name}",
             [{"kind": name, **row} for name, row in counts.items()],
         )
     ]
     for name, rows in best.items():
-        order = "by share of tokens, then nearest to 1" if name == "unconditional" else "by bimodality"
         plural = "MLPs" if kind is EraserKind.mlp else f"{kind.value}s"
-        title = (
-            f"the {len(rows)} {plural} that erase most {name}ly, {order}" if rows else f"{plural} that erase {name}ly"
-        )
+        does, order = _LISTS[name]
+        title = f"the {len(rows)} {plural} that {does}, {order}" if rows else f"{plural} that {does}: none"
         shown.append(Table(title, rows, _ERASER))
     shown += [
-        f"a component erases where its coefficient is above {threshold:g}: unconditionally on {question.always:.0%} of "
-        f"tokens or more, conditionally on {question.seldom:.0%} or more, rarely on fewer",
+        f"a component erases where its coefficient is {threshold:g} to {2 - threshold:g}: unconditionally on "
+        f"{question.always:.0%} of tokens or more, conditionally on {question.seldom:.0%} or more, rarely on fewer; "
+        f"above, it overshoots, and counts as doing so on {question.seldom:.0%} or more, if it erases on fewer",
         f"for heads and MLPs, mean and spread are those of coefficients clipped to ±{question.tail:g}",
         f"{record.stamp['tokens']} tokens of {session.run.text}",
     ]
@@ -162,6 +172,8 @@ def _most(record: vw.Record, kind: EraserKind, verdict: str, top: int) -> list[d
     rows: list[dict[str, Any]] = [r for r in record.rows() if (r["kind"], r["verdict"]) == (kind.value, verdict)]
     if verdict == "unconditional":
         rows.sort(key=lambda row: (-row["erased"], abs(row["mean"] - 1)))
+    elif verdict == "overshoots":
+        rows.sort(key=lambda row: -row["overshot"])
     else:
         rows.sort(key=lambda row: -(row["bimodality"] or 0))
     return rows[:top]

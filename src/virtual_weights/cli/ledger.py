@@ -213,8 +213,9 @@ def _directions_shown(title: str, directions: list[dict[str, Any]]) -> Table | s
 def _counts(d: int, eps: float) -> dict[str, Any] | None:
     # parallel directions have a cosine of exactly 1, which no count is for; orthogonal ones of 0 have none
     from virtual_weights.analysis.crowding.coherence import capacity
+    from virtual_weights.linalg import BELOW_ONE
 
-    return {"eps": eps, **asdict(capacity(d, min(eps, 1 - 1e-7)))} if eps > 0 else None
+    return {"eps": eps, **asdict(capacity(d, min(eps, BELOW_ONE)))} if eps > 0 else None
 
 
 def _crowd(title: str, crowd: dict[str, Any]) -> Table:

@@ -107,7 +107,7 @@ def _heads(record: vw.Record, top: int) -> Answer:
     names = {column.name for column in record.columns}
     copying = "token_copying" if "token_copying" in names else "copying"
     best = {name: _plain(record.top(top, by)) for name, by in (("erasers", "negative_share"), ("copiers", copying))}
-    count = int(record.present().sum())
+    count = int((~record.numbers("copying").isnan()).sum())
     titles = {"erasers": "erase, by negative share of OV's eigenvalues", "copiers": "copy, by copying between tokens"}
     shown: list[Table | str] = [
         Table(

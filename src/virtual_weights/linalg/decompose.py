@@ -7,6 +7,7 @@ tensors that other modules share follow at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.linear_map import LinearMap, halves
-from virtual_weights.linalg.numerics import accumulate, tolerance
+from virtual_weights.linalg.numerics import ROUNDINGS, STORED_ROUNDINGS, accumulate, beyond_rounding, tolerance
+
+_EPS = torch.finfo(accumulate).eps
 
 
 @final
@@ -131,8 +134,8 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
         rank: keep at most this many of the largest singular values; None keeps all r, zeros included.
 
     Returns:
-        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64. The sign of each pair is fixed: the
-        entry of largest magnitude in a column of U is positive.
+        SVD with U (out, r), S (r,) descending and >= 0, V (in, r), all float64; S as in ``singular_values``.
+        The sign of each pair is fixed: the entry of largest magnitude in a column of U is positive.
 
     Raises:
         UsageError: a negative rank.
@@ -150,14 +153,18 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    s = _beyond_rounding(s, map)
     u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
     sign = _signs(u)
     return SVD(U=u * sign, S=s, V=v * sign)
 
 
 def singular_values(map: LinearMap) -> Tensor:
-    """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0."""
-    return gains(_core(map))
+    """The r singular values of a map whose narrowest inner dimension is r: float64, descending, >= 0.
+
+    Those of a product are 0 where they are rounding of the product of its factors' largest: ``R O = 0`` has rank 0.
+    """
+    return _beyond_rounding(gains(_core(map)), map)
 
 
 def spectral_norm(map: LinearMap) -> float:
@@ -168,17 +175,18 @@ def spectral_norm(map: LinearMap) -> float:
 
 def frobenius_norm(map: LinearMap) -> float:
     """``||map||_F = sqrt(sum of squared entries)``, through the r x r core."""
-    return float(torch.linalg.vector_norm(_core(map)))
+    return float(_beyond_rounding(torch.linalg.vector_norm(_core(map)), map))
 
 
-def eigenvalues(map: LinearMap) -> Tensor:
-    """The r eigenvalues that a square map of inner dimension r can have beside zero.
+def eigenvalues(map: LinearMap, stored: float = _EPS) -> Tensor:
+    """The r eigenvalues that a square map of inner dimension r can have beside zero; what is rounding of 0 is 0.
 
     ``eig(A B) = eig(B A)`` up to zeros, so an (n, n) map cut at its narrowest dimension r has the r eigenvalues of an
     r x r matrix and n - r further zeros, which are not returned.
 
     Args:
         map: a square map, shape (n, n).
+        stored: eps of the dtype in which its factors are stored, see :func:`product_eigen`.
 
     Returns:
         (r,) complex128, by descending magnitude (then real, then imaginary part).
@@ -196,7 +204,7 @@ def eigenvalues(map: LinearMap) -> Tensor:
     """
     _require_square(map, "eigenvalues")
     left, right = halves(map, accumulate)
-    values = eigen(right @ left).to(torch.complex128)
+    values = product_eigen(right, left, stored)
     order = sorted(range(len(values)), key=lambda i: _descending(complex(values[i].item())))
     return values[order]
 
@@ -222,6 +230,63 @@ def gains(a: Tensor) -> Tensor:
 def eigen(a: Tensor) -> Tensor:
     """Eigenvalues of a square matrix, complex, in no order."""
     return torch.linalg.eigvals(a)
+
+
+def product_eigen(right: Tensor, left: Tensor, stored: float = _EPS) -> Tensor:
+    """Eigenvalues of ``right @ left``, with 0 for those that rounding of the two factors can make 0.
+
+    An eigenvalue 0 of a Jordan block of order n answers an error e by e^(1/n): the computed eigenvalues of a nilpotent
+    matrix of order 8 are some .01 in float64. So zeros are taken off before eigenvalues are, in two ways. A matrix is
+    nilpotent where every ``tr M^j`` is what an error of the size below makes of 0. Of any other, ``Z^T M Z`` has the
+    eigenvalues of M but for zeros, Z an orthonormal basis of what M does not annul; repeated until nothing is annulled.
+    What that leaves out is together no larger than the error. Real and imaginary parts are 0 within it, too.
+
+    Args:
+        right: (k, d).
+        left: (d, k).
+        stored: eps of the dtype in which the factors are stored. Their errors are independent of what they multiply, so
+            that they leave ``stored ||right|| ||left|| / sqrt(d)`` in the product, as if turned at random.
+
+    Returns:
+        (k,) complex128, in no order.
+
+    Reference: Golub and Wilkinson 1976 (staircase of the eigenvalue 0).
+    """
+    matrix = right @ left
+    size = float(torch.linalg.vector_norm(right) * torch.linalg.vector_norm(left))
+    error = size * (ROUNDINGS * _EPS + STORED_ROUNDINGS * stored / right.shape[1] ** 0.5)
+    values = torch.zeros(len(matrix), dtype=torch.complex128, device=matrix.device)
+    if not _nilpotent(matrix, error):
+        core = _not_annulled(matrix, error)
+        parts = torch.view_as_real(eigen(core).to(torch.complex128))
+        within = parts.abs() <= 2 * error / len(matrix) ** 0.5  # the 2-norm of an error of even spectrum
+        values[: len(core)] = torch.view_as_complex(parts.masked_fill(within, 0.0))
+    return values
+
+
+def _nilpotent(matrix: Tensor, error: float) -> bool:
+    """Whether an error E of this Frobenius norm explains every ``tr M^j``: it makes some ``j tr(M^(j-1) E)`` of it."""
+    power, k = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), len(matrix)
+    for j in range(1, k + 1):
+        explained = 3 * j * torch.linalg.vector_norm(power) * error / k  # three deviations of independent entries
+        power = power @ matrix
+        if bool(power.trace().abs() > explained):
+            return False
+    return True
+
+
+def _not_annulled(matrix: Tensor, error: float) -> Tensor:
+    """The staircase: what is left of a matrix when its null space, that of the rest and so on are taken off."""
+    dropped = 0.0
+    while len(matrix):
+        _, s, vh = torch.linalg.svd(matrix)
+        spent = dropped + s.square().flip(0).cumsum(0).flip(0)  # in all, by dropping a singular value and those below
+        rank = int((spent > error**2).sum())
+        if rank == len(matrix):
+            break
+        dropped = float(spent[rank])
+        matrix = vh[:rank] @ matrix @ vh[:rank].mT
+    return matrix
 
 
 def square_roots(metric: Tensor) -> Tensor:
@@ -253,6 +318,30 @@ def _one_thread(a: Tensor) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_POWER_STEPS = 8  # they give a largest singular value to some per cent, which a cut does not need better
+
+
+def _beyond_rounding(gains: Tensor, map: LinearMap) -> Tensor:
+    """Gains of a product, 0 where its factors, in the dtype that they have, leave rounding of that size."""
+    chain = map.chain()
+    if len(chain) < 2:
+        return gains
+    eps = torch.finfo(torch.promote_types(map.dtype, torch.float32)).eps
+    return beyond_rounding(gains, math.prod(_largest_gain(factor.to(accumulate)) for factor in chain), eps)
+
+
+def _largest_gain(map: LinearMap) -> float:
+    """``||map||_2`` by power iteration, slightly below it."""
+    transposed, x = map.T, torch.randn(map.shape[1], 1, generator=torch.Generator().manual_seed(0), dtype=accumulate)
+    x, size = x.to(map.device), x.new_zeros(())
+    for _ in range(_POWER_STEPS):
+        x = transposed.apply(map.apply(x / torch.linalg.vector_norm(x)))
+        size = torch.linalg.vector_norm(x).sqrt()
+        if not bool(size > 0):
+            break
+    return float(size)
 
 
 def _core(map: LinearMap) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import gains, singular_values
 from virtual_weights.linalg.linear_map import LinearMap
-from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate, random_generator
+from virtual_weights.linalg.numerics import ROUNDINGS, WORKSPACE_BYTES, accumulate, random_generator, tolerance
 
+_NORMAL = 1e-6  # skewness up to which a gamma law is a normal one, its shape being too large to compute with
 _LOG_EPS = math.log(torch.finfo(accumulate).eps)
 
 
@@ -41,7 +42,8 @@ def haar_moments(
         d: dimension of the space that U turns, >= 1.
 
     Returns:
-        (mean, variance) as float64 tensors, >= 0; the variance is 0 for d = 1, where U is a sign.
+        (mean, variance) as float64 tensors, >= 0; the variance is 0 for d = 1, where U is a sign, and where G_A or G_B
+        is a multiple of the identity up to rounding: then no orientation is different from another.
 
     Reference: Collins and Sniady 2006 (integration over O(d)); for projectors: James 1954.
 
@@ -55,9 +57,59 @@ def haar_moments(
     mean = t_a * t_b / d
     if d == 1:
         return mean, torch.zeros_like(mean + s_a + s_b)
-    # >= 0 by Cauchy-Schwarz; rounding may put a multiple of the identity slightly below
-    spread_a, spread_b = (s_a - t_a**2 / d).clamp(min=0.0), (s_b - t_b**2 / d).clamp(min=0.0)
-    return mean, 2.0 * spread_a * spread_b / ((d - 1) * (d + 2))
+    return mean, 2.0 * _spread(t_a, s_a, d) * _spread(t_b, s_b, d) / ((d - 1) * (d + 2))
+
+
+def _spread(trace: Tensor, square: Tensor, d: int) -> Tensor:
+    """``tr G^2 - (tr G)^2/d``, >= 0 by Cauchy-Schwarz; 0 where it is what weights in float32 leave of an isometry."""
+    cut = max(tolerance(accumulate, (d,)), (ROUNDINGS * torch.finfo(torch.float32).eps) ** 2)
+    spread = square - trace**2 / d
+    return spread.masked_fill(spread <= cut * square, 0.0)
+
+
+def standardised(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """``(value - mean) / deviation``; NaN where the variance is 0, since then the null leaves no choice."""
+    return ((values - mean) / variance.sqrt()).masked_fill(variance == 0, torch.nan)
+
+
+def haar_tail(values: Tensor, a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], d: int) -> Tensor:
+    """``P(X >= value)`` for X of :func:`haar_moments`, by the gamma law with its mean, variance and third moment.
+
+    ::
+
+        E (X - E X)^3 = 8 d tr A^3 tr B^3 / ((d - 2)(d - 1)(d + 2)(d + 4)),    A = G_A - tr G_A/d, B likewise
+
+    since the traceless symmetric matrices have a single cubic invariant. X is a sum of few squares, so that its tail is
+    that of a chi-square law rather than a normal one: of two lines in d = 64, P(z > 3) is .02, not .001. Where the
+    third moment is not above 0 the upper tail is lighter than a normal one, which is then what is given.
+
+    Args:
+        values: observed ``||A U B||_F^2``; broadcasts against the traces.
+        a: ``tr G_A``, ``tr G_A^2`` and ``tr G_A^3``.
+        b: those of G_B.
+        d: dimension of the space that U turns, >= 3.
+
+    Returns:
+        Probabilities in [0, 1], float64; NaN where the variance is 0. Approximate where spectra are uneven: compare
+        :func:`draw_null`.
+
+    Reference: Pearson 1895 (type III); Buckley and Eagleson 1988 (sums of squares by three moments).
+    """
+    mean, variance = haar_moments(a[0], a[1], b[0], b[1], d)
+    scale = 8 * d / ((d - 2) * (d - 1) * (d + 2) * (d + 4))
+    third = scale * _third(*a, d) * _third(*b, d)
+    z = standardised(values, mean, variance)
+    skewness = (third / variance**1.5).nan_to_num(0.0)
+    normal = torch.special.erfc(z / 2**0.5) / 2
+    skewed = skewness > _NORMAL
+    shape = 4 / torch.where(skewed, skewness, 1.0).square()
+    tail = torch.special.gammaincc(shape, (shape + z * shape.sqrt()).clamp(min=0.0))
+    return torch.where(skewed, tail, normal).masked_fill(z.isnan(), torch.nan)
+
+
+def _third(trace: Tensor, square: Tensor, cube: Tensor, d: int) -> Tensor:
+    """``tr (G - tr G/d)^3``."""
+    return cube - 3 * trace * square / d + 2 * trace**3 / d**2
 
 
 def overlap_moments(r1: Tensor | int, r2: Tensor | int, d: int) -> tuple[Tensor, Tensor]:

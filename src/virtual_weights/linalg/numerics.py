@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from virtual_weights.errors import UsageError
 
@@ -62,6 +63,31 @@ few operations computed carries a few eps."""
 THREE_DIGITS = 1e-3
 """Relative difference that counts as none where a run is involved or digits are printed: a float32 run through many
 blocks keeps three digits of every norm scalar."""
+
+
+ROUNDINGS = 16
+"""How many eps of what a figure could have been count as rounding: what products of a few factors leave, with room."""
+
+STORED_ROUNDINGS = 2
+"""The same for rounding of stored weights, whose errors are some .2 eps of an entry each and independent."""
+
+
+def beyond_rounding(values: Tensor, size: Tensor | float, eps: float = torch.finfo(accumulate).eps) -> Tensor:
+    """``values``, and 0 where they are rounding: ``|value| <= ROUNDINGS eps size``.
+
+    Args:
+        values: figures, such as ``||R O||``, a cosine or the parts of an eigenvalue.
+        size: what each could have been, such as ``||R|| ||O||``, >= 0; broadcasts.
+        eps: relative rounding of what they were computed from, that of float64 by default.
+
+    Returns:
+        A tensor like ``values``; NaN stays NaN.
+
+    Example:
+        >>> beyond_rounding(torch.tensor([1e-16, 0.5], dtype=torch.float64), 1.0)
+        tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    return values.masked_fill(values.abs() <= ROUNDINGS * eps * size, 0.0)
 
 
 def random_generator(seed: int) -> torch.Generator:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate, beyond_rounding
 
 
 @final
@@ -73,16 +73,22 @@ class MapStack:
 
 
 def self_moments(stack: MapStack) -> tuple[Tensor, Tensor]:
-    """``tr G_i`` and ``tr G_i^2`` of every map, through (k, k) matrices only.
+    """``tr G_i`` and ``tr G_i^2`` of every map: the first two of :func:`power_traces`."""
+    return power_traces(stack)[:2]
 
-    With ``W = outer outer^T``: ``tr G = tr(M W)`` and ``tr G^2 = tr(M W M W)``.
+
+def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
+    """``tr G_i``, ``tr G_i^2`` and ``tr G_i^3`` of every map, through (k, k) matrices only.
+
+    With ``W = outer outer^T``: ``tr G = tr(M W)``, ``tr G^2 = tr(M W M W)`` and so on.
 
     Args:
         stack: n maps.
 
     Returns:
-        (trace, square), each (n,) float64, >= 0: the squared Frobenius norm of each map, and the sum of the fourth
-        powers of its singular values. Invariant under rotation of the stream and re-basing inside the map.
+        Three tensors (n,) float64, >= 0: sums of the second, fourth and sixth powers of each map's singular values; all
+        0 where ``tr G`` is rounding of ``||M|| ||W||``. Invariant under rotation of the stream and re-basing inside the
+        map.
     """
     k, device = stack.inner, stack.outer.device
     step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
@@ -91,16 +97,20 @@ def self_moments(stack: MapStack) -> tuple[Tensor, Tensor]:
     for cut in cuts:
         block = stack.outer[cut].to(accumulate)
         torch.bmm(block, block.mT, out=gram[cut])
-    trace = torch.empty(stack.count, dtype=accumulate, device=device)
-    square = torch.empty_like(trace)
+    trace, square, cube = (torch.empty(stack.count, dtype=accumulate, device=device) for _ in range(3))
     for start in range(0, stack.count, step):
         cut = slice(start, start + step)
         product = gram[stack.index[cut].to(device)]
+        size = torch.linalg.matrix_norm(product)
         if stack.metric is not None:
-            product = stack.metric[cut].to(device=device, dtype=accumulate) @ product
-        trace[cut] = product.diagonal(dim1=1, dim2=2).sum(dim=1)
-        square[cut] = (product * product.mT).sum(dim=(1, 2))
-    return trace, square
+            metric = stack.metric[cut].to(device=device, dtype=accumulate)
+            product, size = metric @ product, size * torch.linalg.matrix_norm(metric)
+        trace[cut] = beyond_rounding(product.diagonal(dim1=1, dim2=2).sum(dim=1), size)
+        twice = product @ product
+        square[cut] = twice.diagonal(dim1=1, dim2=2).sum(dim=1)
+        cube[cut] = (twice * product.mT).sum(dim=(1, 2))
+    dead = trace <= 0
+    return trace.clamp(min=0.0), square.masked_fill(dead, 0.0), cube.masked_fill(dead, 0.0)
 
 
 _MOST_GROUPS = 16  # the share of a triangular pattern computed in vain is at most 1/(2 groups)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Named = TypeVar("Named", Axis, Column)
+SIZES = ("strength", "dimensions")
+"""Columns that tell what reads or writes nothing (0, without a score) from what cannot be (NaN)."""
 _COMPLETED = 100_000  # entries up to which a shell offers the labels of rows
 
 
@@ -39,7 +41,8 @@ class Record:
         provenance: checkpoint reference and fingerprint, package version.
 
     A record over two axes is a matrix per column (readers by writers); over one axis it is a table.
-    A pair that cannot reach is NaN in the matrix and no row in the table.
+    A pair that cannot reach is NaN in every column of the matrix and no row in the table. A pair of which one side
+    reads or writes nothing has a row, with strength 0 and without a score (None).
     """
 
     question: str
@@ -190,11 +193,13 @@ class Record:
         return math.prod(len(axis.labels) for axis in self.axes)
 
     def present(self) -> Tensor:
-        """Which entries are there: True but where the first floating tensor is NaN; flat, in row order."""
-        for column in self.columns:
-            if isinstance(column.values, Tensor) and column.values.is_floating_point():
-                return ~torch.isnan(column.values.detach().flatten().cpu())
-        return torch.ones(self.size, dtype=torch.bool)
+        """Which entries are there, flat, in row order: those with a number as first float or in one of ``SIZES``."""
+        tensors = [(c.name, c.values) for c in self.columns if isinstance(c.values, Tensor)]
+        floats = [(name, values) for name, values in tensors if values.is_floating_point()]
+        present = torch.full((self.size,), not floats)
+        for _, values in (*floats[:1], *(pair for pair in floats if pair[0] in SIZES)):
+            present |= ~torch.isnan(values.detach().flatten().cpu())
+        return present
 
     def rows(self) -> Iterator[dict[str, Value]]:
         """Every entry that is present as a dictionary: axis labels, groups where shared, column values.

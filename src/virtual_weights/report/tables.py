@@ -120,7 +120,7 @@ def density(record: Record) -> dict[str, Any]:
 
 EDGES_PER_PORT = 150
 MOST_ROWS = 600
-_STEPS = 65534  # 0 is "cannot reach"
+_STEPS = 65534  # 0 is "no number": cannot reach, or where listed undefined
 
 
 def drawn(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -174,6 +174,7 @@ def _matrix(record: Record, column: str) -> dict[str, Any]:
     by_layer = max(values.shape) > MOST_ROWS
     if by_layer:
         values, names = _strongest_by_layer(values, readers, writers)
+    undefined = [] if by_layer else np.flatnonzero(np.isnan(values).ravel() & record.present().numpy()).tolist()
     largest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
     steps = np.where(np.isnan(values), 0, 1 + np.round(np.nan_to_num(values) / (largest or 1.0) * _STEPS))
     return {
@@ -184,6 +185,7 @@ def _matrix(record: Record, column: str) -> dict[str, Any]:
         "writers": list(names[1]),
         "groups": [] if by_layer else list(readers.groups),
         "largest": largest,
+        "undefined": undefined,
         "steps": base64.b64encode(steps.astype("<u2").tobytes()).decode(),
     }
 

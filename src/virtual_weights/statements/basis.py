@@ -9,15 +9,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from virtual_weights.errors import VirtualWeightsError
 from virtual_weights.linalg import FLOAT64_ROUNDING, accumulate, haar_orthogonal, random_generator
+from virtual_weights.linalg.numerics import exactness_bound
+from virtual_weights.runtime.running.model import load, turned_module
+from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, present
 from virtual_weights.stream import Group, Stream, scale
+from virtual_weights.stream.turned import Turned, random_turn
 
 _STATES = 64
+_PROMPT = 32  # first tokens of a run whose logits are compared
 
 
 def no_privileged_basis(evidence: Evidence) -> Finding:
-    """L1: turn every reader and writer by one random orthogonal matrix, with the norm folded and without."""
+    """L1: turn every reader and writer by one random orthogonal matrix, with the norm folded and without.
+
+    Where there is a run, its logits decide: in float64, of the model, of the turned one, of one turned with the gains
+    left in the norm, and of one that another invertible matrix turns. Else virtual weights and norm scalars do.
+    """
     stream = evidence.stream
     if "embed" not in stream.groups or not evidence.heads:
         return cannot_tell("the checkpoint lacks its embedding or its attention")
@@ -40,6 +50,14 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     }
     figures["kurtosis_of_writes"] = _kurtosis(stream, groups)
     figures["kurtosis_of_writes_turned"] = _kurtosis(stream, groups, turn)
+    condition = (
+        f"gains are folded into the readers,{' writers are centred,' if layer_norm else ''} and the map is orthogonal"
+    )
+    if evidence.run is not None:
+        changes = _logit_changes(evidence.run, evidence.seed)
+        if not isinstance(changes, str):
+            return _by_logits(changes, exactness_bound(accumulate) * stream.states, condition, figures)
+        figures["logits"] = changes
     folded = max(float(figures[n] or 0) for n in ("virtual_weights_folded", "norm_scalar_orthogonal_centred"))
     plain = max(float(figures[n] or 0) for n in ("virtual_weights_gains_left_in_place", "norm_scalar_orthogonal"))
     if folded > FLOAT64_ROUNDING:
@@ -47,10 +65,56 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
         return Finding("fails", why, None, figures)
     if plain <= FLOAT64_ROUNDING:
         return Finding("holds", "rotation changes nothing, even with the gains left in the norm", None, figures)
-    condition = (
-        f"gains are folded into the readers,{' writers are centred,' if layer_norm else ''} and the map is orthogonal"
-    )
     why = f"rotation changes the figures by {folded:.1g} with the norm folded, by {plain:.2g} with the norm as it is"
+    return Finding("holds under", why, condition, figures)
+
+
+_TURNS = {
+    "rotated": (True, False),
+    "rotated_with_the_gains_in_the_norm": (False, False),
+    "not_orthogonal": (True, True),
+}
+
+
+@torch.no_grad()
+def _logit_changes(run: Run, seed: int) -> dict[str, float] | str:
+    """By kind of turn, how far logits on a prompt move, relatively, and their KL divergence; or why that is not known.
+
+    LayerNorm subtracts the mean in whatever basis it stands: the turn leaves (1, ..., 1) where it is.
+    """
+    stream, tokens = run.stream, run.prompt(_PROMPT).chunks[0][None]
+    turn = random_turn(stream, seed)
+    stretch = torch.logspace(-0.25, 0.25, stream.d_model, dtype=accumulate)
+    changes = dict[str, float]()
+    try:
+        before = load(stream, dtype=accumulate)(tokens).logits[0].double()
+        for name, (fold, skew) in _TURNS.items():
+            module = turned_module(Turned(stream, turn * stretch if skew else turn, fold))
+            after = module(tokens).logits[0].double()
+            changes[f"logits_{name}"] = float((after - before).norm() / before.norm())
+            kl = torch.nn.functional.kl_div(
+                after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum"
+            )
+            changes[f"kl_{name}"] = float(kl) / len(before)
+    except VirtualWeightsError as error:  # an architecture that cannot hold a turned stream, or cannot run
+        return str(error).partition("\n")[0]
+    return changes if changes["logits_not_orthogonal"] > 0 else "they do not depend on the stream"
+
+
+def _by_logits(changes: dict[str, float], bound: float, condition: str, figures: dict[str, Figure]) -> Finding:
+    folded, plain, skewed = (changes[f"logits_{name}"] for name in _TURNS)
+    figures |= changes
+    figures["largest_change_that_is_rounding"] = bound
+    if not folded <= bound:
+        why = f"the rotated model's logits differ by {folded:.2g} of their size, although the norm is folded"
+        return Finding("fails", why, None, figures)
+    if skewed <= bound:
+        return replace(cannot_tell("even a map that is not orthogonal leaves the logits as they are"), figures=figures)
+    if plain <= bound:
+        why = f"rotation changes logits by {max(folded, plain):.1g} of their size, even with the gains left in the norm"
+        return Finding("holds", why, None, figures)
+    why = f"rotation changes logits by {folded:.1g} of their size with the norm folded, by {plain:.2g} with the gains "
+    why += f"left in the norm, and a map that is not orthogonal by {skewed:.2g}"
     return Finding("holds under", why, condition, figures)
 
 

@@ -178,7 +178,8 @@ STATEMENTS = (
         "C1",
         "Distant layers talk directly",
         "Virtual weights let layers that are not neighbours communicate.",
-        "True.",
+        "True as a possibility: no virtual weight needs a layer between. How much passes is another question, which "
+        "weights alone do not answer: an edge weaker than chance orientation is not nothing.",
         superposed.distant_edges,
     ),
     Statement(

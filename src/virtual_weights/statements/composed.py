@@ -7,19 +7,23 @@ from collections.abc import Sequence
 import torch
 
 from virtual_weights.analysis.channels.channel import Channel, summary
+from virtual_weights.analysis.maps.circuits import sign_eps, stored_eps
 from virtual_weights.linalg import (
     FOLDED_ROUNDING,
     PROPORTIONAL,
+    ROUNDINGS,
     SINGULAR,
     Dense,
     Product,
     Spectrum,
     Sum,
     accumulate,
+    beyond_rounding,
     eigenvalues,
     frobenius_norm,
     random_generator,
     singular_values,
+    spectral_norm,
     tolerance,
 )
 from virtual_weights.statements.evidence import NO_PAIRS, Evidence, Figure, Finding, cannot_tell, dense, rank
@@ -58,8 +62,9 @@ def composed_rank(evidence: Evidence) -> Finding:
     if broken:
         return Finding("fails", f"{broken} products exceed the least rank of their factors", None, figures)
     if not beyond:
-        return Finding("holds", "neither paths nor composed streams exceed the least rank", None, figures)
-    why = f"no path exceeds the least rank, but {beyond} of {len(sequences)} composed streams, prod(I + T), do"
+        why = f"neither the path nor the composed stream of {len(sequences)} sampled sequences exceeds the least rank"
+        return Finding("holds", why, None, figures)
+    why = f"of {len(sequences)} sampled sequences no path exceeds the least rank, but {beyond} composed streams do"
     return Finding(
         "holds under", why, "the product is taken along one path, without the stream beside it", figures, (witness,)
     )
@@ -97,7 +102,7 @@ def virtual_weights_compose(evidence: Evidence) -> Finding:
         "triples_that_agree": equal,
     }
     if equal == len(sizes):
-        return Finding("holds", f"all {equal} triples agree", None, figures)
+        return Finding("holds", f"all {equal} sampled triples agree", None, figures)
     why = (
         f"even at the best factor, direct and composed differ by {median:.3g} of the direct weight in the median triple"
     )
@@ -174,21 +179,28 @@ def rank_bound(evidence: Evidence) -> Finding:
         )
         condition = "ranks are exact: what is cut off in a factor can be the larger part of the product"
         return Finding("holds under", why, condition, figures, (witness,) if witness else ())
-    why = f"all {len(pairs)} pairs are within both bounds, and {full} reach the upper one"
+    why = f"all {len(pairs)} sampled pairs are within both bounds, and {full} reach the upper one"
     return Finding("holds", why, None, figures)
 
 
 def eigenvalues_are_strengths(evidence: Evidence) -> Finding:
     """L6: moduli of eigenvalues against singular values, of square virtual weights ``OV_b OV_a``."""
     pairs = list[tuple[float, float, float, str]]()
-    for writer, reader in evidence.pairs():
-        product = evidence.head(reader).ov @ evidence.head(writer).ov
-        gains, moduli = singular_values(product), eigenvalues(product).abs()
+    stored, sampled = stored_eps(evidence.stream), evidence.pairs()
+    if not sampled:
+        return cannot_tell(NO_PAIRS)
+    for writer, reader in sampled:
+        read, write = evidence.head(reader).ov, evidence.head(writer).ov
+        product = read @ write
+        gains = beyond_rounding(
+            singular_values(product), spectral_norm(read) * spectral_norm(write), sign_eps(evidence.stream)
+        )
         if float(gains[0]) > 0:
+            moduli = eigenvalues(product, stored).abs()
             shares = float(moduli.max() / gains[0]), float(moduli.sum() / gains.sum())
             pairs.append((*shares, float(gains[0]), f"{writer} -> {reader}.V"))
     if not pairs:
-        return cannot_tell(NO_PAIRS)
+        return cannot_tell(f"in none of {len(sampled)} pairs does a head read anything of another")
     pairs.sort()
     share = torch.tensor([of_sums for _, of_sums, _, _ in pairs])
     least, _, gain, name = pairs[0]
@@ -198,9 +210,12 @@ def eigenvalues_are_strengths(evidence: Evidence) -> Finding:
         "least_largest_modulus_over_largest_gain": least,
         "largest_of_these": pairs[-1][0],
     }
-    if float(share.min()) > 1 - FOLDED_ROUNDING:
-        return Finding("holds", f"eigenvalues and gains agree in all {len(pairs)} pairs", None, figures)
-    why = f"in the median of {len(pairs)} pairs, eigenvalues add up to {float(share.median()):.2g} of the sum of gains"
+    if float(share.min()) > 1 - max(FOLDED_ROUNDING, (ROUNDINGS * sign_eps(evidence.stream)) ** 2):
+        return Finding(
+            "holds", f"eigenvalues and gains agree in all {len(pairs)} sampled pairs that are not 0", None, figures
+        )
+    median = float(share.median())
+    why = f"in the median of {len(pairs)} sampled pairs, eigenvalues add up to {median:.2g} of the sum of gains"
     witness = f"{name}: largest gain {gain:.3g}, largest eigenvalue {least * gain:.3g}"
     return Finding("fails", why, None, figures, (witness,))
 
@@ -225,9 +240,9 @@ def effective_dimension(evidence: Evidence) -> Finding:
     figures: dict[str, Figure] = {"edges": len(counts), **{f"first_{key}": n for key, n in counts[0].items()}}
     figures["edges_where_the_threshold_decides"] = differing
     if not differing:
-        why = "every gain that is not zero is above the null's edge"
+        why = f"in the {len(counts)} edges of largest z every gain that is not zero is above the null's edge"
         return Finding("holds", why, None, figures, tuple(witnesses[:3]))
-    why = f"in {differing} of {len(counts)} strong edges the dimension depends on what counts as zero"
+    why = f"in {differing} of the {len(counts)} edges of largest z the dimension depends on what counts as zero"
     return Finding(
         "holds under", why, "a threshold is given, here the edge of the matched null", figures, tuple(witnesses[:3])
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.analysis.memory.neurons import Neurons
 from virtual_weights.analysis.pairs.composition import Composition
@@ -19,7 +20,7 @@ from virtual_weights.runtime.fate.frontier import Frontier
 from virtual_weights.runtime.fate.persistence import Persistence
 from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, present
 
-_CLEARED = 0.1  # at most this share of a direction is left
+_CLEARED = 0.5  # at most this much of a direction is left: 75% of its energy is gone
 _EFFICIENT = 0.5  # -cos(w_in, w_out) of a neuron that writes against what it reads
 _STANDS = "where_the_model_stands"
 _PRICES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of utility over interference that serve as prices
@@ -43,7 +44,7 @@ def clearing(evidence: Evidence) -> Finding:
         witnesses.append(f"{neurons.axis('neuron').labels[nearest]}: gain {float(every[nearest]):.3f}")
     if not len(gains) and not len(left):
         return cannot_tell("the checkpoint holds no neuron and no head")
-    cleared, acting = int(((gains - 1).abs() < _CLEARED).sum()), int((left < _CLEARED).sum())
+    cleared, acting = int(((gains - 1).abs() <= _CLEARED).sum()), int((left <= _CLEARED).sum())
     positive = gains[gains > 0]
     run_figures, run_witnesses = _while_running(evidence)
     figures: dict[str, Figure] = {
@@ -51,7 +52,7 @@ def clearing(evidence: Evidence) -> Finding:
         "neurons": len(gains),
         "neurons_that_attenuate": int((positive < 1 - _CLEARED).sum()),
         "neurons_that_clear": cleared,
-        "neurons_that_reflect_or_amplify": int((gains > 1 + _CLEARED).sum()),
+        "neurons_that_overshoot": int((gains > 1 + _CLEARED).sum()),
         "neurons_that_strengthen": int((gains < 0).sum()),
         "median_positive_gain": float(positive.median()) if len(positive) else None,
         "heads": len(left),
@@ -66,7 +67,10 @@ def clearing(evidence: Evidence) -> Finding:
     wide = _whole_stream(evidence)
     if wide:
         return Finding("holds", f"{wide} clears the whole stream", None, figures, (wide,))
-    why = f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(left)} heads clear a direction"
+    why = (
+        f"at norm scalar 1, {cleared} of {len(gains)} neurons and {acting} of {len(left)} heads erase at least 75% of "
+    )
+    why += "the energy of a direction"
     condition = "gain times slope over norm scalar is 1 on the cleared directions, which number at most the rank"
     return Finding("holds under", why, condition, figures, (*witnesses, *run_witnesses))
 
@@ -78,12 +82,14 @@ def _while_running(evidence: Evidence) -> tuple[dict[str, Figure], list[str]]:
     figures, witnesses = dict[str, Figure](tokens_run=evidence.run.count), list[str]()
     rows: list[dict[str, Any]] = list(evidence.ask(Erased()).rows())
     for kind in ("neuron", "head", "mlp"):
-        for verdict in ("unconditional", "conditional", "rare"):
-            figures[f"{verdict}_{kind}s"] = sum((row["kind"], row["verdict"]) == (kind, verdict) for row in rows)
+        for verdict in ("unconditional", "conditional", "rare", "overshoots"):
+            figures[f"{verdict.replace('overshoots', 'overshooting')}_{kind}s"] = sum(
+                (row["kind"], row["verdict"]) == (kind, verdict) for row in rows
+            )
     steady = [row for row in rows if (row["kind"], row["verdict"]) == ("neuron", "unconditional")]
     if steady:
         row = min(steady, key=lambda row: (-row["erased"], abs(row["mean"] - 1)))
-        witness = f"{row['eraser']}: clears on {row['erased']:.1%} of tokens, coefficient {row['mean']:.3f}"
+        witness = f"{row['eraser']}: erases on {row['erased']:.1%} of tokens, coefficient {row['mean']:.3f}"
         witnesses.append(f"{witness} ± {row['spread']:.3f}")
     persistence = evidence.ask(Persistence())
     later = _later(persistence.numbers("projection"))
@@ -110,7 +116,7 @@ def efficiency(evidence: Evidence) -> Finding:
         return cannot_tell("the checkpoint holds no MLP")
     record = evidence.ask(Neurons())
     cosine, gain = record.numbers("cosine"), record.numbers("gain")
-    efficient, near = -cosine > _EFFICIENT, (gain - 1).abs() <= 0.5
+    efficient, near = -cosine > _EFFICIENT, (gain - 1).abs() <= _CLEARED
     far = efficient & ~near
     count = int(efficient.sum())
     figures: dict[str, Figure] = {
@@ -130,7 +136,8 @@ def efficiency(evidence: Evidence) -> Finding:
     best = int(torch.where(far, -cosine, -torch.inf).argmax())
     name = record.axis("neuron").labels[best]
     witness = f"{name}: efficiency {float(-cosine[best]):.3f}, gain {float(gain[best]):.3g}"
-    why = f"{int(far.sum())} of {count} neurons that write against what they read have a gain far from 1"
+    why = f"{int(far.sum())} of {count} neurons with a cosine below -{_EFFICIENT:g} have a gain further than "
+    why += f"{_CLEARED:g} from 1"
     condition = "efficiency is about direction alone, not about how much is cleared"
     return Finding("holds under", why, condition, figures, (witness,))
 
@@ -210,7 +217,8 @@ def _whole_stream(evidence: Evidence) -> str:
     """A head that clears every direction of the stream; '' where there is none, as there cannot be for k < d."""
     if evidence.stream.spec.d_head < evidence.stream.d_model:
         return ""
+    stored = stored_eps(evidence.stream)
     for name in evidence.heads:
-        if bool((eigenvalues(evidence.head(name).ov).add(1).abs() < _CLEARED).all()):
+        if bool((eigenvalues(evidence.head(name).ov, stored).add(1).abs() <= _CLEARED).all()):
             return name
     return ""

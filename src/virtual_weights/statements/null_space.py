@@ -48,11 +48,16 @@ def null_space_is_kept(evidence: Evidence) -> Finding:
         "directions_with_eigenvalue_near_minus_one": erased,
     }
     if not readers:
-        return Finding("holds", "no later component reads what these heads do not see", None, figures)
+        return Finding(
+            "holds",
+            f"no later component reads the direction that each of {len(names)} sampled heads does not see",
+            None,
+            figures,
+        )
     witnesses = [
         f"unseen by {names[i]}.V, kept with norm {norms[i]:.6f}, read by {reader}" for i, reader in readers.items()
     ]
-    why = f"of {len(names)} directions that a head's values do not see, {len(readers)} are read by a later component"
+    why = f"of {len(names)} directions, each unseen by the values of one head, a later component reads {len(readers)}"
     return Finding("fails", why, None, figures, tuple(witnesses[:3]))
 
 

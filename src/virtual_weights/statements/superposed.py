@@ -9,16 +9,20 @@ from virtual_weights.analysis.crowding.coherence import Coherence, capacity
 from virtual_weights.analysis.crowding.directions import DirectionKind
 from virtual_weights.analysis.crowding.interference import FEWEST, Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
+from virtual_weights.analysis.maps.circuits import reading_circuits, sign_eps, writing_circuits
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.linalg import (
     BELOW_ONE,
     FOLDED_ROUNDING,
+    ROUNDINGS,
     THREE_DIGITS,
     Dense,
     accumulate,
     benjamini_hochberg,
     column_space,
     frobenius_norm,
+    haar_tail,
+    power_traces,
     rank_correlation,
 )
 from virtual_weights.record import Record
@@ -85,7 +89,8 @@ def growth(evidence: Evidence) -> Finding:
         for name, fit in (("total_over_pairs", total), ("squared_error_of_a_signal", error))
         for key, value in fit.items()
     }
-    why = f"total over pairs n^{total['exponent']:.2f}, squared error of a signal n^{error['exponent']:.2f}"
+    powers = (f"n^{fit['exponent']:.2f} ({fit['low']:.2f} to {fit['high']:.2f})" for fit in (total, error))
+    why = "total over pairs {}, squared error of a signal {}".format(*powers)
     quadratic = abs(total["exponent"] - 2) < _POWER
     if quadratic and abs(error["exponent"] - 1) < _POWER:
         condition = "it is read as the total over all pairs, not as the error of one signal, and signs are random"
@@ -145,22 +150,25 @@ def _limit(record: Record, name: str, counts: list[int]) -> int:
     return counts[first - 1] if first else 0
 
 
+_MADE_ORTHOGONAL = 8
 _DISCOVERIES = 0.01  # rate of false ones
 
 
 def distant_edges(evidence: Evidence) -> Finding:
-    """C1: edges beyond chance against the distance between their layers, in values."""
+    """C1: edges beyond chance, by a law with its skewness, against the distance between layers, in values."""
     if len(evidence.stream.groups.heads) < 3:
         return cannot_tell("fewer than three layers have attention, so every edge is between neighbours")
-    record = evidence.head_edges("V")
-    z, ratio = record.numbers("z"), record.numbers("null_ratio")
+    record, d = evidence.head_edges("V"), evidence.stream.d_model
+    ratio, squared = record.numbers("null_ratio"), record.numbers("strength").square()
+    trace, square, cube = (x[:, None] for x in power_traces(reading_circuits(evidence.stream, "V")))
+    p = haar_tail(squared, (trace, square, cube), power_traces(writing_circuits(evidence.stream)), d)
     layer = torch.tensor([component.label.layer for component in evidence.stream.heads])
     distance = layer[:, None] - layer[None, :]
-    beyond = benjamini_hochberg(torch.special.erfc(z / 2**0.5) / 2) < _DISCOVERIES
+    beyond = benjamini_hochberg(p) < _DISCOVERIES
     far = beyond & (distance > 1)
     edges, far_edges = int(beyond.sum()), int(far.sum())
     figures: dict[str, Figure] = {
-        "edges": len(present(z)),
+        "edges": len(present(p)),
         "edges_beyond_chance": edges,
         "of_these_not_between_neighbours": far_edges,
         "share_not_between_neighbours": far_edges / edges if edges else None,
@@ -170,13 +178,19 @@ def distant_edges(evidence: Evidence) -> Finding:
         values = present(ratio[distance == step])
         if len(values):
             figures[f"mean_squared_ratio_to_chance_at_distance_{step}"] = float(values.square().mean())
+    if not len(present(p)):
+        return cannot_tell("no pair of heads can be compared with chance: each reads or writes nothing, or all alike")
+    tested = f"of {len(present(p))} edges between heads, at a false discovery rate of {_DISCOVERIES:g} against chance"
     if not far_edges:
-        return Finding("fails", "no edge beyond chance skips a layer", None, figures)
-    clearest = int(torch.where(far, z, -torch.inf).argmax())
-    reader, writer = divmod(clearest, z.shape[1])
+        why = f"{tested}, none that skips a layer stands out"
+        figures["least_p_of_an_edge_that_skips_a_layer"] = min(present(p[distance > 1]).tolist(), default=None)
+        return Finding("fails", why, None, figures)
+    clearest = int(torch.where(far, p, torch.inf).argmin())
+    reader, writer = divmod(clearest, p.shape[1])
     names = record.axis("reader").labels[reader], record.axis("writer").labels[writer]
-    witness = f"{names[1]} -> {names[0]}, {int(distance[reader, writer])} layers, z {float(z[reader, writer]):.0f}"
-    why = f"{far_edges} of {edges} edges beyond chance skip at least one layer"
+    least = max(float(p[reader, writer]), torch.finfo(accumulate).tiny)  # below it a probability has no number
+    witness = f"{names[1]} -> {names[0]}, {int(distance[reader, writer])} layers, p {least:.1g}"
+    why = f"{tested}, {edges} stand out, {far_edges} of them over at least one layer between"
     return Finding("holds", why, None, figures, (witness,))
 
 
@@ -188,7 +202,7 @@ def trivial_intersection(evidence: Evidence) -> Finding:
     cosine, strength, bound = (record.numbers(name) for name in ("cosine", "strength", "bound"))
     effect = strength / (bound / cosine)
     apart = cosine < 1 - FOLDED_ROUNDING
-    affected = apart & (effect > FOLDED_ROUNDING)
+    affected = apart & (effect > max(FOLDED_ROUNDING, ROUNDINGS * sign_eps(evidence.stream)))
     count, total = int(affected.sum()), int(apart.sum())
     figures: dict[str, Figure] = {
         "pairs": len(present(cosine)),
@@ -202,7 +216,11 @@ def trivial_intersection(evidence: Evidence) -> Finding:
     if not count:
         return Finding("holds", f"none of the {total} pairs that meet only in 0 interferes", None, figures)
     strongest = int(torch.where(affected, effect, -torch.inf).argmax())
-    why = f"in {count} of {total} pairs that meet only in 0, one head nevertheless reads the other"
+    median = float(effect[affected].median())
+    why = (
+        f"in {count} of {total} pairs that meet only in 0, one head nevertheless reads the other; the median effect is "
+    )
+    why += f"{median:.2g} of the product of their gains"
     return Finding("fails", why, None, figures, (_pair(record, strongest, "strength", effect),))
 
 
@@ -242,33 +260,47 @@ def orthogonal_is_least(evidence: Evidence) -> Finding:
     if not pairs:
         return cannot_tell(NO_PAIRS)
     record = evidence.ask(Subspaces("O", "V"))
-    overlap = record.numbers("overlap")
-    correlation = rank_correlation(overlap, record.numbers("strength"))
+    overlap, strength = record.numbers("overlap"), record.numbers("strength")
+    correlation = rank_correlation(overlap, strength)
+    orthogonal = overlap == 0
     shares = list[float]()
-    for writer, reader in pairs[:8]:
-        head, out = evidence.head(reader), evidence.head(writer).ov.to(accumulate)
-        before = frobenius_norm(head.ov.to(accumulate) @ out)
-        if before > 0:
+    for writer, reader in pairs:
+        head, out = evidence.head(reader), evidence.head(writer).ov
+        before = frobenius_norm(head.ov @ out)
+        if before > 0 and len(shares) < _MADE_ORTHOGONAL:
             space = column_space(out)
             rest = dense(head.v) - space.project(dense(head.v).T).T
-            shares.append(frobenius_norm(head.o.to(accumulate) @ Dense(rest) @ out) / before)
+            after, size = head.o.to(accumulate) @ Dense(rest) @ out.to(accumulate), frobenius_norm(head.ov)
+            # what is left is measured against what both maps could have done: their product may be small itself
+            shares.append(frobenius_norm(after) / (size * frobenius_norm(out)))
     left = max(shares, default=0.0)
+    interfering = int((orthogonal & (strength > 0)).sum())
     figures: dict[str, Figure] = {
         "pairs": len(present(overlap)),
         "rank_correlation_of_overlap_and_strength": correlation,
         "pairs_made_orthogonal": len(shares),
         "largest_share_left": left if shares else None,
+        "orthogonal_pairs": int(orthogonal.sum()),
+        "of_these_interfering": interfering,
     }
-    if left > FOLDED_ROUNDING:
-        return Finding("fails", f"a pair that is made orthogonal keeps {left:.2g} of its strength", None, figures)
+    if left > FOLDED_ROUNDING or interfering:
+        why = (
+            f"{interfering} orthogonal pairs have an effect"
+            if interfering
+            else "a pair that is made orthogonal has one"
+        )
+        return Finding("fails", why, None, figures)
+    if not shares:
+        return Finding("holds", "no head reads anything of another, and all pairs are orthogonal", None, figures)
+    why = f"making {len(shares)} pairs orthogonal removes their effect"
+    if figures["orthogonal_pairs"]:
+        why += f", and the {figures['orthogonal_pairs']} pairs that are orthogonal have none"
     if correlation is None:
-        return cannot_tell("fewer than three pairs have an effect")
-    why = "making a pair orthogonal removes its effect entirely"
-    if correlation > 0:
-        why += f", and over pairs strength grows with overlap (rank correlation {correlation:.2f})"
+        return Finding("holds", f"{why}; all others overlap equally or act equally", None, figures)
+    why += f"; rank correlation of overlap and strength over pairs: {correlation:.2f}"
+    if correlation > 0 or figures["orthogonal_pairs"]:
         return Finding("holds", why, None, figures)
-    why += f"; otherwise less overlap does not mean less effect (rank correlation {correlation:.2f})"
-    return Finding("holds under", why, "subspaces are exactly orthogonal", figures)
+    return Finding("holds under", why, "subspaces are exactly orthogonal; otherwise the gains decide", figures)
 
 
 def _pair(record: Record, entry: int, name: str, values: Tensor) -> str:

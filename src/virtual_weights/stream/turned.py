@@ -64,6 +64,18 @@ class Turned:
         return self._divided(planned, places)
 
     @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All tensors in memory, float64, by transformers' names.
+
+        Raises:
+            ArchitectureError: a part of this model has no place in what transformers can load; it is named.
+        """
+        rows = [(row, group) for row in self.stream.model.hf.rows for group in row.groups(self.stream.spec.n_layers)]
+        rows = [(row, group) for row, group in rows if all(self.stream.model.has(role, group) for role in row.roles)]
+        self._refuse_the_rest({(role, group) for row, group in rows for role in row.roles})
+        return {self.stream.model.hf.spelled(row, group): self._tensor(row, group) for row, group in rows}
+
+    @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
         changes = ["norm gains are folded into the readers and are 1"] if self.fold else []

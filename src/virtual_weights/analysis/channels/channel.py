@@ -15,6 +15,7 @@ from virtual_weights.linalg import (
     haar_moments,
     singular_values,
     spectrum_null_edge,
+    standardised,
 )
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -83,7 +84,7 @@ class Channel(Question[Stream]):
 
     ``V = U S T^T`` from QR of the outer factors and SVD of the small core, in float64. Heads enter by
     their circuits (a writing head by OV, a reading head by QK^T, QK or OV), so the gains are free of
-    inner bases; other components by their own maps.
+    inner bases; other components by their own maps. A gain that is rounding of both maps is 0.
 
     The null keeps both maps' singular values and turns one by a Haar-random rotation of the stream;
     its edge is a quantile of the largest gain over seeded draws.
@@ -133,14 +134,14 @@ class Channel(Question[Stream]):
             null_edge=spectrum_null_edge(read, write, self.draws, self.seed, self.quantile),
             norm_reader=frobenius_norm(read),
             norm_writer=frobenius_norm(write),
-            z=float((gains.square().sum() - mean) / variance.sqrt()),
+            z=float(standardised(gains.square().sum(), mean, variance)),
         )
 
 
 def summary(record: Record) -> dict[str, float | int | list[int] | None]:
     """The figures of a channel: strength, ranks, score and how many gains stand above the null's edge.
 
-    Where one of its two ends is zero, score and z are absent.
+    Where one of its two ends is zero, score and z are undefined (None) and strength is 0.
 
     Of a ``Circuit`` only shape, strength and ranks.
     """

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.channels.channel import spectrum
+from virtual_weights.analysis.maps.circuits import folded_eps
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import Dense, LinearMap, accumulate, frobenius_norm, singular_values
+from virtual_weights.linalg import Dense, LinearMap, accumulate, beyond_rounding, frobenius_norm, singular_values
 from virtual_weights.linalg.decompose import triangular
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -72,11 +73,13 @@ class OffsetProfile(Question[Stream]):
         head, write = _head(stream, f"L{label.layer}H{label.index}"), writing_map(stream, self.writer)
         near, far = (head.k, head.q) if label.port == "K" else (head.q, head.k)
         outer, inner, alone = _core(far), _core(near @ write), _core(near)
+        eps = folded_eps(stream)
         turns = [_turn(head, offset) for offset in self.offsets]
         turns = turns if label.port == "K" else [turn.T for turn in turns]
-        strength = torch.stack([(outer @ turn.T @ inner.T).norm() for turn in turns])
         norms = torch.stack([(outer @ turn.T @ alone.T).norm() for turn in turns])
-        norm_writer = frobenius_norm(write)
+        norms, norm_writer = beyond_rounding(norms, outer.norm() * alone.norm(), eps), frobenius_norm(write)
+        strength = torch.stack([(outer @ turn.T @ inner.T).norm() for turn in turns])
+        strength = beyond_rounding(strength, outer.norm() * alone.norm() * norm_writer, eps)
         score = strength / (norms * norm_writer)
         columns = (
             Column("strength", strength, "weights", "||QK(D) OV||_F"),

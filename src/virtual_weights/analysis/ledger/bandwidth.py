@@ -20,7 +20,7 @@ from virtual_weights.analysis.maps.circuits import (
 )
 from virtual_weights.checkpoint import text_of
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import GramSum, Spectrum, Subspace, accumulate, gram_sum
+from virtual_weights.linalg import GRAM_CUT, GramSum, Spectrum, Subspace, accumulate, gram_sum
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream, cost
@@ -86,7 +86,7 @@ class Bandwidth(Question[Stream]):
     memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
-        if self.cut is not None and not 1e-7 <= self.cut < 1:
+        if self.cut is not None and not GRAM_CUT <= self.cut < 1:
             raise UsageError(
                 f"cut={self.cut}",
                 expected="a share in [1e-7, 1): a Gram matrix in float64 holds no smaller singular value",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from virtual_weights.checkpoint.source import STORAGE_DTYPES, TensorInfo
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, tolerance
+from virtual_weights.linalg import ROUNDINGS, STORED_ROUNDINGS, WORKSPACE_BYTES, MapStack, accumulate, tolerance
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream
@@ -91,10 +92,38 @@ def rank_cut(stream: Stream) -> float:
     or float64 where all weights are), whose rounding a rank must not count; n is the largest side of any tensor, and
     the root is there because a Gram matrix in float64 squares the singular values.
     """
-    tensors = [stream.source.tensors[place.tensor] for place in stream.model.placements.values()]
-    computed = torch.float64 if all(tensor.dtype == "F64" for tensor in tensors) else stream.dtype
-    longest = max(max(tensor.shape, default=1) for tensor in tensors)
-    return max(tolerance(computed, (stream.d_model,)), tolerance(accumulate, (longest,)) ** 0.5)
+    longest = max(max(tensor.shape, default=1) for tensor in _tensors(stream))
+    return max(tolerance(_computed(stream), (stream.d_model,)), tolerance(accumulate, (longest,)) ** 0.5)
+
+
+def folded_eps(stream: Stream) -> float:
+    """Eps of the dtype in which norms are folded into readers: relative rounding of their entries.
+
+    Stored entries are taken as exact wherever a strength or a rank is asked for.
+    """
+    return torch.finfo(_computed(stream)).eps
+
+
+def stored_eps(stream: Stream) -> float:
+    """Eps of the least precise dtype in which weights are stored; quantised blocks count as bfloat16.
+
+    What was meant to be 0 (an eigenvalue, a cosine) is in stored weights 0 up to this: it decides signs.
+    """
+    dtypes = {STORAGE_DTYPES.get(tensor.dtype, torch.bfloat16) for tensor in _tensors(stream)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
+def sign_eps(stream: Stream) -> float:
+    """Eps of a product of two maps over the stream, for ``beyond_rounding``, with rounding of stored weights in it."""
+    return max(folded_eps(stream), STORED_ROUNDINGS / ROUNDINGS * stored_eps(stream) / stream.d_model**0.5)
+
+
+def _tensors(stream: Stream) -> list[TensorInfo]:
+    return [stream.source.tensors[place.tensor] for place in stream.model.placements.values()]
+
+
+def _computed(stream: Stream) -> torch.dtype:
+    return torch.float64 if all(tensor.dtype == "F64" for tensor in _tensors(stream)) else stream.dtype
 
 
 def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStack:

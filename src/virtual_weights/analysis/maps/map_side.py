@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, self_moments
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, beyond_rounding, self_moments
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column
 from virtual_weights.stream import Group, Stream
@@ -59,7 +59,8 @@ class PairProducts:
 
     Attributes:
         axes: ``reader`` and ``writer``.
-        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach.
+        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach, 0 where it is
+            rounding of ``||G_i|| ||G_j||``, and where either map is 0.
         readers, writers: (2, n), ``tr G`` and ``tr G^2`` of every map.
         averages: what every map has in common with the mean of the other side; None where not asked for.
         form: how heads were paired with heads: ``"gram"`` or ``"direct"``, None where none did.
@@ -187,7 +188,7 @@ def pair_products(  # noqa: PLR0913 - two sides; the rest says how, by keyword o
     sums = _Sums(products, readers, writers, device) if averaged else None
     for done in _fill_wide(products, readers, writers, sums, (device, memory)):
         progress(done, total)
-    return _by_depth(products if sums is None else replace(products, averages=sums.averages()), writers)
+    return _by_depth(products if sums is None else replace(products, averages=sums.averages()), writers, dtype)
 
 
 def lift_columns(products: PairProducts, d: int) -> Iterator[Column]:
@@ -212,7 +213,8 @@ def lift_columns(products: PairProducts, d: int) -> Iterator[Column]:
 
 
 def _log2(name: str, ratio: Tensor, description: str) -> Column:
-    return Column(name, torch.where(ratio > 0, ratio, torch.nan).log2(), "log2", description)
+    """Of a ratio that is 1 but for rounding the logarithm is 0."""
+    return Column(name, beyond_rounding(torch.where(ratio > 0, ratio, torch.nan).log2(), 1.0), "log2", description)
 
 
 def energy_through(heads: MapStack, gram: Tensor, reachable: Tensor) -> Tensor:
@@ -336,14 +338,17 @@ def _fill_wide(
             sums.end(grams)
 
 
-def _by_depth(products: PairProducts, writers: MapSide) -> PairProducts:
-    """Writers in order of depth, heads no longer first."""
+def _by_depth(products: PairProducts, writers: MapSide, dtype: torch.dtype) -> PairProducts:
+    """Writers in order of depth, heads no longer first; squares of mere rounding are 0."""
+    size = (products.readers[1, :, None] * products.writers[1]).sqrt()
+    squared = beyond_rounding(products.squared, size, torch.finfo(dtype).eps)
+    squared = squared.masked_fill((size == 0) & ~squared.isnan(), 0.0)
     order = torch.argsort(writers.position, stable=True)
     (reader, writer), means = products.axes, products.averages
     return replace(
         products,
         axes=(reader, replace(writer, labels=tuple(writer.labels[i] for i in order.tolist()))),
-        squared=products.squared.clamp_(min=0.0)[:, order],
+        squared=squared.clamp_(min=0.0)[:, order],
         writers=products.writers[:, order],
         averages=means and Averages(means.heard[order], means.listening[:, order], means.both[order]),
     )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.depth.frozen import Convention
+from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import LinearMap, accumulate
+from virtual_weights.linalg.decompose import product_eigen
 from virtual_weights.linalg.linear_map import halves
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -86,6 +88,8 @@ class Clearing(Question[Stream]):
         update, factor = self._update(stream)
         left, right = halves(update, accumulate)
         eigenvalues, inner = torch.linalg.eig(right @ left)  # right left y = l y gives T (left y) = l (left y)
+        rank = int((product_eigen(right, left, stored_eps(stream)) != 0).sum())
+        eigenvalues[eigenvalues.abs().argsort(descending=True)[rank:]] = 0  # what rounding of the weights makes of 0
         eigenvalues = eigenvalues * factor
         order = sorted(range(len(eigenvalues)), key=lambda i: _nearest(complex(eigenvalues[i].item())))
         vectors = left.to(inner.dtype) @ inner[:, order]

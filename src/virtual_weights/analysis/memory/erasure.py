@@ -13,7 +13,15 @@ from virtual_weights.analysis.depth.frozen import Convention
 from virtual_weights.analysis.maps.circuits import writing_circuits
 from virtual_weights.analysis.maps.map_side import write_gram
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, all_pairs, haar_moments, self_moments
+from virtual_weights.linalg import (
+    MapStack,
+    accumulate,
+    all_pairs,
+    beyond_rounding,
+    haar_moments,
+    self_moments,
+    standardised,
+)
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost
@@ -244,16 +252,18 @@ def _labels(groups: Sequence[Group]) -> tuple[str, ...]:
 def _columns(inner: Tensor, erasers: Tensor, writers: Tensor, gain: Tensor, d: int) -> tuple[Column, ...]:
     (trace_t, square_t), (trace_o, square_o) = erasers[:, :, None], writers[:, None, :]
     mean, variance = haar_moments(trace_t, square_t, trace_o, square_o, d)
-    erasure = -gain[:, None] * inner / trace_o
-    baseline = (-gain[:, None] * trace_t / d).expand_as(inner)
     sign, sizes = gain.sign()[:, None], (square_o * square_t).sqrt()
-    standard = sign * (mean - inner) / variance.sqrt()
+    inner = beyond_rounding(inner, sizes)
+    strength = -gain[:, None] * inner
+    baseline = (-gain[:, None] * trace_t / d).expand_as(inner)
+    standard = sign * standardised(-inner, -mean, variance)
     removes = "-<O O^T, T> / tr O O^T: 1 removes what was written, on average"
     return (
-        Column("erasure", erasure, "1 (share of energy)", removes),
+        Column("erasure", strength / trace_o, "1 (share of energy)", removes),
         Column(
             "baseline", torch.where(inner.isnan(), inner, baseline), "1 (share of energy)", "-tr T / d, the Haar mean"
         ),
         Column("alignment", -sign * inner / sizes, "1, in [-1, 1]", "-cos(O O^T, S), S the symmetric part of T"),
         Column("z", standard, "standard deviations", "erasure against its Haar mean and deviation"),
+        Column("strength", strength, "weights", "-<O O^T, T>: 0 of a writer or an eraser that is 0"),
     )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.depth.frozen import Convention
+from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, random_generator
-from virtual_weights.linalg.decompose import eigen
+from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, beyond_rounding, random_generator
+from virtual_weights.linalg.decompose import eigen, product_eigen
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
@@ -26,6 +27,7 @@ _COLUMNS = {
     "trace": ("1 / (1 / s)", "tr OV = sum of eigenvalues"),
     "trace_z": ("standard deviations", "tr OV sqrt(d) / ||OV||_F: against Haar orientation of reads to writes"),
     "kept": ("1 (factor), >= 0", "min |1 + eigenvalue / s|: what the head leaves of the direction that it clears best"),
+    "strength": ("weights", "||OV||_F, 0 of a head that reads or writes nothing"),
     "token_copying": ("1, in [-1, 1]", "sum Re / sum |.| of the eigenvalues of W_U OV W_E"),
     "token_negative_share": ("1, in [0, 1]", "sum |Re| over Re < 0, over sum |.|, of W_U OV W_E"),
 }
@@ -44,7 +46,11 @@ class HeadErasers(Question[Stream]):
     Nulls: ``trace_z`` keeps OV's singular values and turns reads against writes at random, so that tr OV has mean 0 and
     variance ``||OV||_F^2 / d``. For the shares, which no closed form gives, ``stamp["null"]`` has mean and standard
     deviation over seeded heads with independent Gaussian maps (in token space between the model's own embeddings); they
-    do not depend on the size of the maps. A head whose OV is nilpotent or 0 has no shares and is absent.
+    do not depend on the size of the maps.
+
+    An eigenvalue, or a part of one, that rounding of the stored weights can make 0 is 0. So a head whose OV is
+    nilpotent has eigenvalues 0 alone: it keeps every direction, and its shares are undefined, as are those of a head
+    that reads or writes nothing.
 
     Invariant under re-basing of heads and, with RMSNorm folded, under rotation of the stream. The signs say what a head
     does to what it attends to; where it attends is not in these figures.
@@ -84,7 +90,7 @@ class HeadErasers(Question[Stream]):
         blocks: list[dict[str, Tensor]] = []
         for group in groups:
             value = stream.read("V", group).maps.to(accumulate).repeat_interleave(group.shared("V"), 0)
-            blocks.append(self._values(value, stream.write(group).to(accumulate), tokens))
+            blocks.append(self._values(value, stream.write(group).to(accumulate), tokens, stored_eps(stream)))
             progress(len(blocks), len(groups))
         return stream.record(
             self,
@@ -96,13 +102,14 @@ class HeadErasers(Question[Stream]):
             null=self._null(groups[0].width, stream.d_model, tokens),
         )
 
-    def _values(self, value: Tensor, out: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    def _values(self, value: Tensor, out: Tensor, tokens: Tensor | None, stored: float) -> dict[str, Tensor]:
         """All columns, of heads ``W_V`` (m, k, d) and ``W_O`` (m, d, k)."""
-        core = value @ out
-        eigenvalues = eigen(core)
+        eigenvalues = _eigenvalues(value, out, stored)
         real, shares = eigenvalues.real, _shares(eigenvalues)
-        ov = ((value @ value.mT) * (out.mT @ out)).sum((1, 2)).sqrt()
-        trace = core.diagonal(dim1=1, dim2=2).sum(1)
+        reads, writes = value @ value.mT, out.mT @ out
+        sizes = torch.linalg.matrix_norm(reads) * torch.linalg.matrix_norm(writes)
+        ov = beyond_rounding((reads * writes).sum((1, 2)), sizes).clamp(min=0).sqrt()
+        trace = eigenvalues.real.sum(1)
         least, most, none = real.amin(1), real.amax(1), float("nan")
         columns = {
             "negative_share": shares["negative_share"],
@@ -112,10 +119,11 @@ class HeadErasers(Question[Stream]):
             "most_positive": torch.where(most > 0, most, none),
             "trace": trace,
             "trace_z": trace * out.shape[1] ** 0.5 / ov,
+            "strength": ov,
             "kept": (1 + eigenvalues / self.scalar).abs().amin(1),
         }
         if tokens is not None:
-            between = _shares(eigen(value @ tokens @ out))
+            between = _shares(_eigenvalues(value, tokens @ out, stored))
             columns |= {"token_copying": between["copying"], "token_negative_share": between["negative_share"]}
         return columns
 
@@ -158,6 +166,11 @@ def token_circuit(stream: Stream) -> Tensor | None:
         tokens = slice(start, start + step)
         circuit.addmm_(embed[:, tokens].to(accumulate), unembed[tokens].to(accumulate))
     return circuit
+
+
+def _eigenvalues(value: Tensor, out: Tensor, stored: float) -> Tensor:
+    """Of every head's ``value @ out``, (m, k)."""
+    return torch.stack([product_eigen(*maps, stored) for maps in zip(value, out, strict=True)])
 
 
 def _shares(values: Tensor) -> dict[str, Tensor]:

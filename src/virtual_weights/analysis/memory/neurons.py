@@ -9,8 +9,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from virtual_weights.analysis.maps.circuits import sign_eps
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate, random_generator
+from virtual_weights.linalg import accumulate, beyond_rounding, random_generator
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -19,6 +20,7 @@ from virtual_weights.stream import Group, Question, Stream
 _COLUMNS = {
     "cosine": ("1, in [-1, 1]", "cos(w_in, w_out); w_in is the up row where the MLP is gated"),
     "gain": ("1 / (slope / s)", "-<w_in, w_out>: clearing gain per unit slope at norm scalar 1; 1 clears <w_in, x>"),
+    "strength": ("weights", "||w_in|| ||w_out||"),
     "gate_cosine": ("1, in [-1, 1]", "cos(w_gate, w_out)"),
     "gate_gain": ("1 / (slope / s)", "-<w_gate, w_out>: clearing gain on what the gate reads"),
     "gate_up_cosine": ("1, in [-1, 1]", "cos(w_gate, w_up)"),
@@ -37,7 +39,8 @@ class Neurons(Question[Stream]):
 
     Classes, by the cosine of w_in (the up row where gated; they assume an activated gate above 0, and change places
     where it is below): **strengthening** above the threshold, **weakening** below its negative, **between** otherwise.
-    A neuron that reads or writes nothing has no cosine and is absent.
+    A neuron that reads or writes nothing has strength 0 and no cosine. A cosine that rounding of the stored weights
+    explains is 0, and so is its gain.
 
     Invariant under re-ordering of neurons and, with RMSNorm folded, under rotation of the stream (the shuffled null
     draws pairs of neurons by their order). The cosines are invariant under scaling of a neuron's maps by positive
@@ -72,9 +75,9 @@ class Neurons(Question[Stream]):
             progress: called with (layers done, layers in all).
 
         Returns:
-            A Record over ``neuron`` with columns ``cosine``, ``gain``; where gated ``gate_cosine``, ``gate_gain``,
-            ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random directions and
-            what the model's own, shuffled, would give; ``census`` sums it up.
+            A Record over ``neuron`` with columns ``cosine``, ``gain``, ``strength``; where gated ``gate_cosine``,
+            ``gate_gain``, ``gate_up_cosine``; ``class`` and ``layer``. ``stamp["null"]`` is what independent random
+            directions and what the model's own, shuffled, would give; ``census`` sums it up.
 
         Raises:
             UsageError: the checkpoint holds no MLP.
@@ -87,7 +90,7 @@ class Neurons(Question[Stream]):
         counts: list[Tensor] = []
         for done, group in enumerate(groups, 1):
             rows = _rows(stream, group)
-            blocks.append(_values(rows))
+            blocks.append(_values(rows, sign_eps(stream)))
             counts += self._shuffled_counts(rows, generator)
             progress(done, len(groups))
         columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
@@ -183,13 +186,19 @@ def _rows(stream: Stream, group: Group) -> dict[str, Tensor]:
     return rows
 
 
-def _values(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    unit = {name: _unit(row) for name, row in rows.items()}
-    values = {"cosine": (unit["in"] * unit["out"]).sum(1), "gain": -(rows["in"] * rows["out"]).sum(1)}
+def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
+    norms = {name: torch.linalg.vector_norm(row, dim=1) for name, row in rows.items()}
+
+    def cosine_and_gain(first: str, second: str) -> tuple[Tensor, Tensor]:
+        size = norms[first] * norms[second]
+        product = beyond_rounding((rows[first] * rows[second]).sum(1), size, eps)
+        return product / size, -product
+
+    cosine, gain = cosine_and_gain("in", "out")
+    values = {"cosine": cosine, "gain": gain, "strength": norms["in"] * norms["out"]}
     if "gate" in rows:
-        values["gate_cosine"] = (unit["gate"] * unit["out"]).sum(1)
-        values["gate_gain"] = -(rows["gate"] * rows["out"]).sum(1)
-        values["gate_up_cosine"] = (unit["gate"] * unit["in"]).sum(1)
+        values["gate_cosine"], values["gate_gain"] = cosine_and_gain("gate", "out")
+        values["gate_up_cosine"], _ = cosine_and_gain("gate", "in")
     return values
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.circuits import reading_circuits, writing_circuits
+from virtual_weights.analysis.maps.circuits import folded_eps, reading_circuits, writing_circuits
 from virtual_weights.analysis.maps.map_side import (
     MapSide,
     PairProducts,
@@ -20,7 +20,16 @@ from virtual_weights.analysis.maps.map_side import (
     writing_side,
 )
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, Spectrum, accumulate, haar_moments, self_moments, svd
+from virtual_weights.linalg import (
+    MapStack,
+    Spectrum,
+    accumulate,
+    beyond_rounding,
+    haar_moments,
+    self_moments,
+    standardised,
+    svd,
+)
 from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -48,8 +57,9 @@ class Composition(Question[Stream]):
 
     Columns: ``score`` (the above, in [0, 1]); ``strength`` (its numerator); ``null_ratio``, the score over
     ``1/sqrt(d)``, its root mean square for independent random orientations; ``z``, the squared strength standardised by
-    its closed-form mean and deviation when one of the two maps is turned by a Haar-random rotation of the stream. A
-    pair that cannot reach is absent.
+    its closed-form mean and deviation when one of the two maps is turned by a Haar-random rotation of the stream; NaN
+    where every orientation gives the same. A pair of which one side is 0 has strength 0 and no score; a pair that
+    cannot reach is absent.
 
     Trained maps are not random, so ``z`` is large nearly everywhere. Whether a pair stands out beyond its two ends is
     ``lift``: with ``G_r`` and ``G_w``, the Gram matrices of both circuits over their traces, and ``Gbar`` their means
@@ -144,7 +154,7 @@ def _columns(products: PairProducts, d: int) -> Iterator[Column]:
     yield Column("strength", squared.sqrt(), "weights", "||R O||_F over circuits")
     ratio = "score over its root mean square at random orientation, 1/sqrt(d)"
     yield Column("null_ratio", score * d**0.5, "1 (ratio)", ratio)
-    z = (squared - mean) / variance.sqrt()
+    z = standardised(squared, mean, variance)
     yield Column("z", z, "standard deviations", "||R O||_F^2 against its Haar mean and deviation")
     yield from lift_columns(products, d)
 
@@ -214,7 +224,7 @@ class ComponentComposition(Question[Stream]):
         return stream.record(
             self,
             (Axis("component", tuple(str(i + 1) for i in range(rank))), Axis("reader", labels)),
-            _component_columns(gains, torch.stack(squared, dim=1), torch.stack(moments), stream.d_model),
+            _component_columns(gains, torch.stack(squared, dim=1), torch.stack(moments), stream),
             rotary_offset=self.rotary_offset,
             gauge="circuits: free of heads' inner bases",
         )
@@ -242,9 +252,10 @@ class ComponentComposition(Question[Stream]):
                     yield f"{component.label}.{port}", squared, moments[i]
 
 
-def _component_columns(gains: Tensor, squared: Tensor, moments: Tensor, d: int) -> Iterator[Column]:
+def _component_columns(gains: Tensor, squared: Tensor, moments: Tensor, stream: Stream) -> Iterator[Column]:
     """Columns (components, readers) from ``||C u_i||^2`` and, for each reader, ``tr G`` and ``tr G^2``."""
-    trace, square = moments[:, 0], moments[:, 1]
+    trace, square, d = moments[:, 0], moments[:, 1], stream.d_model
+    squared = beyond_rounding(squared.sqrt(), trace.sqrt(), folded_eps(stream)).square()
     mean, variance = haar_moments(trace, square, 1.0, 1.0, d)
     score, strength = (squared / trace).sqrt(), gains[:, None] * squared.sqrt()
     yield Column("score", score, "1, in [0, 1]", "||C u|| / ||C||_F")
@@ -254,7 +265,7 @@ def _component_columns(gains: Tensor, squared: Tensor, moments: Tensor, d: int) 
     ratio = "score over its root mean square at random orientation, 1/sqrt(d)"
     yield Column("null_ratio", score * d**0.5, "1 (ratio)", ratio)
     z = "||C u||^2 against its Haar mean and deviation"
-    yield Column("z", (squared - mean) / variance.sqrt(), "standard deviations", z)
+    yield Column("z", standardised(squared, mean, variance), "standard deviations", z)
     yield Column("gain", gains[:, None].expand_as(squared).clone(), "weights", "s, singular value of OV")
     gap = _gaps(gains)[:, None].expand_as(squared).clone()
     yield Column("gap", gap, "1 (ratio)", "distance to the nearest other gain over the gain; small: u is arbitrary")

@@ -13,7 +13,7 @@ from virtual_weights.analysis.maps.circuits import reading_circuits, writing_cir
 from virtual_weights.analysis.maps.map_side import component_axis
 from virtual_weights.analysis.maps.neuron_side import NeuronSide, check_neuron_port, neuron_side
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, haar_moments, self_moments
+from virtual_weights.linalg import MapStack, accumulate, beyond_rounding, haar_moments, self_moments, standardised
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -32,7 +32,8 @@ class HeadNeuron(Question[Stream]):
 
     Columns, float32: ``score`` ``= ||w^T OV|| / (||w|| ||OV||_F)``, in [0, 1]; ``strength``, its numerator;
     ``null_ratio`` ``= score sqrt(d)``; ``z``, the squared strength against its mean and deviation when the neuron's
-    direction is turned at random. A pair that cannot reach, and a head or neuron that is 0, is absent. A weighted
+    direction is turned at random. Of a head or neuron that is 0, strength is 0 and score undefined; a pair that cannot
+    reach is absent. A weighted
     sum of few squares is skewed: even at chance ``z`` reaches further above 0 than below.
 
     Invariant under re-basing of heads, re-ordering of neurons and, with RMSNorm folded, rotation of the stream.
@@ -153,7 +154,8 @@ class _Heads:
         """(heads, k, d) float32: thin maps with the Grams of these heads' circuits, each of Frobenius norm 1."""
         stack = self.stack
         assert stack.metric is not None
-        roots = square_roots(stack.metric[heads]) / self.norms[heads, None, None]
+        norms = self.norms[heads, None, None]
+        roots = square_roots(stack.metric[heads]) / torch.where(norms > 0, norms, 1.0)
         return (roots.to(device) @ stack.outer[stack.index[heads]].to(device=device, dtype=accumulate)).float()
 
 
@@ -196,7 +198,7 @@ def _fill(score: Tensor, heads: _Heads, neurons: NeuronSide, workspace: tuple[st
             partners = [rows for rows in loaded if (state <= rows.position if reading else rows.position <= state)]
             unit = heads.unit(chosen, device) if partners else torch.empty(0)
             for rows in partners:
-                for cut, products in _products(unit, rows.unit):
+                for cut, products in _products(unit, rows.unit.nan_to_num(0.0)):
                     score[chosen[:, None], rows.number[cut].cpu()] = products.cpu()
             done += len(chosen) * sum(len(rows.norms) for rows in loaded)
             progress(done, score.numel())
@@ -214,8 +216,11 @@ def _products(unit: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _columns(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterator[Column]:
     """All columns in float32; ``norms`` and ``deviation`` broadcast against the score."""
+    score = beyond_rounding(score, 1.0, torch.finfo(score.dtype).eps)
+    strength = norms.float() * score
+    score = score.masked_fill(norms == 0, torch.nan)
     yield Column("score", score, "1, in [0, 1]", "strength over both Frobenius norms")
-    yield Column("strength", norms.float().mul_(score), "weights", "norm of the neuron's vector through the circuit")
+    yield Column("strength", strength, "weights", "norm of the neuron's vector through the circuit")
     yield Column("null_ratio", score * d**0.5, "1 (ratio)", "score over its root mean square at random, 1/sqrt(d)")
-    z = score.square().sub_(1 / d).div_(deviation.float())
+    z = standardised(score.square(), torch.tensor(1 / d), deviation.square().float())
     yield Column("z", z, "standard deviations", "strength^2 against its Haar mean and deviation")

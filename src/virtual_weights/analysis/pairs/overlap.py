@@ -18,7 +18,7 @@ from virtual_weights.analysis.maps.map_side import (
     wide_readers,
     writing_side,
 )
-from virtual_weights.linalg import ZERO, MapStack, Spectrum, overlap_moments
+from virtual_weights.linalg import MapStack, Spectrum, overlap_moments, standardised
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Column, Record
 from virtual_weights.stream import Question, Stream, cost
@@ -31,7 +31,8 @@ class Overlap(Question[Stream]):
 
     With orthonormal bases ``Q_w`` of a writer's column space (dimension r_w) and ``Q_r`` of a reader's row space
     (dimension r_r), ``overlap = ||Q_r^T Q_w||_F^2 / min(r_r, r_w)``, the projection kernel normalised to [0, 1].
-    Columns: ``overlap``; ``null_ratio``, over its Haar mean ``max(r_r, r_w)/d``; ``z``. Heads enter by their circuits,
+    Columns: ``overlap``; ``null_ratio``, over its Haar mean ``max(r_r, r_w)/d``; ``z``; ``dimensions``, the smaller of
+    both dimensions, of which 0 shares nothing and has no overlap. Heads enter by their circuits,
     those that share a key or value head are one reader, named after the first of them. A whole MLP or embedding spans
     the stream, and overlaps with everything, unless ``energy`` says how much of it is asked about. ``lift``,
     ``writer_effect`` and ``reader_effect`` are those of ``Composition`` with each circuit's G replaced by the projector
@@ -82,12 +83,14 @@ class Overlap(Question[Stream]):
         r, w = products.readers[0].round()[:, None], products.writers[0].round()[None, :]  # the trace of a projector
         overlap = products.squared / torch.minimum(r, w)
         mean, variance = overlap_moments(r, w, stream.d_model)
-        # a map that spans the stream has no deviation, and z is absent
-        z = torch.where(variance > ZERO, (overlap - mean) / variance.sqrt(), float("nan"))
+        # a map that spans the stream has no deviation, and so no z
+        z = standardised(overlap, mean, variance)
+        least = torch.minimum(r, w).expand_as(overlap).masked_fill(products.squared.isnan(), torch.nan)
         columns = (
             Column("overlap", overlap, "1, in [0, 1]", "mean cos^2 of principal angles"),
             Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_r, r_w)/d"),
             Column("z", z, "standard deviations", "against the Haar moments"),
+            Column("dimensions", least, "dimensions", "min(r_r, r_w): 0 where one reads or writes nothing"),
             *lift_columns(products, stream.d_model),
         )
         return stream.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")

@@ -19,7 +19,7 @@ from virtual_weights.analysis.maps.circuits import (
     subspace_bases,
 )
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import overlap_moments
+from virtual_weights.linalg import overlap_moments, standardised
 from virtual_weights.linalg.decompose import gains
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Column, Record
@@ -143,12 +143,16 @@ class Subspaces(Question[Stream]):
         rank = torch.minimum(a.rank[i], b.rank[j])
         cosine = _largest(cores).clamp(max=1.0)
         values = {"overlap": (cores.square().sum((1, 2)) / rank).clamp(max=1.0)}
+        cosine = cosine.masked_fill(cosine <= cut, 0.0)
+        values["overlap"] = values["overlap"].masked_fill((cosine == 0) & (rank > 0), 0.0)
         values["cosine"] = torch.where(rank > 0, cosine, float("nan"))
         if self._interferes:
             sizes = a.gains[i, 0] * b.gains[j, 0]
             strength = _largest(a.gains[i][:, :, None] * cores * b.gains[j][:, None, :])
+            independent = strength <= cut * sizes
+            strength = strength.masked_fill(independent, 0.0)
             values |= {"strength": strength, "bound": sizes * cosine, "tightness": strength / (sizes * cosine)}
-            values["independent"] = (strength <= cut * sizes).double()
+            values["independent"] = independent.double()
         block = {name: torch.full(pairs.shape, float("nan"), dtype=torch.float64) for name in values}
         for name, column in values.items():
             block[name][i, j] = column.cpu()
@@ -160,11 +164,21 @@ class Subspaces(Question[Stream]):
         overlap, shape = table["overlap"], table["overlap"].shape
         yield Column("overlap", overlap, "1, in [0, 1]", "mean cos^2 of principal angles")
         yield Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_a, r_b)/d")
-        yield Column("z", (overlap - mean) / variance.sqrt(), "standard deviations", "against the Haar moments")
+        yield Column("z", standardised(overlap, mean, variance), "standard deviations", "against the Haar moments")
         yield Column("cosine", table["cosine"], "1, in [0, 1]", "cosine of the smallest principal angle")
         yield Column("angle", table["cosine"].acos(), "rad, in [0, pi/2]", "smallest principal angle")
-        yield Column("rank_first", r_a.expand(shape), "dimensions", "dimension of the first subspace")
-        yield Column("rank_second", r_b.expand(shape), "dimensions", "dimension of the second subspace")
+        yield Column(
+            "rank_first",
+            r_a.expand(shape),
+            "dimensions",
+            "dimension of the first subspace",
+        )
+        yield Column(
+            "rank_second",
+            r_b.expand(shape),
+            "dimensions",
+            "dimension of the second subspace",
+        )
         if self._interferes:
             yield Column("strength", table["strength"], "weights", "||R O||_2 over circuits")
             yield Column("bound", table["bound"], "weights", "||R||_2 ||O||_2 cos(theta_min)")

@@ -15,7 +15,7 @@ function heatmaps() {
   if (!data.maps.length) return null;
   const TITLE = { composition: "composition score", overlap: "subspace overlap" };
   const UNIT = { composition: "1 / √d is chance", overlap: "mean cos² of principal angles" };
-  let current = data.maps.find((m) => m.port === "K") ?? data.maps[0], values, top;
+  let current = data.maps.find((m) => m.port === "K") ?? data.maps[0], values, top, undefinedAt;
   const canvas = make("canvas", { tabindex: 0, role: "img" });
   const readout = make("div", { class: "readout", "aria-live": "polite" });
   const scale = make("div", { class: "scale" }), ramp = make("div", { class: "ramp" });
@@ -29,7 +29,7 @@ function heatmaps() {
   }
 
   function draw() {
-    values = decode(current);
+    values = decode(current); undefinedAt = new Set(current.undefined);
     press();
     const sorted = Array.from(values).filter((v) => !Number.isNaN(v)).sort((a, b) => a - b);
     top = sorted[Math.floor(sorted.length * 0.999)] || current.largest || 1;
@@ -41,8 +41,8 @@ function heatmaps() {
     paint.fillStyle = hole; paint.fillRect(left, 0, w, h);
     for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
       const value = values[r * columns + c];
-      if (Number.isNaN(value)) continue;
-      paint.fillStyle = `rgb(${colour(value / top)})`;
+      if (Number.isNaN(value) && !undefinedAt.has(r * columns + c)) continue;
+      paint.fillStyle = Number.isNaN(value) ? soft : `rgb(${colour(value / top)})`;
       paint.fillRect(left + c * wide, (rows - 1 - r) * high, wide, high);
     }
     paint.fillStyle = soft; paint.font = `${(12 * canvas.width) / Math.min(720, innerWidth - 58)}px system-ui, sans-serif`;
@@ -61,7 +61,7 @@ function heatmaps() {
     }
     canvas.setAttribute("aria-label", `${TITLE[current.question]} through ${EXPLAIN[current.port]}, readers upwards, writers to the right, by layer`);
     scale.replaceChildren(make("span", {}, "0"), make("span", {}, UNIT[current.question]), make("span", {}, number(top)));
-    readout.replaceChildren("Point at the map. Readers run upwards and writers to the right; the numbers are layers. In empty cells the writer cannot reach the reader.");
+    readout.replaceChildren("Point at the map. Readers run upwards and writers to the right; the numbers are layers. In empty cells the writer cannot reach the reader; in grey ones the writer writes nothing or the reader reads nothing.");
   }
   function read(event) {
     const box = canvas.getBoundingClientRect(), { rows, columns, w, h, left } = size(current), zoom = canvas.width / box.width;
@@ -71,7 +71,7 @@ function heatmaps() {
     const group = current.groups[r];
     const where = current.by_layer ? `strongest pair of ${writer} → ${reader}` : `${told(writer)} → ${told(reader)}`;
     readout.replaceChildren(make("b", {}, where), make("br"),
-      Number.isNaN(value) ? "cannot reach: the writer comes too late" : `${TITLE[current.question]} ${number(value)}`,
+      undefinedAt.has(r * columns + c) ? `${TITLE[current.question]} undefined, strength 0: one of the two is zero` : Number.isNaN(value) ? "cannot reach: the writer comes too late" : `${TITLE[current.question]} ${number(value)}`,
       ...(Number.isNaN(value) || current.question !== "composition" ? [] : [make("br"), `${number(value * Math.sqrt(data.model.sizes.d_model))} times chance`]),
       ...(group ? [make("br"), `${group}, shared by its query heads`] : []));
   }
@@ -114,6 +114,6 @@ function edges() {
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
   const apart = data.edges.some((e) => !isHead(e.writer)) ? ", for heads and for all other writers separately" : "";
   return section("edges", "The strongest edges",
-    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them. Heads that share a key or value head form one group with several names.`),
+    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them, and lift, by which vweights edges --by lift ranks across readers. Heads that share a key or value head form one group with several names.`),
     make("div", { class: "bar" }, search, data.edges.some((e) => e.group) ? make("label", {}, merge, "one row per group") : null), list.element);
 }

@@ -25,21 +25,24 @@ _ERASERS: dict[Kind, tuple[Kind, ...]] = {"head": ("head",), "mlp": ("mlp", "neu
 @final
 @dataclass(frozen=True)
 class Erased(Question[Run]):
-    """Which neurons, heads and MLPs erase what they read: always, on some tokens, or never.
+    """Which neurons, heads and MLPs erase what they read: always, on some tokens, or never; and which overshoot.
 
     A neuron with read row w (norm gain folded; the up row where gated) and output column o erases
     ``c(t) = -<w, o> g(t) / s(t)``, with g the activated gate, or ``act(pre)/pre`` where the MLP has none, and s the
     norm scalar: it takes c of ``<w, x> + s b`` from ``<w, x>``, b being what it receives whatever the stream holds.
     A head or MLP that writes y (an MLP without its bias) into a stream that it reads as x takes
-    ``c(t) = -||y||^2 / <x, y>`` of what x has along y; where ``<x, y> = 0`` there is no c. 1 erases all of it, 2
-    reflects it, a negative coefficient strengthens it. Coefficients of heads and MLPs have heavy tails, since <x, y>
-    can be near 0: their mean, spread and bimodality are of values cut to [-tail, tail]; shares of tokens are not.
+    ``c(t) = -||y||^2 / <x, y>`` of what x has along y, both centred where a LayerNorm reads them; where ``<x, y> = 0``
+    there is no c. 1 erases all of it, 2 reflects it, a negative coefficient strengthens it. From .5 to 1.5 at least 75%
+    of the energy is gone: a token counts as **erased**. Beyond, the component **overshoots**: what it leaves has the
+    other sign and, above 2, is larger than what was there. Coefficients of heads and MLPs have heavy tails, since
+    <x, y> can be near 0: their mean, spread and bimodality are of values cut to [-tail, tail]; shares of tokens are
+    not.
 
     Memory does not grow with the text. Invariant under re-basing of heads, re-ordering of neurons, a factor moved from
     w to o of a gated MLP, and with RMSNorm under rotation of the stream.
 
     Attributes:
-        clears: a token counts as erased where the coefficient is above this.
+        clears: a token counts as erased where the coefficient is from this to 2 minus this, and as overshot above.
         always: least share of tokens erased that is ``unconditional``.
         seldom: least share of tokens erased that is ``conditional``; below it is ``rare``.
         tail: where coefficients of heads and MLPs are cut for mean, spread and bimodality.
@@ -52,10 +55,10 @@ class Erased(Question[Run]):
     tail: float = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.seldom < self.always <= 1 or not 0 <= self.clears < self.tail < float("inf"):
+        if not 0 < self.seldom < self.always <= 1 or not 0 <= self.clears < 1 < 2 - self.clears < self.tail < torch.inf:
             raise UsageError(
                 f"thresholds {self.parameters}",
-                expected="0 < seldom < always <= 1 and 0 <= clears < tail",
+                expected="0 < seldom < always <= 1, 0 <= clears < 1 and a finite tail above 2 - clears",
                 do="pass for example Erased(clears=0.5)",
             )
 
@@ -69,8 +72,10 @@ class Erased(Question[Run]):
 
         Returns:
             A Record over ``eraser`` (of each layer its heads, its MLP, its neurons): ``mean``, ``spread``, ``erased``,
-            ``strengthened``, ``bimodality``, ``tokens``, ``verdict``, ``kind``, ``layer``. An eraser that has a
-            coefficient on no token is absent.
+            ``overshot``, ``strengthened`` (shares of tokens), ``bimodality``, ``tokens``, ``verdict``, ``kind``,
+            ``layer``. The verdict is ``"overshoots"`` of what overshoots on ``seldom`` of the tokens or more, and on
+            more than it erases on; else, by the share erased, ``"unconditional"``, ``"conditional"``, ``"rare"`` or
+            None. An eraser that has a coefficient on no token is absent.
 
         Raises:
             UsageError: the stream leaves norm gains out.
@@ -105,9 +110,10 @@ class Erased(Question[Run]):
                 layers += [group.layer] * len(names)
                 parts.append(coefficients.sums[group.id, kind])
         sums = torch.cat(parts, 1)
-        moments, (above, below), count = CentralMoments(*sums[:5]), sums[5:], sums[0]
+        moments, count = CentralMoments(*sums[:5]), sums[0]
+        erased, overshot, below = sums[5:] / count
         mean, bimodality = moments.mean.masked_fill(count == 0, torch.nan), moments.bimodality(coefficients.eps)
-        verdicts = tuple(map(self._verdict, (above / count).tolist()))
+        verdicts = tuple(map(self._verdict, erased.tolist(), overshot.tolist()))
         return run.record(
             self,
             [Axis("eraser", tuple(labels))],
@@ -115,18 +121,24 @@ class Erased(Question[Run]):
                 Column("mean", mean, "1 (share)", "of what it reads; 1 erases all of it"),
                 Column("spread", moments.variance.sqrt(), "1 (share)", "standard deviation over tokens"),
                 Column(
-                    "erased", above / count, "1, in [0, 1]", f"share of tokens with a coefficient above {self.clears:g}"
+                    "erased",
+                    erased,
+                    "1, in [0, 1]",
+                    f"share of tokens with a coefficient from {self.clears:g} to {2 - self.clears:g}",
                 ),
-                Column("strengthened", below / count, "1, in [0, 1]", "share of tokens with one below 0"),
+                Column("overshot", overshot, "1, in [0, 1]", "share of tokens with one above"),
+                Column("strengthened", below, "1, in [0, 1]", "share of tokens with one below 0"),
                 Column("bimodality", bimodality, "1, in (0, 1]", "(skewness^2 + 1) / kurtosis; 5/9 for a uniform law"),
                 Column("tokens", count.to(torch.int64), "tokens", "on which it has a coefficient"),
-                Column("verdict", verdicts, "", "by the share of tokens erased"),
+                Column("verdict", verdicts, "", "by the shares of tokens erased and overshot"),
                 Column("kind", tuple(kinds)),
                 Column("layer", torch.tensor(layers), "layers"),
             ],
         )
 
-    def _verdict(self, share: float) -> str | None:
+    def _verdict(self, share: float, overshot: float) -> str | None:
+        if overshot > share and overshot >= self.seldom:
+            return "overshoots"
         if not share > 0:
             return None
         return "unconditional" if share >= self.always else "conditional" if share >= self.seldom else "rare"
@@ -141,7 +153,7 @@ class _Coefficients:
         self.activation = activation(run.stream.spec.activation)
         self.sums: dict[tuple[str, Kind], Tensor] = {}
         self.mask, self.state, self.eps = torch.empty(0), torch.empty(0), 0.0
-        self.outputs = {group.id: run.stream.write(group) for group in run.stream.groups.heads}
+        self.outputs = {group.id: self._seen(run.stream.write(group).mT).mT for group in run.stream.groups.heads}
         self.overlaps = {group.id: self._overlap(group).to(run.device) for group in run.stream.groups.mlps}
 
     def _overlap(self, group: Group) -> Tensor:
@@ -153,18 +165,23 @@ class _Coefficients:
         """Add one tensor's tokens; a state stands until the next one, for whoever reads it."""
         values = wide(tensor[self.mask])
         if signal == "state":
-            self.state, self.eps = values, torch.finfo(tensor.dtype).eps
+            self.state, self.eps = self._seen(values), torch.finfo(tensor.dtype).eps
         elif signal == "inner":
             maps = self.outputs[where].to(values)
             gram = (maps.to(accumulate).mT @ maps.to(accumulate)).to(values)  # |O z|^2 costs k^2 with it, not k d
             energy = torch.einsum("nmk,mkl,nml->nm", values, gram, values)
             self._along(where, "head", energy, torch.einsum("nd,mdk,nmk->nm", self.state, maps, values))
         elif signal == "written":
+            values = self._seen(values)
             energy, product = (values * values).sum(1), (self.state * values).sum(1)
             self._along(where, "mlp", energy[:, None], product[:, None])
         else:
             act = self.activation
             self._neurons(where, act(values) if signal == "gate" else gate_factor(act, values))
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What a norm passes of vectors (..., d) of the stream: LayerNorm takes their mean away."""
+        return x - x.mean(-1, keepdim=True) if self.stream.spec.norm == "layer" else x
 
     def _along(self, group: str, kind: Kind, energy: Tensor, product: Tensor) -> None:
         """Add coefficients ``-|y|^2 / <x, y>``, of (tokens, m) each."""
@@ -186,9 +203,10 @@ class _Coefficients:
 
 
 def _sums(c: Tensor, clears: float, tail: float = torch.inf) -> Tensor:
-    """The five central moments of coefficients (tokens, n), and the counts of those that erase and that strengthen.
+    """The five central moments of coefficients (tokens, n); counts of those that erase, overshoot and strengthen.
 
-    (7, n) float64; NaN where a token has no coefficient.
+    (8, n) float64; NaN where a token has no coefficient.
     """
-    counts = ((c > clears).sum(0), (c < 0).sum(0))
+    over = c > 2 - clears
+    counts = (((c >= clears) & ~over).sum(0), over.sum(0), (c < 0).sum(0))
     return torch.stack([*CentralMoments.of(c, tail), *(count.to(accumulate) for count in counts)])

@@ -69,8 +69,9 @@ class Persistence(_OnePass):
     sums of one Gram matrix ``<y_i, y_j>`` over writers, since the stream is the sum of what was written. The weight is
     ``1/s^2``, s the token's largest norm scalar, so that a few tokens with huge norms do not outweigh the others.
 
-    Column ``projection``; absent before it is written. Invariant under re-basing of heads and, with RMSNorm, rotation
-    of the stream.
+    Columns ``projection`` and ``strength``; absent before it is written. What a writer of nothing wrote has strength 0
+    and no projection. With LayerNorm, which passes no mean of a state, all that is written is centred. Invariant under
+    re-basing of heads and, with RMSNorm, rotation of the stream.
 
     Attributes:
         centred: leave the mean over tokens out of all that was written, so that only what differs between tokens
@@ -81,8 +82,11 @@ class Persistence(_OnePass):
 
     def _table(self, shares: _Shares) -> tuple[list[Axis], list[Column]]:
         states = Axis("state", tuple(map(str, range(shares.projection.shape[1]))))
-        column = Column("projection", shares.projection, "1 (ratio)", "<x, y> / |y|^2, sums over weighted tokens")
-        return [shares.writers, states], [column]
+        size = shares.size[:, None] + 0 * shares.after
+        return [shares.writers, states], [
+            Column("projection", shares.projection, "1 (ratio)", "<x, y> / |y|^2, sums over weighted tokens"),
+            Column("strength", size, "1 (ratio)", "root mean square of |y|/s: 0 where it wrote nothing"),
+        ]
 
 
 @final
@@ -90,14 +94,16 @@ class Persistence(_OnePass):
 class ErasedBy(_OnePass):
     """Which later components remove what a component wrote: e_ij of ``Persistence``, over (writer, eraser).
 
-    Column ``share``; absent where the eraser does not write later.
+    Columns ``share`` and ``strength``; absent where the eraser does not write later.
     """
 
     question: ClassVar[str] = "erased_by"
 
     def _table(self, shares: _Shares) -> tuple[list[Axis], list[Column]]:
-        column = Column("share", shares.later, "1 (ratio)", "<y of eraser, y> / |y|^2; below 0 it removes")
-        return [shares.writers, Axis("eraser", shares.writers.labels)], [column]
+        return [shares.writers, Axis("eraser", shares.writers.labels)], [
+            Column("share", shares.later, "1 (ratio)", "<y of eraser, y> / |y|^2; below 0 it removes"),
+            Column("strength", shares.common, "1 (ratio)", "|mean of <y of eraser, y>/s^2|: 0 where one wrote nothing"),
+        ]
 
 
 @final
@@ -136,15 +142,18 @@ class PersistenceSummary(_OnePass):
 class _Shares:
     """m (writers, states) and e (writers, writers) of ``Persistence``, NaN where there is none."""
 
-    def __init__(self, stream: Stream, products: Tensor) -> None:
+    def __init__(self, stream: Stream, products: Tensor, weight: float) -> None:
         energy = products.diagonal()[:, None]
+        self.size = (products.diagonal() / weight).sqrt()
         share = (products / energy).masked_fill(energy == 0, torch.nan)
         groups, states = stream.groups.writers, torch.arange(stream.states)
         first = torch.tensor([group.first for group in groups for _ in group.labels])[:, None]
         self.writers = Axis("writer", tuple(label for group in groups for label in group.labels))
-        self.projection = (share @ (first <= states).to(accumulate)).masked_fill(states < first, torch.nan)
+        self.after = torch.zeros(len(first), stream.states).masked_fill(states < first, torch.nan)
+        self.projection = share @ (first <= states).to(accumulate) + self.after
         self.start = self.projection.gather(1, first)[:, 0]
         self.later = share.masked_fill(first.T <= first, torch.nan)
+        self.common = (products / weight).abs().masked_fill(first.T <= first, torch.nan)
 
 
 @final
@@ -162,13 +171,18 @@ class _Products:
         """Some tokens."""
         last = self.stream.states - 1
         weight = torch.stack([activations.scalar(p) for p in range(self.stream.states)]).amax(0).pow(-2)
-        written = torch.stack([y for _, y in activations.written(last)])  # (writers, tokens, d)
+        written = torch.stack([self._seen(y) for _, y in activations.written(last)])  # (writers, tokens, d)
         flat = (written * weight.sqrt()[:, None]).flatten(1)
         self.gram += flat @ flat.T
         self.sums += torch.einsum("wtd,t->wd", written, weight)
         self.weight += float(weight.sum())
-        self.difference += float((written.sum(0) - activations.state(last)).square().sum())
-        self.energy += float(activations.state(last).square().sum())
+        state = self._seen(activations.state(last))
+        self.difference += float((written.sum(0) - state).square().sum())
+        self.energy += float(state.square().sum())
+
+    def _seen(self, y: Tensor) -> Tensor:
+        """What a norm passes of a part of the stream (..., d): LayerNorm takes its mean away."""
+        return y - y.mean(-1, keepdim=True) if self.stream.spec.norm == "layer" else y
 
     @property
     def error(self) -> float:
@@ -178,10 +192,10 @@ class _Products:
     def shares(self, centred: bool) -> _Shares:
         """Shares of ``sum_t w <y_i, y_j>``, each writer's mean left out where ``centred``; a constant leaves 0."""
         if not centred:
-            return _Shares(self.stream, self.gram)
+            return _Shares(self.stream, self.gram, self.weight)
         rest = self.gram - self.sums @ self.sums.T / self.weight
         constant = rest.diagonal() <= ZERO * self.gram.diagonal()
-        return _Shares(self.stream, rest.masked_fill(constant | constant[:, None], 0.0))
+        return _Shares(self.stream, rest.masked_fill(constant | constant[:, None], 0.0), self.weight)
 
 
 @torch.no_grad()

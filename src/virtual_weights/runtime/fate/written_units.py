@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import Centring, accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.runtime.edges.edge import next_token_loss
 from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, watching, wide
@@ -34,7 +35,8 @@ class WrittenUnits:
             intended one. R~_r is all rows of Q, K and V of an attention, of an MLP's gate and up, or of the
             unembedding; p is the state that it reads, s its norm scalar, and ``e_r = mean_t |R~_r x_p(t)|^2 /
             s_p(t)^2`` the energy that it receives in all, so that groups compare: the unit is a group's whole input.
-        erased: ``m = clamp(-<x_final(t) - x_q(t), y> / |y|^2, 0, 1)``: how much of y later writers removed.
+        erased: ``m = clamp(-<x_final(t) - x_q(t), y> / |y|^2, 0, 1)``: how much of y later writers removed,
+            of centred y and x where a LayerNorm reads them.
         intended: the reading group on which a writer's mean share of energy is largest, None where nothing reads it.
     """
 
@@ -93,7 +95,9 @@ def written_units(run: Run, sequences: int | None = None, batch: int = 2, progre
         assert reader.reads is not None
         _receive(stream, reader, signals["state", reader.reads], [o for o in outputs if o.group.reaches(reader.reads)])
         progress(len(batches) + i + 1, len(batches) + len(readers))
-    return _units(outputs, gradients, [signals["state", p] for p in range(stream.states)])
+    states = [signals["state", p] for p in range(stream.states)]
+    centring = Centring(stream.d_model, accumulate).dense().to(states[0]) if stream.spec.norm == "layer" else None
+    return _units(outputs, gradients, states, centring)
 
 
 @dataclass(eq=False)
@@ -137,13 +141,14 @@ class _Output:
         self.intended = [reader if yes else old for yes, old in zip(larger.tolist(), self.intended, strict=True)]
 
 
-def _units(outputs: list[_Output], gradients: list[Tensor], states: list[Tensor]) -> WrittenUnits:
-    """Put the groups together."""
+def _units(outputs: list[_Output], gradients: list[Tensor], states: list[Tensor], seen: Tensor | None) -> WrittenUnits:
+    """Put the groups together; ``seen`` is the projection that a norm makes of a state, None where it makes none."""
     columns: list[Tensor] = []
     for output in outputs:
-        z, size, first = output.inner, output.energy(), output.group.first
+        z, size, first = output.inner, output.energy(seen), output.group.first
         utility = (output.along(gradients[first]) * (z.mean(1, keepdim=True) - z)).sum(-1)
-        later = (output.along(states[-1] - states[first]) * z).sum(-1)
+        change = states[-1] - states[first]
+        later = (output.along(change if seen is None else change @ seen) * z).sum(-1)
         erased = (-later / size).clamp(0, 1)
         columns.append(torch.stack([utility, output.others, erased]).masked_fill(size == 0, torch.nan))
     utility, interference, erased = torch.cat(columns, 1).cpu()

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from virtual_weights.architecture import Row, config_for
 from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from, twin, unwrapped
 from virtual_weights.errors import ArchitectureError, CheckpointError, MissingTensorError, UsageError
-from virtual_weights.linalg.numerics import exactness_bound
+from virtual_weights.linalg.numerics import accumulate, exactness_bound
 from virtual_weights.runtime.running.activations import Exactness, exactness, vocabulary
 from virtual_weights.stream import Stream
 from virtual_weights.stream.rotary import frequencies
+from virtual_weights.stream.turned import Turned
 
 
 class Runner(ABC):
@@ -142,16 +143,24 @@ def _eager(model: nn.Module) -> nn.Module:
     return switched
 
 
-def _built(stream: Stream, dtype: torch.dtype) -> nn.Module:
-    """A transformers module with a stream's sizes and tensors, one copy of each in memory."""
+def turned_module(turned: Turned) -> nn.Module:
+    """A transformers module in float64 with the tensors of a turned stream; raises what ``load`` and ``Turned`` do."""
+    tensors = turned.parameters
+    return _built(turned.stream, accumulate, tensors, tied=turned.stream.spec.tied and not turned.unties).eval()
+
+
+def _built(
+    stream: Stream, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None, *, tied: bool | None = None
+) -> nn.Module:
+    """A transformers module of a stream's sizes with its tensors or others, one copy of each in memory."""
     if find_spec("transformers") is None:
         raise UsageError(
             "running a model needs transformers",
             expected="the extra 'runtime' of this package",
             do="pip install '.[runtime]' in this project's folder",
         )
-    module, config = _empty(stream)
-    tensors = dict(_parameters(stream, dtype))
+    module, config = _empty(stream, tied)
+    tensors = dict(_parameters(stream, dtype)) if tensors is None else tensors
     absent = sorted(set(dict(module.named_parameters(remove_duplicate=False))) - set(tensors))
     if absent:
         raise MissingTensorError(
@@ -176,7 +185,7 @@ _MASKS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_ty
 """Keys of ``config.json`` that limit which tokens attention reaches: the maps do not depend on them, a run does."""
 
 
-def _empty(stream: Stream) -> tuple[Any, Any]:
+def _empty(stream: Stream, tied: bool | None = None) -> tuple[Any, Any]:
     """A module of the class that our own table names, without tensors, and its configuration of a stream's sizes."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -186,6 +195,8 @@ def _empty(stream: Stream) -> tuple[Any, Any]:
         model = replace(model, spec=replace(model.spec, rotary=replace(rotary, dim=stream.spec.d_head)))
     settings = config_for(model)
     settings["vocab_size"] = vocabulary(stream)
+    if tied is not None:
+        settings["tie_word_embeddings"] = tied
     if source.dialect == "hf":
         settings |= {key: source.config[key] for key in _MASKS if key in source.config}
     kind = getattr(transformers, settings["architectures"][0])
