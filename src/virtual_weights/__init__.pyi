@@ -89,6 +89,7 @@ from .record import Record as Record
 from .report import report as report
 from .runtime.edges.ablation import Ablation as Ablation
 from .runtime.edges.ablation import EdgeAblation as EdgeAblation
+from .runtime.edges.ablation import EdgeSetAblation as EdgeSetAblation
 from .runtime.edges.attribution import Attribution as Attribution
 from .runtime.edges.attribution import LogitDifference as LogitDifference
 from .runtime.fate.erased import Erased as Erased

@@ -249,9 +249,10 @@ def test_a_map_says_what_flows_and_what_edges_cause(folder: Path, tmp_path: Path
     assert ablation["edges"] == 4
     atlas = Atlas.open(out)
     kinds = Counter(entry["question"] for entry in atlas.ledger())
-    ablated_edges = {row["edge"] for row in chain(*(atlas.get(key).rows() for key in atlas.keys("ablation")))}
+    ablated_edges = {row["edge"] for row in chain(*(atlas.get(key).rows() for key in atlas.keys("edge_ablation")))}
     assert kinds["labels"] == 1
-    assert kinds["ablation"] == len(ablated_edges) > 4
+    assert kinds["edge_ablation"] == len(ablated_edges) > 4
+    assert kinds["ablation"] == 1, "the summary, with verdicts"
     assert (kinds["contribution"], kinds["attribution"]) == (6, 3)
     ablated = atlas.find("ablation")
     assert ablated is not None

@@ -90,11 +90,12 @@ def test_ports_of_attributions_are_answered_apart_and_once_each(folder: Path, ca
     assert "more" not in json.loads(capsys.readouterr().out)
 
 
-def test_without_random_edges_no_edge_is_judged(folder: Path, capsys: Capture) -> None:
+def test_without_random_edges_an_edge_is_judged_all_the_same(folder: Path, capsys: Capture) -> None:
     assert run(["ablate", str(folder), "L0H0", "L1H0.K", *RUNS, "--random", "0", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [(row["p"], row["verdict"]) for row in answer["rows"]] == [(None, "not shown")]
-    assert "no edge can be called causal" in answer["stamp"]["rule"]
+    (row,) = answer["rows"]
+    assert (row["rank"], row["kind"]) == (None, "asked")
+    assert row["verdict"] in ("causal", "negligible", "inconclusive")
 
 
 def test_repeated_tokens_are_at_most_as_many_as_asked() -> None:

@@ -20,12 +20,13 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.cli import run as command
 from virtual_weights.cli.app import app
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.progress import Progress
+from virtual_weights.progress import Progress, quiet
 from virtual_weights.record import Record
 from virtual_weights.runtime.fate.erased import Erased
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.survey import Part, Plan, Survey, map_model
+from virtual_weights.survey.plan import survey_into
 
 Capture = pytest.CaptureFixture[str]
 PARTS = (Part.composition, Part.bandwidth)
@@ -112,10 +113,47 @@ def test_a_map_draws_bars_where_they_can_be_watched(folder: Path, tmp_path: Path
 
 def test_one_more_edge_is_one_more_ablation(folder: Path, tmp_path: Path, computed: list[str]) -> None:
     mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=6))
-    assert computed.count("ablation") == 6 + 3 * 10, "ten random edges for each port"
+    assert 3 * 10 <= computed.count("edge_ablation") <= 6 + 3 * 10, "ten random edges for each port, or asked about"
+    first = edges_of_ablation(tmp_path / "atlas")
     computed.clear()
-    mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=7))
-    assert computed == ["ablation"]
+    mapped(folder, tmp_path / "atlas", Plan(PARTS, edges=8))
+    second = edges_of_ablation(tmp_path / "atlas")
+    assert len(second) - len(first) == computed.count("edge_ablation") <= 2
+    assert computed.count("ablation") == 1, "the summary"
+
+
+def edges_of_ablation(path: Path) -> set[tuple[str, str]]:
+    """The edges of all summaries of an atlas, which need no choice among them and name an edge once."""
+    rows = vw.edges(Atlas.open(path), question="ablation", top=1000)
+    edges = {(row["writer"], row["reader"]) for row in rows}
+    assert len(edges) == len(rows)
+    assert {row["verdict"] for row in rows} <= {"causal", "negligible", "inconclusive"}
+    assert {row["kind"] for row in rows} == {"asked", "random"}
+    return edges
+
+
+def test_a_metric_that_cannot_be_named_is_answered_but_not_stored(folder: Path, tmp_path: Path) -> None:
+    stream, factor = vw.open(folder), 2
+
+    def scaled(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return factor * last_logit(logits, tokens)
+
+    run = Run.on_repeats(stream, 32, 16)
+    survey = survey_into(tmp_path / "atlas", stream, run, None, quiet)
+    record = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled))
+    assert survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled)) is record
+    assert survey.atlas is not None
+    assert not survey.atlas.keys()
+    plain = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit))
+    assert len(survey.atlas.keys()) == 1
+    assert torch.allclose(record["effect_nats"], factor * plain["effect_nats"])  # type: ignore[operator,arg-type]
+    again = survey_into(tmp_path / "atlas", stream, run, None, quiet)
+    assert again.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit)) == plain
+
+
+def last_logit(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    del tokens
+    return logits[:, -1, 5]
 
 
 def test_an_atlas_of_an_older_format_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -219,7 +257,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "labels": ("MODEL", *RUNS[1:]),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
     "attribute": ("MODEL", *RUNS, "--top", "3"),
-    "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", *RUNS),
+    "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", "--together", *RUNS),
     "erased": ("MODEL", *RUNS),
     "persistence": ("MODEL", *RUNS, "--writer", "L0H1"),
     "frontier": ("MODEL", *RUNS),

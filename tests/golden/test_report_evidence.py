@@ -47,11 +47,16 @@ def ablation(rows: list[tuple[str, str, str, float, str, str | None, str]]) -> R
     """Effects with an interval of 0.1 either way; a row is kind, writer, reader, effect, verdict, group, shared."""
     kind, writer, reader, effect, verdict, group, shared = zip(*rows, strict=True)
     found = torch.tensor(effect, dtype=torch.float64)
-    numbers = {"effect_nats": found, "low": found - 0.1, "high": found + 0.1, "p": torch.full_like(found, 0.25)}
+    numbers = {
+        "effect_nats": found,
+        "low": found - 0.1,
+        "high": found + 0.1,
+        "loss_changed": torch.full_like(found, 0.25),
+    }
     texts = {"verdict": verdict, "kind": kind, "writer": writer, "reader": reader, "group": group}
     columns = [Column(name, values) for name, values in (numbers | texts | {"shared_with": shared}).items()]
     edges = tuple(f"{w} -> {r}" for w, r in zip(writer, reader, strict=True))
-    stamp = {"clean_loss": 2.5, "sequences": 4, "rule": "causal if larger than random"}
+    stamp = {"clean_loss": 2.5, "sequences": 4, "rule": "causal if beyond 0.01"}
     return Record("ablation", (Axis("edge", edges),), tuple(columns), {}, stamp)
 
 
@@ -66,11 +71,11 @@ FLOWED = [
 ABLATED = ablation(
     [
         ("asked", "L0H1", "L2H1.K", 3.0, "causal", "L2.kv0", "L2H0"),
-        ("asked", "L0.mlp", "unembed", -0.5, "not shown", None, ""),
-        ("random", "L0H0", "L1H0.K", 0.02, "not shown", "L1.kv0", "L1H1"),
-        ("random", "L1H0", "L2H0.K", -0.01, "not shown", "L2.kv0", "L2H1"),
-        ("random", "L0.mlp", "unembed", 9.0, "not shown", None, ""),
-        ("random", "L0H0", "L1H0.Q", 7.0, "not shown", None, ""),
+        ("asked", "L0.mlp", "unembed", -0.5, "causal", None, ""),
+        ("random", "L0H0", "L1H0.K", 0.02, "inconclusive", "L1.kv0", "L1H1"),
+        ("random", "L1H0", "L2H0.K", -0.01, "inconclusive", "L2.kv0", "L2H1"),
+        ("random", "L0.mlp", "unembed", 9.0, "causal", None, ""),
+        ("random", "L0H0", "L1H0.Q", 7.0, "causal", None, ""),
     ]
 )
 SAID = Record(
@@ -161,7 +166,19 @@ def test_what_is_not_known_is_absent_and_never_zero():
     assert payload(WEIGHTS, MANIFEST)["evidence"] is None, "nothing was run"
     rows = told([*WEIGHTS, *FLOWED])
     values = [row for row in rows.values() if row["port"] == "V"]
-    text = ("contribution", "share", "rank", "of", "attribution", "effect", "low", "high", "p", "verdict", "random")
+    text = (
+        "contribution",
+        "share",
+        "rank",
+        "of",
+        "attribution",
+        "effect",
+        "low",
+        "high",
+        "changed",
+        "verdict",
+        "random",
+    )
     assert values
     assert all(row[name] is None for row in values for name in text)
     holed = pairs("contribution", "K", HEADS, 10, contribution="squared logits", share="1")
@@ -174,7 +191,7 @@ def test_what_is_not_known_is_absent_and_never_zero():
     (removed, mlp) = told([ABLATED]).values()
     assert removed["shared"] == ["L2H1", "L2H0"]
     assert all(row[name] is None for row in (removed, mlp) for name in ("score", "z", "contribution", "attribution"))
-    one = ablation([("asked", "L0H0", "L1H0.Q", 0.0, "not shown", None, "")])
+    one = ablation([("asked", "L0H0", "L1H0.Q", 0.0, "negligible", None, "")])
     bare = Record("ablation", one.axes, tuple(_without_interval(c) for c in one.columns), {}, one.stamp)
     (row,) = told([bare]).values()
     assert (row["effect"], row["low"], row["random"]) == (0.0, None, None)
@@ -199,7 +216,7 @@ def test_real_records_fit():
     assert [row["effect"] for row in asked] == [row["effect_nats"] for row in ablated.rows()][:2]
     assert asked[0]["shared"] == ["L2H3", "L2H4", "L2H5"]
     assert all(
-        asked[0][name] is not None for name in ("score", "z", "contribution", "share", "rank", "attribution", "p")
+        asked[0][name] is not None for name in ("score", "z", "contribution", "share", "rank", "attribution", "changed")
     )
     top = [row for row in rows if row["port"] == "K"]
     assert len(top) >= 20

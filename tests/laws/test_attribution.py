@@ -130,7 +130,7 @@ def test_batches_metric_and_gradients_of_the_parameters() -> None:
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
-    assert whole["Q"].parameters["metric"] == "gap"
+    assert "gap, sha256 " in whole["Q"].parameters["metric"]
     assert all(p.grad is None for p in model.parameters())
     for p in model.parameters():
         p.requires_grad_(False)

@@ -15,7 +15,8 @@ import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import Run
 from virtual_weights.runtime.edges.ablation import Ablation
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed, restarted
+from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed
+from virtual_weights.runtime.edges.passes import restarted
 from virtual_weights.runtime.running.hooks import Place, module_of, places, watched
 
 TOKENS = torch.randint(0, 37, (4, 7), generator=torch.Generator().manual_seed(6))

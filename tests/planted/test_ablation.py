@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from planting import blank, frame, plant_head
-from tiny_models import norms_in_full_precision, tiny
+from tiny_models import in_float64, norms_in_full_precision, tiny
 from torch import Tensor, nn
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import mean_estimate
 from virtual_weights.record import Record
 from virtual_weights.runtime import Run
-from virtual_weights.runtime.edges.ablation import Ablation, EdgeAblation
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed
+from virtual_weights.runtime.edges.ablation import Ablation, EdgeAblation, EdgeSetAblation
+from virtual_weights.runtime.edges.attribution import LogitDifference
+from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed, token_losses
 from virtual_weights.stream import Stream
 from virtual_weights.stream.question import asking
 
 TOKENS = torch.randint(0, 37, (6, 12), generator=torch.Generator().manual_seed(1))
+MANY = torch.randint(0, 37, (60, 8), generator=torch.Generator().manual_seed(2))
 CONSTANT = torch.tensor([[0] * 8, [1] * 8, [1] * 8, [0] * 8, [0] * 8, [1] * 8])
 
 
@@ -58,48 +64,88 @@ def numbers(record: Record, column: str) -> list[float]:
     return values.tolist()
 
 
-def test_the_edge_that_carries_the_answer_is_causal(relay: tuple[nn.Module, Stream]) -> None:
+def test_verdicts_go_by_the_interval_and_the_least_effect(relay: tuple[nn.Module, Stream]) -> None:
     model, stream = relay
-    edges = [("L0H1", "L2H3.V"), ("L1H2", "L2H3.V"), ("L0H1", "L1H2.V"), ("L0H1", "L2H4.V")]
-    record = Ablation(edges, random=12, batch=4)(Run.on_tokens(stream, CONSTANT, model=model))
+    run = Run.on_tokens(stream, CONSTANT, model=model)
+    edges = [("L0H1", "L2H3.V"), ("L1H2", "L2H3.V"), ("L0H1", "L1H2.V"), ("L0H2", "L2H3.V")]
+    record = Ablation(edges, random=12, batch=4)(run)
     assert record.stamp["clean_loss"] < 0.5
-    assert numbers(record, "effect_nats")[0] > 2.0
-    assert -0.05 < numbers(record, "effect_nats")[2] < -0.001
-    assert [x for i, x in enumerate(numbers(record, "effect_nats")) if i not in (0, 2)] == [0.0] * 14
-    assert record["verdict"] == ("causal", "not shown", "causal") + ("not shown",) * 13
-    assert record["kind"] == ("asked",) * 4 + ("random",) * 12
-    assert numbers(record, "p")[0] == pytest.approx(1 / 13)
-    assert numbers(record, "low")[0] > 2.0
+    effect, low, high = (numbers(record, name) for name in ("effect_nats", "low", "high"))
+    assert effect[0] > low[0] > 2.0
+    assert effect[1] == low[1] == high[1] == 0.0
+    assert -0.05 < effect[2] < high[2] < -0.001
+    assert record["verdict"][:3] == ("causal", "negligible", "causal" if high[2] < -0.01 else "inconclusive")
+    assert record["kind"] == ("asked",) * 4 + ("random",) * (len(effect) - 4)
     assert numbers(record, "output_change")[0] > 0.9  # the mean of the text's two halves is nothing
-    assert numbers(record, "top_changed")[0] == 1.0
+    assert numbers(record, "top_changed")[0] == numbers(record, "loss_changed")[0] == 1.0
+    assert numbers(record, "loss_changed")[1] == 0.0
     assert all(x != x for x in numbers(record, "pattern_change"))  # values move no attention
+    strict = Ablation(edges, random=0, least=effect[0] + 1)(run)
+    assert strict["verdict"] == ("negligible",) * 4
+    assert "plus or minus 0.01" in record.stamp["rule"]
 
 
-def test_a_real_effect_below_a_random_edge_is_not_shown(relay: tuple[nn.Module, Stream]) -> None:
+@pytest.mark.parametrize("replacement", ["mean", "resample"])
+def test_a_verdict_is_the_same_whatever_else_is_asked(replacement: Any, relay: tuple[nn.Module, Stream]) -> None:
+    """Alone, together, in another order, and beside other random edges."""
+    model, stream = relay
+    run = Run.on_tokens(stream, CONSTANT, model=model)
+    edges = [("L0H1", "L2H3.V"), ("L1H2", "L2H3.V"), ("L0H1", "L1H2.V"), ("L0H2", "L2H3.V"), ("L0H1", "L2H3.Q")]
+    together = Ablation(edges, random=4, replacement=replacement)(run)
+    others = [Ablation([edge], random=4, replacement=replacement, batch=3)(run) for edge in edges]
+    others += [Ablation(edges[::-1], random=0, replacement=replacement, batch=12)(run)]
+    others += [Ablation(edges, random=7, replacement=replacement, seed=5)(run)]
+    assert len(set(together["verdict"])) > 1
+    expected = dict(zip(together.axis("edge").labels, zip(*_judged(together), strict=True), strict=True))
+    for record in others:
+        rows = zip(record.axis("edge").labels, zip(*_judged(record), strict=True), strict=True)
+        same = [(expected[label], row) for label, row in rows if label in expected]
+        assert [row[0] for _, row in same] == [before[0] for before, _ in same]
+        assert all(row[1:] == pytest.approx(before[1:], rel=1e-6, abs=1e-9) for before, row in same)
+
+
+def _judged(record: Record) -> tuple[Any, ...]:
+    return record["verdict"], numbers(record, "low"), numbers(record, "high")
+
+
+def test_random_edges_depend_on_the_seed_and_the_port_alone(relay: tuple[nn.Module, Stream]) -> None:
     model, stream = relay
     run = Run.on_tokens(stream, CONSTANT, model=model)
     record = Ablation([("L0H2", "L2H3.V")], random=200)(run)
-    names = record.axis("edge").labels
+    names, sizes = record.axis("edge").labels, [abs(x) for x in numbers(record, "effect_nats")]
     assert len(names) == len(set(names)) == 6 * 12 + 6 * 6  # every edge that reaches, once
-    assert numbers(record, "effect_nats")[names.index("L0H1 -> L2H3.V")] > 2.0
-    assert numbers(record, "high")[0] < 0  # the loss falls without it
-    assert record["verdict"][0] == "not shown"
-    assert numbers(record, "p")[0] == pytest.approx(3 / 108)  # L0H1 into L2H3 and into L1H2 do more
-    alone = Ablation([("L0H2", "L2H3.V")], random=3, seed=2)(run)
-    assert "L0H1 -> L2H3.V" not in alone.axis("edge").labels
-    assert alone["verdict"][0] == "causal"
+    assert numbers(record, "rank")[0] == 1 + sum(size > sizes[0] for size in sizes[1:]) > 1
+    assert numbers(record, "rank")[names.index("L0H1 -> L2H3.V")] == 1.0
+    few = [Ablation([edge], random=5)(run) for edge in (("L0H2", "L2H3.V"), ("L0H1", "L2H3.V"))]
+    drawn = [{row["edge"] for row in record.rows() if row["kind"] == "random"} for record in few]
+    asked = {"L0H2 -> L2H3.V", "L0H1 -> L2H3.V"}
+    assert drawn[0] - asked == drawn[1] - asked
+    ranks = [numbers(record, "rank")[0] for record in few]
+    both = Ablation([("L0H2", "L2H3.V"), ("L0H1", "L2H3.V")], random=5)(run)
+    assert numbers(both, "rank")[:2] == ranks
+    assert all(x != x for x in numbers(Ablation([("L0H2", "L2H3.V")], random=0)(run), "rank"))
 
 
-def test_a_large_effect_that_differs_in_sign_is_not_shown(relay: tuple[nn.Module, Stream]) -> None:
+def test_a_q_value_is_the_false_discovery_rate_over_what_was_asked() -> None:
+    model, stream = in_float64("gpt2")
+    run = Run.on_tokens(stream, MANY, model=model)
+    edges = [("L0H1", "L2H3.Q"), ("L0H2", "L2H3.Q"), ("L1H0", "L2H1.V")]
+    record = Ablation(edges, random=2, batch=60)(run)
+    q, p = numbers(record, "q"), numbers(record, "p")
+    assert q[:3] == pytest.approx(scipy.stats.false_discovery_control(p[:3]), rel=1e-9)
+    assert all(x != x for x in q[3:])
+
+
+def test_a_large_effect_that_differs_in_sign_is_inconclusive(relay: tuple[nn.Module, Stream]) -> None:
     """Half of the sequences end as the model expects, half do not: whatever the mean, the interval holds 0."""
     model, stream = relay
     text = CONSTANT[:4].clone()
     text[:2, -1] = 1 - text[:2, -1]
     record = Ablation([("L0H1", "L2H3.V")], random=5, seed=2)(Run.on_tokens(stream, text, first=7, model=model))
     assert abs(numbers(record, "effect_nats")[0]) > 0.1
-    assert numbers(record, "p")[0] == pytest.approx(1 / 6)
     assert numbers(record, "low")[0] < 0 < numbers(record, "high")[0]
-    assert record["verdict"][0] == "not shown"
+    assert record["verdict"][0] == "inconclusive"
+    assert record.stamp["first"] == 7
 
 
 def test_the_figures_are_what_removal_does() -> None:
@@ -143,21 +189,92 @@ def test_edges_stacked_along_the_batch_are_each_alone() -> None:
 
 
 def test_intervals_are_those_of_means_over_sequences() -> None:
-    model, tokens = tiny("gpt2", dtype=torch.float64), torch.randint(0, 37, (60, 8), generator=torch.Generator())
-    stream = vw.open(model).to(torch.float64)
+    model, stream = in_float64("gpt2")
     edges = [("L0H1", "L2H3.Q")]
-    row = next(Ablation(edges, random=0, batch=60)(Run.on_tokens(stream, tokens, model=model)).rows())
+    row = next(Ablation(edges, 0, sequences=None, batch=60)(Run.on_tokens(stream, MANY, model=model)).rows())
     with torch.no_grad():
         with removed(model, stream, [Edge.of(stream, *edges[0])]):
-            losses = next_token_loss(model(tokens).logits, tokens)
-        effects = losses - next_token_loss(model(tokens).logits, tokens)
-    spread = float(effects.std()) / len(tokens) ** 0.5
-    low, high = float(row["low"] or 0), float(row["high"] or 0)
-    assert (low + high) / 2 == pytest.approx(float(effects.mean()), abs=0.3 * spread)
-    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    assert row["verdict"] == "not shown"  # nothing to compare it with
+            losses = next_token_loss(model(MANY).logits, MANY)
+        effects = losses - next_token_loss(model(MANY).logits, MANY)
+    estimate = mean_estimate(effects)
+    assert (row["low"], row["high"], row["p"]) == pytest.approx(
+        tuple(map(float, (estimate.low, estimate.high, estimate.p))), rel=1e-6
+    )
+    record = Ablation(edges, random=0)(Run.on_tokens(stream, MANY, model=model))
+    assert record.stamp["sequences"] == 32, "where the run has so many"
     one = next(Ablation(edges, random=2)(Run.on_tokens(stream, TOKENS[:1], model=model)).rows())
-    assert (one["low"], one["high"], one["verdict"]) == (None, None, "not shown")
+    assert (one["low"], one["high"], one["q"], one["verdict"]) == (None, None, None, "inconclusive")
+
+
+def test_resampling_takes_the_next_sequence_whatever_the_batch() -> None:
+    model, stream = in_float64("llama-grouped-untied")
+    run = Run.on_tokens(stream, TOKENS, model=model)
+    effects = [
+        numbers(Ablation([("L0H1", "L2H4.K"), ("embed", "L1H0.V")], 0, "resample", batch=batch)(run), "effect_nats")
+        for batch in (6, 4, 1)
+    ]
+    assert effects[1] == pytest.approx(effects[0], rel=1e-9)
+    assert effects[2] == pytest.approx(effects[0], rel=1e-9)
+
+
+def test_a_metric_of_ones_own_and_tokens_left_out() -> None:
+    model, stream = in_float64("gpt2")
+    edge = ("L0H1", "L2H3.Q")
+    run = Run.on_tokens(stream, TOKENS, model=model)
+    with torch.no_grad():
+        clean = model(TOKENS).logits
+        with removed(model, stream, [Edge.of(stream, *edge)]):
+            other = model(TOKENS).logits
+    record = Ablation([edge], random=0, metric=last_logit)(run)
+    assert numbers(record, "effect_nats")[0] == pytest.approx(float((other - clean)[:, -1, 5].mean()), rel=1e-6)
+    assert record.stamp["clean_metric"] == pytest.approx(float(clean[:, -1, 5].mean()), rel=1e-6)
+    assert record.stamp["clean_loss"] == pytest.approx(float(next_token_loss(clean, TOKENS).mean()))
+    difference = LogitDifference([1, 2, 3, 4, 5, 6], 7)
+    record = Ablation([edge], random=0, metric=difference, batch=4)(run)
+    gap = [(other - clean)[i, -1, i + 1] - (other - clean)[i, -1, 7] for i in range(6)]
+    assert numbers(record, "effect_nats")[0] == pytest.approx(float(sum(gap)) / 6, rel=1e-6)
+    late = Run.on_tokens(stream, TOKENS, first=4, model=model)
+    effect = (next_token_loss(other, TOKENS, 4) - next_token_loss(clean, TOKENS, 4)).mean()
+    assert numbers(Ablation([edge], random=0)(late), "effect_nats")[0] == pytest.approx(float(effect), rel=1e-6)
+    assert Ablation([edge], random=0)(late).stamp["first"] == 4
+    with torch.no_grad(), removed(model, stream, [Edge.of(stream, "L1.mlp", "unembed")]):
+        changed = token_losses(model(TOKENS).logits, TOKENS) - token_losses(clean, TOKENS)
+    share = float((changed.abs() > 0.1).double().mean())
+    record = Ablation([("L1.mlp", "unembed")], random=0)(run)
+    assert numbers(record, "loss_changed")[0] == pytest.approx(share)
+    assert 0 < share < 1
+    for wrong in (LogitDifference([1, 2], 3), mean_logit):
+        with pytest.raises(UsageError, match=r"tokens whose logits|shape"):
+            Ablation([edge], random=0, metric=wrong)(run)
+
+
+def last_logit(logits: Tensor, tokens: Tensor) -> Tensor:
+    del tokens
+    return logits[:, -1, 5]
+
+
+def mean_logit(logits: Tensor, tokens: Tensor) -> Tensor:
+    del tokens
+    return logits.mean()
+
+
+def test_a_metric_is_named_by_its_source_or_kept_in_no_atlas() -> None:
+    name = str(EdgeAblation("L0H1", "L2H3.K", metric=last_logit).parameters["metric"])
+    assert re.fullmatch(r".*last_logit, sha256 [0-9a-f]{16}", name)
+    assert name == EdgeAblation("L0H1", "L2H3.K", metric=last_logit).parameters["metric"]
+    assert EdgeAblation("L0H1", "L2H3.K", metric=last_logit).addressable
+    assert EdgeAblation("L0H1", "L2H3.K", metric=LogitDifference(1, 2)).addressable
+
+    def closure(logits: Tensor, tokens: Tensor) -> Tensor:
+        return last_logit(logits, tokens) * len(unknown)
+
+    unknown = [1, 2]
+    for metric in (closure, lambda logits, tokens: logits[:, -1, 4], partial(last_logit)):
+        question = EdgeAblation("L0H1", "L2H3.K", metric=metric)
+        assert not question.addressable
+        assert "of this process" in question.parameters["metric"]
+        assert question.parameters["metric"] == EdgeAblation("L1H1", "L2H3.K", metric=metric).parameters["metric"]
+    assert len({str(EdgeAblation("", "", metric=m).parameters["metric"]) for m in (closure, partial(last_logit))}) == 2
 
 
 @pytest.mark.parametrize(
@@ -174,7 +291,8 @@ def test_every_kind_of_edge(edge: tuple[str, str], how: dict[str, Any]) -> None:
     assert all(x > 0 for x in numbers(record, "output_change"))
     number = len(record.axis("edge").labels)
     assert steps == [(i + 1, number) for i in range(number)]
-    assert number == 3 if edge[1] == "unembed" else 1 + how["random"]  # three MLPs, one asked about
+    if edge[1] != "unembed":  # of which there are three edges from MLPs, the one asked among them
+        assert number - 1 in (how["random"], how["random"] - 1), "the edge itself may be drawn"
     kinds = {Edge.of(stream, *label.split(" -> ")).writer.kind for label in record.axis("edge").labels}
     assert len(kinds) == 1
 
@@ -197,18 +315,25 @@ def test_one_more_edge_computes_one_more(relay: tuple[nn.Module, Stream], monkey
 
 
 def test_what_only_costs_is_no_parameter() -> None:
-    how = {"replacement": "mean", "scalars": "held", "sequences": None, "seed": 0}
+    how = {"replacement": "mean", "scalars": "held", "sequences": 32, "metric": None}
     assert EdgeAblation("L0H1", "L2H3.K", batch=2).parameters == {"writer": "L0H1", "reader": "L2H3.K", **how}
     whole = Ablation([("L0H1", "L2H3.K")], batch=2)
-    assert whole.parameters == {"edges": [["L0H1", "L2H3.K"]], "random": 20, **how}
+    assert whole.parameters == {"edges": [["L0H1", "L2H3.K"]], "random": 20, "seed": 0, "least": 0.01, **how}
 
 
 def test_refused() -> None:
     model = tiny("gpt2")
     stream = vw.open(model)
     run = Run.on_tokens(stream, TOKENS, model=model)
-    with pytest.raises(UsageError, match="no edge"):
-        Ablation([])(run)
+    for question in (Ablation, EdgeSetAblation):
+        with pytest.raises(UsageError, match="no edge"):
+            question([])
+        with pytest.raises(UsageError, match="least effect"):
+            question([("L0H1", "L2H3.Q")], least=-0.1)
+    with pytest.raises(UsageError, match="no partners"):
+        Ablation([("L0H1", "L2H3.Q")], replacement="partner")(run)
+    with pytest.raises(UsageError, match="one sequence"):
+        Ablation([("L0H1", "L2H3.Q")], replacement="resample")(Run.on_tokens(stream, TOKENS[:1], model=model))
     with pytest.raises(UsageError, match="chunks of 12 tokens"):
         Ablation([("L0H1", "L2H3.Q")])(Run.on_tokens(stream, TOKENS, first=12, model=model))
     with pytest.raises(UsageError, match="cannot reach"):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT")
 _ROW = "file_row_number"
-_SLICES = ("port", "reader", "writer")  # parameters that say which pairs a record is about
+_TIMES = "times"  # how often an edge has come so far
+_SLICES = ("port", "reader", "writer", "edges")  # parameters that say which pairs a record is about
 
 
 def edges(  # noqa: PLR0913 - which edges, by keyword only
@@ -174,6 +175,7 @@ def _strongest(
     """The query as expressions: what the user says is a value in it, never text of it."""
     from duckdb import ColumnExpression as Col
     from duckdb import ConstantExpression as Const
+    from duckdb import SQLExpression, StarExpression
 
     pairs = database.read_parquet(tables, union_by_name=True, file_row_number=True, hive_partitioning=False)
     numeric = [n for n, t in zip(pairs.columns, pairs.types, strict=True) if str(t) in _NUMBERS and n != _ROW]
@@ -184,6 +186,9 @@ def _strongest(
     present = pairs.filter(Col(by).isnotnull())
     for side, labels in ends.items():
         present = present.filter(Col(side).isin(*map(Const, labels)))
+    if "kind" in pairs.columns and "rank" in pairs.columns:  # ablations: an edge once, as asked where it was
+        times = "row_number() OVER (PARTITION BY reader, writer ORDER BY kind, key, file_row_number)"
+        present = present.select(StarExpression(), SQLExpression(times).alias(_TIMES)).filter(Col(_TIMES) == Const(1))
     ranked = present.sort(Col(by).desc(), Col("key"), Col(_ROW)).limit(top)
     return [_plain(dict(zip(ranked.columns, row, strict=True))) for row in ranked.fetchall()]
 
@@ -203,6 +208,8 @@ def _labelled(database: DuckDBPyConnection, table: str, rows: list[dict[str, Any
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON can say it, without the columns that say nothing about it."""
-    silent = {name for name, value in row.items() if name == _ROW or (name.endswith("_group") and value is None)}
+    silent = {
+        name for name, value in row.items() if name in (_ROW, _TIMES) or (name.endswith("_group") and value is None)
+    }
     finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
     return {name: value for name, value in finite.items() if name not in silent}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,7 +18,9 @@ from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
-_FIGURES = ("effect_nats", "verdict", "p", "pattern_change", "output_change", "top_changed", "group")
+_FIGURES = ("effect_nats", "verdict", "rank", "q", "loss_changed", "top_changed", "pattern_change", "output_change")
+_SHOWN = ("writer", "reader", "effect_nats", "interval", *_FIGURES[1:], "group")
+_SET = ("quantity", "value", "interval", "verdict", "loss_changed", "top_changed")
 _EDGE = ("writer", "reader", "attribution", "group")
 
 
@@ -24,68 +29,119 @@ class Replaced(StrEnum):
 
     mean = "mean"
     resample = "resample"
+    partner = "partner"
 
 
-@running_verb("text", "repeated", tokens=1024, length=128, batch=8)
+_Writer = Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")]
+_Reader = Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")]
+_Edges = Annotated[
+    list[str] | None, typer.Option("--edge", metavar="WRITER,READER", help="another edge to remove; repeatable")
+]
+_Together = Annotated[
+    bool, typer.Option("--together", help="also remove the edges at once, and all others into the same readers")
+]
+_Port = Annotated[
+    o.PortName,
+    typer.Option(
+        "--port",
+        metavar="PORT",
+        help="without WRITER: remove the strongest edges into this port: Q, K, V, gate, up, in or unembed",
+    ),
+]
+_Count = Annotated[int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")]
+_Random = Annotated[
+    int, typer.Option("--random", metavar="N", min=0, help="remove N random edges of the same port for comparison")
+]
+_Least = Annotated[
+    float, typer.Option("--least", metavar="NATS", min=0.0, help="the least effect that matters, for the verdict")
+]
+_Replaced = Annotated[
+    Replaced | None,
+    typer.Option(
+        "--replace",
+        help="what replaces the writer's output: its mean, its output on another sequence, or on the partner",
+        show_default="partner with --pairs, else mean",
+    ),
+]
+_Moving = Annotated[
+    bool, typer.Option("--move-scalars", help="let norm scalars change with the removal, instead of holding them")
+]
+_Pairs = Annotated[
+    Path | None,
+    typer.Option("--pairs", metavar="FILE", help="run on clean and corrupted prompts: JSON lines, or a table by tabs"),
+]
+_Skip = Annotated[
+    int, typer.Option("--skip", metavar="N", min=0, help="do not count what is predicted at the first N tokens")
+]
+
+
+@running_verb("text", "repeated", tokens=2048, length=64, batch=8)
 def ablate(
     session: Session,
     context: typer.Context,
-    writer: Annotated[str | None, typer.Argument(metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7, embed")] = None,
-    reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L18H6.K, L5.mlp.up, unembed")] = None,
-    port: Annotated[
-        o.PortName,
-        typer.Option(
-            "--port",
-            metavar="PORT",
-            help="without WRITER: remove the strongest edges into this port: Q, K, V, gate, up, in or unembed",
-        ),
-    ] = o.PortName.K,
-    top: Annotated[
-        int, typer.Option("--edges", metavar="N", min=1, help="without WRITER: how many edges to remove")
-    ] = 20,
-    random: Annotated[
-        int, typer.Option("--random", metavar="N", min=0, help="remove N matched random edges, too, for comparison")
-    ] = 20,
-    replaced: Annotated[
-        Replaced,
-        typer.Option(
-            "--replace", help="what replaces the writer's output: its mean, or its output on another sequence"
-        ),
-    ] = Replaced.mean,
-    move: Annotated[
-        bool, typer.Option("--move-scalars", help="let norm scalars change with the removal, instead of holding them")
-    ] = False,
+    writer: _Writer = None,
+    reader: _Reader = None,
+    edge: _Edges = None,
+    together: _Together = False,
+    port: _Port = o.PortName.K,
+    top: _Count = 20,
+    random: _Random = 20,
+    least: _Least = 0.01,
+    replaced: _Replaced = None,
+    move: _Moving = False,
+    pairs: _Pairs = None,
+    token: o.Logit = None,
+    against: o.Against = None,
+    skip: _Skip = 0,
 ) -> Answer:
-    """Remove connections while the model runs, one by one, and compare with random ones: what does each cost?
+    """Remove connections while the model runs, one by one: what does each cost, and does it matter?
 
-    Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output.
+    Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output. With
+    --pairs, it is run on clean and corrupted prompts, and a writer's output is replaced by that on the partner.
     """
-    from virtual_weights.survey.edges import strongest
+    from virtual_weights.survey.plan import strongest
 
+    named = [*([(writer, reader)] if writer and reader else []), *map(_pair, edge or ())]
     if (writer is None) != (reader is None):
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
-    scalars: Literal["held", "move"] = "move" if move else "held"
-    if writer is not None and reader is not None:
+    if named:
         o.refuse_unused(context, "with WRITER and READER", "port", "top")
-        scores, edges = {}, [(writer, reader)]
-    else:
-        scores = strongest(session.ask(vw.Composition(port.value)), top, "score")
-        edges = list(scores)
-    seed, batch = session.options["seed"], session.options["batch"]
-    record = session.ask(vw.Ablation(edges, random, replaced.value, scalars, seed=seed, batch=batch))
+    run, metric = _on(session, context, pairs, token, against)
+    survey = vw.Survey(session.stream, None, replace(run, first=max(run.first, skip + 1)), session.step)
+    scores = {} if named else strongest(survey.ask(vw.Composition(port.value)), top, "score")
+    scalars: Literal["held", "move"] = "move" if move else "held"
+    replacement = replaced.value if replaced else "mean" if pairs is None else "partner"
+    how: dict[str, Any] = {"replacement": replacement, "scalars": scalars, "least": least, "metric": metric}
+    how["batch"] = session.options["batch"]
+    record = survey.ask(vw.Ablation(named or list(scores), random, seed=session.options["seed"], **how))
     rows = [_row(row, scores) for row in record.rows()]
-    names = ("writer", "reader", "effect_nats", "interval", *_FIGURES[1:])
-    shown: list[Table | str] = []
-    for title, kind in (("edges removed one by one", "asked"), ("matched random edges", "random")):
+    sets = [survey.ask(vw.EdgeSetAblation(named or list(scores), **how))] if together else []
+    more = [Answer(whole, _quantities(whole)) for whole in sets]
+    verdicts = [row["verdict"] for row in rows if row["kind"] == "asked"]
+    counts = {name: verdicts.count(name) for name in ("causal", "negligible", "inconclusive")}
+    shown = [*_tables(session, rows, more), *_on_what(session, record, metric)]
+    return Answer(record, rows, {"clean_loss": record.stamp["clean_loss"], **counts}, shown, more)
+
+
+def _tables(session: Session, rows: list[dict[str, Any]], sets: list[Answer]) -> Iterator[Table]:
+    for title, kind in (("edges removed one by one", "asked"), ("random edges of the same port", "random")):
         of_kind = [row for row in rows if row["kind"] == kind]
-        shown += [Table(f"{title} · {session.name}", of_kind, names)] if of_kind else []
-    shown += [
-        f"loss with every edge in place: {record.stamp['clean_loss']:.4g} nats, on {record.stamp['sequences']} "
-        f"sequences of {record.stamp['text']}",
-        record.stamp["rule"],
-    ]
-    summary = {"clean_loss": record.stamp["clean_loss"], "causal": sum(row["verdict"] == "causal" for row in rows)}
-    return Answer(record, rows, summary, shown)
+        if of_kind:
+            yield Table(f"{title} · {session.name}", of_kind, _SHOWN)
+    for answer in sets:
+        yield Table(f"the edges as a set · {session.name}", answer.rows or (), _SET)
+
+
+def _on_what(session: Session, record: vw.Record, metric: vw.LogitDifference | None) -> Iterator[str]:
+    """On what effects were measured and by what verdicts go, in sentences."""
+    stamp = record.stamp
+    yield (
+        f"loss with every edge in place: {stamp['clean_loss']:.4g} nats, on {stamp['sequences']} sequences of "
+        f"{stamp['text']}, from token {stamp['first']} on (0 is the first); beginning token: {stamp['bos']}"
+    )
+    if metric is not None:
+        yield f"effects are on {_named(session, metric)}, {stamp['clean_metric']:.4g} with every edge in place"
+    yield stamp["rule"]
 
 
 @running_verb(tokens=1024, length=128, batch=2)
@@ -126,12 +182,95 @@ def attribute(
     return replace(first, shown=shown, more=rest)
 
 
+def _pair(edge: str) -> tuple[str, str]:
+    """``"L16H0,L18H6.K"`` as writer and reader."""
+    writer, _, reader = edge.partition(",")
+    if not (writer and reader):
+        raise UsageError(f"--edge {edge}", expected="WRITER,READER such as L16H0,L18H6.K", do="name both")
+    return writer.strip(), reader.strip()
+
+
+def _on(
+    session: Session, context: typer.Context, pairs: Path | None, token: str | None, against: str | None
+) -> tuple[vw.Run, vw.LogitDifference | None]:
+    """What is run, and the metric where it is not the loss."""
+    if pairs is None:
+        o.refuse_unused(context, "without --pairs", "token", "against")
+        return session.run, None
+    o.refuse_unused(context, "with --pairs", "text", "repeated", "tokens", "length")
+    lines = _lines(pairs)
+    options = session.options
+    how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
+    clean, corrupted = ([line[side] for line in lines] for side in ("clean", "corrupted"))
+    run = vw.Run.on_pairs(session.stream, clean, corrupted, options["bos"], **how)
+    answers: list[Any] = []
+    for name, option in (("token", token), ("against", against)):
+        given = [line.get(name) for line in lines]
+        if option is not None and any(given):
+            raise UsageError(f"--{name} beside answers in {str(pairs)!r}", expected="one of them", do="leave one out")
+        if any(given) and not all(given):
+            raise UsageError(
+                f"line {given.index(None) + 1} of {str(pairs)!r} has no {name!r}",
+                expected="an answer for every pair, or for none",
+                do="add what is missing",
+            )
+        tokens = [session.token(str(text)) for text in given] if any(given) else None
+        answers.append(session.token(option) if option is not None else tokens)
+    if answers[0] is None and answers[1] is None:
+        return run, None
+    return run, vw.LogitDifference(*answers)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Pairs of prompts: a JSON object a line, or columns between tabs below a line that names them.
+
+    Raises:
+        UsageError: the file cannot be read, or a line lacks a prompt.
+    """
+    from virtual_weights.runtime.running.text import texts
+
+    text = next(texts(path)) if not path.is_dir() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        if lines and lines[0].lstrip().startswith("{"):
+            rows = [json.loads(line) for line in lines]
+        else:
+            head = lines[0].split("\t") if lines else []
+            rows = [dict(zip(head, line.split("\t"), strict=True)) for line in lines[1:]]
+        wrong = [i for i, row in enumerate(rows) if not (row.get("clean") and row.get("corrupted"))]
+    except (ValueError, AttributeError) as error:
+        raise _no_pairs(path, str(error)) from error
+    if wrong or not rows:
+        raise _no_pairs(path, f"line {wrong[0] + 1} lacks a prompt" if wrong else "no pairs")
+    return rows
+
+
+def _no_pairs(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"no pairs of prompts in {str(path)!r}: {why}",
+        expected='lines such as {"clean": "...", "corrupted": "...", "token": " a", "against": " b"}, or columns of '
+        "these names between tabs; answers are optional",
+        do="correct the file",
+    )
+
+
+def _quantities(record: vw.Record) -> list[dict[str, Any]]:
+    """What is said of the edges as a set, each quantity with its interval."""
+    return [
+        {**{name: value for name, value in row.items() if name not in ("low", "high")}, "interval": _interval(row)}
+        for row in record.rows()
+    ]
+
+
+def _interval(row: dict[str, Any]) -> list[float] | None:
+    return None if row["low"] is None else [row["low"], row["high"]]
+
+
 def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str, Any]:
     """One edge with its interval, who shares it, and its score where it was chosen by one."""
     edge = {"writer": row["writer"], "reader": row["reader"], "kind": row["kind"], "effect_nats": row["effect_nats"]}
-    edge |= {"interval": None if row["low"] is None else [row["low"], row["high"]]}
-    edge |= {name: row[name] for name in _FIGURES[1:]}
-    edge |= {"shared_with": row["shared_with"].split()}
+    edge |= {"interval": _interval(row), **{name: row[name] for name in _FIGURES[1:]}}
+    edge |= {"group": row["group"], "shared_with": row["shared_with"].split()}
     score = scores.get((row["writer"], row["reader"]))
     return edge if score is None or row["kind"] == "random" else edge | {"score": score}
 
@@ -139,7 +278,7 @@ def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str,
 def _largest(session: Session, record: vw.Record, top: int) -> list[dict[str, Any]]:
     """The edges of one port, largest first."""
     from virtual_weights.runtime.edges.edge import Edge
-    from virtual_weights.survey.edges import distinct
+    from virtual_weights.survey.plan import distinct
 
     rows: list[dict[str, Any]] = []
     for row in distinct(record, top, "size"):
@@ -171,6 +310,8 @@ def _named(session: Session, metric: vw.LogitDifference) -> str:
     from virtual_weights.checkpoint import text_of
 
     texts = session.stream.source.token_texts()
+    if not (isinstance(metric.token, int) and isinstance(metric.against, int | None)):
+        return "the logit of each prompt's own answer" + ("" if metric.against is None else " less that of its other")
     ids = [token for token in (metric.token, metric.against) if token is not None]
     names = [str(i) if (text := text_of(texts, i)) is None else repr(text) for i in ids]
     return f"the logit of {' less that of '.join(names)}"

@@ -78,7 +78,7 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("erased", erased, RUNS, "15 s", RUN, f"{_M} --tokens 2048 --kind head"),
     ("frontier", frontier, RUNS, "20 s", RUN, f"{_M} --tokens 256"),
     ("attribute", attribute, CAUSES, "15 s", RUN, f"{_M} --port K --repeated"),
-    ("ablate", ablate, CAUSES, "35 s", RUN, f"{_M} L16H0 L18H6.K --repeated"),
+    ("ablate", ablate, CAUSES, "90 s", RUN, f"{_M} L16H0 L18H6.K --repeated"),
     ("validate", validate, CAUSES, "2 min", RUN, f"{_M} --tokens 1024 --edges 16"),
     ("rotate", rotate, MODELS, "8 s", WEIGHTS, f"{_M} -o rotated --seed 1"),
 )

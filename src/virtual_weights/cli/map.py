@@ -92,7 +92,7 @@ def _shown(
     model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int
 ) -> list[Table | str]:
     """The strongest edges as tables, and the rest in a line each."""
-    from virtual_weights.survey.edges import among_heads, edges_of
+    from virtual_weights.survey.plan import among_heads, edges_of
 
     shown: list[Table | str] = []
     for port, record in among_heads(stream, records).items():
@@ -102,7 +102,8 @@ def _shown(
         shown.append(f"statements: {counted(summary['statements'])}")
     if "ablation" in summary:
         shown.append(
-            "ablation: {edges} edges removed one by one, {causal} of them causal".format(**summary["ablation"])
+            "ablation: {edges} edges removed one by one: {causal} causal, {negligible} negligible, {inconclusive} "
+            "inconclusive".format(**summary["ablation"])
         )
     return shown
 
@@ -198,7 +199,7 @@ def _parts(only: str | None) -> tuple[vw.Part, ...]:
 def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str, Any]:
     """The map in a few numbers and edges, as plain JSON values."""
     from virtual_weights.analysis.memory.neurons import census
-    from virtual_weights.survey.edges import among_heads, edges_of, groups_of
+    from virtual_weights.survey.plan import among_heads, edges_of, groups_of
 
     summary: dict[str, Any] = {"composition": {}}
     for port, record in among_heads(stream, records).items():
@@ -213,7 +214,9 @@ def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str,
             summary["bandwidth"] = {name: last[name] for name in ("state", "oversubscription", "unread_dim")}
         elif record.question == "ablation":
             rows = [row for row in record.rows() if row["kind"] == "asked"]
-            summary["ablation"] = {"edges": len(rows), "causal": sum(row["verdict"] == "causal" for row in rows)}
+            counts = Counter(row["verdict"] for row in rows)
+            verdicts = {name: counts[name] for name in ("causal", "negligible", "inconclusive")}
+            summary["ablation"] = {"edges": len(rows), **verdicts}
         elif record.question == "statements":
             summary["statements"] = dict(Counter(map(str, record["verdict"])))
     return summary

@@ -333,6 +333,14 @@ Length = Annotated[
     int, typer.Option("--length", metavar="T", min=1, help="tokens per chunk; if repeated, both copies together")
 ]
 Batch = Annotated[int, typer.Option("--batch", metavar="B", min=1, help="chunks per forward pass")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="begin every chunk with the beginning-of-sequence token, or add no special token",
+        show_default="what the tokenizer adds",
+    ),
+]
 RunDtype = Annotated[
     StoredDtype,
     typer.Option(

@@ -89,12 +89,13 @@ def _texts(session: Session) -> tuple[vw.Run, vw.Run]:
         return vw.Run.on_repeats(session.stream, *size, options["seed"] + 1, model=target.runner, **how), target
     if options["text"] is not None:
         target = session.run
-        return vw.Run.on_text(session.stream, None, *size, model=target.runner, **how), target
+        return vw.Run.on_text(session.stream, None, *size, options["bos"], model=target.runner, **how), target
     both = vw.Run.on_text(
         session.stream,
         None,
         2 * options["tokens"],
         options["length"],
+        options["bos"],
         dtype=options["dtype"].torch,
         device=options["device"],
         **how,

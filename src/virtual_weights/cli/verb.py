@@ -38,6 +38,7 @@ _RUNNING: dict[str, tuple[Any, Any]] = {
     "seed": (o.Seed, 0),
     "dtype": (o.RunDtype, o.StoredDtype.float32),
     "device": (o.Device, "cpu"),
+    "bos": (o.Bos, None),
 }
 _GIVEN: dict[str, tuple[Any, Any]] = {"json": (o.AsJson, False), "progress": (o.Progress, o.ProgressMode.auto)}
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
@@ -81,17 +82,17 @@ class Session:
     @cached_property
     def run(self) -> vw.Run:
         """The model on the text that the options name; on the default text where they name none."""
-        options = self.options
+        options, bos = self.options, self.options["bos"]
         how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
         if options["prompt"] is not None or options["prompt_ids"] is not None:
             prompt = options["prompt"]
             return vw.Run.on_prompt(
-                self.stream, whole_numbers(options["prompt_ids"]) if prompt is None else prompt, **how
+                self.stream, whole_numbers(options["prompt_ids"]) if prompt is None else prompt, bos, **how
             )
         size = options["tokens"], options["length"]
         if options["repeated"]:
             return vw.Run.on_repeats(self.stream, *size, options["seed"], **how)
-        return vw.Run.on_text(self.stream, options["text"], *size, **how)
+        return vw.Run.on_text(self.stream, options["text"], *size, bos, **how)
 
     @cached_property
     def survey(self) -> vw.Survey:
@@ -152,7 +153,7 @@ def running_verb(
     wanted = kinds or ("text", "repeated", "prompt")
     fixed: dict[str, Any] = dict.fromkeys(n for n in _KINDS_OF_TEXT if n.partition("_")[0] not in wanted)
     if wanted == ("repeated",):
-        fixed["repeated"] = True
+        fixed |= {"repeated": True, "bos": None}
     if wanted == ("prompt",):  # one chunk, with nothing random in it
         fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
     shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
@@ -239,6 +240,8 @@ def _check_text(context: typer.Context, options: Mapping[str, Any], always: bool
     if always or kinds:
         need_runtime()
     elif "tokens" in options:
-        o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype")
+        o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype", "bos")
     if kinds and kinds[0].startswith("--prompt"):
         o.refuse_unused(context, f"with {kinds[0]}", "tokens", "length")
+    if kinds in (["--repeated"], ["--prompt-ids"]):
+        o.refuse_unused(context, f"with {kinds[0]}", "bos")

@@ -47,7 +47,13 @@ from virtual_weights.linalg.numerics import (
     tolerance,
 )
 from virtual_weights.linalg.pairing import MapStack, power_traces, self_moments
-from virtual_weights.linalg.statistics import CentralMoments, benjamini_hochberg, rank_correlation
+from virtual_weights.linalg.statistics import (
+    CentralMoments,
+    MeanEstimate,
+    benjamini_hochberg,
+    mean_estimate,
+    rank_correlation,
+)
 from virtual_weights.linalg.subspace import (
     Subspace,
     column_space,
@@ -78,6 +84,7 @@ __all__ = [
     "WORKSPACE_BYTES",
     "ZERO",
     "CentralMoments",
+    "MeanEstimate",
     "Centring",
     "Dense",
     "Diagonal",
@@ -109,6 +116,7 @@ __all__ = [
     "power_traces",
     "principal_angles",
     "random_generator",
+    "mean_estimate",
     "rank_correlation",
     "row_space",
     "self_moments",

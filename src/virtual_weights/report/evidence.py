@@ -16,7 +16,7 @@ TOP = 20
 """Edges between heads that each port shows, by composition score, one per group."""
 
 _HEAD_PORTS = ("K", "Q", "V")
-_EFFECT = {"effect_nats": "effect", "low": "low", "high": "high", "p": "p", "verdict": "verdict"}
+_EFFECT = {"effect_nats": "effect", "low": "low", "high": "high", "verdict": "verdict", "loss_changed": "changed"}
 _Key = tuple[str, str, str]  # port, writer, and the reader or the group that several readers share
 
 

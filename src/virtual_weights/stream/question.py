@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import field, fields
+from hashlib import sha256
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from virtual_weights.errors import UsageError
@@ -47,6 +49,11 @@ class Question(ABC, Generic[Subject]):
         described = [f for f in fields(self) if not f.metadata.get("cost")]  # pyright: ignore[reportArgumentType]
         return {f.name: plain(getattr(self, f.name)) for f in described}
 
+    @property
+    def addressable(self) -> bool:
+        """Whether its parameters name the answer for other processes too, so that an atlas can keep it."""
+        return all(_source(getattr(self, f.name)) is not None for f in fields(self))  # pyright: ignore[reportArgumentType]
+
     @abstractmethod
     def __call__(self, subject: Subject, progress: Progress = silent) -> Record:
         """The answer.
@@ -84,10 +91,37 @@ class Composite(Question[Subject]):
 
 
 def plain(value: Any) -> Any:
-    """A parameter as JSON can hold it: sequences as lists, and whatever has an ``identity`` by that."""
+    """A parameter as JSON can hold it: sequences as lists, and whatever has an ``identity`` by that.
+
+    A function goes by its qualified name and a digest of its source; what it takes from outside itself is no part of
+    that. One whose source cannot be had, or does not say all (a lambda, a closure, a partial), gets a number that means
+    nothing to other processes.
+    """
     if isinstance(value, tuple | list | range):
         return [plain(entry) for entry in value]
-    return getattr(value, "identity", value)
+    source = _source(value)
+    if source == "":
+        return getattr(value, "identity", value)
+    name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if source is None:
+        return f"{name}, number {_UNNAMED.setdefault(value, len(_UNNAMED) + 1)} of this process"
+    return f"{name}, sha256 {sha256(source.encode()).hexdigest()[:16]}"
+
+
+_UNNAMED: dict[Any, int] = {}
+"""Functions that nothing but this process can name; they stay alive, so that no other takes their number."""
+
+
+def _source(value: Any) -> str | None:
+    """The text that says what a function does; None where there is none, "" for what needs none."""
+    if not callable(value) or getattr(value, "identity", None) is not None:
+        return ""
+    if not inspect.isfunction(value) or value.__closure__ or value.__name__ == "<lambda>":
+        return None
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return None
 
 
 def subject_of(question: Question[Any], subjects: Iterable[Any]) -> Any:

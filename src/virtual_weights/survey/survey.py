@@ -157,7 +157,7 @@ class Survey:
             began = time.monotonic()
 
     def _store(self, key: str, question: Question[Any], record: Record, seconds: float) -> None:
-        if self.atlas is not None and question.stored:
+        if self.atlas is not None and question.stored and question.addressable:
             self.atlas.put(record, key=key, seconds=seconds)
         self._records[key] = record
 

@@ -19,8 +19,9 @@ function evidence() {
     { key: "rank", group: "actual", title: "rank", hint: "by contribution, among all writers that reach this reader", up: true, cell: (e) => (isNumber(e.rank) ? `${e.rank} / ${e.of}` : dash(missing("contribution")(e))) },
     { ...known("attribution", missing("attribution"), brief), group: "causal", title: "first order", hint: "attribution: first-order change of the loss without the edge, in nats" },
     { ...known("effect", missing("ablation"), brief), group: "causal", title: "effect", hint: "loss without the edge minus loss with it, in nats" },
-    { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, bootstrap over sequences; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("ablation")(e))) },
-    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip(e.verdict === "causal" ? { style: "good", sign: "✓", word: "causal" } : { style: "none", sign: "?", word: e.verdict }) : dash(missing("ablation")(e))) }];
+    { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, a t-interval over sequences corrected for skewness; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("ablation")(e))) },
+    { ...known("changed", missing("ablation"), (v) => number(v, 2)), group: "causal", title: "changed", hint: "share of the counted tokens whose loss changes by more than 0.1 nats" },
+    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip({ style: e.verdict === "causal" ? "good" : "none", sign: { causal: "✓", negligible: "≈" }[e.verdict] ?? "?", word: e.verdict }) : dash(missing("ablation")(e))) }];
   const sort = ports.ablation.length ? "effect" : ports.contribution.length ? "share" : "score";
   const list = sortable(columns, rows, { sort });
   const shown = [...new Set(rows.map((e) => e.port))], state = { port: null };
@@ -33,7 +34,7 @@ function evidence() {
     make("p", {}, "The strongest edges between heads, and all edges that were removed. Potential: what the weights could carry. Actual: what the writer put on the reader, averaged over a text. Causal: how the loss changes when this one edge is removed while the model runs, estimated to first order and then measured."),
     make("div", { class: "bar" }, ...buttons), list.element,
     make("p", { class: "note" }, ...measuredOn(stamps), rows.some((e) => e.group) ? "Heads that share a key or value head form one group: score, contribution and rank are those of the head named first; removal takes the edge from all of them." : "",
-      scale ? " On the scale of effects, the grey band is the range of the matched random edges and the line at 0 is no effect; the scale is linear up to the largest random effect and logarithmic beyond." : ""));
+      scale ? " On the scale of effects, the grey band is the range of random edges of the same port and the line at 0 is no effect; the scale is linear up to the largest random effect and logarithmic beyond." : ""));
 }
 
 const brief = (v) => number(v, Math.abs(v) < 1e-4 ? 1 : 2);

@@ -1,47 +1,46 @@
-"""Causal effects of edges: what removing one does to the loss, against matched random edges."""
+"""Causal effects of edges: what removing one, or a set at once, does to a metric, beside random edges."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, combinations
 from random import Random
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import accumulate, random_generator
+from virtual_weights.linalg import MeanEstimate, accumulate, benjamini_hochberg, mean_estimate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edges.edge import (
-    Edge,
-    Removal,
-    Replacement,
-    Scalars,
-    Written,
-    affected,
-    group_readers,
-    next_token_loss,
-    removed,
-    restarted,
-    starting_group,
-)
-from virtual_weights.runtime.running.hooks import Place, watched
+from virtual_weights.runtime.edges.attribution import Metric
+from virtual_weights.runtime.edges.edge import Edge, EdgeSet, Replacement, Scalars, group_readers
+from virtual_weights.runtime.edges.passes import FIGURES, Manner, Measured, measured
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Composite, Question, Stream, cost
+from virtual_weights.stream.group import Port
 from virtual_weights.stream.question import Ask, asking
 
-RULE = (
-    "causal: the 95% interval of the effect excludes 0, and the effect is larger in size than that of every matched "
-    "random edge (same port, same kind of writer); not shown: all else, which does not mean that there is no effect"
-)
+INTERVAL = "95% t-interval of the mean over sequences, corrected for skewness"
+SEQUENCES = 32
 
-NO_RULE = (
-    "not shown: without matched random edges (random=0) p is undefined and no edge can be called causal; compare the "
-    "interval of the effect with 0"
-)
+
+def rule(least: float) -> str:
+    """What verdicts go by, in words."""
+    return (
+        f"causal: the 95% interval of the effect lies wholly beyond plus or minus {least:g}; negligible: wholly "
+        "within; inconclusive: neither, and more sequences would tell"
+    )
+
+
+def verdict(low: float, high: float, least: float) -> str:
+    """``causal``, ``negligible`` or ``inconclusive``, of an interval and a least effect; see ``rule``."""
+    if low > least or high < -least:
+        return "causal"
+    return "negligible" if -least <= low and high <= least else "inconclusive"
 
 
 @final
@@ -49,9 +48,10 @@ NO_RULE = (
 class EdgeAblation(Question[Run]):
     """Remove one edge and measure what that does: a Record over ``edge``, of length 1.
 
-    ``effect_nats`` is the loss without the edge less the loss with it, both the mean over counted tokens, averaged
-    over sequences; its interval is the percentile bootstrap over sequences (95%, 2000 draws), absent where there is
-    one sequence; with few sequences such an interval is too narrow rather than too wide.
+    ``effect_nats`` is the metric without the edge less the metric with it, averaged over sequences; the metric is the
+    mean loss of the tokens that count, or another. Its interval is Student's over sequences, corrected for skewness,
+    and ``p`` the p-value against no effect that goes with it, see ``mean_estimate``; both are absent where there is one
+    sequence. Means hide rare tokens: ``loss_changed`` is the share of those whose loss changes by more than .1 nats.
 
     Edges that are removed in the same way share their passes, asked ``together``: one pass with every edge serves them
     all, and blocks before the first that an edge touches give what they gave in that pass and are not run again.
@@ -60,31 +60,34 @@ class EdgeAblation(Question[Run]):
     Attributes:
         writer: e.g. ``"L16H0"``.
         reader: e.g. ``"L18H6.K"``.
-        replacement: by what the writer's contribution is replaced: its ``"mean"`` over all tokens, or ``"resample"``.
+        replacement: by what the writer's contribution is replaced: its ``"mean"`` over all tokens; what it writes at
+            the same place of the next sequence, ``"resample"``; or what it writes there in the run of the sequence's
+            ``"partner"``, see ``Run.on_pairs``.
         scalars: norm scalars ``"held"``, or allowed to ``"move"``.
-        sequences: how many of the run's first whole chunks; None for all.
-        seed: of the bootstrap.
+        sequences: how many of the run's first whole chunks, where it has so many; None for all.
+        metric: of logits and tokens, one number a sequence; None is the mean next-token loss in nats. A function enters
+            the key by its name and a digest of its source; where that cannot be had (a lambda, a closure), no atlas
+            keeps the answer.
         batch: sequences that run at once; where there are fewer, several edges do, each on its own copy.
 
     Raises:
-        UsageError: when asked, an edge that cannot be.
+        UsageError: when asked, an edge that cannot be, or a replacement that the run does not have.
     """
 
-    question: ClassVar[str] = "ablation"
+    question: ClassVar[str] = "edge_ablation"
 
     writer: str
     reader: str
     replacement: Replacement = "mean"
     scalars: Scalars = "held"
-    sequences: int | None = None
-    seed: int = 0
+    sequences: int | None = SEQUENCES
+    metric: Metric | None = None
     batch: int = cost(8)
 
     def __call__(self, subject: Run, progress: Progress = silent) -> Record:
         return next(self.together([self], subject, progress))[1]
 
     @classmethod
-    @torch.no_grad()
     def together(
         cls, questions: Sequence[Question[Any]], subject: Run, progress: Progress = silent
     ) -> Iterator[tuple[Question[Any], Record]]:
@@ -94,214 +97,284 @@ class EdgeAblation(Question[Run]):
             alike.setdefault(replace(question, writer="", reader=""), []).append(question)
         for how, group in alike.items():
             edges = [Edge.of(subject.stream, question.writer, question.reader) for question in group]
-            figures, losses = _figures(how, subject, edges, progress)
-            for question, edge, rows in zip(group, edges, figures, strict=True):
-                yield question, question._record(subject, edge, rows, losses)
+            manner = Manner(how.replacement, how.scalars, how.sequences, how.metric, how.batch)
+            results = measured(subject, [EdgeSet((edge,)) for edge in edges], manner, progress)
+            for question, edge, figures in zip(group, edges, results.figures, strict=True):
+                yield question, question._record(subject, edge, figures, results)
 
-    def _record(self, run: Run, edge: Edge, figures: Tensor, losses: Tensor) -> Record:
-        """The answer, of the edge's figures (sequences, 4) and the losses with every edge (sequences,)."""
-        effect, pattern, output, top = figures.mean(0)[:, None]
-        low, high = _interval(figures[:, 0], self.seed)[:, None]
-        columns = (
-            Column("effect_nats", effect, "nats", "loss without the edge less loss with it"),
-            Column("low", low, "nats", "lower bound of its 95% interval, bootstrap over sequences"),
-            Column("high", high, "nats", "upper bound"),
-            Column(
-                "pattern_change", pattern, "1, in [0, 1]", "total variation of attention, mean over queries and heads"
-            ),
-            Column("output_change", output, "1 (ratio)", "||change|| / ||output|| of what reads the edge"),
-            Column("top_changed", top, "1, in [0, 1]", "share of counted tokens whose likeliest next token is another"),
+    def _record(self, run: Run, edge: Edge, figures: Tensor, results: Measured) -> Record:
+        """The answer, of the edge's figures (sequences, 5)."""
+        estimate = mean_estimate(figures[:, 0])
+        columns = [Column(name, figures[:, i].mean()[None], *FIGURES[name]) for i, name in enumerate(FIGURES)]
+        unit = columns[0].unit
+        columns[1:1] = (
+            Column("low", estimate.low[None], unit, f"lower bound of its {INTERVAL}"),
+            Column("high", estimate.high[None], unit, "upper bound"),
+            Column("p", estimate.p[None], "1, in [0, 1]", "p-value of the effect against 0, by the same law"),
+        )
+        columns += (
             Column("writer", (str(edge.writer),)),
             Column("reader", (str(edge.reader),)),
             Column("group", (edge.kv_group,), "", "the shared key/value head, None where it shares none"),
             Column("shared_with", (" ".join(edge.shared_with),), "", "heads that read through it"),
         )
-        axes = (Axis("edge", (str(edge),)),)
-        return run.record(self, axes, columns, clean_loss=float(losses.mean()), sequences=len(losses))
+        return run.record(self, (Axis("edge", (str(edge),)),), columns, **_stamp(results))
 
 
 @final
 @dataclass(frozen=True)
 class Ablation(Composite[Run]):
-    """Remove edges one by one and compare each with matched random edges, which are removed too.
+    """Remove edges one by one: what each does, a verdict, and how it compares with random edges of the same port.
 
-    The figures are those of ``EdgeAblation``. ``p`` is the share of edges among the matched random ones and this one
-    whose effect is at least as large in size, undefined without random ones. Verdicts follow ``RULE``: an edge like the
-    random ones is called causal with a chance of at most ``1/(n + 1)``, n being their number, each edge on its own.
-    Random edges are the yardstick, have the same columns, and by the rule are never causal themselves; those of one
-    port and kind of writer do not depend on what else is asked.
+    The figures are those of ``EdgeAblation``. The ``verdict`` goes by the interval and the least effect alone, see
+    ``rule``: whatever else is asked, it is the same. Random edges are the yardstick: as many of every port and kind of
+    writer that is asked about, drawn from the seed alone, with the same columns; an edge that is asked and among them
+    comes once, as asked. ``rank`` is 1 for an effect larger in size than that of every random edge of its port and kind
+    of writer. ``q`` is the false discovery rate at which an effect differs from 0, over the edges that are asked
+    (Benjamini and Hochberg); it depends on what else is asked.
 
     Attributes:
         edges: names of writers and readers, any sequence of pairs, e.g. ``[("L16H0", "L18H6.K")]``; of several names
             of one edge the first counts.
-        random: how many matched random edges per port and kind of writer; fewer where the model has fewer. With 0
-            there is no verdict but "not shown", as the stamp's ``rule`` says.
+        random: how many random edges per port and kind of writer; fewer where the model has fewer.
         replacement: see ``EdgeAblation``.
         scalars: likewise.
         sequences: likewise.
-        seed: of the random edges and of the bootstrap.
-        batch: see ``EdgeAblation``.
+        seed: of the random edges.
+        least: the least effect that matters, in nats or the metric's unit.
+        metric: see ``EdgeAblation``.
+        batch: likewise.
 
     Raises:
-        UsageError: there are no edges; when asked, an edge that cannot be.
+        UsageError: there are no edges, or ``least`` is negative; when asked, an edge that cannot be.
 
     Example:
         >>> Ablation([("L16H0", "L18H6.K")])(run)["verdict"]  # doctest: +SKIP
     """
 
     question: ClassVar[str] = "ablation"
-    stored: ClassVar[bool] = False
 
     edges: Sequence[tuple[str, str]]
     random: int = 20
     replacement: Replacement = "mean"
     scalars: Scalars = "held"
-    sequences: int | None = None
+    sequences: int | None = SEQUENCES
     seed: int = 0
+    least: float = 0.01
+    metric: Metric | None = None
     batch: int = cost(8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "edges", tuple((writer, reader) for writer, reader in self.edges))
-        if not self.edges:
-            raise UsageError("no edge to remove", expected="a writer and a reader", do="name them")
+        object.__setattr__(self, "edges", _named(self.edges))
+        _check_least(self.least)
 
     def __call__(self, subject: Run, progress: Progress = silent, ask: Ask | None = None) -> Record:
-        named: dict[tuple[str, str, str], Edge] = {}
-        for pair in self.edges:
-            edge = Edge.of(subject.stream, *pair)
-            named.setdefault(edge.key, edge)
-        edges = [*named.values(), *_random_edges(subject.stream, list(named.values()), self.random, self.seed)]
-        how = self.replacement, self.scalars, self.sequences, self.seed, self.batch
-        questions = [EdgeAblation(str(edge.writer), str(edge.reader), *how) for edge in edges]
+        asked = {edge.key: edge for edge in _distinct(subject.stream, self.edges)}
+        yardstick = {
+            likeness: {edge.key: edge for edge in _random_edges(subject.stream, *likeness, self.random, self.seed)}
+            for likeness in dict.fromkeys(map(_likeness, asked.values()))
+        }
+        edges = {**asked, **{k: e for random in yardstick.values() for k, e in random.items() if k not in asked}}
+        how = self.replacement, self.scalars, self.sequences, self.metric, self.batch
+        questions = [EdgeAblation(str(edge.writer), str(edge.reader), *how) for edge in edges.values()]
         records = (ask or asking(subject, progress=progress))(questions)
-        columns = [_joined(records, column) for column in records[0].columns]
-        rule = RULE if self.random else NO_RULE
-        p, verdict = _judged(edges, len(named), *(column.values for column in columns[:3]))
-        columns[3:3] = (
-            Column("p", p, "1, in (0, 1]", "rank of the effect's size among the matched random edges, absent without"),
-            Column("verdict", verdict, "", rule),
-        )
-        columns.insert(-4, Column("kind", tuple("asked" if i < len(named) else "random" for i in range(len(edges)))))
-        stamp = {name: records[0].stamp[name] for name in ("clean_loss", "sequences")}
-        return subject.record(self, (Axis("edge", tuple(map(str, edges))),), columns, rule=rule, **stamp)
+        columns = {column.name: _joined(records, column) for column in records[0].columns}
+        effect, low, high, p = (torch.as_tensor(columns[n].values) for n in ("effect_nats", "low", "high", "p"))
+        sizes = dict(zip(edges, effect.abs().tolist(), strict=True))
+        ranks = [_rank(key, sizes, yardstick[_likeness(edge)]) for key, edge in edges.items()]
+        q = torch.full((len(edges),), torch.nan, dtype=accumulate)
+        q[: len(asked)] = benjamini_hochberg(p[: len(asked)])
+        verdicts = tuple(verdict(*bounds, self.least) for bounds in zip(low.tolist(), high.tolist(), strict=True))
+        kinds = tuple("asked" if key in asked else "random" for key in edges)
+        after = [
+            Column("q", q, "1, in [0, 1]", "false discovery rate among the edges that were asked, absent of others"),
+            Column("rank", torch.tensor(ranks, dtype=accumulate), "", "by size among the random edges, 1 the largest"),
+            Column("verdict", verdicts, "", rule(self.least)),
+            Column("kind", kinds),
+        ]
+        at = list(columns).index("p") + 1
+        ordered = [*list(columns.values())[:at], *after, *list(columns.values())[at:]]
+        stamp = {name: records[0].stamp[name] for name in _STAMPED} | {"rule": rule(self.least)}
+        return subject.record(self, (Axis("edge", tuple(map(str, edges.values()))),), ordered, **stamp)
 
 
 @final
-class _Clean:
-    """A batch of sequences run with every edge, and what changes in it without one."""
+@dataclass(frozen=True)
+class EdgeSetAblation(Question[Run]):
+    """Remove a set of edges at once, and all others into the same readers: what the set costs, and what it keeps.
 
-    def __init__(self, run: Run, edges: Sequence[Edge], tokens: Tensor) -> None:
-        self.run, self.tokens = run, tokens
-        places = {place for edge in edges for place in _places(run.stream, edge)}
-        places |= {Written.of(run.stream, edge.writer).place for edge in edges}
-        places |= {("state", starting_group(run.stream, [edge]).reads or 0) for edge in edges}
-        self.signals, self.logits = watched(run.module, run.stream, places, tokens)
-        self.losses, self.top = next_token_loss(self.logits, tokens, run.first), self.logits.argmax(-1)
+    With ``e(S)`` the metric without the edges S less the metric with every edge, a mean over sequences, A the set and C
+    all edges into its readers, the Record over ``quantity`` has the rows
 
-    def without(self, edges: Sequence[Edge], removal: Removal) -> Iterator[Tensor]:
-        """Without each of some edges, run at once: (sequences, 4) effect, change of pattern and of output, new tops."""
-        stream, module, copies = self.run.stream, self.run.module, len(edges)
-        group = starting_group(stream, edges)
-        state = self.signals["state", group.reads or 0].repeat(copies, 1, 1)
-        # of what writers write from, a block that does not run shows nothing
-        inner = {place: torch.cat([z] * copies) for place, z in self.signals.items() if place[0] == "inner"}
-        places = {place for edge in edges for place in _places(stream, edge)}
-        with restarted(module, stream, group, state), removed(module, stream, edges, removal, inner):
-            signals, logits = watched(module, stream, places, self.tokens.repeat(copies, 1))
-        for i, edge in enumerate(edges):
-            block = slice(i * len(self.tokens), (i + 1) * len(self.tokens))
-            yield self._figures(edge, {place: signal[block] for place, signal in signals.items()}, logits[block])
+    - ``removed``: ``e(A)``, what the set costs.
+    - ``kept``: ``e(C - A)``, what is lost where the set alone leads into its readers.
+    - ``all_removed``: ``e(C)``.
+    - ``faithfulness``: ``1 - e(C - A) / e(C)``, which is (metric where the set is kept - metric where all is removed) /
+      (metric with every edge - metric where all is removed): 1 where the set does all that C does, 0 where it does
+      nothing. Undefined where the interval of ``e(C)`` holds 0.
+    - ``sum_of_singles``: the sum of ``e({a})`` over the edges a of the set, each removed alone.
+    - ``interaction``: ``e(A)`` less that sum. Above 0 the edges repair each other: what one of them would cost is made
+      up by the rest while these are there. Below 0 they cost the same thing, as edges of one path do.
 
-    def _figures(self, edge: Edge, signals: dict[Place, Tensor], logits: Tensor) -> Tensor:
-        first, write = self.run.first, affected(self.run.stream, edge)
-        before, after = (self.logits, logits) if write is None else (write(self.signals), write(signals))
-        output = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
-        top = (logits.argmax(-1) != self.top)[:, first - 1 : -1].double().mean(1)
-        effect = next_token_loss(logits, self.tokens, first) - self.losses
-        pattern = torch.full_like(effect, torch.nan)
-        if write is not None and edge.port in ("Q", "K"):  # total variation, mean over queries and heads
-            before, after = (s["pattern", edge.target][:, write.components] for s in (self.signals, signals))
-            pattern = (after - before).abs().sum(-1).mean((1, 2)) / 2
-        return torch.stack([figure.double() for figure in (effect, pattern, output, top)], 1)
+    ``value`` has an interval as in ``EdgeAblation``, of the ratio by the delta method, and a ``verdict`` by it, see
+    ``rule``. Where an edge of the set leads to the writer of another, that writer writes what it then writes; means and
+    partners stay those of the runs with every edge. Edges from biases stay, which are the same at every token.
 
+    Attributes:
+        edges: names of writers and readers.
+        others: C holds all edges into the ``"readers"`` of the set, or into every reader of their ``"ports"``.
+        replacement: see ``EdgeAblation``.
+        scalars: likewise.
+        sequences: likewise.
+        least: see ``Ablation``.
+        metric: see ``EdgeAblation``.
+        batch: likewise.
 
-def _places(stream: Stream, edge: Edge) -> Iterator[Place]:
-    """What is compared with and without an edge."""
-    write = affected(stream, edge)
-    if write is not None:
-        yield write.place
-    if edge.port in ("Q", "K"):
-        yield "pattern", edge.target
+    Raises:
+        UsageError: there are no edges, or ``least`` is negative; when asked, an edge that cannot be, or one that is
+            part of another.
 
-
-def _figures(how: EdgeAblation, run: Run, edges: Sequence[Edge], progress: Progress) -> tuple[Tensor, Tensor]:
-    """What removing each edge does, (edges, sequences, 4), and the losses with all of them, (sequences,)."""
-    batches = run.sequences(how.sequences).split(how.batch)
-    removal = Removal(how.replacement, how.scalars)
-    if how.replacement == "mean":
-        removal = replace(removal, means=_means(run, edges, batches))
-    figures, losses = list[Tensor](), list[Tensor]()
-    for i, tokens in enumerate(batches):
-        clean, rows = _Clean(run, edges, tokens), list[Tensor]()
-        at_once = max(1, how.batch // len(tokens))
-        for start in range(0, len(edges), at_once):
-            for row in clean.without(edges[start : start + at_once], removal):
-                rows.append(row)
-                progress(i * len(edges) + len(rows), len(batches) * len(edges))
-        figures.append(torch.stack(rows))
-        losses.append(clean.losses)
-    return torch.cat(figures, 1).cpu(), torch.cat(losses).double().cpu()
-
-
-def _means(run: Run, edges: Sequence[Edge], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every writer's mean over all tokens, (d,), from a pass of its own."""
-    writers = {str(edge.writer): Written.of(run.stream, edge.writer) for edge in edges}
-    sums = {name: torch.zeros(run.stream.d_model, dtype=accumulate, device=run.device) for name in writers}
-    for tokens in batches:
-        signals, _ = watched(run.module, run.stream, {write.place for write in writers.values()}, tokens)
-        for name, write in writers.items():
-            sums[name] += write(signals).to(accumulate).expand(*tokens.shape, -1).sum((0, 1))
-    return {name: total / sum(tokens.numel() for tokens in batches) for name, total in sums.items()}
-
-
-def _interval(effects: Tensor, seed: int) -> Tensor:
-    """Both bounds of the mean over sequences, effects (sequences,); NaN where there is one sequence."""
-    n = len(effects)
-    if n < 2:
-        return effects.new_full((2,), torch.nan)
-    draws = torch.randint(0, n, (2000, n), generator=random_generator(seed))
-    return effects[draws].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=effects.dtype))
-
-
-def _random_edges(stream: Stream, edges: Sequence[Edge], count: int, seed: int) -> Iterator[Edge]:
-    """Edges like some edges, drawn evenly among those that reach, none twice and none of these.
-
-    Every kind of writer and port is drawn anew from the seed: its edges do not depend on the others.
+    Reference: Wang et al. 2022, "Interpretability in the Wild" (faithfulness); Conmy et al. 2023 (sets of edges).
     """
-    keys = {edge.key for edge in edges}
-    for kind, port in dict.fromkeys(map(_likeness, edges)):
-        draw, start = Random(seed), len(keys)
-        labels = [c.label for c in stream.components if c.kind == ("mlp" if kind == "neuron" else kind)]
-        readers = group_readers(stream, port)
-        for _ in range(200 * count):  # by rejection: an MLP's neurons times all readers are too many to list
-            if len(keys) - start == count:
-                break
-            label, reader = draw.choice(labels), draw.choice(readers)
-            width = stream.groups.of(label).width
-            try:
-                edge = Edge.of(
-                    stream, f"L{label.layer}N{draw.randrange(width)}" if kind == "neuron" else str(label), reader
-                )
-            except UsageError:  # it cannot reach
-                continue
-            if edge.key not in keys:
-                keys.add(edge.key)
+
+    question: ClassVar[str] = "set_ablation"
+
+    edges: Sequence[tuple[str, str]]
+    others: Literal["readers", "ports"] = "readers"
+    replacement: Replacement = "mean"
+    scalars: Scalars = "held"
+    sequences: int | None = SEQUENCES
+    least: float = 0.01
+    metric: Metric | None = None
+    batch: int = cost(8)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", _named(self.edges))
+        _check_least(self.least)
+
+    def __call__(self, subject: Run, progress: Progress = silent) -> Record:
+        edges = tuple(_distinct(subject.stream, self.edges))
+        _check_disjoint(edges)
+        elsewhere = tuple(_elsewhere(subject.stream, edges)) if self.others == "ports" else ()
+        whole = [EdgeSet(edges), EdgeSet(edges, "others", elsewhere), EdgeSet(edges, "all", elsewhere)]
+        manner = Manner(self.replacement, self.scalars, self.sequences, self.metric, self.batch)
+        results = measured(subject, [*whole, *(EdgeSet((edge,)) for edge in edges)], manner, progress)
+        removed, kept, everything = results.figures[:3, :, 0]
+        singles = results.figures[3:, :, 0].sum(0)
+        effects = torch.stack([removed, kept, everything, singles, removed - singles])
+        estimate, ratio = mean_estimate(effects), _faithfulness(kept, everything)
+        value, low, high = (
+            torch.cat([getattr(estimate, name)[:3], getattr(ratio, name)[None], getattr(estimate, name)[3:]])
+            for name in ("mean", "low", "high")
+        )
+        verdicts = [verdict(*bounds, self.least) for bounds in zip(low.tolist(), high.tolist(), strict=True)]
+        shares = results.figures[:3].mean(1).T
+        nothing = shares.new_full((3,), torch.nan)
+        top, loss = (torch.cat([shares[list(FIGURES).index(n)], nothing]) for n in ("top_changed", "loss_changed"))
+        columns = (
+            Column("value", value, f"{FIGURES['effect_nats'][0]}; of faithfulness 1", "see the quantity"),
+            Column("low", low, "likewise", f"lower bound of its {INTERVAL}"),
+            Column("high", high, "likewise", "upper bound"),
+            Column("verdict", (*verdicts[:3], None, *verdicts[4:]), "", rule(self.least)),
+            Column("top_changed", top, *FIGURES["top_changed"]),
+            Column("loss_changed", loss, *FIGURES["loss_changed"]),
+        )
+        names = ("removed", "kept", "all_removed", "faithfulness", "sum_of_singles", "interaction")
+        stamp = {**_stamp(results), "rule": rule(self.least)}
+        return subject.record(self, (Axis("quantity", names),), columns, **stamp)
+
+
+_STAMPED = ("clean_loss", "clean_metric", "sequences", "interval")
+
+
+def _stamp(results: Measured) -> dict[str, Any]:
+    """What the stamp of an ablation says beside the run's: loss and metric with every edge, and the interval's kind."""
+    clean = float(results.losses.mean()), float(results.values.mean()), len(results.losses), INTERVAL
+    return dict(zip(_STAMPED, clean, strict=True))
+
+
+def _named(edges: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((writer, reader) for writer, reader in edges)
+    if not pairs:
+        raise UsageError("no edge to remove", expected="a writer and a reader", do="name them")
+    return pairs
+
+
+def _check_least(least: float) -> None:
+    if not 0 <= least < math.inf:
+        raise UsageError(f"a least effect of {least}", expected="a number >= 0", do="pass for example least=0.01")
+
+
+def _distinct(stream: Stream, pairs: Sequence[tuple[str, str]]) -> list[Edge]:
+    """Edges by their names; of several names of one edge the first."""
+    edges: dict[tuple[str, str, str], Edge] = {}
+    for pair in pairs:
+        edge = Edge.of(stream, *pair)
+        edges.setdefault(edge.key, edge)
+    return list(edges.values())
+
+
+def _check_disjoint(edges: Sequence[Edge]) -> None:
+    """Refuse a set that removes something twice, as of an MLP and one of its neurons into the same reader."""
+    for a, b in combinations(edges, 2):
+        writes = a.source == b.source and (a.writer == b.writer or a.writer.kind != b.writer.kind)
+        reads = (a.target, a.port) == (b.target, b.port) and (a.input == b.input or a.reader.kind != b.reader.kind)
+        if writes and reads:
+            raise UsageError(
+                f"{a} and {b} hold the same in part",
+                expected="edges of which none is part of another",
+                do="name the MLP or its neurons, not both",
+            )
+
+
+def _elsewhere(stream: Stream, edges: Sequence[Edge]) -> Iterator[Edge]:
+    """One edge into every other reader of the ports of some edges."""
+    inputs = {edge.input for edge in edges}
+    for port in dict.fromkeys(edge.port for edge in edges):
+        for reader in group_readers(stream, port):
+            edge = Edge.of(stream, "embed", reader)
+            if edge.input not in inputs:
                 yield edge
 
 
-def _likeness(edge: Edge) -> tuple[str, str]:
+def _faithfulness(kept: Tensor, everything: Tensor) -> MeanEstimate:
+    """``1 - mean(kept) / mean(everything)`` over sequences, with an interval by the delta method."""
+    whole = mean_estimate(everything)
+    ratio = 1 - kept.mean() / whole.mean
+    if not bool((whole.low > 0) | (whole.high < 0)):
+        return MeanEstimate(*(torch.full_like(ratio, torch.nan) for _ in range(4)))
+    deviation = mean_estimate(((1 - ratio) * everything - kept) / whole.mean)
+    return MeanEstimate(ratio, ratio + deviation.low, ratio + deviation.high, deviation.p)
+
+
+def _random_edges(stream: Stream, kind: str, port: Port, count: int, seed: int) -> Iterator[Edge]:
+    """Edges of one kind of writer into one port, drawn evenly among those that reach, none twice."""
+    draw, keys = Random(seed), set[tuple[str, str, str]]()
+    labels = [c.label for c in stream.components if c.kind == ("mlp" if kind == "neuron" else kind)]
+    readers = group_readers(stream, port)
+    for _ in range(200 * count):  # by rejection: an MLP's neurons times all readers are too many to list
+        if len(keys) == count:
+            break
+        label, reader = draw.choice(labels), draw.choice(readers)
+        neuron = draw.randrange(stream.groups.of(label).width) if kind == "neuron" else None
+        try:
+            edge = Edge.of(stream, str(label) if neuron is None else f"L{label.layer}N{neuron}", reader)
+        except UsageError:  # it cannot reach
+            continue
+        if edge.key not in keys:
+            keys.add(edge.key)
+            yield edge
+
+
+def _likeness(edge: Edge) -> tuple[str, Port]:
     """What a random edge must have in common with the edge that it is compared with."""
     return edge.writer.kind, edge.port
+
+
+def _rank(key: tuple[str, str, str], sizes: Mapping[tuple[str, str, str], float], yardstick: Iterable[Any]) -> float:
+    """The place of an edge by size among random ones, 1 the largest; NaN where there are none but itself."""
+    others = [sizes[other] for other in yardstick if other != key]
+    return 1 + sum(size > sizes[key] for size in others) if others else math.nan
 
 
 def _joined(records: Sequence[Record], column: Column) -> Column:
@@ -309,15 +382,3 @@ def _joined(records: Sequence[Record], column: Column) -> Column:
     values: list[Any] = [record[column.name] for record in records]
     joined = torch.cat(values) if isinstance(column.values, Tensor) else tuple(chain.from_iterable(values))
     return replace(column, values=joined)
-
-
-def _judged(edges: Sequence[Edge], count: int, effect: Any, low: Any, high: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """Rank and verdict of each edge: the first ``count`` are judged, by the random ones after them."""
-    p, verdicts = torch.ones(len(edges), dtype=torch.float64), list[str]()
-    for i, edge in enumerate(edges):
-        like = [j for j in range(count, len(edges)) if _likeness(edges[j]) == _likeness(edge) and j != i]
-        larger = int((effect[like].abs() >= effect[i].abs()).sum())
-        p[i] = (1 + larger) / (1 + len(like)) if like else torch.nan
-        largest = larger == 0 and i < count and len(like) > 0
-        verdicts.append("causal" if largest and bool((low[i] > 0) | (high[i] < 0)) else "not shown")
-    return p, tuple(verdicts)

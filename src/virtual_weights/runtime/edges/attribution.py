@@ -21,6 +21,7 @@ from virtual_weights.runtime.running.hooks import Place, leaf, module_of, split,
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers
+from virtual_weights.stream.question import plain
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, T, V) and tokens (B, T) to one number a sequence, (B,)."""
@@ -34,29 +35,75 @@ class LogitDifference:
     """A metric: the logit of a token after the last one of each sequence, less that of another or of all.
 
     Attributes:
-        token: id of the token.
-        against: id of the other; None for the mean over the vocabulary.
+        token: id of the token, or one for each sequence of a run, in order.
+        against: id of the other, likewise; None for the mean over the vocabulary.
 
     Raises:
-        UsageError: both are the same token.
+        UsageError: both are the same token, or there are more of one than of the other; when asked, another number of
+            tokens than of sequences.
     """
 
-    token: int
-    against: int | None = None
+    token: int | Sequence[int]
+    against: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        check_tokens(self.token, self.against)
+        for name in ("token", "against"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
+        tokens, others = _each(self.token), _each(self.against)
+        if isinstance(self.token, tuple) and isinstance(self.against, tuple) and len(tokens) != len(others):
+            raise UsageError(
+                f"{len(tokens)} tokens against {len(others)}",
+                expected="as many of one as of the other",
+                do="pass one pair of tokens for each sequence",
+            )
+        for i in range(max(len(tokens), len(others))):
+            check_tokens(tokens[i % len(tokens)] if tokens else None, others[i % len(others)] if others else None)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The difference, (B,)."""
         del tokens  # it does not depend on them
         last = logits[:, -1]
-        return last[:, self.token] - (last.mean(-1) if self.against is None else last[:, self.against])
+        return self._of(last, self.token) - (last.mean(-1) if self.against is None else self._of(last, self.against))
+
+    def select(self, rows: slice, count: int) -> LogitDifference:
+        """The metric of some rows of a run of so many sequences."""
+        for tokens in (self.token, self.against):
+            if isinstance(tokens, Sequence) and len(tokens) != count:
+                raise UsageError(
+                    f"{len(tokens)} tokens whose logits are asked for, on {count} sequences",
+                    expected="one for each sequence of the run, or one for all",
+                    do="pass as many tokens as prompts",
+                )
+        against = self.against[rows] if isinstance(self.against, Sequence) else self.against
+        return LogitDifference(self.token[rows] if isinstance(self.token, Sequence) else self.token, against)
+
+    @staticmethod
+    def _of(last: Tensor, token: int | Sequence[int]) -> Tensor:
+        if isinstance(token, int):
+            return last[:, token]
+        return last.gather(1, torch.tensor(token, device=last.device)[:, None])[:, 0]
 
     @property
     def identity(self) -> str:
         """The metric in words, for keys and captions."""
-        return f"logit_difference, token={self.token}, against={self.against}"
+        return f"logit_difference, token={plain(self.token)}, against={plain(self.against)}"
+
+
+def metric_name(metric: Metric | None) -> str:
+    """What a metric is called in parameters; None is the mean next-token loss."""
+    return "next_token_loss" if metric is None else plain(metric)
+
+
+def metric_of(metric: Metric | None, run: Run, rows: slice) -> Metric:
+    """The metric of some rows of a run's sequences; the mean next-token loss from the first that counts where None."""
+    if metric is None:
+        return partial(next_token_loss, first=run.first)
+    return metric.select(rows, len(run.chunks)) if isinstance(metric, LogitDifference) else metric
+
+
+def _each(token: int | Sequence[int] | None) -> Sequence[int]:
+    return () if token is None else (token,) if isinstance(token, int) else token
 
 
 @final
@@ -88,7 +135,8 @@ class Attribution(Question[Run]):
         writers: ``"heads"``, or ``"all"``: embeddings and MLPs too. Biases are not edges that could be removed: what
             they write is their mean.
         metric: of logits and tokens, one number a sequence; None is the mean next-token loss in nats, from the first
-            token of the run that counts. A metric enters the key by its ``identity``, else by its name.
+            token of the run that counts. A function enters the key by its name and a digest of its source; where that
+            cannot be had (a lambda, a closure), no atlas keeps the answer.
         sequences: how many of the run's first whole chunks; None for all.
         batch: sequences in one backward pass; what all writers write to them, (writers, tokens, d), is held at once.
 
@@ -112,10 +160,8 @@ class Attribution(Question[Run]):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """As of every question; the metric by its name where it has no identity."""
-        metric: Any = self.metric or next_token_loss
-        name = getattr(metric, "__name__", type(metric).__name__)
-        return {**super().parameters, "metric": getattr(metric, "identity", name)}
+        """As of every question; the loss by its name."""
+        return {**super().parameters, "metric": metric_name(self.metric)}
 
     def __call__(self, subject: Run, progress: Progress = silent) -> Record:
         return next(self.together([self], subject, progress))[1]
@@ -137,10 +183,11 @@ class Attribution(Question[Run]):
         for how, group in alike.items():
             sums = _Sums(subject, [question.port for question in group], how)
             tokens = subject.sequences(how.sequences)
-            batches = tokens.split(how.batch)
-            for i, batch in enumerate(batches):
-                sums.add(batch)
-                progress(i + 1, len(batches))
+            starts = range(0, len(tokens), how.batch)
+            for i, start in enumerate(starts):
+                rows = slice(start, start + how.batch)
+                sums.add(tokens[rows], metric_of(how.metric, subject, rows))
+                progress(i + 1, len(starts))
             for question in group:
                 yield question, question._record(subject, sums.effects(question.port) / len(tokens), len(tokens))
 
@@ -173,7 +220,7 @@ class _Sums:
     """
 
     def __init__(self, run: Run, ports: Sequence[Port], how: Attribution) -> None:
-        self.run, self.metric = run, how.metric or partial(next_token_loss, first=run.first)
+        self.run = run
         groups = run.stream.groups
         self.readers: dict[_Reader, Group] = {(port, g.id): g for port in ports for g in groups.readers(port)}
         self.writers = _writers(run.stream, how.writers)
@@ -182,9 +229,9 @@ class _Sums:
         self.written = torch.zeros(count, run.stream.d_model, dtype=accumulate, device=run.device)
         self.tokens = 0
 
-    def add(self, tokens: Tensor) -> None:
-        """A batch, (B, T)."""
-        signals, gradients = self._backward(tokens)
+    def add(self, tokens: Tensor, metric: Metric) -> None:
+        """A batch, (B, T), and the metric of its sequences."""
+        signals, gradients = self._backward(tokens, metric)
         written = self._written(signals, tokens)
         self.written += written.sum(1, dtype=accumulate)
         self.tokens += tokens.numel()
@@ -204,7 +251,7 @@ class _Sums:
             ]
         ).cpu()
 
-    def _backward(self, tokens: Tensor) -> tuple[dict[Place, Tensor], dict[_Reader, Tensor]]:
+    def _backward(self, tokens: Tensor, metric: Metric) -> tuple[dict[Place, Tensor], dict[_Reader, Tensor]]:
         """What writers write from and readers read, and the gradient of the summed metric at each port's output."""
         module, stream = self.run.module, self.run.stream
         outputs: dict[_Reader, Tensor] = {}
@@ -222,7 +269,7 @@ class _Sums:
                 hook = module_of(module, stream, READINGS[port], group).register_forward_hook(partial(keep, reader))
                 stack.callback(hook.remove)
             signals, logits = watched(module, stream, places, tokens)
-            total = self.metric(logits, tokens).sum()
+            total = metric(logits, tokens).sum()
             distinct = list({id(output): output for output in outputs.values()}.values())  # fused ports are one output
             gradients = {id(o): g for o, g in zip(distinct, torch.autograd.grad(total, distinct), strict=True)}
         return signals, {

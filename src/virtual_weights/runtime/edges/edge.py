@@ -1,11 +1,10 @@
-"""An edge, one writer and one port of one later reader: what of a run belongs to each, and its exact removal."""
+"""An edge, one writer and one port of one later reader: what of a run belongs to each; exact removal, of sets too."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, Literal, final
 
 import torch
@@ -15,9 +14,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.runtime.running.hooks import (
     Hook,
     Place,
-    Signal,
-    module_name,
-    module_named,
+    See,
     module_of,
     split,
     watching,
@@ -108,6 +105,53 @@ class Edge:
         """Which rows of the map: all, or a neuron's."""
         return _rows(self.reader)
 
+    @property
+    def input(self) -> tuple[Port, str, int, int | None]:
+        """Equal for edges into the same rows of the same map."""
+        return self.port, self.target, self.map_index, self.rows.start
+
+
+@final
+@dataclass(frozen=True)
+class EdgeSet:
+    """Edges that are removed at once, or others into the same readers.
+
+    Attributes:
+        edges: the set.
+        removes: ``"these"``; ``"others"``, whatever else reaches a reader of the set through its port; or ``"all"``
+            that reaches one. What the same reader gets from biases stays.
+        elsewhere: edges into further readers, from which all is removed.
+    """
+
+    edges: tuple[Edge, ...]
+    removes: Literal["these", "others", "all"] = "these"
+    elsewhere: tuple[Edge, ...] = ()
+
+    @property
+    def state(self) -> int:
+        """The first state of the stream that one of its readers reads."""
+        return min(edge.state for edge in (*self.edges, *self.elsewhere))
+
+    @property
+    def single(self) -> Edge | None:
+        """The edge that is removed, where it is one alone."""
+        return self.edges[0] if len(self.edges) == 1 and self.removes == "these" and not self.elsewhere else None
+
+    @property
+    def cuts(self) -> list[EdgeSet]:
+        """The same reader by reader: of each what is removed from it."""
+        cuts: dict[Any, EdgeSet] = {}
+        for edge in self.edges:
+            cut = cuts.get(edge.input, EdgeSet((), self.removes))
+            cuts[edge.input] = replace(cut, edges=(*cut.edges, edge))
+        return [*cuts.values(), *(EdgeSet((edge,), "all") for edge in self.elsewhere)]
+
+    def places(self, stream: Stream) -> set[Place]:
+        """What its removal needs of a run: what writers write from, and the states that readers read."""
+        places: set[Place] = {("state", edge.state) for edge in (*self.edges, *self.elsewhere)}
+        writers = () if self.removes == "all" else self.edges
+        return places | {Written.of(stream, edge.writer).place for edge in writers}
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -162,8 +206,8 @@ def group_readers(stream: Stream, port: str) -> tuple[str, ...]:
     return tuple(label for group in stream.groups.readers(port) for label in group.readers(port)[:: group.shared(port)])
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
-    """Mean loss in nats of predicting tokens ``first``, ``first + 1``, ... of each sequence, (B,).
+def token_losses(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
+    """Loss in nats of predicting tokens ``first``, ``first + 1``, ... of each sequence, (B, T - first).
 
     Args:
         logits: (B, T, V).
@@ -171,7 +215,12 @@ def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
         first: the first token that counts, at least 1; half the length where the second half repeats the first.
     """
     predicted = wide(logits[:, first - 1 : -1])
-    return torch.nn.functional.cross_entropy(predicted.mT, tokens[:, first:], reduction="none").mean(1)
+    return torch.nn.functional.cross_entropy(predicted.mT, tokens[:, first:], reduction="none")
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
+    """The mean of ``token_losses`` over each sequence, (B,)."""
+    return token_losses(logits, tokens, first).mean(1)
 
 
 def _rows(label: Label) -> slice:
@@ -180,108 +229,98 @@ def _rows(label: Label) -> slice:
     return slice(label.index, label.index + 1)
 
 
-Replacement = Literal["mean", "resample"]
+Replacement = Literal["mean", "resample", "partner"]
 Scalars = Literal["held", "move"]
-
-
-def starting_group(stream: Stream, edges: Sequence[Edge]) -> Group:
-    """Where a run without some edges must start: the attention of the first block that reads one, or the unembedding.
-
-    Nothing before it depends on these edges.
-    """
-    state = min(edge.state for edge in edges)
-    starts = (*stream.groups.heads, stream.groups["unembed"])
-    return [group for group in starts if group.reads is not None and group.reads <= state][-1]
-
-
-@contextmanager
-def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> Generator[None]:
-    """Let the blocks before a group's give what they gave in an earlier run, at no cost.
-
-    The model goes on as it does after them, by its own modules: embeddings, masks and rotary angles are made as ever.
-    Hooks inside the blocks left out do not fire.
-
-    Args:
-        model: what runs, see ``load``.
-        stream: the same model.
-        group: the attention of the first block that runs; the unembedding where none does.
-        state: (B, T, d) the state ``group.reads``, as an earlier run on the same tokens showed it.
-    """
-    before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
-    names = [module_name(stream, "norm", earlier.id).rpartition(".")[0] for earlier in before]
-    blocks: list[Any] = [module_named(model, stream, name) for name in names]
-    overrides = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *_, **__: state
-    try:
-        yield
-    finally:
-        for block, override in zip(blocks, overrides, strict=True):
-            del block.forward
-            if override is not None:
-                block.forward = override
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """How an edge is removed.
+    """How edges are removed.
 
-    The reader's port, before any rotary embedding, gets ``f R~ (r(t) - O z(t)) / s(t)`` added, where r replaces what
-    the writer writes. Where scalars move, it gets ``R~ (x'/s(x') - x/s(x))`` with ``x' = x + f (r - O z)``.
+    The reader's port, before any rotary embedding, gets ``f R~ m(t) / s(t)`` added, where ``m = r - O z``, summed over
+    the writers that are removed from it, and r replaces what one writes. Where all but some writers are removed, m is
+    ``r - x`` of the state x as a whole less those of the writers that are kept. Where scalars move, the port gets
+    ``R~ (x'/s(x') - x/s(x))`` with ``x' = x + f m``. O z, x and s are those of the run without the edges: where one of
+    them leads to the writer of another, the latter writes what it then writes.
 
     Attributes:
-        replacement: r is the writer's mean over tokens, or what it writes at the same place of the next sequence.
-        scalars: the norm scalar is held at its value of the run, or follows the stream without the edge.
-        fraction: f, how much of it is removed; 1 is all.
-        means: writers' means, (d,) each, by label; a writer that is not there gets its mean over the pass.
+        replacement: r is the writer's mean over tokens; what it writes at the same place of another sequence, the next
+            one; or what it writes there in the run of the sequence's partner.
+        scalars: the norm scalar is held at its value of the run, or follows the stream without the edges.
+        fraction: f, how much of them is removed; 1 is all.
+        means: means, (d,) each, of writers by label and of states by number; what is not there gets its mean over the
+            pass.
+        partners: what the run of each sequence's partner showed, at ``EdgeSet.places``.
     """
 
     replacement: Replacement = "mean"
     scalars: Scalars = "held"
     fraction: float = 1.0
-    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    means: Mapping[str | int, Tensor] = field(default_factory=dict[str | int, Tensor])
+    partners: Mapping[Place, Tensor] = field(default_factory=dict[Place, Tensor])
 
     def __post_init__(self) -> None:
-        if self.replacement not in ("mean", "resample") or self.scalars not in ("held", "move"):
+        if self.replacement not in ("mean", "resample", "partner") or self.scalars not in ("held", "move"):
             raise UsageError(
                 f"a removal by {self.replacement!r} with scalars {self.scalars!r}",
-                expected="mean or resample; held or move",
+                expected="mean, resample or partner; held or move",
                 do="choose one of these",
             )
 
-    def change(self, stream: Stream, edge: Edge, written: Tensor, x: Tensor) -> Tensor:
-        """What is added to the port: (B, T, k), of ``O z`` (B, T, d) and the stream x (B, T, d) at the reader."""
-        x = wide(x)
-        written = written.to(x)
-        if self.replacement == "mean":
-            mean = self.means.get(str(edge.writer))
-            substitute = written.mean((0, 1)) if mean is None else mean.to(written)
-        else:
-            substitute = written.roll(-1, 0)
-        moved, s = self.fraction * (substitute - written), stream.scale(x)[..., None]
+    def change(self, stream: Stream, edges: EdgeSet, signals: Mapping[Place, Tensor]) -> Tensor:
+        """What is added to the port that some edges lead into, the same of all: (B, T, k), of what a run showed."""
+        edge, state = edges.edges[0], edges.edges[0].state
+        x = wide(signals["state", state])
+        moved = torch.zeros_like(x)
+        if edges.removes != "these":
+            moved = moved + self._replaced(state, x, self.partners.get(("state", state)))
+        if edges.removes != "all":
+            sign = 1 if edges.removes == "these" else -1
+            moved = moved + sign * sum(self._without(stream, edge, signals, x) for edge in edges.edges)
+        moved, s = self.fraction * moved, stream.scale(x)[..., None]
         if self.scalars == "move":
             without = x + moved
             return (without / stream.scale(without)[..., None] - x / s) @ edge.maps(stream, x).T
         return moved @ edge.maps(stream, x).T / s
+
+    def _without(self, stream: Stream, edge: Edge, signals: Mapping[Place, Tensor], x: Tensor) -> Tensor:
+        """``r - O z`` of an edge's writer, (B, T, d)."""
+        write = Written.of(stream, edge.writer)
+        partner = write(self.partners).expand_as(x) if self.partners else None
+        return self._replaced(str(edge.writer), write(signals).to(x).expand_as(x), partner)
+
+    def _replaced(self, name: str | int, value: Tensor, partner: Tensor | None) -> Tensor:
+        if partner is not None:
+            return partner.to(value) - value
+        if self.replacement == "mean":
+            mean = self.means.get(name)
+            return (value.mean((0, 1)) if mean is None else mean.to(value)) - value
+        if self.replacement == "partner":
+            raise UsageError(
+                "there are no partners to take a writer's output from",
+                expected="a run of pairs of prompts",
+                do="make the run with Run.on_pairs(stream, clean, corrupted)",
+            )
+        return value.roll(-1, 0) - value
 
 
 @contextmanager
 def removed(
     model: nn.Module,
     stream: Stream,
-    edges: Sequence[Edge],
+    edges: Sequence[Edge | EdgeSet],
     removal: Removal | None = None,
     earlier: Mapping[Place, Tensor] | None = None,
 ) -> Generator[None]:
-    """Let the model run without an edge; several edges along the batch, each removed from its own block of it.
+    """Let the model run without an edge, or a set of them; several along the batch, each removed from its own block.
 
-    With E edges a batch has E times B sequences, and block i runs without edge i alone. All else is the model's own.
+    With E edges or sets a batch has E times B sequences; block i runs without edge i alone, else as the model does.
 
     Args:
         model: what runs, see ``load``.
         stream: the same model, with the norm's gain in its readers.
-        edges: one per block of the batch.
+        edges: one edge or set per block of the batch.
         removal: ``Removal()`` where None.
         earlier: what an earlier run on the same batch showed of blocks that do not run in this one, see ``restarted``.
 
@@ -299,42 +338,47 @@ def removed(
             expected="norm gains folded into the readers",
             do="open the model without fold=False (--no-fold)",
         )
-    removal = removal or Removal()
-    writes = [Written.of(stream, edge.writer) for edge in edges]
-    places: set[Place] = {*(("state", edge.state) for edge in edges), *(write.place for write in writes)}
+    how = removal or Removal()
+    sets = [edge if isinstance(edge, EdgeSet) else EdgeSet((edge,)) for edge in edges]
+    cuts = [(i, cut) for i, edges in enumerate(sets) for cut in edges.cuts]
     signals: dict[Place, Tensor] = dict(earlier or {})
-
-    def see(signal: Signal, where: Any, tensor: Tensor) -> None:
-        signals[signal, where] = tensor
+    see: See = lambda signal, where, tensor: signals.update({(signal, where): tensor})  # noqa: E731
 
     def without(role: str, group: str) -> Hook:
-        indices = [i for i, edge in enumerate(edges) if (READINGS[edge.port], edge.target) == (role, group)]
+        here = [(i, cut) for i, cut in cuts if _module(cut) == (role, group)]
 
         def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
             output = output.clone()
-            for i in indices:
-                edge, block = edges[i], _block(len(output), len(edges), i, removal.replacement)
+            for i, cut in here:
+                edge, block = cut.edges[0], _block(len(output), len(sets), i, how)
                 port = split(stream, role, group, output)[block]  # a view: what is added stays
                 values = port[..., edge.map_index, :] if edge.reader.kind == "head" else port
-                written = writes[i](signals).expand(len(output), -1, -1)[block]
-                values[..., edge.rows] += removal.change(stream, edge, written, signals["state", edge.state][block])
+                shown = {place: signals[place] for place in cut.places(stream)}
+                shown = {place: x.expand(len(output), *x.shape[1:])[block] for place, x in shown.items()}
+                values[..., edge.rows] += how.change(stream, cut, shown)
             return output
 
         return module_of(model, stream, role, group).register_forward_hook(hook)
 
     with ExitStack() as stack:
-        stack.enter_context(watching(model, stream, places, see))
-        for role, group in {(READINGS[edge.port], edge.target) for edge in edges}:
+        stack.enter_context(watching(model, stream, {place for edges in sets for place in edges.places(stream)}, see))
+        for role, group in dict.fromkeys(_module(cut) for _, cut in cuts):
             stack.callback(without(role, group).remove)
         yield
 
 
-def _block(size: int, edges: int, i: int, replacement: Replacement) -> slice:
+def _module(cut: EdgeSet) -> tuple[str, str]:
+    """The role and the group of the module that gives a port."""
+    return READINGS[cut.edges[0].port], cut.edges[0].target
+
+
+def _block(size: int, edges: int, i: int, removal: Removal) -> slice:
     sequences = size // edges
-    if size % edges or (replacement == "resample" and sequences < 2):
+    rolls = removal.replacement == "resample" and not removal.partners
+    if size % edges or (rolls and sequences < 2):
         raise UsageError(
             f"a batch of {size} sequences for {edges} edges",
-            expected=f"a multiple of {edges if replacement == 'mean' else 2 * edges} sequences",
+            expected=f"a multiple of {2 * edges if rolls else edges} sequences",
             do="repeat the batch once per edge",
         )
     return slice(i * sequences, (i + 1) * sequences)

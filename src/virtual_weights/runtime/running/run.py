@@ -19,6 +19,7 @@ from virtual_weights.runtime.running.text import (
     DEFAULT,
     DEFAULT_TEXT,
     PADDING,
+    beginning,
     chunks,
     is_token,
     padded,
@@ -38,8 +39,8 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Run:
     """A model, the tokens that it runs on, the first of them that counts, and how it is run.
 
-    Make one with ``on_text``, ``on_repeats``, ``on_prompt`` or ``on_tokens``. The model is loaded when something is
-    first run; ``batch`` and the device are a matter of cost and change no answer beyond rounding.
+    Make one with ``on_text``, ``on_repeats``, ``on_prompt``, ``on_pairs`` or ``on_tokens``. The model is loaded when
+    something is first run; ``batch`` and the device are a matter of cost and change no answer beyond rounding.
 
     Attributes:
         stream: the model's weights.
@@ -49,6 +50,9 @@ class Run:
         text: what the tokens are, in words.
         runner: what runs them.
         batch: chunks that run at once.
+        partners: of each chunk the tokens (T,) of its partner, from whose run a removal can take what writers write;
+            () where chunks have none.
+        bos: whether and where a token marks the beginning, in words.
 
     Raises:
         UsageError: there are no tokens, an id is not in the vocabulary, a chunk is longer than the model has positions,
@@ -65,6 +69,8 @@ class Run:
     text: str
     runner: Runner
     batch: int = 4
+    partners: tuple[Tensor, ...] = ()
+    bos: str = "as in the token ids"
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 80 else f"{self.text[:77]}..."
@@ -83,7 +89,7 @@ class Run:
                 expected="numbers >= 1",
                 do="pass for example first=1, batch=4",
             )
-        size, ids = vocabulary(self.stream), torch.cat(self.chunks)
+        size, ids = vocabulary(self.stream), torch.cat((*self.chunks, *self.partners))
         wrong = ids[(ids < 0) | (ids >= size)]
         if len(wrong):
             raise UsageError(
@@ -138,7 +144,13 @@ class Run:
 
     @classmethod
     def on_text(
-        cls, stream: Stream, text: str | Path | None = None, tokens: int = 4096, length: int = 256, **how: Any
+        cls,
+        stream: Stream,
+        text: str | Path | None = None,
+        tokens: int = 4096,
+        length: int = 256,
+        bos: bool | None = None,
+        **how: Any,
     ) -> Run:
         """A run on a text, cut into chunks.
 
@@ -147,15 +159,19 @@ class Run:
             text: a file, a folder, ``"-"`` for standard input; None or ``"default"`` for the default text.
             tokens: stop after so many.
             length: tokens of a chunk, at most the positions that the model has embeddings for.
-            how: ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
+            bos: True puts the model's token for the beginning of a sequence before every chunk, of whose length it is
+                part; False puts no special token anywhere; None those that the tokenizer adds to a document.
+            how: ``first``, ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``. With ``first=2`` what
+                is predicted at the first token of a chunk, to which many heads attend by default, does not count.
 
         Raises:
-            UsageError: there is no such text, or no tokenizer.
+            UsageError: there is no such text, no tokenizer, or no token for the beginning where one is asked for.
         """
-        documents = token_ids(texts(text), tokenizer_of(stream))
-        length = _within(stream, length)
+        documents = token_ids(texts(text), tokenizer_of(stream), bos is None)
+        length, marks = _within(stream, length), beginning(stream)[None] if bos else None
+        rows = chunks(documents, length, tokens, marks)
         name = DEFAULT_TEXT if text is None or str(text) == DEFAULT else str(text)
-        return cls.on_tokens(stream, chunks(documents, length, tokens), text=name, **how)
+        return cls.on_tokens(stream, rows, text=name, **how)._marked(bos)
 
     @classmethod
     def on_repeats(cls, stream: Stream, tokens: int = 1024, length: int = 128, seed: int = 0, **how: Any) -> Run:
@@ -180,30 +196,61 @@ class Run:
                 do="pass for example length=128, tokens=1024 (--length, --tokens)",
             )
         rows = repeated_tokens(vocabulary(stream), half, tokens // (2 * half), seed)
-        return cls.on_tokens(
-            stream, rows, half, f"repeated random tokens (seed {seed}, {half} before the repeat)", **how
-        )
+        text = f"repeated random tokens (seed {seed}, {half} before the repeat)"
+        return cls.on_tokens(stream, rows, half, text, **how)._marked(False)
 
     @classmethod
-    def on_prompt(cls, stream: Stream, prompt: str | Sequence[int] | Tensor, **how: Any) -> Run:
-        """A run on one prompt, a text or token ids.
+    def on_prompt(cls, stream: Stream, prompt: Prompt, bos: bool | None = None, **how: Any) -> Run:
+        """A run on one prompt, a text (``bos`` as in ``on_text``) or token ids.
 
         Raises:
             UsageError: the ids are not in the vocabulary, or a text comes without a tokenizer.
         """
-        if isinstance(prompt, str):
-            (ids,) = token_ids([without_mark(prompt)], tokenizer_of(stream))
-        else:
-            try:
-                ids = torch.as_tensor(prompt)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        run = cls.on_tokens(stream, [_prompt(stream, prompt, bos)], text="a prompt", **how)
+        return run._marked(bos) if isinstance(prompt, str) else run
+
+    @classmethod
+    def on_pairs(
+        cls,
+        stream: Stream,
+        clean: Sequence[Prompt],
+        corrupted: Sequence[Prompt],
+        bos: bool | None = None,
+        **how: Any,
+    ) -> Run:
+        """A run on prompts, each with a partner that differs in what a removal should take away.
+
+        With ``replacement="partner"`` an ablation puts what a writer writes in the partner's run, at the same place, in
+        place of what it writes in its own (interchange, or resampling, from the partner).
+
+        Args:
+            stream: the model.
+            clean: texts or token ids, all of one number of tokens.
+            corrupted: their partners, in the same order, of the same number of tokens.
+            bos: as in ``on_text``.
+            how: ``first``, ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
+
+        Raises:
+            UsageError: there are no pairs, there are more of one than of the other, prompts differ in their number of
+                tokens, or as ``on_prompt``.
+        """
+        rows, partners = ([_prompt(stream, prompt, bos) for prompt in prompts] for prompts in (clean, corrupted))
+        if not rows or len(rows) != len(partners):
+            raise UsageError(
+                f"{len(rows)} clean prompts and {len(partners)} corrupted ones",
+                expected="a corrupted prompt for each clean one",
+                do="pass two lists of the same length",
+            )
+        for i, (row, partner) in enumerate(zip(rows, partners, strict=True)):
+            if not len(row) == len(partner) == len(rows[0]):
                 raise UsageError(
-                    f"a prompt that is no row of token ids: {error}", expected="whole numbers", do="pass such"
-                ) from error
-        run = cls.on_tokens(stream, [ids], text="a prompt", **how)
-        if run.count < len(ids):
-            raise UsageError(f"a prompt: token ids {PADDING}", expected="ids from 0", do="correct them")
-        return run
+                    f"pair {i + 1} has {len(row)} and {len(partner)} tokens, and the first prompt {len(rows[0])}",
+                    expected="the same number of tokens in all prompts, so that places correspond",
+                    do="choose words of as many tokens, or run pairs of different lengths apart",
+                )
+        run, others = (cls.on_tokens(stream, x, text="pairs of prompts", **how) for x in (rows, partners))
+        run = replace(run, partners=others.chunks)
+        return run._marked(bos) if isinstance(clean[0], str) else run
 
     @property
     def module(self) -> nn.Module:
@@ -224,20 +271,31 @@ class Run:
     def identity(self) -> str:
         """A hex sha256 of the tokens, their division into chunks, the first that counts and the dtype of the run."""
         digest = sha256(f"{self.runner.precision} {self.first}".encode())
-        for chunk in self.chunks:
+        for chunk in (*self.chunks, *self.partners):
             digest.update(f" {chunk.tolist()}".encode())
         return digest.hexdigest()
+
+    def _marked(self, bos: bool | None) -> Run:
+        """The same run, whose stamp says which special tokens there are."""
+        words = {True: "before every chunk", False: "none", None: "as the tokenizer adds it to a document"}
+        return replace(self, bos=words[bos])
 
     def batches(self) -> Iterator[Tensor]:
         """The chunks ``batch`` at a time, (B, T) each, shorter ones ending in ``PADDING``."""
         return padded(self.chunks, self.batch)
 
-    def sequences(self, most: int | None = None) -> Tensor:
-        """The first whole chunks, those of the greatest length, (sequences, tokens), on the device.
+    def sequences(self, most: int | None = None, partners: bool = False) -> Tensor:
+        """The first whole chunks, those of the greatest length, (sequences, tokens), on the device; or their partners.
 
         Raises:
-            UsageError: they hold no token whose prediction counts.
+            UsageError: they hold no token whose prediction counts, or have no partners.
         """
+        if partners and not self.partners:
+            raise UsageError(
+                f"a run on {self.text}, whose sequences have no partners",
+                expected="pairs of clean and corrupted prompts",
+                do="make the run with Run.on_pairs (--pairs), or replace by the mean or by resampling",
+            )
         length = max(map(len, self.chunks))
         if not self.first < length:
             raise UsageError(
@@ -245,18 +303,21 @@ class Run:
                 expected=f"chunks of more than {self.first} tokens",
                 do="pass longer chunks, or count from an earlier token",
             )
-        whole = [chunk for chunk in self.chunks if len(chunk) == length]
+        whole = [chunk for chunk in (self.partners if partners else self.chunks) if len(chunk) == length]
         return torch.stack(whole[:most]).to(self.device)
 
     def prompt(self, most: int | None = None) -> Run:
         """The first chunk alone, or its first tokens."""
-        return replace(self, chunks=(self.chunks[0][:most],))
+        return replace(self, **{name: tuple(row[:most] for row in rows[:1]) for name, rows in self._rows().items()})
 
     def shortened(self, length: int) -> Run:
         """The same run with shorter chunks: as much before the first token that counts as fits into half, then on."""
         before = min(self.first, max(1, length // 2))
-        rows = (torch.cat([c[:before], c[self.first : self.first + length - before]]) for c in self.chunks)
-        return replace(self, chunks=tuple(rows), first=before)
+        cut = {
+            name: tuple(torch.cat([c[:before], c[self.first : self.first + length - before]]) for c in rows)
+            for name, rows in self._rows().items()
+        }
+        return replace(self, **cut, first=before)
 
     def halves(self) -> tuple[Run, Run]:
         """The earlier and the later half of the chunks, as runs of their own.
@@ -264,20 +325,53 @@ class Run:
         Raises:
             UsageError: there is one chunk.
         """
-        middle = (len(self.chunks) + 1) // 2
+        middle, rows = (len(self.chunks) + 1) // 2, self._rows()
+        earlier, later = ({name: x[part] for name, x in rows.items()} for part in (slice(middle), slice(middle, None)))
         return (
-            replace(self, chunks=self.chunks[:middle], text=f"{self.text}, first half"),
-            replace(self, chunks=self.chunks[middle:], text=f"{self.text}, second half"),
+            replace(self, **earlier, text=f"{self.text}, first half"),
+            replace(self, **later, text=f"{self.text}, second half"),
         )
 
+    def _rows(self) -> dict[str, Any]:
+        """The fields that hold token ids."""
+        return {"chunks": self.chunks, "partners": self.partners}
+
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
-        """An answer about this run: as ``Stream.record``, with the text and the identity of the run in the stamp.
+        """An answer about this run: as ``Stream.record``, with what runs in the stamp.
+
+        That is the text, how many tokens it has, which of a chunk is the first that counts (``first``), whether a token
+        marks the beginning (``bos``), and the identity of the run.
 
         The provenance says how far what ran was from what the maps say, see ``exactness``.
         """
-        stamp = {"text": self.text, "tokens": self.count, "run": self.identity, **stamp}
+        stamp = {"first": self.first, "bos": self.bos, "run": self.identity, **stamp}
+        stamp = {"text": self.text, "tokens": self.count, **stamp}
         record = self.stream.record(question, axes, columns, **stamp)
         return replace(record, provenance={**record.provenance, "exactness_error": self.runner.exactness_error})
+
+
+Prompt = str | Sequence[int] | Tensor
+"""A text, or token ids."""
+
+
+def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
+    """The token ids of a prompt, (T,)."""
+    if isinstance(prompt, str):
+        (ids,) = token_ids([without_mark(prompt)], tokenizer_of(stream), bos is None)
+        return torch.cat([beginning(stream)[None], ids]) if bos else ids
+    if bos is not None:
+        raise UsageError(
+            f"token ids with bos={bos}", expected="a text, to which special tokens can be added", do="leave bos out"
+        )
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(
+            f"a prompt that is no row of token ids: {error}", expected="whole numbers", do="pass such"
+        ) from error
+    if bool((ids == PADDING).any()):
+        raise UsageError(f"a prompt: token ids {PADDING}", expected="ids from 0", do="correct them")
+    return ids
 
 
 def _positions(stream: Stream) -> int | None:

@@ -96,15 +96,33 @@ def tokenizer_of(stream: Stream) -> Tokenizer:
     return tokenizer
 
 
-def token_ids(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """The ids of each document, (T,), with the special tokens that the tokenizer adds.
+def beginning(stream: Stream) -> Tensor:
+    """The id of the token that marks the beginning of a sequence, (), as the checkpoint's configuration names it.
+
+    Raises:
+        UsageError: it names none.
+    """
+    config = stream.source.config
+    id = config.get("bos_token_id", config.get("tokenizer.ggml.bos_token_id"))
+    if not isinstance(id, int):
+        raise UsageError(
+            f"no token that marks the beginning of a sequence at {stream.source.reference}",
+            expected="bos_token_id in its configuration",
+            do="run without one (--no-bos), or pass token ids",
+        )
+    return torch.tensor(id)
+
+
+def token_ids(documents: Iterable[str], tokenizer: Tokenizer, special: bool = True) -> Iterator[Tensor]:
+    """The ids of each document, (T,), with the special tokens that the tokenizer adds, or without.
 
     Raises:
         UsageError: the vocabulary has no token for a part of a text, and none for what is unknown.
     """
+    how = {} if special else {"add_special_tokens": False}
     for text in documents:
         try:
-            ids = tokenizer.encode(text).ids
+            ids = tokenizer.encode(text, **how).ids
         except Exception as error:  # the library raises Exception itself
             raise UsageError(
                 f"the tokenizer cannot read the text: {error!r:.300}",
@@ -114,7 +132,9 @@ def token_ids(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tensor
         yield torch.tensor(ids, dtype=torch.int64)
 
 
-def chunks(documents: Iterable[Tensor], length: int = 256, limit: int | None = None) -> Iterator[Tensor]:
+def chunks(
+    documents: Iterable[Tensor], length: int = 256, limit: int | None = None, mark: Tensor | None = None
+) -> Iterator[Tensor]:
     """Documents cut into chunks of at most ``length`` tokens, (T,).
 
     Every token is in exactly one chunk; a chunk never crosses two documents, and each begins its context anew.
@@ -123,13 +143,19 @@ def chunks(documents: Iterable[Tensor], length: int = 256, limit: int | None = N
         documents: token ids (T,) each.
         length: of a chunk.
         limit: stop after so many tokens.
+        mark: ids (M,) with which every chunk begins; they count among its tokens.
     """
     if length < 1 or (limit is not None and limit < 1):
         raise UsageError(
             f"length {length}, limit {limit}", expected="numbers >= 1", do="pass for example length=256, limit=4096"
         )
-    rest = limit
-    for chunk in (c for document in documents for c in document.split(length) if len(c)):
+    rest, room = limit, length - (0 if mark is None else len(mark))
+    if room < 1:
+        raise UsageError(
+            f"chunks of {length} tokens", expected="room for a token after the mark", do="pass a longer one"
+        )
+    for part in (c for document in documents for c in document.split(room) if len(c)):
+        chunk = part if mark is None else torch.cat([mark, part])
         yield chunk if rest is None else chunk[:rest]
         rest = None if rest is None else rest - min(rest, len(chunk))
         if rest == 0:

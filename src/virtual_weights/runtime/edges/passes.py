@@ -1,0 +1,234 @@
+"""Sequences run with every edge and again without some: what changes, batch by batch, from the first reader on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from virtual_weights.errors import UsageError
+from virtual_weights.linalg import accumulate
+from virtual_weights.progress import Progress, silent
+from virtual_weights.runtime.edges.attribution import Metric, metric_of
+from virtual_weights.runtime.edges.edge import (
+    EdgeSet,
+    Removal,
+    Replacement,
+    Scalars,
+    Written,
+    affected,
+    removed,
+    token_losses,
+)
+from virtual_weights.runtime.running.hooks import Place, module_name, module_named, watched
+from virtual_weights.runtime.running.run import Run
+from virtual_weights.stream import Group, Stream
+
+CHANGED = 0.1
+"""Nats by which a token's loss must change to count as changed."""
+
+FIGURES = {
+    "effect_nats": ("nats, or the metric's", "metric without the edges less metric with them"),
+    "pattern_change": ("1, in [0, 1]", "total variation of attention, mean over queries and heads"),
+    "output_change": ("1 (ratio)", "||change|| / ||output|| of what reads the edge"),
+    "top_changed": ("1, in [0, 1]", "share of counted tokens whose likeliest next token is another"),
+    "loss_changed": ("1, in [0, 1]", f"share of counted tokens whose loss changes by more than {CHANGED} nats"),
+}
+"""What is measured of every sequence: the unit and the meaning."""
+
+
+def starting_group(stream: Stream, edges: Sequence[EdgeSet]) -> Group:
+    """Where a run without some edges must start: the attention of the first block that reads one, or the unembedding.
+
+    Nothing before it depends on these edges.
+    """
+    state = min(edge.state for edge in edges)
+    starts = (*stream.groups.heads, stream.groups["unembed"])
+    return [group for group in starts if group.reads is not None and group.reads <= state][-1]
+
+
+@contextmanager
+def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> Generator[None]:
+    """Let the blocks before a group's give what they gave in an earlier run, at no cost.
+
+    The model goes on as it does after them, by its own modules: embeddings, masks and rotary angles are made as ever.
+    Hooks inside the blocks left out do not fire.
+
+    Args:
+        model: what runs, see ``load``.
+        stream: the same model.
+        group: the attention of the first block that runs; the unembedding where none does.
+        state: (B, T, d) the state ``group.reads``, as an earlier run on the same tokens showed it.
+    """
+    before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
+    names = [module_name(stream, "norm", earlier.id).rpartition(".")[0] for earlier in before]
+    blocks: list[Any] = [module_named(model, stream, name) for name in names]
+    overrides = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        for block, override in zip(blocks, overrides, strict=True):
+            del block.forward
+            if override is not None:
+                block.forward = override
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Manner:
+    """How edges are removed and by what that is measured, see ``EdgeAblation``."""
+
+    replacement: Replacement
+    scalars: Scalars
+    sequences: int | None
+    metric: Metric | None
+    batch: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What changed without each of some sets of edges.
+
+    Attributes:
+        figures: (sets, sequences, 5) float64 in the order of ``FIGURES``; NaN where a set has no such figure.
+        values: (sequences,) the metric with every edge.
+        losses: (sequences,) the mean next-token loss with every edge.
+    """
+
+    figures: Tensor
+    values: Tensor
+    losses: Tensor
+
+
+@torch.no_grad()
+def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progress = silent) -> Measured:
+    """Run some sequences with every edge, and without each of some sets.
+
+    One pass with every edge serves all sets, and blocks before the first reader give what they gave in it. Progress is
+    (sets done, sets in all), counted batch by batch.
+    """
+    tokens = run.sequences(manner.sequences)
+    partners = _partners(run, tokens, manner)
+    removal = Removal(manner.replacement, manner.scalars)
+    if manner.replacement == "mean":
+        removal = replace(removal, means=_means(run, sets, tokens.split(manner.batch)))
+    figures, values, losses = list[Tensor](), list[Tensor](), list[Tensor]()
+    starts = range(0, len(tokens), manner.batch)
+    for i, start in enumerate(starts):
+        rows = slice(start, start + manner.batch)
+        passes, done = _Passes(run, sets, tokens[rows], metric_of(manner.metric, run, rows)), list[Tensor]()
+        if partners is not None:
+            shown, _ = watched(run.module, run.stream, {p for s in sets for p in s.places(run.stream)}, partners[rows])
+            removal = replace(removal, partners=shown)
+        at_once = max(1, manner.batch // len(passes.tokens))
+        for first in range(0, len(sets), at_once):
+            for figure in passes.without(sets[first : first + at_once], removal):
+                done.append(figure)
+                progress(i * len(sets) + len(done), len(starts) * len(sets))
+        figures.append(torch.stack(done))
+        values.append(passes.value)
+        losses.append(passes.losses.mean(1))
+    return Measured(torch.cat(figures, 1).cpu(), *(torch.cat(x).double().cpu() for x in (values, losses)))
+
+
+@final
+class _Passes:
+    """A batch of sequences run with every edge, and what changes in it without some."""
+
+    def __init__(self, run: Run, sets: Sequence[EdgeSet], tokens: Tensor, metric: Metric) -> None:
+        self.run, self.tokens, self.metric = run, tokens, metric
+        places = {place for edges in sets for place in (*_places(run.stream, edges), *edges.places(run.stream))}
+        places |= {("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets}
+        self.signals, self.logits = watched(run.module, run.stream, places, tokens)
+        self.losses, self.top = token_losses(self.logits, tokens, run.first), self.logits.argmax(-1)
+        self.value = _checked(metric(self.logits, tokens), tokens)
+
+    def without(self, sets: Sequence[EdgeSet], removal: Removal) -> Iterator[Tensor]:
+        """Without each of some sets, run at once: (sequences, 5) in the order of ``FIGURES``."""
+        stream, module, copies = self.run.stream, self.run.module, len(sets)
+        group = starting_group(stream, sets)
+        state = self.signals["state", group.reads or 0].repeat(copies, 1, 1)
+        # of what writers write from, a block that does not run shows nothing
+        inner = {place: torch.cat([z] * copies) for place, z in self.signals.items() if place[0] == "inner"}
+        places = {place for edges in sets for place in _places(stream, edges)}
+        with restarted(module, stream, group, state), removed(module, stream, sets, removal, inner):
+            signals, logits = watched(module, stream, places, self.tokens.repeat(copies, 1))
+        for i, edges in enumerate(sets):
+            block = slice(i * len(self.tokens), (i + 1) * len(self.tokens))
+            yield self._figures(edges, {place: signal[block] for place, signal in signals.items()}, logits[block])
+
+    def _figures(self, edges: EdgeSet, signals: dict[Place, Tensor], logits: Tensor) -> Tensor:
+        first, effect = self.run.first, self.metric(logits, self.tokens) - self.value
+        pattern = output = torch.full_like(effect, torch.nan)
+        top = (logits.argmax(-1) != self.top)[:, first - 1 : -1].double().mean(1)
+        loss = ((token_losses(logits, self.tokens, first) - self.losses).abs() > CHANGED).double().mean(1)
+        if (edge := edges.single) is not None:
+            write = affected(self.run.stream, edge)
+            before, after = (self.logits, logits) if write is None else (write(self.signals), write(signals))
+            output = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+            if write is not None and edge.port in ("Q", "K"):  # total variation, mean over queries and heads
+                before, after = (s["pattern", edge.target][:, write.components] for s in (self.signals, signals))
+                pattern = (after - before).abs().sum(-1).mean((1, 2)) / 2
+        return torch.stack([figure.double() for figure in (effect, pattern, output, top, loss)], 1)
+
+
+def _places(stream: Stream, edges: EdgeSet) -> Iterator[Place]:
+    """What is compared with and without an edge; of a set, the logits alone."""
+    edge = edges.single
+    if edge is None:
+        return
+    write = affected(stream, edge)
+    if write is not None:
+        yield write.place
+    if edge.port in ("Q", "K"):
+        yield "pattern", edge.target
+
+
+def _partners(run: Run, tokens: Tensor, manner: Manner) -> Tensor | None:
+    """The sequences from whose runs writers' outputs are taken, (sequences, tokens), None for none."""
+    if manner.replacement == "mean":
+        return None
+    if manner.replacement == "partner":
+        return run.sequences(manner.sequences, partners=True)
+    if len(tokens) < 2:
+        raise UsageError(
+            "one sequence, whose writers should give what they give on another",
+            expected="two sequences or more",
+            do="run on more tokens, or replace by the mean",
+        )
+    return tokens.roll(-1, 0)
+
+
+def _checked(values: Tensor, tokens: Tensor) -> Tensor:
+    if values.shape == (len(tokens),):
+        return values
+    raise UsageError(
+        f"the metric gives a tensor of shape {tuple(values.shape)} for {len(tokens)} sequences",
+        expected="one number a sequence, (B,)",
+        do="average over the tokens of each sequence, not over the sequences",
+    )
+
+
+def _means(run: Run, sets: Sequence[EdgeSet], batches: Sequence[Tensor]) -> dict[str | int, Tensor]:
+    """The means over all tokens, (d,), of every writer and of the states whose writers are removed, in a pass."""
+    stream, d = run.stream, run.stream.d_model
+    writers = {str(edge.writer): Written.of(stream, edge.writer) for edges in sets for edge in edges.edges}
+    states = {edge.state for edges in sets if edges.removes != "these" for edge in (*edges.edges, *edges.elsewhere)}
+    places: set[Place] = {*(write.place for write in writers.values()), *(("state", state) for state in states)}
+    sums: dict[str | int, Tensor] = {
+        name: torch.zeros(d, dtype=accumulate, device=run.device) for name in (*writers, *states)
+    }
+    for tokens in batches:
+        signals, _ = watched(run.module, stream, places, tokens)
+        for name, total in sums.items():
+            value = signals["state", name] if isinstance(name, int) else writers[name](signals)
+            total += value.to(accumulate).expand(*tokens.shape, -1).sum((0, 1))
+    return {name: total / sum(tokens.numel() for tokens in batches) for name, total in sums.items()}
