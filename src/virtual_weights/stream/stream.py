@@ -321,7 +321,7 @@ def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype 
 
 def through_norm(stream: Stream, vectors: Tensor) -> Tensor:
     """What a norm passes of vectors (..., d) of the stream, folded or not: LayerNorm takes their mean away."""
-    return vectors - vectors.mean(-1, keepdim=True) if stream.spec.norm == "layer" else vectors
+    return without_mean(vectors, -1) if stream.spec.norm == "layer" else vectors
 
 
 def _id(group: Group | str) -> str:

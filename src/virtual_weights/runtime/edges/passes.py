@@ -27,7 +27,8 @@ from virtual_weights.runtime.edges.edge import (
 )
 from virtual_weights.runtime.running.hooks import Place, module_name, module_named, watched
 from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Group, Stream
+from virtual_weights.stream import Group, Stream, through_norm
+from virtual_weights.stream.norm import without_mean
 
 CHANGED = 0.1
 """Nats by which a token's loss must change to count as changed."""
@@ -35,7 +36,7 @@ CHANGED = 0.1
 FIGURES = {
     "effect_nats": ("nats, or the metric's", "metric without the edges less metric with them"),
     "pattern_change": ("1, in [0, 1]", "total variation of attention, mean over queries and heads"),
-    "output_change": ("1 (ratio)", "||change|| / ||output|| of what reads the edge"),
+    "output_change": ("1 (ratio)", "||change|| / ||output|| of what reads the edge, as norms or the softmax see it"),
     "top_changed": ("1, in [0, 1]", "share of counted tokens whose likeliest next token is another"),
     "loss_changed": ("1, in [0, 1]", f"share of counted tokens whose loss changes by more than {CHANGED} nats"),
 }
@@ -172,7 +173,11 @@ class _Passes:
         loss = ((token_losses(logits, self.tokens, first) - self.losses).abs() > CHANGED).double().mean(1)
         if (edge := edges.single) is not None:
             write = affected(self.run.stream, edge)
-            before, after = (self.logits, logits) if write is None else (write(self.signals), write(signals))
+            before, after = (
+                (without_mean(self.logits, -1), without_mean(logits, -1))  # a softmax sees no more of them
+                if write is None
+                else (through_norm(self.run.stream, write(shown)) for shown in (self.signals, signals))
+            )
             output = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
             if write is not None and edge.port in ("Q", "K"):  # total variation, mean over queries and heads
                 before, after = (s["pattern", edge.target][:, write.components] for s in (self.signals, signals))

@@ -1,0 +1,105 @@
+"""Every public question, small: for laws that hold of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import virtual_weights as vw
+from virtual_weights.stream import Question
+
+TOKENS = torch.tensor([[3, 17, 5, 5, 30, 1, 22, 9], [8, 2, 30, 36, 11, 0, 4, 12]])
+KINDS = ("pairs", "contribution", "channels", "crowding", "memory", "flow", "ablation", "fate", "statements")
+EDGES = [("L0H1", "L1H2.K"), ("L0.mlp", "L1H1.V"), ("embed", "unembed")]
+
+
+class Subject:
+    """A model in float64, its stream, runs of it and its moments.
+
+    Args:
+        model: in float64.
+        how: how runs run, as in ``Run.on_tokens``; by default the model itself.
+    """
+
+    def __init__(self, model: nn.Module, **how: Any) -> None:
+        how = how or {"model": model}
+        self.stream = vw.open(model).to(torch.float64)
+        self.run = vw.Run.on_tokens(self.stream, TOKENS, **how)
+        self.prompt = vw.Run.on_prompt(self.stream, TOKENS[0], **how)
+        self.repeats = vw.Run.on_repeats(self.stream, 32, 16, **how)
+        self.pairs = vw.Run.on_pairs(self.stream, list(TOKENS), list(TOKENS.flip(0)), **how)
+        self.moments = vw.Observation().moments(self.run)
+
+    def answer(self, question: Question[Any]) -> vw.Record:
+        """Asked of the stream, or of the run that it needs."""
+        if question.subject is not vw.Run:
+            return question(self.stream)
+        if getattr(question, "replacement", None) == "partner":
+            return question(self.pairs)
+        prompted = question.question in ("lens", "trace", "route")
+        return question(self.prompt if prompted else self.repeats if question.question == "labels" else self.run)
+
+
+def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
+    """Public questions of the weights and of a run, by ``KINDS``."""
+    ports, moments = subject.stream.groups.ports, subject.moments
+    neurons: list[Any] = [port for port in ports if port in ("gate", "up", "in")]
+    asked: dict[str, list[Question[Any]]] = {
+        "pairs": [
+            *(question for port in ports for question in (vw.Composition(port, None, "all"), vw.Overlap(port, "all"))),
+            *(question for port in neurons for question in (vw.NeuronNeuron(port), vw.NeuronReaders(port))),
+            *(question for port in neurons for question in (vw.NeuronCosines(port), vw.HeadNeuron(port))),
+            *(vw.NeuronHead("V"), vw.NeuronHead("K"), vw.Subspaces("O", "K"), vw.Subspaces("O", "O")),
+            *(vw.ComponentComposition("L0H1"), vw.ComponentComposition("L0H1", "unembed")),
+        ],
+        "contribution": [vw.Contribution(port, moments, c, "all") for port in ports for c in (False, True)],
+        "channels": [
+            *(vw.Circuit("L0H1.ov"), vw.Circuit("L1H1.qk"), vw.Channel("L0.mlp", "L1H1.K")),
+            *(vw.Channel("embed", "unembed"), vw.ChannelTokens("L0H1", "L1H2.V"), vw.OffsetProfile("L0H1", "L1H2.K")),
+            *(vw.MeanCircuit("L1H2"), vw.LinearComposition(), vw.Paths("L0H1", "unembed")),
+        ],
+        "crowding": [vw.Coherence(), vw.Interference(), vw.Recovery(), vw.Bandwidth(), vw.Basis()],
+        "memory": [vw.Clearing("L0H1"), vw.Clearing("L0.mlp"), vw.Erasure(), vw.HeadErasers(), vw.Neurons()],
+        "flow": [
+            *(vw.Lens(), vw.Trace(token=3), vw.Trace(f"L1.mlp.{neurons[0]}"), vw.Route("L1H1", 3), vw.Labels()),
+            *(vw.Observation(), vw.Attribution("K", "all"), vw.Attribution("unembed", "all")),
+            *(vw.Attribution("unembed", "all", vw.LogitDifference(3)), vw.EdgeAblation("L0H1", "L1H2.K")),
+        ],
+        "ablation": [
+            *(vw.Ablation(EDGES, 2, replacement=how) for how in ("mean", "resample", "partner")),
+            vw.EdgeSetAblation(EDGES, "ports", scalars="move", metric=vw.LogitDifference(3)),
+            vw.Validation(moments, edges=6, length=8),
+        ],
+        "fate": [
+            *(vw.Erased(), vw.Persistence(), vw.Persistence(True), vw.PersistenceSummary(), vw.ErasedBy()),
+            *(vw.Frontier(), vw.ErasurePolicy()),
+        ],
+        "statements": [vw.Statements()],
+    }
+    assert tuple(asked) == KINDS
+    return asked
+
+
+_COUNTS = ("erased_by_optimal", "agreement", "chance")
+"""Shares of units beyond a threshold that is one unit's own ratio: on which side that unit falls is rounding."""
+
+
+def different(one: vw.Record, two: vw.Record, loose: float = 1.0) -> Iterator[str]:
+    """Columns that differ by more than rounding, or so many times it; of text, the words."""
+    single = one.stamp.get("compute_dtype") == "float32"
+    for column in one.columns:
+        a, b = one[column.name], two[column.name]
+        if isinstance(a, tuple) or isinstance(b, tuple):
+            if a != b and column.name not in ("evidence", "why", "witnesses", "condition"):
+                yield column.name
+            continue
+        if column.name in _COUNTS:
+            assert torch.allclose(a.double(), b.double(), atol=2 / len(TOKENS.flatten()))
+            continue
+        size = float(a.double().nan_to_num().abs().max())
+        absolute = 1e-12 + loose * (1e-5 if single else 1e-7) * size
+        if not torch.allclose(a.double(), b.double(), loose * 1e-6, absolute, True):
+            yield column.name
