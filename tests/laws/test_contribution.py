@@ -84,9 +84,8 @@ def _after(stream: Stream, flows: list[Any], port: str, group: Group, head: int,
 def test_contribution_is_the_average_over_tokens(name: str, centred: bool, offset: int | None) -> None:
     model = tiny(name, seed=2, dtype=torch.float64)
     stream, moments = _observed(model)
-    assert (moments.form, moments.tokens, moments.length) == ("exact", 18, 7)
+    assert (set(moments.held.values()), moments.tokens, moments.length) == ({"exact"}, 18, 7)
     heads = {str(c.label) for c in stream.heads}
-    biases = {str(c.label) for c in stream.components if c.kind in ("attn_bias", "mlp_bias")}
     for port in ("Q", "K", "V", *(("gate", "up") if stream.spec.gated else ("in",)), "unembed"):
         record = Contribution(port, moments, centred, "all", offset)(stream)
         naive = _naive(model, stream, port, centred, offset)
@@ -94,23 +93,16 @@ def test_contribution_is_the_average_over_tokens(name: str, centred: bool, offse
         assert rows.keys() == {key for key in naive if isinstance(key, tuple)}
         for (reader, writer), row in rows.items():
             expected = naive[reader, writer]
-            if writer in heads | biases or _next(stream, reader, writer):
-                assert row["contribution"] == pytest.approx(expected, rel=1e-9, abs=1e-14), (port, reader, writer)
+            assert row["contribution"] == pytest.approx(expected, rel=1e-9, abs=1e-14), (port, reader, writer)
             if port in "QKV" and writer in heads:
                 assert row["share"] == pytest.approx(expected / naive[reader], rel=1e-9), (port, reader, writer)
-
-
-def _next(stream: Stream, reader: str, writer: str) -> bool:
-    """Whether the reader reads the very state in which the write first appears: there wide writers are exact too."""
-    places = {str(c.label): c for c in stream.components}
-    return stream.groups.of(reader).reads == places[writer].writes
 
 
 def test_factorised_moments_are_exact_in_the_energy_written() -> None:
     model = tiny("llama-grouped-untied", dtype=torch.float64)
     stream, exact = _observed(model)
     _, factorised = _observed(model, memory_mb=0)
-    assert factorised.form == "factorised"
+    assert factorised.held == {"heads": "factorised", "MLPs": "energy alone", "embeddings": "energy alone"}
     assert "embed" not in factorised.second
     for group, writes in (("L0.attn", 1), ("L1.attn", 3)):
         out = stream.write(group).double()
@@ -122,6 +114,45 @@ def test_factorised_moments_are_exact_in_the_energy_written() -> None:
         assert not torch.allclose(exact.held_at(group, 1)[0], factorised.held_at(group, 1)[0], rtol=1e-3)
     alone = Contribution("K", factorised, writers="all")(stream)
     assert "embed" not in alone.axis("writer").labels
+
+
+def test_moments_are_exact_from_heads_to_embeddings_to_mlps_as_memory_allows() -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+    stream, exact = _observed(model)
+    d, states = stream.d_model, stream.states
+    heads = sum(8 * 6 * 4**2 * (states - group.first) for group in stream.groups.heads)
+    embedding = 8 * d * d * (states - stream.groups["embed"].first - 1)
+    known, names = [], ("heads", "MLPs", "embeddings")
+    for budget in (heads, heads + 8 * d * d * 4, heads + 8 * d * d * 4 + embedding):
+        _, moments = _observed(model, memory_mb=budget / 2**20)
+        known.append(tuple(moments.held[name] for name in names))
+        assert torch.equal(moments.second["L0.attn"], exact.second["L0.attn"])
+        record = Contribution("K", moments, writers="all")(stream)
+        assert record.stamp["held"] == moments.held
+    assert known == [
+        ("exact", "energy alone", "energy alone"),
+        ("exact", "factorised", "factorised"),
+        ("exact", "factorised", "exact"),
+    ]
+
+
+def test_sinks_are_first_tokens_and_tokens_of_huge_norm() -> None:
+    model: Any = tiny("llama-grouped-untied", dtype=torch.float64)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[30] *= 1000
+    stream = vw.open(model).to(torch.float64)
+    run = vw.Run.on_tokens(stream, BATCH, model=model)
+    counted = (BATCH >= 0) & (BATCH != 30) & (torch.arange(BATCH.shape[1]) > 0)
+    without = vw.Observation(sinks="left out").moments(run)
+    assert (without.tokens, without.length) == (13, 7) == (int(counted.sum()), len(ROWS[0]))
+    assert without.text.endswith(", without sinks")
+    x = model.model.embed_tokens(BATCH[counted]).detach()
+    expected = (x.square().mean(-1) + stream.spec.norm_eps).sqrt().mean()
+    assert float(without.states["norm"][0]) == pytest.approx(float(expected), rel=1e-9)
+    with pytest.raises(vw.VirtualWeightsError, match="every token is a sink"):
+        vw.Observation(sinks="left out").moments(vw.Run.on_tokens(stream, BATCH[:, :1], model=model))
+    with pytest.raises(vw.VirtualWeightsError, match="sinks='gone'"):
+        vw.Observation(sinks="gone")  # pyright: ignore[reportArgumentType]
 
 
 def test_padding_never_counts_and_batching_changes_nothing() -> None:

@@ -104,7 +104,12 @@ def test_observe_writes_what_the_functions_give(folder: Path, tmp_path: Path) ->
     figures = _answer("observe", folder, "-o", file, *options)["summary"]
     moments = Moments.load(file, stream)
     expected = Observation().moments(Run.on_repeats(stream, 80, 16, 3))
-    assert (figures["tokens"], figures["length"], figures["heads"], figures["kind"]) == (80, 16, "exact", "moments")
+    assert (figures["tokens"], figures["length"], set(figures["held"].values()), figures["kind"]) == (
+        80,
+        16,
+        {"exact"},
+        "moments",
+    )
     assert figures["identity"] == moments.identity
     for port in ("Q", "K", "V"):
         one, other = (Contribution(port, m)(stream)["contribution"] for m in (moments, expected))
@@ -134,7 +139,7 @@ def test_validate_says_how_records_agree(folder: Path) -> None:
     options = ("--repeated", "--tokens", 64, "--length", 16, "--edges", 14, "--seed", 5, "--json")
     given = _answer("validate", folder, *options)
     rows = {(row["target"], row["predictor"], row["port"]): row for row in given["rows"]}
-    names = {"data-aware", "composition", "strength", "overlap"}
+    names = {"data-aware", "activity", "composition", "strength", "lift", "overlap"}
     asked = {("contribution", name) for name in names}
     asked |= {("effect", name) for name in (*names, "contribution", "attribution")}
     assert rows.keys() == {(*pair, port) for pair in asked for port in "QKV"}

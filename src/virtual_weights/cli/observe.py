@@ -21,6 +21,12 @@ def observe(
         Path,
         typer.Option("-o", "--output", metavar="FILE", callback=o.checked_file, help="safetensors file to write"),
     ],
+    without_sinks: Annotated[
+        bool,
+        typer.Option(
+            "--without-sinks", help="leave out first tokens, and tokens of more than 20 times their chunk's median norm"
+        ),
+    ] = False,
     memory_mb: o.Memory = None,
 ) -> Answer:
     """Run a model and store what other commands need: averages over a text, or one prompt in full.
@@ -34,7 +40,7 @@ def observe(
 
     run = session.run
     if session.options["prompt"] is not None or session.options["prompt_ids"] is not None:
-        o.refuse_unused(context, "with a prompt", "memory_mb")
+        o.refuse_unused(context, "with a prompt", "memory_mb", "without_sinks")
         point = operating_point(run)
         with replacing(output) as temporary:
             point.save(temporary)
@@ -42,20 +48,20 @@ def observe(
         record = vw.Record("operating_point", (Axis("row", ()),), (), {}, stamp, session.stream.provenance)
         summary = {"file": str(output), "kind": "operating point", "identity": point.identity, "tokens": run.count}
         return Answer(record, [], summary, [f"operating point of {run.count} tokens of {run.text} written to {output}"])
-    question = vw.Observation(memory_mb or 1024)
+    question = vw.Observation(memory_mb or 1024, "left out" if without_sinks else "kept")
     moments = question.moments(run, session.step("observation"))
     with replacing(output) as temporary:
         moments.save(temporary)
     record, attention = question.record(run, moments), _attention(session, moments)
     rows = list(record.rows())
     summary = {"file": str(output), "kind": "moments", "identity": moments.identity, "tokens": moments.tokens}
-    summary |= {"length": moments.length, "heads": moments.form, "attention": attention}
+    summary |= {"length": moments.length, "held": moments.held, "attention": attention}
     most = sorted(attention, key=lambda row: -row["previous"])[:10]
     shown = [
         Table(f"means over tokens, by state of the stream · {session.name}", rows),
         Table("the 10 heads that attend most to the previous token", most, ("head", "previous", "self", "first")),
-        f"second moments of heads: {moments.form}",
-        f"moments of {moments.tokens} tokens of {run.text} written to {output}",
+        "second moments: " + "; ".join(f"{kind} {form}" for kind, form in moments.held.items()),
+        f"moments of {moments.tokens} tokens of {moments.text} written to {output}",
     ]
     return Answer(record, rows, summary, shown)
 

@@ -28,7 +28,8 @@ class Moments:
     ``"embed"``, ``"pos"`` (m = 1, their output in the stream, k = d, the MLP's bias apart). A group that first appears
     in state w is held for P states: all from w on, or, factorised, for w alone. Elsewhere it is then proportional,
     ``E[z z^T/s_p^2] ~ E[z z^T/s_w^2] E[|O z|^2/s_p^2] / E[|O z|^2/s_w^2]``: exact in the energy written, not in its
-    directions. Every token is weighted by 1/s^2, so the few with huge norms do not drown the text.
+    directions; ``held`` says which of these. Every token is weighted by 1/s^2, so the few with huge norms do not drown
+    the text.
 
     Attributes:
         fingerprint: of the checkpoint that ran.
@@ -87,10 +88,15 @@ class Moments:
         return second[0] * ratio[:, None, None], mean[0] * ratio.sqrt()[:, None]
 
     @property
-    def form(self) -> str:
-        """How heads are held: ``"exact"`` at every reading state, or ``"factorised"``."""
-        exact = [len(self.second[g]) == len(self.energy[g]) for g in self.second if g.endswith(".attn")]
-        return "exact" if all(exact) else "factorised"
+    def held(self) -> dict[str, str]:
+        """How each kind of writer is held: ``"exact"`` at every reading state, ``"factorised"``, ``"energy alone"``."""
+        forms: dict[str, str] = {}
+        for group, energy in self.energy.items():
+            states = len(self.second[group]) if group in self.second else 0
+            form = "exact" if states == len(energy) else "factorised" if states else "energy alone"
+            kind = _KINDS.get(group.rpartition(".")[2], "embeddings")
+            forms[kind] = min(forms.get(kind, form), form, key=_FORMS.index)
+        return forms
 
     def check(self, stream: Stream) -> None:
         """Make sure that these moments belong to a model.
@@ -162,6 +168,10 @@ class Moments:
 
 
 _MAPPINGS = tuple(f.name for f in fields(Moments) if f.name not in ("fingerprint", "tokens", "length", "text"))
+
+
+_KINDS = {"attn": "heads", "mlp": "MLPs"}
+_FORMS = ("energy alone", "factorised", "exact")
 
 
 def _fit(second: Any, mean: Any) -> bool:

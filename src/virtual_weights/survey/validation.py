@@ -44,9 +44,10 @@ _FIGURES = {
 class Validation(Composite[Run]):
     """Agreement of every predictor of edges into heads with what a run shows: contributions, and effects of ablation.
 
-    Predictors: the contribution by moments of another text (``data-aware``), composition ``score`` and ``strength``,
-    ``overlap``; against ablations also the ``contribution`` and the ``attribution`` on the run itself. Edges to ablate
-    are drawn without regard to any predictor, so that none is favoured.
+    Predictors: the contribution by moments of another text (``data-aware``), composition ``score``, ``strength`` and
+    ``lift``, ``overlap``, and as the baseline ``activity``, the size of what the writer alone wrote on that other text,
+    whoever reads it; against ablations also the ``contribution`` and the ``attribution`` on the run itself. Edges to
+    ablate are drawn without regard to any predictor, so that none is favoured.
 
     Attributes:
         moments: of another text, which predict.
@@ -121,17 +122,20 @@ class Validation(Composite[Run]):
             predicted_from=self.moments.text,
             predicted_from_tokens=self.moments.tokens,
             moment="centred" if self.centred else "uncentred",
-            heads=target.form,
+            held=target.held,
         )
 
     def _predictors(self, stream: Stream, port: HeadPort, ask: Ask) -> dict[str, tuple[Record, str]]:
         """Records that predict, each with its column."""
         questions = [Composition(port, writers=self.writers, device=self.device), Overlap(port, device=self.device)]
         composition, overlap = ask(questions)
+        contribution = self._contribution(stream, port, self.moments)
         return {
-            "data-aware": (self._contribution(stream, port, self.moments), "contribution"),
+            "data-aware": (contribution, "contribution"),
+            "activity": (contribution, "activity"),
             "composition": (composition, "score"),
             "strength": (composition, "strength"),
+            "lift": (composition, "lift"),
             "overlap": (overlap, "overlap"),
         }
 

@@ -47,8 +47,11 @@ class Contribution(Question[Stream]):
     ``E_q <q, E[Rot]^T R~ O E[z/s]>^2``: without rotary embedding the mean over tokens, with it as much of that mean as
     rotation leaves on average over the offsets (all of it at one offset).
 
-    Heads as writers are exact in C where ``moments.form`` is ``"exact"``; MLPs and embeddings are always factorised,
-    see ``Moments``. Biases are exact.
+    ``activity`` is the baseline that any predictor of what flows should be held against: the root mean square of
+    ``O z/s``, what the writer alone puts on the stream as the reader's norm shows it. No map of the reader is in it.
+
+    C is exact or factorised by the kind of writer, as the moments hold it: the stamp says which under ``held``, see
+    ``Moments``. Biases are exact.
 
     Invariant under re-basing of heads (Q, K: by bases in which rotary turns planes) and, with RMSNorm folded, under
     rotation of the stream.
@@ -84,10 +87,10 @@ class Contribution(Question[Stream]):
             progress: called with (groups of readers done, groups in all).
 
         Returns:
-            A Record over (reader, writer), both in order of depth: ``contribution``, and for Q, K and V ``share``, of
-            the energy of all that the port receives (constants of the model apart). Contributions can cancel, so shares
-            need not sum to 1. For K also ``varying``, unless ``centred`` has left the mean out already. A pair that
-            cannot reach is absent.
+            A Record over (reader, writer), both in order of depth: ``contribution``, ``activity``, and for Q, K and V
+            ``share``, of the energy of all that the port receives (constants of the model apart). Contributions can
+            cancel, so shares need not sum to 1. For K also ``varying``, unless ``centred`` has left the mean out
+            already. A pair that cannot reach is absent.
 
         Raises:
             UsageError: the moments belong to another model, or the model has no such port.
@@ -97,43 +100,45 @@ class Contribution(Question[Stream]):
         outer = {group.id: stream.write(group).mT for group in writers if group.kind == "head"}
         axes = component_axis("reader", readers, self.port), component_axis("writer", writers)
         place = {label: i for i, label in enumerate(axes[1].labels)}
-        rows: list[Tensor] = []
-        inputs: list[Tensor] = []
-        shared: list[Tensor] = []
+        blocks: dict[str, list[Tensor]] = {"energy": [], "activity": [], "common": [], "inputs": []}
         for done, group in enumerate(readers, 1):
-            side, energy = self._reading(stream, group)
-            row = torch.full((len(group.components), len(place)), float("nan"), dtype=accumulate)
-            common = row.clone()
+            side, inputs = self._reading(stream, group)
+            empty = torch.full((len(group.components), len(place)), float("nan"), dtype=accumulate)
+            block = {"energy": empty, "activity": empty.clone(), "common": empty.clone(), "inputs": inputs}
             reaching = [writer for writer in writers if writer.reaches(group.reads)]
             if reaching:
                 sources = self._writing(stream, reaching, group, outer)
                 products = pair_products(side, sources, device=self.device, memory=self.memory_mb * 2**20)
-                row[:, [place[label] for label in products.axes[1].labels]] = products.squared
+                block["energy"][:, [place[label] for label in products.axes[1].labels]] = products.squared
+                names, means = self._means(stream, reaching, group)
+                columns = [place[name] for name in names]
+                energies = torch.cat([self._written(stream, writer, group) for writer in reaching])
+                varying = energies - means.square().sum(0) if self.centred else energies
+                block["activity"][:, columns] = varying.clamp(min=0.0).sqrt()
                 if self.port == "K" and not self.centred:
-                    names, means = self._means(stream, reaching, group)
-                    common[:, [place[name] for name in names]] = self._common(stream, group, means)
-            rows.append(row)
-            shared.append(common)
-            inputs.append(energy)
+                    block["common"][:, columns] = self._common(stream, group, means)
+            for name, values in block.items():
+                blocks[name].append(values)
             progress(done, len(readers))
-        return self._record(stream, axes, torch.cat(rows), (torch.cat(inputs), torch.cat(shared)))
+        return self._record(stream, axes, **{name: torch.cat(values) for name, values in blocks.items()})
 
-    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, beside: tuple[Tensor, Tensor]) -> Record:
-        inputs, common = beside
+    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, **beside: Tensor) -> Record:
         units = {"Q": "squared logits", "K": "squared logits", "V": "squared norm"}
         columns = [Column("contribution", energy, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]
         if self.port in HEAD_PORTS:
             share = "contribution over that of the port's whole input"
-            columns.append(Column("share", energy / inputs[:, None], "1 (ratio), >= 0", share))
+            columns.append(Column("share", energy / beside["inputs"][:, None], "1 (ratio), >= 0", share))
+        activity = "root mean square of O z/s of the writer alone"
+        columns.append(Column("activity", beside["activity"], "1 (ratio), >= 0", activity))
         if self.port == "K" and not self.centred:
             varying = "contribution without what is common to all keys of a query, which softmax does not see"
-            columns.append(Column("varying", (energy - common).clamp(min=0.0), "squared logits", varying))
+            columns.append(Column("varying", (energy - beside["common"]).clamp(min=0.0), "squared logits", varying))
         return stream.record(
             self,
             axes,
             columns,
             moment="centred" if self.centred else "uncentred",
-            heads=self.moments.form,
+            held=self.moments.held,
             tokens=self.moments.tokens,
             rotary_offset="mean over causal pairs" if self.rotary_offset is None else self.rotary_offset,
             gauge="free of heads' inner bases",
@@ -200,6 +205,14 @@ class Contribution(Question[Stream]):
                 mean = (inner if maps is None else torch.einsum("mdk,mk->md", maps, inner)).T
             means.append(mean)
         return [label for group in writers for label in group.labels], torch.cat(means, 1)
+
+    def _written(self, stream: Stream, group: Group, reader: Group) -> Tensor:
+        """``E|O z/s|^2`` of the writers of one group as a reader receives them, (m,)."""
+        assert reader.reads is not None
+        if not group.constant:
+            return self.moments.energy[group.id][reader.reads - group.first].double()
+        square = stream.write(group)[0].double().square().sum(0)
+        return square * self.moments.states["inverse_square"][reader.reads].double()
 
     def _common(self, stream: Stream, group: Group, means: Tensor) -> Tensor:
         """What means (d, writers) add alike to all scores of a query, (heads, writers) squared logits."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.errors import UsageError
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.running.activations import one_chunk
 from virtual_weights.runtime.running.hooks import Signal, activation, forward, places, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
-from virtual_weights.stream import OperatingPoint, Question, Stream
+from virtual_weights.stream import OperatingPoint, Question, Stream, through_norm
 from virtual_weights.stream.group import Group
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.operating_point import gate_factor
@@ -37,13 +38,22 @@ class Observation(Question[Run]):
     answer is a short Record; ``moments`` gives all of it, for the questions that take moments.
 
     Attributes:
-        memory_mb: MiB for the sums of second moments. Heads are held at every reading state where that fits, else
-            factorised (``Moments.form`` says which); then MLPs and embeddings, (d, d) each, where they fit too, else
-            they have energies but no second moments. It changes what is held, and so the answer.
+        memory_mb: MiB for the sums of second moments. Where it suffices, heads are held at every reading state, else
+            factorised; then MLPs and embeddings, (d, d) each, factorised, else by their energies alone; then, with what
+            is left, embeddings at every reading state, and at last MLPs. ``Moments.held`` says how each is held. It
+            changes what is held, and so the answer.
+        sinks: ``"left out"`` does not count tokens on which heads park attention: the first of a chunk, and those whose
+            norm, as a reader sees it, is at some state more than ``SINK`` times the median of their chunk. The model
+            runs twice to find them.
     """
 
     question: ClassVar[str] = "observation"
     memory_mb: int = 1024
+    sinks: Literal["kept", "left out"] = "kept"
+
+    def __post_init__(self) -> None:
+        if self.sinks not in ("kept", "left out"):
+            raise UsageError(f"sinks={self.sinks!r}", expected='"kept" or "left out"', do="choose one of these")
 
     def __call__(self, run: Run, progress: Progress = silent) -> Record:
         """Run the model.
@@ -65,20 +75,44 @@ class Observation(Question[Run]):
         """The answer, where the moments are there already."""
         columns = (Column(name, moments.states[name], *_STATES[name]) for name in _STATES)
         axis = Axis("state", tuple(map(str, range(run.stream.states))))
-        return run.record(self, (axis,), columns, moments=moments.identity, heads=moments.form)
+        return run.record(self, (axis,), columns, moments=moments.identity, held=moments.held)
 
     @torch.no_grad()
     def moments(self, run: Run, progress: Progress = silent) -> Moments:
         """All averages; arguments and errors as when called."""
-        sums = _MomentSums(run.stream, self.memory_mb * 2**20)
+        sums, done = _MomentSums(run.stream, self.memory_mb * 2**20), 0
         signals: list[Signal] = ["state", "inner", "written", "Q", "K", "V", "pattern"]
-        with watching(run.module, run.stream, places(run.stream, *signals), sums.see):
-            for tokens in run.batches():
-                sums.begin(tokens, run.device)
+        watched = places(run.stream, *signals)
+        for tokens in run.batches():
+            counted = is_token(tokens)
+            done += int(counted.sum())
+            sums.begin(counted & ~sinks(run, tokens) if self.sinks == "left out" else counted, run.device)
+            with watching(run.module, run.stream, watched, sums.see):
                 forward(run.module, tokens.clamp(min=0))
-                sums.end()
-                progress(sums.tokens, run.count)
-        return sums.moments(run.text)
+            sums.end()
+            progress(done, run.count)
+        without = ", without sinks" if self.sinks == "left out" else ""
+        return sums.moments(f"{run.text}{without}", max(map(len, run.chunks)))
+
+
+SINK = 20.0
+"""How many times the median norm of its chunk makes a token a sink. SmolLM2's first tokens reach 165, others 11."""
+
+
+@torch.no_grad()
+def sinks(run: Run, tokens: Tensor) -> Tensor:
+    """Which tokens of a batch (B, T) are sinks, see ``Observation``; on the CPU, undefined at padding."""
+    present = is_token(tokens).to(run.device)
+    found = torch.zeros_like(present)
+    found[:, 0] = True
+
+    def see(_: Signal, __: Any, tensor: Tensor) -> None:
+        norms = through_norm(run.stream, wide(tensor)).norm(dim=-1).where(present, torch.nan)
+        found.logical_or_(norms > SINK * norms.nanmedian(1, keepdim=True).values)
+
+    with watching(run.module, run.stream, places(run.stream, "state"), see):
+        forward(run.module, tokens.clamp(min=0))
+    return found.cpu()
 
 
 @torch.no_grad()
@@ -119,7 +153,7 @@ class _MomentSums:
     """Sums over tokens by ``kind/key``; of one batch, what waits for the norm scalars of later states."""
 
     def __init__(self, stream: Stream, budget: int) -> None:
-        self.stream, self.tokens, self.length, self.later = stream, 0, 0, 0
+        self.stream, self.tokens, self.later = stream, 0, 0
         self.sums: dict[str, Tensor] = {}
         self.dtype = torch.float32
         heads, states = stream.groups.heads, stream.states
@@ -127,19 +161,29 @@ class _MomentSums:
         always = sum(size * (states - group.first) for size, group in zip(once, heads, strict=True))
         self.exact = always <= budget
         rest = budget - (always if self.exact else sum(once))
-        self.dense = 8 * stream.d_model**2 * (2 + len(stream.groups.mlps)) <= rest
+        wide = [group for group in stream.groups.writers if group.kind != "head" and not group.constant]
+        size = 8 * stream.d_model**2
+        self.dense = size * len(wide) <= rest
+        rest -= size * len(wide)
+        self.everywhere = {group.id for group in heads if self.exact}
+        """Groups that are held at every reading state."""
+        for kinds in (("embed", "pos"), ("mlp",)):
+            some = [group for group in wide if group.kind in kinds]
+            more = sum(size * (states - group.first - 1) for group in some)
+            if self.dense and more <= rest:
+                self.everywhere |= {group.id for group in some}
+                rest -= more
         squares = {group.id: stream.write(group).double() for group in heads}
         self.squares = {id: o.mT @ o for id, o in squares.items()}  # O^T O, so that |O z|^2 costs k^2 and not k d
 
-    def begin(self, tokens: Tensor, device: torch.device) -> None:
-        """Take note of which places of a batch hold tokens."""
-        self.mask = is_token(tokens).to(device)
+    def begin(self, counted: Tensor, device: torch.device) -> None:
+        """Take note of which places of a batch count, (B, T)."""
+        self.mask = counted.to(device)
         self.whole = bool(self.mask.all())
         self.inverse: dict[int, Tensor] = {}
         self.waiting: list[tuple[Group, Tensor]] = []
         self.tokens += int(self.mask.sum())
         self.later += int(self.mask[:, 1:].sum())
-        self.length = max(self.length, int(self.mask.sum(1).max()))
 
     def see(self, signal: Signal, where: Any, tensor: Tensor) -> None:
         """Add what needs no norm scalar, keep the rest until the batch has run."""
@@ -176,7 +220,7 @@ class _MomentSums:
             self._add(f"energy/{group.id}", weights.square() @ energy)
             if not heads and not self.dense:
                 continue
-            held = weights if heads and self.exact else weights[:1]
+            held = weights if group.id in self.everywhere else weights[:1]
             by_writer = z.permute(1, 2, 0).contiguous()  # (m, k, tokens)
             self._add(f"mean/{group.id}", torch.einsum("pn,nmk->pmk", held, z))
             weighted = torch.empty_like(by_writer)
@@ -184,8 +228,14 @@ class _MomentSums:
                 product = torch.bmm(torch.mul(by_writer, weight, out=weighted), by_writer.mT)
                 self._add(f"second/{group.id}", product, p, len(held))
 
-    def moments(self, text: str) -> Moments:
+    def moments(self, text: str, length: int) -> Moments:
         """The sums divided by their counts."""
+        if not self.tokens:
+            raise UsageError(
+                "every token is a sink",
+                expected="chunks of more than one token",
+                do="pass longer chunks, or keep the sinks",
+            )
         averages: dict[str, dict[str, Tensor]] = {name: {} for name in ("second", "mean", "neurons")}
         for name, total in self.sums.items():
             kind, _, key = name.partition("/")
@@ -196,7 +246,7 @@ class _MomentSums:
             name: torch.stack([of_states[str(p)][i] for p in range(self.stream.states)])
             for i, name in enumerate(_STATES)
         }
-        return Moments(self.stream.source.fingerprint, self.tokens, self.length, states=states, text=text, **averages)
+        return Moments(self.stream.source.fingerprint, self.tokens, length, states=states, text=text, **averages)
 
     def _state(self, state: int, x: Tensor) -> None:
         s = self.stream.scale(x)
