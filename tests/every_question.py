@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 import virtual_weights as vw
+from virtual_weights.runtime.flow.observation import operating_point
 from virtual_weights.stream import Question
 
 TOKENS = torch.tensor([[3, 17, 5, 5, 30, 1, 22, 9], [8, 2, 30, 36, 11, 0, 4, 12]])
@@ -32,20 +33,26 @@ class Subject:
         self.repeats = vw.Run.on_repeats(self.stream, 32, 16, **how)
         self.pairs = vw.Run.on_pairs(self.stream, list(TOKENS), list(TOKENS.flip(0)), **how)
         self.moments = vw.Observation().moments(self.run)
+        self.point = operating_point(self.prompt)
 
-    def answer(self, question: Question[Any]) -> vw.Record:
-        """Asked of the stream, or of the run that it needs."""
-        if question.subject is not vw.Run:
-            return question(self.stream)
+    def answers(self, question: Question[Any]) -> Iterator[vw.Record]:
+        """Asked of the stream, of the run that it needs, or of both where it takes either."""
+        subjects = get_args(question.subject) or (question.subject,)
+        if vw.Stream in subjects:
+            yield question(self.stream)
+        if vw.Run in subjects:
+            yield question(self._run(question))
+
+    def _run(self, question: Question[Any]) -> vw.Run:
         if getattr(question, "replacement", None) == "partner":
-            return question(self.pairs)
+            return self.pairs
         prompted = question.question in ("lens", "trace", "route")
-        return question(self.prompt if prompted else self.repeats if question.question == "labels" else self.run)
+        return self.prompt if prompted else self.repeats if question.question == "labels" else self.run
 
 
 def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
     """Public questions of the weights and of a run, by ``KINDS``."""
-    ports, moments = subject.stream.groups.ports, subject.moments
+    ports, moments, point = subject.stream.groups.ports, subject.moments, subject.point
     neurons: list[Any] = [port for port in ports if port in ("gate", "up", "in")]
     asked: dict[str, list[Question[Any]]] = {
         "pairs": [
@@ -60,6 +67,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Circuit("L0H1.ov"), vw.Circuit("L1H1.qk"), vw.Channel("L0.mlp", "L1H1.K")),
             *(vw.Channel("embed", "unembed"), vw.ChannelTokens("L0H1", "L1H2.V"), vw.OffsetProfile("L0H1", "L1H2.K")),
             *(vw.MeanCircuit("L1H2"), vw.LinearComposition(), vw.Paths("L0H1", "unembed")),
+            *(vw.LinearComposition(point), vw.Paths("L0H1", "unembed", point=point)),
         ],
         "crowding": [vw.Coherence(), vw.Interference(), vw.Recovery(), vw.Bandwidth(), vw.Basis()],
         "memory": [vw.Clearing("L0H1"), vw.Clearing("L0.mlp"), vw.Erasure(), vw.HeadErasers(), vw.Neurons()],
@@ -77,7 +85,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Erased(), vw.Persistence(), vw.Persistence(True), vw.PersistenceSummary(), vw.ErasedBy()),
             *(vw.Frontier(), vw.ErasurePolicy()),
         ],
-        "statements": [vw.Statements()],
+        "statements": [vw.Statements(), vw.Statements(("L3", "T7"), point=point)],
     }
     assert tuple(asked) == KINDS
     return asked
@@ -87,11 +95,27 @@ _COUNTS = ("erased_by_optimal", "agreement", "chance")
 """Shares of units beyond a threshold that is one unit's own ratio: on which side that unit falls is rounding."""
 
 
+def unlike(here: Subject, there: Subject, kind: str, loose: float = 1.0) -> Iterator[str]:
+    """What two subjects answer differently to the questions of a kind: the question with the columns, or the error."""
+    for one, other in zip(questions(here)[kind], questions(there)[kind], strict=True):
+        try:
+            given = list(there.answers(other))
+        except Exception as error:  # noqa: BLE001 - all of them are listed, not the first alone
+            yield f"{one.question} {one.parameters}: {type(error).__name__}: {error}"
+            continue
+        for a, b in zip(here.answers(one), given, strict=True):
+            if columns := list(different(a, b, loose)):
+                yield f"{one.question} {one.parameters}: {', '.join(columns)}"
+
+
 def different(one: vw.Record, two: vw.Record, loose: float = 1.0) -> Iterator[str]:
     """Columns that differ by more than rounding, or so many times it; of text, the words."""
     single = one.stamp.get("compute_dtype") == "float32"
     for column in one.columns:
         a, b = one[column.name], two[column.name]
+        if isinstance(b, torch.Tensor) and b.device.type != "cpu":
+            yield f"{column.name} on {b.device}"
+            continue
         if isinstance(a, tuple) or isinstance(b, tuple):
             if a != b and column.name not in ("evidence", "why", "witnesses", "condition"):
                 yield column.name

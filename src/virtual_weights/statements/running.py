@@ -77,9 +77,9 @@ def _errors(
 ) -> Iterator[tuple[float, str]]:
     """How far a state (T, d) is, relatively and at the worst token, from what the run shows that a group reads."""
     if group.reads is not None and group.reads in states:
-        yield _relative(through_norm(stream, x), through_norm(stream, states[group.reads])), group.id
+        yield _relative(through_norm(stream, x), through_norm(stream, states[group.reads].to(x))), group.id
         return
-    s = point.scalars[group.id].to(accumulate)
+    s = point.scalars[group.id].to(x)
     yield _relative(stream.scale(x)[:, None], s[:, None]), group.id
     if group.kind == "mlp":
         act, port = activation(stream.spec.activation), group.ports[0]
@@ -87,7 +87,7 @@ def _errors(
         pre = (x / s[:, None]) @ read.maps[0].to(accumulate).T
         pre = pre if read.constants is None else pre + read.constants[0].to(accumulate)
         gates = act(pre) if port == "gate" else gate_factor(act, pre)
-        yield _relative(gates, point.gates[group.id].to(accumulate)), group.id
+        yield _relative(gates, point.gates[group.id].to(x)), group.id
 
 
 def _relative(values: Tensor, recorded: Tensor) -> float:

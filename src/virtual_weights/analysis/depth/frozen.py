@@ -200,7 +200,7 @@ def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
     """One attention or MLP at a point."""
     port = group.ports[-1]  # V, up or in: what it reads here passes linearly to its output
     read, bias = stream.read(port, group), f"{group.id}.bias"
-    pattern = gate = None
+    device, pattern, gate = read.maps.device, None, None
     if isinstance(point, Convention):
         gate = None if group.kind == "head" else torch.full((1, 1), point.gate, dtype=accumulate)
     elif group.kind == "head":
@@ -211,11 +211,11 @@ def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
         group,
         read=read.maps.repeat_interleave(group.shared(port), 0).to(accumulate),
         write=stream.write(group).to(accumulate),
-        inverse=inverse_scalar(point, group.id),
+        inverse=inverse_scalar(point, group.id).to(device),
         read_constant=_accumulated(read.constants, group.shared(port)),
         write_constant=_accumulated(stream.write(bias)[0, :, 0] if bias in stream.groups else None),
-        pattern=_accumulated(pattern),
-        gate=_accumulated(gate),
+        pattern=None if pattern is None else pattern.to(device, accumulate),
+        gate=None if gate is None else gate.to(device, accumulate),
     )
 
 

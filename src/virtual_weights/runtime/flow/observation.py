@@ -120,7 +120,7 @@ def operating_point(run: Run) -> OperatingPoint:
     """The norm scalars, attention patterns and gates of one prompt.
 
     With these fixed every block is linear, and ``frozen.replay`` gives back the model's own final residual up to
-    rounding of the run's dtype.
+    rounding of the run's dtype. It lies on the CPU, wherever the model runs.
 
     Args:
         run: of one chunk.
@@ -135,7 +135,7 @@ def operating_point(run: Run) -> OperatingPoint:
     gates: dict[str, Tensor] = {}
 
     def see(signal: Signal, where: Any, tensor: Tensor) -> None:
-        values = wide(tensor[0])
+        values = wide(tensor[0]).cpu()
         if signal == "pattern":
             patterns[where] = values
         elif signal == "state":
