@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,13 @@ def test_moments_are_exact_from_heads_to_embeddings_to_mlps_as_memory_allows() -
         ("exact", "factorised", "factorised"),
         ("exact", "factorised", "exact"),
     ]
+
+
+def test_moments_read_back_are_held_alike_in_the_same_order(tmp_path: Path) -> None:
+    _, moments = _observed(tiny("llama-grouped-untied", dtype=torch.float64), memory_mb=0)
+    moments.save(tmp_path / "moments.safetensors")
+    again = Moments.load(tmp_path / "moments.safetensors")
+    assert list(again.held.items()) == list(moments.held.items())
 
 
 def test_sinks_are_first_tokens_and_tokens_of_huge_norm() -> None:

@@ -78,7 +78,7 @@ def channel(
         answers.append(_spectrum(session, writer, reader, rotary_offset, seed, top))
     if nearest is not None:
         tokens = vw.ChannelTokens(writer, reader, nearest, blocks, rotary_offset=rotary_offset)
-        answers.append(_tokens(session.ask(tokens)))
+        answers.append(_tokens(session.ask(tokens), reader or writer))
     if components:
         name = writer.removesuffix(".ov")
         scored = session.ask(vw.ComponentComposition(name, reader, rotary_offset=rotary_offset))
@@ -114,7 +114,9 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
     else:
         record = session.ask(vw.Channel(writer, reader, offset, seed=seed))
     figures, rows = summary(record), list(record.rows())
-    title = f"{writer if reader is None else f'{writer} -> {reader}'} · {session.name}"
+    title = (
+        f"{writer if reader is None else f'{writer} -> {reader}'}{_turned(record, reader or writer)} · {session.name}"
+    )
     null = "null edge: the 99% quantile of the largest gain at random orientation; " if reader is not None else ""
     shown = [
         Table(title, [{"quantity": n.replace("_", " "), "value": _plain(value)} for n, value in figures.items()]),
@@ -124,7 +126,13 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
     return Answer(record, rows, figures, shown)
 
 
-def _tokens(record: vw.Record) -> Answer:
+def _turned(record: vw.Record, end: str) -> str:
+    """The rotary offset of what depends on it, by the end through which one reads, for titles."""
+    offset = record.stamp["rotary_offset"]
+    return f" at rotary offset {offset}" if end.endswith((".Q", ".K", ".qk")) and offset is not None else ""
+
+
+def _tokens(record: vw.Record, end: str) -> Answer:
     """Every token with its cosine; only those that are nearer than chance are shown."""
     rows = [{name: row[name] for name in _TOKEN} | {"above_chance": _above(row)} for row in record.rows()]
     lines: dict[tuple[Any, ...], list[str]] = {}
@@ -135,7 +143,7 @@ def _tokens(record: vw.Record) -> Answer:
     listed = [dict(zip(_BLOCK, key, strict=True)) | {"tokens": "  ".join(words)} for key, words in lines.items()]
     columns = {"directions": "directions", "end": "end", "side": "side", "tokens": "tokens and cosines"}
     columns |= {"random": "chance", "gain": "gain"}
-    title = "directions in tokens (chance: the largest cosine of as many random tokens)"
+    title = f"directions in tokens{_turned(record, end)} (chance: the largest cosine of as many random tokens)"
     shown: list[Table | str] = [Table(title, listed, columns)] if listed else []
     count = len({tuple(row[name] for name in _BLOCK) for row in rows})
     ends, sides = (dict.fromkeys(str(row[name]) for row in rows) for name in ("end", "side"))
@@ -156,7 +164,8 @@ def _above(row: Mapping[str, Any]) -> bool:
 def _components(record: vw.Record, top: int) -> Answer:
     ordered = sorted(record.rows(), key=lambda row: -float(row["z"] or 0.0))
     rows = [{name: row[name] for name in _COMPONENT} for row in ordered]
-    title = f"the {len(rows[:top])} of {len(rows)} singular components of {record.parameters['writer']} with largest z"
+    writer = f"{record.parameters['writer']}{_turned(record, str(record.parameters['reader'] or ''))}"
+    title = f"the {len(rows[:top])} of {len(rows)} singular components of {writer} with largest z"
     return Answer(record, rows, {"components": len(rows)}, [Table(title, rows[:top])])
 
 

@@ -90,13 +90,12 @@ class Moments:
     @property
     def held(self) -> dict[str, str]:
         """How each kind of writer is held: ``"exact"`` at every reading state, ``"factorised"``, ``"energy alone"``."""
-        forms: dict[str, str] = {}
+        found: dict[str, set[str]] = {kind: set() for kind in ("heads", "MLPs", "embeddings")}
         for group, energy in self.energy.items():
             states = len(self.second[group]) if group in self.second else 0
             form = "exact" if states == len(energy) else "factorised" if states else "energy alone"
-            kind = _KINDS.get(group.rpartition(".")[2], "embeddings")
-            forms[kind] = min(forms.get(kind, form), form, key=_FORMS.index)
-        return forms
+            found[_KINDS.get(group.rpartition(".")[2], "embeddings")].add(form)
+        return {kind: min(forms, key=_FORMS.index) for kind, forms in found.items() if forms}
 
     def check(self, stream: Stream) -> None:
         """Make sure that these moments belong to a model.

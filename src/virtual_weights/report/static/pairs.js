@@ -101,7 +101,7 @@ function edges() {
   const state = { text: "", merged: true };
   const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) }, { key: "reader", title: "reader", text: true, cell: (e) => namedAll(e.readers ?? [e.reader]) },
     { key: "group", title: "key/value group", text: true, style: "shared", cell: (e) => (e.group ? `${e.group} (${e.shared.join(" ")})` : "") },
-    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"]].map(([key, title]) => ({ key, title }))].filter((c) => c.key !== "group" || data.edges.some((e) => e.group));
+    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"], ["lift", "lift, bits", "how far this pair exceeds what its two ends do elsewhere"]].map(([key, title, hint]) => ({ key, title, hint }))].filter((c) => !["group", "lift"].includes(c.key) || data.edges.some((e) => e[c.key] !== undefined));
   const behaviours = (e) => [e.writer, ...(e.readers ?? [e.reader])].flatMap((name) => (labelOf(name) ?? "").split(" "));
   function fitting() {
     const wanted = state.text.trim().toLowerCase().split(/\s+/).filter(Boolean), sorted = [...data.edges].sort((a, b) => b.score - a.score);
@@ -114,6 +114,6 @@ function edges() {
   const per = Math.max(...COMPOSED.flatMap((p) => [true, false].map((head) => data.edges.filter((e) => e.port === p && isHead(e.writer) === head).length)));
   const apart = data.edges.some((e) => !isHead(e.writer)) ? ", for heads and for all other writers separately" : "";
   return section("edges", "The strongest edges",
-    make("p", {}, `The ${per} highest scores of each port${apart}; the atlas in this folder holds all of them, and lift, by which vweights edges --by lift ranks across readers. Heads that share a key or value head form one group with several names.`),
+    make("p", {}, `The highest scores of each port${apart}, and what is foremost by strength and lift, up to ${per} edges; the atlas in this folder holds all. Ranked by the marked column; choose another by its title. Within one reader rank by score; lift compares across readers. Heads that share a key or value head form one group with several names.`),
     make("div", { class: "bar" }, search, data.edges.some((e) => e.group) ? make("label", {}, merge, "one row per group") : null), list.element);
 }

@@ -19,7 +19,7 @@ const toldReaders = (edge) => (edge.readers ?? [edge.reader]).map(told).join(", 
 const facts = (edge) => [
   `${told(edge.writer)} → ${toldReaders(edge)}, ${EXPLAIN[edge.port]}`,
   `score ${number(edge.score)}, ${number(edge.null_ratio)} times chance`,
-  `strength ${number(edge.strength)}, z ${number(edge.z)}`,
+  `strength ${number(edge.strength)}, z ${number(edge.z)}${isNumber(edge.lift) ? `, lift ${number(edge.lift)}` : ""}`,
   edge.group ? `${edge.group} is shared by ${edge.shared.join(", ")}` : "",
 ].filter(Boolean);
 
@@ -33,20 +33,20 @@ function spine() {
   const PLACES = [[/^(embed|pos)$/, () => 16], [/^unembed$/, () => W - 16], [/attn\.bias$/, (l) => inLayer(l, 0.73)], [/mlp\.bias$/, (l) => inLayer(l, 0.97)], [/\.mlp/, (l) => inLayer(l, 0.85)]];
   const inLayer = (label, share) => side + (layerOf(label) + share) * step;
   const x = (label) => (PLACES.find(([pattern]) => pattern.test(label))?.[1] ?? ((l) => inLayer(l, 0.08 + (0.62 * (headOf(l) + 0.5)) / perLayer)))(label);
-  const state = { ports: new Set(COMPOSED.length > 1 ? COMPOSED.filter((port) => port !== "unembed") : COMPOSED), writers: "all", count: 24, focus: null };
+  const state = { ports: new Set(COMPOSED.length > 1 ? COMPOSED.filter((port) => port !== "unembed") : COMPOSED), writers: "all", count: 24, focus: null, by: "score" };
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": "Residual stream with the strongest virtual connections" });
   const count = make("output", {}, String(state.count));
 
   function shown() {
     const wanted = data.edges.filter((e) => state.ports.has(e.port) && (state.writers === "all" || isHead(e.writer) === (state.writers === "heads")) && (!state.focus || e.writer === state.focus || e.reader === state.focus));
-    return distinct(wanted.sort((a, b) => b.score - a.score)).slice(0, state.count);
+    return distinct(wanted.filter((e) => isNumber(e[state.by])).sort((a, b) => b[state.by] - a[state.by])).slice(0, state.count);
   }
   const end = (edge) => edge.readers.reduce((sum, r) => sum + x(r), 0) / edge.readers.length;
   function arc(edge, widest, longest) {
     const a = x(edge.writer), b = end(edge);
     const lift = 34 + (base - 100) * (Math.max(b - a, 0) / longest) ** 0.75;
     const path = make("path", {
-      class: `arc ${edge.port}`, tabindex: 0, "stroke-width": (1.2 + 5.2 * (edge.score / widest) ** 2).toFixed(2),
+      class: `arc ${edge.port}`, tabindex: 0, "stroke-width": (1.2 + 5.2 * Math.max(edge[state.by] / widest, 0) ** 2).toFixed(2),
       d: `M${a.toFixed(1)},${base - 9} C${a.toFixed(1)},${(base - 9 - lift * 1.25).toFixed(1)} ${b.toFixed(1)},${(base - 9 - lift * 1.25).toFixed(1)} ${b.toFixed(1)},${base - 9}`,
       "aria-label": facts(edge).join("; "),
     });
@@ -68,7 +68,7 @@ function spine() {
     return nodes;
   }
   function draw() {
-    const edges = shown(), widest = Math.max(...edges.map((e) => e.score), 1e-9), longest = Math.max(...edges.map((e) => end(e) - x(e.writer)), 1e-9);
+    const edges = shown(), widest = Math.max(...edges.map((e) => e[state.by]), 1e-9), longest = Math.max(...edges.map((e) => end(e) - x(e.writer)), 1e-9);
     const active = new Set(edges.flatMap((e) => [e.writer, ...e.readers]));
     const nodes = [make("line", { class: "spine", x1: 16, x2: W - 16, y1: base, y2: base })];
     for (const [name, at] of [["embed", 16], ["unembed", W - 16]]) nodes.push(make("circle", { class: "end", cx: at, cy: base, r: 6 }, make("title", {}, name)));
@@ -101,10 +101,12 @@ function spine() {
   const mixed = data.edges.some((e) => !isHead(e.writer)) && data.edges.some((e) => isHead(e.writer));
   const writers = make("select", { "aria-label": "which writers", onchange: (event) => { state.writers = event.target.value; draw(); } },
     ...[["all", "all writers"], ["heads", "heads"], ["others", "MLPs, embeddings, biases"]].map(([value, text]) => make("option", { value }, text)));
+  const RANKED = ["score", "strength", "lift"].filter((by) => data.edges.some((e) => isNumber(e[by])));
+  const by = make("select", { "aria-label": "what ranks connections", onchange: (event) => { state.by = event.target.value; draw(); } }, ...RANKED.map((name) => make("option", { value: name }, name)));
   draw();
   return section("stream", "The stream and its strongest connections",
-    make("p", {}, "The line is the residual stream, from the embedding to the unembedding. Ticks below it are attention heads, boxes on it are MLPs. An arc is a virtual weight: what one component writes, read directly by a later one through the port that its colour names. A wider arc has a higher composition score; heads that share a key or value head share an arc."),
-    make("div", { class: "bar" }, ...ports, make("label", {}, "strongest", slider, count), make("label", {}, "of", focus), mixed ? make("label", {}, "from", writers) : null),
+    make("p", {}, "The line is the residual stream, from the embedding to the unembedding. Ticks below it are attention heads, boxes on it are MLPs. An arc is a virtual weight: what one component writes, read directly by a later one through the port that its colour names. A wider arc ranks higher, by score, strength or lift; heads that share a key or value head share an arc."),
+    make("div", { class: "bar" }, ...ports, make("label", {}, "strongest", slider, count), make("label", {}, "by", by), make("label", {}, "of", focus), mixed ? make("label", {}, "from", writers) : null),
     make("div", { class: "scroll" }, svg));
 }
 
