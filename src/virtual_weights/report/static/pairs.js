@@ -100,8 +100,8 @@ function edges() {
   if (!data.edges.length) return null;
   const state = { text: "", merged: true };
   const columns = [{ key: "port", title: "port", text: true, cell: (e) => make("span", { class: `port ${e.port}` }, e.port) }, { key: "writer", title: "writer", text: true, cell: (e) => named(e.writer) }, { key: "reader", title: "reader", text: true, cell: (e) => namedAll(e.readers ?? [e.reader]) },
-    { key: "group", title: "key/value group", text: true, style: "shared", cell: (e) => (e.group ? `${e.group} (${e.shared.join(" ")})` : "") },
-    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"], ["lift", "lift, bits", "how far this pair exceeds what its two ends do elsewhere"]].map(([key, title, hint]) => ({ key, title, hint }))].filter((c) => !["group", "lift"].includes(c.key) || data.edges.some((e) => e[c.key] !== undefined));
+    { key: "group", title: "group", hint: "the key or value head through which several heads read", text: true, style: "shared", cell: (e) => (e.group ? make("span", { title: `shared by ${e.shared.join(", ")}` }, e.group) : "") },
+    ...[["score", "score"], ["null_ratio", "× chance"], ["z", "z"], ["strength", "strength"], ["lift", "lift", "log2: how far this pair exceeds what its two ends do elsewhere"]].map(([key, title, hint]) => ({ key, title, hint }))].filter((c) => !["group", "lift"].includes(c.key) || data.edges.some((e) => e[c.key] !== undefined));
   const behaviours = (e) => [e.writer, ...(e.readers ?? [e.reader])].flatMap((name) => (labelOf(name) ?? "").split(" "));
   function fitting() {
     const wanted = state.text.trim().toLowerCase().split(/\s+/).filter(Boolean), sorted = [...data.edges].sort((a, b) => b.score - a.score);
