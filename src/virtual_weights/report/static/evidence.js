@@ -20,8 +20,8 @@ function evidence() {
     { ...known("attribution", missing("attribution"), brief), group: "causal", title: "first order", hint: "attribution: first-order change of the loss without the edge, in nats" },
     { ...known("effect", missing("ablation"), brief), group: "causal", title: "effect", hint: "loss without the edge minus loss with it, in nats" },
     { key: "low", group: "causal", title: "95% interval, nats", text: true, numeric: true, hint: "of the effect, a t-interval over sequences corrected for skewness; sorted by its lower bound", below: scale?.axis, cell: (e) => (isNumber(e.effect) ? scale.bar(e) : dash(missing("ablation")(e))) },
-    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip({ style: e.verdict === "causal" ? "good" : "none", sign: { causal: "✓", negligible: "≈" }[e.verdict] ?? "?", word: e.verdict }) : dash(missing("ablation")(e))) }];
-    { ...known("changed", missing("ablation"), (v) => number(v, 2)), group: "causal", title: "changed", hint: "share of the counted tokens whose loss changes by more than 0.1 nats" },
+    { key: "verdict", group: "causal", title: "verdict", text: true, hint: stamps.ablation[0]?.rule, cell: (e) => (e.verdict ? chip({ style: e.verdict === "causal" ? "good" : "none", sign: { causal: "✓", negligible: "≈" }[e.verdict] ?? "?", word: e.verdict }) : dash(missing("ablation")(e))) },
+    { ...known("changed", missing("ablation"), (v) => number(v, 2)), group: "causal", title: "changed", hint: "share of the counted tokens whose loss changes by more than 0.1 nats" }];
   const sort = ports.ablation.length ? "effect" : ports.contribution.length ? "share" : "score";
   const list = sortable(columns, rows, { sort });
   const shown = [...new Set(rows.map((e) => e.port))], state = { port: null };
