@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from virtual_weights.linalg import Dense
 from virtual_weights.stream import Stream
 
 
@@ -32,17 +35,26 @@ def dense_composition(
     return score, strength
 
 
+def seen(stream: Stream, name: str) -> Any:
+    """A component as questions take it, ``stream[name]`` less what nothing sees."""
+    if name == "unembed":
+        return Dense(stream.read("unembed").maps[0])
+    return Dense(stream.write(name)[0]) if name in ("embed", "pos") or name.endswith("bias") else stream[name]
+
+
 def dense_lift(stream: Stream, port: str) -> dict[str, Tensor]:
     """Lift and both main effects of every reader with all writers, log2, whether they reach or not."""
     reads, writes, kinds = [], [], []
     for group in stream.groups.readers(port):
         for label in group.labels:
-            part = stream[label]
-            circuit = part.circuit(port) if group.kind == "head" else stream[f"{label}.{port}".removesuffix(".unembed")]
+            part = seen(stream, label)
+            circuit = (
+                part if group.kind == "unembed" else part.circuit(port) if group.kind == "head" else part.reader(port)
+            )
             reads.append(_unit_gram(circuit.dense().double()))
     for group in sorted(stream.groups.writers, key=lambda group: group.first):
         for label in group.labels:
-            part = stream[label]
+            part = seen(stream, label)
             output = part.ov if group.kind == "head" else part.out if group.kind == "mlp" else part
             writes.append(_unit_gram(output.dense().double().T))
             kinds.append(group.kind)

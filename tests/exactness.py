@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dense import seen
 from tiny_models import Flow
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def contributions(stream: Stream, signals: Flow, tokens: Tensor) -> list[tuple[i
             out = stream.write(f"L{label.layer}.mlp")[0].to(dtype)
             vectors.append((component.writes, signals.mlp_inner[label.layer] @ out.T))
         else:
-            vectors.append((component.writes, stream[str(label)].dense().to(dtype)[:, 0].expand(len(tokens), -1)))
+            vectors.append((component.writes, seen(stream, str(label)).dense().to(dtype)[:, 0].expand(len(tokens), -1)))
     return vectors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense import seen
 from regauge import rebased, rotated
 from tiny_models import tiny
 from torch import Tensor
@@ -20,13 +21,13 @@ def ports(stream: vw.Stream) -> tuple[str, ...]:
 
 
 def written(stream: vw.Stream, name: str) -> Tensor:
-    part = stream[name]
+    part = seen(stream, name)
     map = part.ov if isinstance(part, Head) else part.out if isinstance(part, Mlp) else part
     return map.dense().double()
 
 
 def read(stream: vw.Stream, name: str, port: str) -> Tensor:
-    part = stream[name]
+    part = seen(stream, name)
     map = part.circuit(port) if isinstance(part, Head) else part.reader(port) if isinstance(part, Mlp) else part
     return map.dense().double()
 

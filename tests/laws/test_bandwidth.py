@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from dense import seen
 from regauge import rebased, rotated
 from tiny_models import SHAPES, tiny
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from virtual_weights.stream import Stream
 
 
 def dense_writers(stream: Stream, state: int) -> list[Tensor]:
-    components = [stream[str(c.label)] for c in stream.components if c.writes is not None and c.writes <= state]
+    components = [seen(stream, str(c.label)) for c in stream.components if c.writes is not None and c.writes <= state]
     return [_dense(x, "write") for x in components]
 
 
@@ -27,7 +28,7 @@ def dense_readers(stream: Stream, state: int, *, unembed: bool = True) -> list[T
     for c in stream.components:
         if c.reads is None or c.reads < state or (c.kind == "unembed" and not unembed):
             continue
-        part = stream[str(c.label)]
+        part = seen(stream, str(c.label))
         if c.kind == "head":
             maps.append(part.qk.dense().double().T)
             if c.label.index % stream.spec.group == 0:

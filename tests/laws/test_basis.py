@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense import seen
 from planting import D, blank
 from regauge import rebased
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ def test_kurtosis_equals_its_dense_twin(name: str) -> None:
     columns, rows = [], []
     for component in stream.components:
         label, kind = component.label, component.kind
-        part = stream[str(label)]
+        part = seen(stream, str(label))
         if kind == "head":
             columns.append(torch.linalg.svd(part.ov.dense())[0][:, : stream.spec.d_head].T)
             rows.append(torch.linalg.svd(part.qk.T.dense())[2][: stream.spec.d_head])

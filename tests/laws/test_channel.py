@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from dense import seen
 from regauge import rebased, rotated
 from tiny_models import tiny
 from torch import Tensor
@@ -42,7 +43,7 @@ def dense(stream: vw.Stream, name: str, offset: int = 0) -> Tensor:
     """A circuit in full: ``L1H2.K`` is QK, ``.Q`` its transpose, ``.V`` and ``.ov`` are OV; else the map itself."""
     stem, _, port = name.rpartition(".")
     if port not in ("Q", "K", "V", "ov", "qk"):
-        return stream[name].dense().double()
+        return seen(stream, name).dense().double()
     q, k, v, o = (stream[f"{stem}.{p}"].dense().double() for p in "QKVO")
     qk = q.T @ turn_of(stream, offset).T @ k
     return {"Q": qk.T, "K": qk, "qk": qk}.get(port, o @ v)
@@ -73,7 +74,7 @@ def test_tokens_equal_the_dense_twin(name: str, reader: str) -> None:
         ends = {"source": vh.T, "written": o @ vh.T, "read": r.T @ u} | ({"target": u} if "H" in reader else {})
     assert set(record["end"]) == set(ends)
     assert set(record["size"].tolist()) == {1}
-    sides = {"unembed": stream["unembed"].dense().double(), "embed": stream["embed"].dense().double().T}
+    sides = {"unembed": seen(stream, "unembed").dense().double(), "embed": seen(stream, "embed").dense().double().T}
     signs: dict[str, set[float]] = {}
     for row in record.rows():
         direction = ends[row["end"]][:, int(row["directions"]) - 1]
@@ -120,7 +121,7 @@ def test_a_cosine_to_a_block_is_that_of_the_projection() -> None:
     record = ChannelTokens("L0H1", "L1H2.V", tolerance=0.999, count=37)(stream)
     assert set(record["directions"]) == {"1-4"}
     _, ends = directions_of(stream, "L0H1", "L1H2.V")
-    embed = stream["embed"].dense()
+    embed = seen(stream, "embed").dense()
     for end, vectors in ends.items():
         onto = vectors @ torch.linalg.pinv(vectors)
         expected = (onto @ embed).norm(dim=0) / embed.norm(dim=0)

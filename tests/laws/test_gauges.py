@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_twenty_disguises_of_one_model(seed: int) -> None:
     plain, other = (vw.open(m).to(torch.float64) for m in (model, disguised(model, seed)))
     for question in (vw.Composition("K", None, "all"), vw.Composition("unembed", None, "all"), vw.Neurons()):
         assert not list(different(question(plain), question(other)))
+
+
+def test_embeddings_and_unembedding_come_as_the_model_has_them_and_questions_centre_them() -> None:
+    model: Any = tiny("gpt2-untied-narrow", seed=1, dtype=torch.float64)
+    stream = vw.open(model)
+    assert torch.equal(stream["embed"].dense(), model.transformer.wte.weight.T)
+    x = torch.randn(24, dtype=torch.float64)
+    norm = model.transformer.ln_f
+    shift = model.lm_head.weight @ norm.bias
+    logits = stream["unembed"] @ (x - x.mean()) / stream.scale(x) + shift
+    torch.testing.assert_close(logits, model.lm_head(norm(x)), rtol=1e-9, atol=1e-9)
+    for maps, axis in ((stream.write("embed"), -2), (stream.read("unembed").maps, -2)):
+        torch.testing.assert_close(maps.mean(axis), torch.zeros_like(maps.mean(axis)), rtol=0, atol=1e-12)
 
 
 def test_left_in_the_constants_show() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from dense import seen
 from hypothesis import given
 from hypothesis import strategies as st
 from regauge import rebased, rotated
@@ -133,7 +134,7 @@ def _spectrum(matrix: Tensor, k: int) -> Tensor:
 def test_head_eigenvalues_equal_dense(name: str) -> None:
     stream = vw.open(tiny(name, dtype=torch.float64))
     record = HeadErasers(scalar=2.0, draws=2)(stream)
-    embed, unembed = stream["embed"].dense(), stream["unembed"].dense()
+    embed, unembed = seen(stream, "embed").dense(), seen(stream, "unembed").dense()
     for i in (0, stream.spec.n_heads + 1):
         ov = stream[record.axis("head").labels[i]].ov.dense()
         eigenvalues = _spectrum(ov, stream.spec.d_head)
@@ -205,7 +206,7 @@ def _erasure(stream: vw.Stream, scalar: float, slope: float, *, transposed: bool
     erasers = [c for c in stream.components if c.kind == "head" or (c.kind == "mlp" and not stream.spec.gated)]
     shares = torch.full((len(erasers), len(writers)), float("nan"), dtype=torch.float64)
     for i, writer in enumerate(writers):
-        part = stream[str(writer.label)]
+        part = seen(stream, str(writer.label))
         o = (part.ov if writer.kind == "head" else part.out if writer.kind == "mlp" else part).dense().double()
         o = o.T if transposed and writer.kind == "head" else o
         for j, eraser in enumerate(erasers):

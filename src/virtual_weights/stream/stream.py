@@ -154,6 +154,13 @@ class Stream:
             MissingTensorError: a partial checkpoint lacks this reader.
             UsageError: the model has no such port.
         """
+        read = self._read(port, group)
+        if port != "unembed" or not self.folded:
+            return read
+        return Read(without_mean(read.maps, -2), None if read.constants is None else without_mean(read.constants, -1))
+
+    def _read(self, port: Port, group: Group | str) -> Read:
+        """The same with the unembedding as it is, which gives logits."""
         if (port == "gate" and not self.spec.gated) or (port == "in" and self.spec.gated):
             raise UsageError(
                 f"this model's MLP has no port {port!r}",
@@ -167,10 +174,7 @@ class Stream:
         if not self.folded:
             return Read(maps, bias)
         gain, shift = self._needed("norm", site), self.weight("norm_bias", site)
-        maps, received = fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype)
-        if port != "unembed":
-            return Read(maps, received)
-        return Read(without_mean(maps, -2), None if received is None else without_mean(received, -1))
+        return Read(fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype))
 
     def write(self, group: Group | str) -> Tensor:
         """The write maps of a group, shape (m, d, k), in storage dtype; with LayerNorm folded centred, ``P O``.
@@ -182,6 +186,10 @@ class Stream:
             MissingTensorError: a partial checkpoint lacks this writer.
             UsageError: nothing of this name writes.
         """
+        return centred(self, self._write(group), -2, self.dtype)
+
+    def _write(self, group: Group | str) -> Tensor:
+        """The same as stored."""
         id = _id(group)
         if id not in self.groups:
             raise self._missing("output", id)
@@ -191,8 +199,7 @@ class Stream:
         maps = self._needed(WRITINGS[kind], id)
         if kind in ("embed", "pos"):
             maps = maps.T
-        maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
-        return centred(self, maps, -2, self.dtype)
+        return maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
 
     def scale(self, states: Tensor) -> Tensor:
         """The norm scalar ``s`` with which every token of states (..., d) is read, (...)."""
@@ -208,7 +215,9 @@ class Stream:
         """A component, or the map of a port.
 
         ``L5H3`` gives a Head, ``L5.mlp`` an Mlp; ``L5H3.K``, ``L5.mlp.up``, ``L5N7.out``, ``embed``,
-        ``pos`` and ``unembed`` give linear maps. A bias gives its vector as a map of shape (d, 1).
+        ``pos`` and ``unembed`` give linear maps. A bias gives its vector as a map of shape (d, 1). Embeddings, biases
+        and the unembedding come as the model has them, so that they are what transformers shows, and ``unembed`` of a
+        state over its scalar is its logits; questions take them by ``read`` and ``write``, less what nothing sees.
 
         Raises:
             UsageError: the name is not of the grammar, or this model has no such component.
@@ -220,7 +229,9 @@ class Stream:
             return {None: head, "Q": head.q, "K": head.k, "V": head.v, "O": head.o}[label.port]
         if label.kind in ("mlp", "neuron"):
             return self._mlp(label)
-        return Dense(self.read("unembed").maps[0] if label.kind == "unembed" else self.write(str(label))[0])
+        if label.kind == "unembed":
+            return Dense(self._read("unembed", "unembed").maps[0])
+        return Dense(self._write(str(label))[0])
 
     def _head(self, label: Label) -> Head:
         site, index = f"L{label.layer}.attn", label.index

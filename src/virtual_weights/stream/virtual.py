@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import LinearMap
+from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.views import Head, Mlp
@@ -42,22 +42,25 @@ def writing_map(stream: Stream, writer: str) -> LinearMap:
         raise UsageError(
             f"{writer} does not write", expected="a writer such as L16H0, L3.mlp or embed", do="name a writer"
         )
+    if label.kind not in ("head", "mlp", "neuron"):
+        return Dense(stream.write(writer)[0])
     part = stream[str(Label(label.kind, label.layer, label.index))]
     if isinstance(part, Head):
         return part.ov
-    return part.out if isinstance(part, Mlp) else part
+    assert isinstance(part, Mlp)
+    return part.out
 
 
 def reading_map(stream: Stream, reader: Label, offset: int = 0) -> LinearMap:
     """How a port sees the stream: a head's circuit, else its effective read map (k, d)."""
+    if reader.kind == "unembed":
+        return Dense(stream.read("unembed").maps[0])
     part = stream[str(Label(reader.kind, reader.layer, reader.index))]
     if isinstance(part, Head):
         return part.circuit(_port(reader), offset)
     if isinstance(part, Mlp):
         return part.reader(_port(reader))
-    if reader.kind != "unembed":
-        raise UsageError(f"{reader} does not read", expected="a reader such as L17H3.K or unembed", do="name a reader")
-    return part
+    raise UsageError(f"{reader} does not read", expected="a reader such as L17H3.K or unembed", do="name a reader")
 
 
 def _port(reader: Label) -> str:
