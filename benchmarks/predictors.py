@@ -1,14 +1,14 @@
 """Which score of an edge predicts what removing it does: hundreds of edges, drawn evenly by decile of every score.
 
-    python benchmarks/predictors.py smollm2-135m -o study.json            # some hours on 2 cores, a minute on a GPU
+    python benchmarks/predictors.py smollm2-135m -o study.json            # some hours on 2 cores, minutes on a GPU
     python benchmarks/predictors.py small --device cuda -o small.json     # a small model, trained here first
 
 Edges are those of every writer (heads, MLPs, embeddings) into queries, keys and values. Of each score's deciles the
 same number is drawn, whatever the others say, so that no score chooses what it is tested on; ``1 / P(drawn)`` weighs
 precision back to all edges. Each edge is removed exactly (``EdgeAblation``: the writer's mean in its place, scalars
 held) on text that no score has seen, but for ``attribution_same``, the gradient on that very text. Heads that share a
-key/value head count as one reader, whose score is the mean of theirs. Prose is the default text, in halves; repeats are
-random tokens that come twice, with other seeds.
+key/value head count as one reader, whose score is the mean of theirs. Prose is the default text, in halves (small: two
+parts of what it was not trained on); repeats are random tokens that come twice, with other seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Texts:
     unseen: vw.Run
 
 
-def smollm2(name: str, device: str) -> list[Texts]:
+def language_model(name: str, device: str) -> list[Texts]:
     """Prose in halves, and repeats with two seeds."""
     stream, how = vw.open(name), dict[str, Any](device=device, batch=16)
     prose = vw.Run.on_text(stream, None, 16384, 256, **how)
@@ -216,10 +216,10 @@ def table(figures: list[dict[str, Any]]) -> str:
         known = {(r["score"], r["port"]): r for r in figures if r["writers"] == writers}
         for name in SCORES:
             rows = [known[name, port] for port in PORTS]
-            cells = [_signed(r["rank_correlation"]) for r in rows] + [_signed(r["average_precision"]) for r in rows]
+            cells = [_short(r["rank_correlation"]) for r in rows] + [_short(r["average_precision"]) for r in rows]
             lines.append(f"| {name} | {writers} | " + " | ".join(cells) + " |")
         rows = [known[SCORES[0], port] for port in PORTS]
-        rates = " | ".join(_signed(r["base_rate"]) for r in rows)
+        rates = " | ".join(_short(r["base_rate"]) for r in rows)
         lines.append(f"| a random order | {writers} | 0 | 0 | 0 | {rates} |")
         lines.append(
             f"| edges (causal) | {writers} | " + " | ".join(f"{r['edges']} ({r['causal']})" for r in rows) + " | | | |"
@@ -227,7 +227,7 @@ def table(figures: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _signed(value: float | None) -> str:
+def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}".replace("0.", ".", 1)
 
 
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    runs = small(given.device, given.steps) if given.model == "small" else smollm2(given.model, given.device)
+    runs = small(given.device, given.steps) if given.model == "small" else language_model(given.model, given.device)
     answers = [study(some, given.each, given.least, given.batch) for some in runs]
     given.output.write_text(json.dumps({"model": given.model, "each": given.each, "texts": answers}))
 

@@ -13,7 +13,7 @@ import virtual_weights as vw
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
 MODELS = ("gpt2-untied-narrow", "neox-parallel-partial-rotary", "llama-grouped-untied")
-PLACES = {"runs": "a run on the device of a model opened on the CPU", "lies": "a model opened on the device"}
+PLACES = ("runs", "lies")  # a run there of a model opened on the CPU, or a model opened there
 
 _ROTARY = 100.0
 """Transformers takes cosines of rotary angles in float32, whatever it is given; they differ by device."""

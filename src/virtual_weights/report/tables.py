@@ -119,7 +119,6 @@ def density(record: Record) -> dict[str, Any]:
 
 
 EDGES_PER_PORT = 150
-EDGES_BESIDE = 50  # by lift and by strength, of which most are among the former
 MOST_ROWS = 600
 _STEPS = 65534  # 0 is "no number": cannot reach, or where listed undefined
 
@@ -127,8 +126,8 @@ _STEPS = 65534  # 0 is "no number": cannot reach, or where listed undefined
 def drawn(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Maps and edges of a Composition or Overlap record.
 
-    Heads as writers and everything else (embeddings, MLPs, biases) are kept apart: a matrix, ``EDGES_PER_PORT`` edges
-    by score and ``EDGES_BESIDE`` each by lift and by strength, so that neither crowds out the other.
+    Heads as writers and everything else (embeddings, MLPs, biases) are kept apart: a matrix, and ``EDGES_PER_PORT``
+    edges each by score, by lift and by strength, so that neither crowds out the other.
     """
     maps, edges = [], []
     for writers, part in _by_writers(_without_port(record)):
@@ -214,9 +213,9 @@ def _edges(record: Record) -> list[dict[str, Any]]:
         members.setdefault(group, []).append(label)
     known = [column.name for column in record.columns]
     rows: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for by, most in (("score", EDGES_PER_PORT), ("lift", EDGES_BESIDE), ("strength", EDGES_BESIDE)):
+    for by in ("score", "lift", "strength"):
         if by in known:
-            rows |= {(row["reader"], row["writer"]): row for row in record.top(most, by).rows()}
+            rows |= {(row["reader"], row["writer"]): row for row in record.top(EDGES_PER_PORT, by).rows()}
     edges = []
     for row in rows.values():
         edge = {

@@ -64,10 +64,10 @@ class Observation(Question[Run]):
 
         Returns:
             A Record over ``state``: ``norm``, ``inverse``, ``inverse_square``, ``variance``, ``kurtosis``. The stamp
-            names the moments by their identity, and how heads are held.
+            names the moments by their identity, and how each kind of writer is held.
 
         Raises:
-            UsageError: transformers is missing, or the model's attention keeps no pattern.
+            UsageError: transformers is missing, the model's attention keeps no pattern, or every token is a sink.
         """
         return self.record(run, self.moments(run, progress))
 
@@ -159,16 +159,14 @@ class _MomentSums:
         heads, states = stream.groups.heads, stream.states
         once = [8 * len(group.components) * group.width**2 for group in heads]
         always = sum(size * (states - group.first) for size, group in zip(once, heads, strict=True))
-        self.exact = always <= budget
-        rest = budget - (always if self.exact else sum(once))
-        wide = [group for group in stream.groups.writers if group.kind != "head" and not group.constant]
+        exact = always <= budget
+        self.everywhere = {group.id for group in heads if exact}  # held at every reading state
+        others = [group for group in stream.groups.writers if group.kind != "head" and not group.constant]
         size = 8 * stream.d_model**2
-        self.dense = size * len(wide) <= rest
-        rest -= size * len(wide)
-        self.everywhere = {group.id for group in heads if self.exact}
-        """Groups that are held at every reading state."""
+        rest = budget - (always if exact else sum(once)) - size * len(others)
+        self.dense = rest >= 0
         for kinds in (("embed", "pos"), ("mlp",)):
-            some = [group for group in wide if group.kind in kinds]
+            some = [group for group in others if group.kind in kinds]
             more = sum(size * (states - group.first - 1) for group in some)
             if self.dense and more <= rest:
                 self.everywhere |= {group.id for group in some}
