@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import run_blocks
+from pages import checks_of, run_blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -35,10 +35,7 @@ def test_what_a_page_shows_is_so(name: str) -> None:
     assert run_blocks(ROOT / "docs" / name) >= 2
 
 
-SHOWN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "conventions"]  # states line by line
-
-
-@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_a_page_shows_what_its_code_prints(page: Path) -> None:
     """Every block of a page is followed by its output; assertions and what the tests import stay in the tests."""
     text = page.read_text(encoding="utf-8")
@@ -58,22 +55,24 @@ def test_what_the_readme_shows_is_so() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ('places["L1H4"] == (2, 3)', 'places["L1H4"] == (2, 2)'),
-        ('places["L1H3"] == places["L1.mlp"] == (1, 2)', 'places["L1H3"] == places["L1.mlp"] == (2, 3)'),
-        ("turn[0, 2], -torch", "turn[0, 2], torch"),
+        ('sequence["L1H4"] == (2, 3)', 'sequence["L1H4"] == (2, 2)'),
+        ('side["L1H3"] == side["L1.mlp"] == (1, 2)', 'side["L1H3"] == side["L1.mlp"] == (2, 3)'),
+        ("turn[0, 2], -one", "turn[0, 2], one"),
         ("stream.rotation(3).T @ head.k", "stream.rotation(3) @ head.k"),
-        ('bare["L1H4.K"].dense() * gain', 'bare["L1H4.K"].dense()'),
+        ('bare["L1H4.K"].dense() * bare.weight("norm", "L1.attn")', 'bare["L1H4.K"].dense()'),
+        ("P @ unfolded[name].dense()", "unfolded[name].dense()"),
+        ("gained - gained.mean(0)", "gained"),
         ("score[6:12, :6].isfinite()", "score[:6, 6:12].isfinite()"),
         ("svd.U @ svd.S.diag() @ svd.V.T", "svd.V @ svd.S.diag() @ svd.U.T"),
     ],
 )
 def test_a_wrong_convention_would_be_noticed(right: str, wrong: str) -> None:
-    page = ROOT / "docs" / "conventions.md"
-    text = page.read_text(encoding="utf-8")
+    page, checks = ROOT / "docs" / "conventions.md", checks_of("conventions")
+    text = checks.read_text(encoding="utf-8")
     assert text.count(right) == 1
     with pytest.raises(AssertionError) as failure:
-        run_blocks(page, text.replace(right, wrong))
-    line = [entry.lineno for entry in failure.traceback if Path(str(entry.path)) == page][-1]
+        run_blocks(page, checks=text.replace(right, wrong))
+    line = [entry.lineno for entry in failure.traceback if Path(str(entry.path)) == checks][-1]
     assert right in text.splitlines()[line], "another statement failed first"
 
 
