@@ -60,7 +60,7 @@ def test_what_the_readme_shows_is_so() -> None:
         ("turn[0, 2], -one", "turn[0, 2], one"),
         ("stream.rotation(3).T @ head.k", "stream.rotation(3) @ head.k"),
         ('bare["L1H4.K"].dense() * bare.weight("norm", "L1.attn")', 'bare["L1H4.K"].dense()'),
-        ("P @ unfolded[name].dense()", "unfolded[name].dense()"),
+        ("P @ unfolded.write(name)", "unfolded.write(name)"),
         ("gained - gained.mean(0)", "gained"),
         ("score[6:12, :6].isfinite()", "score[:6, 6:12].isfinite()"),
         ("svd.U @ svd.S.diag() @ svd.V.T", "svd.V @ svd.S.diag() @ svd.U.T"),

@@ -245,7 +245,7 @@ def _writable(folder: Path) -> None:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="built-in name, folder, .safetensors, .gguf or hf://org/name@revision")
 ]
-NoFold = Annotated[bool, typer.Option("--no-fold", help="leave norm gains and centring out of the readers")]
+NoFold = Annotated[bool, typer.Option("--no-fold", help="leave norm gains and all centring out of the maps")]
 Partial = Annotated[bool, typer.Option("--partial", help="accept a checkpoint in which tensors are missing")]
 Offline = Annotated[bool, typer.Option("--offline", help="never use the network")]
 AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="accept NaN and infinity among the weights")]

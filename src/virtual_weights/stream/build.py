@@ -29,7 +29,8 @@ def open_stream(
         reference: a built-in name (``"smollm2-135m"``), a folder or ``.safetensors`` file, a ``.gguf``
             file, ``hf://org/name@revision``, a state dict (with ``config``), a transformers module, a
             TransformerLens bridge or an nnsight model.
-        fold: contain the norm's gain and LayerNorm's centring in every reader.
+        fold: every reader contains the norm's gain and LayerNorm's centring, and what nothing sees is taken from
+            writers and unembedding, see ``Stream.read`` and ``write``; False leaves all maps as stored.
         config: replaces the checkpoint's own configuration; of a source, in reading which tensor plays which role.
         partial: accept a checkpoint in which tensors are missing and leave those parts out.
         offline: never fetch anything.
