@@ -297,6 +297,19 @@ class Statements(Composite[Stream | Run]):
         return "; ".join(sources) or "weights alone"
 
 
+_MEANINGS = {
+    "title": "what it is about",
+    "seed": "the claim as it was made",
+    "corrected": "what is true of it",
+    "verdict": "holds, holds under, fails or cannot tell",
+    "condition": "under which it holds",
+    "why": "the figures that decide, in words",
+    "witnesses": "components or pairs that show it",
+    "evidence": "the figures, as JSON",
+    "page": "where it is explained",
+}
+
+
 def _columns(statements: Sequence[Statement], findings: Sequence[Finding]) -> tuple[Column, ...]:
     columns: dict[str, tuple[Value, ...]] = {
         "title": tuple(s.title for s in statements),
@@ -309,4 +322,4 @@ def _columns(statements: Sequence[Statement], findings: Sequence[Finding]) -> tu
         "evidence": tuple(json.dumps(finite(f.figures), allow_nan=False) for f in findings),
         "page": tuple(s.page for s in statements),
     }
-    return tuple(Column(name, values) for name, values in columns.items())
+    return tuple(Column(name, values, "", _MEANINGS[name]) for name, values in columns.items())

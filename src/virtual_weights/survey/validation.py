@@ -29,6 +29,11 @@ from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.question import Ask, asking
 
 _WRITERS = 12  # of each reader that is drawn
+_NAMES = {
+    "predictor": "what predicts",
+    "port": "through which the readers read",
+    "target": "what is predicted: contribution, or effect of removal",
+}
 _FIGURES = {
     "per_reader_rank_correlation": ("1, in [-1, 1]", "mean over readers of Spearman's, over the writers that reach"),
     "rank_correlation": ("1, in [-1, 1]", "Spearman's over all edges"),
@@ -109,7 +114,7 @@ class Validation(Composite[Run]):
         return self._record(run, rows, target)
 
     def _record(self, run: Run, rows: list[dict[str, Any]], target: Moments) -> Record:
-        names = [Column(name, tuple(row[name] for row in rows)) for name in ("predictor", "port", "target")]
+        names = [Column(name, tuple(row[name] for row in rows), "", meaning) for name, meaning in _NAMES.items()]
         figures = [
             Column(name, torch.tensor([_number(row[name]) for row in rows], dtype=accumulate), *_FIGURES[name])
             for name in _FIGURES

@@ -185,8 +185,8 @@ _UNITS = {
     "size": ("directions", "dimension of the block"),
     "end": ("", "source, written, read or target; query or key"),
     "side": ("", "unembed: norm folded; embed"),
-    "place": ("", "by descending |cosine|"),
-    "token": ("", "id"),
+    "place": ("place, from 1", "by descending |cosine|"),
+    "token": ("id", "of the vocabulary"),
     "text": ("", "where the checkpoint knows it"),
 }
 

@@ -227,7 +227,7 @@ def _edge_record(
         Column("strength", strength, "weights", "<w_in, w_out>, the virtual weight"),
         Column("z", score * stream.d_model**0.5, "standard deviations", "cos sqrt(d)"),
         Column("magnitude", score.abs(), "1, in [0, 1]", "|cos|"),
-        Column("rank", rank, "", f"among the edges of its {of}, by magnitude"),
+        Column("rank", rank, "place, from 1", f"among the edges of its {of}, by magnitude"),
     )
     return stream.record(question, (Axis("edge", tuple(map(str, range(1, len(score) + 1)))),), columns, **_STAMP)
 

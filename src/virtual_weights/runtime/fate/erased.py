@@ -131,8 +131,8 @@ class Erased(Question[Run]):
                 Column("bimodality", bimodality, "1, in (0, 1]", "(skewness^2 + 1) / kurtosis; 5/9 for a uniform law"),
                 Column("tokens", count.to(torch.int64), "tokens", "on which it has a coefficient"),
                 Column("verdict", verdicts, "", "by the shares of tokens erased and overshot"),
-                Column("kind", tuple(kinds)),
-                Column("layer", torch.tensor(layers), "layers"),
+                Column("kind", tuple(kinds), "", "head or neuron"),
+                Column("layer", torch.tensor(layers), "layers", "in which it is"),
             ],
         )
 

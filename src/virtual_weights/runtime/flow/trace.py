@@ -20,6 +20,13 @@ from virtual_weights.stream.group import READINGS
 from virtual_weights.stream.operating_point import gate_factor
 
 _MOST = 100_000_000  # contributions at once, in float64
+_LENS = {
+    "state": ("states", "of the stream"),
+    "place": ("place, from 1", "by probability"),
+    "token": ("id", "of the vocabulary"),
+    "logit": ("logits", "less the mean over the vocabulary"),
+    "probability": ("1, in [0, 1]", "softmax of the logits"),
+}
 CONSTANT = "constant"
 """What a reader receives whatever the stream holds: its bias, and the norm's shift through it."""
 
@@ -86,7 +93,7 @@ class Trace(Question[Run]):
         if width == 1:
             name = "logit" if label.kind == "unembed" else "value"
             meaning = "R~ O z / s" + (", less its mean over the vocabulary" if name == "logit" else "")
-            columns.insert(0, Column(name, values[:, :, 0], "", meaning))
+            columns.insert(0, Column(name, values[:, :, 0], "logits" if name == "logit" else "activation", meaning))
         return run.record(
             self,
             (Axis("token", tuple(map(str, range(run.count)))), Axis("writer", tuple(parts))),
@@ -169,7 +176,7 @@ class Lens(Question[Run]):
         return run.record(
             self,
             (Axis("row", tuple(map(str, range(1, len(columns["state"]) + 1)))),),
-            (Column(name, torch.tensor(values)) for name, values in columns.items()),
+            (Column(name, torch.tensor(values), *_LENS[name]) for name, values in columns.items()),
             tokens=activations.tokens.tolist(),
         )
 
@@ -262,7 +269,7 @@ class Route(Question[Run]):
                 Column(
                     "logit",
                     values if heads else values[:, t:],
-                    "",
+                    "logits",
                     f"what the writer contributes through {self.through}",
                 ),
             ),
