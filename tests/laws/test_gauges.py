@@ -77,6 +77,16 @@ def test_twenty_disguises_of_one_model(seed: int) -> None:
         assert not list(different(question(plain), question(other)))
 
 
+@pytest.mark.parametrize("seed", [13, 17, 18])
+def test_readers_that_receive_the_same_do_not_change_places(seed: int) -> None:
+    """In a parallel block attention and MLP read state 0, which holds the embedding alone: all of each."""
+    model = tiny("neox-parallel-partial-rotary", seed=1, dtype=torch.float64)
+    with norms_in_full_precision():
+        plain, other = Subject(model), Subject(disguised(model, seed))
+        for question in (vw.Frontier(), vw.ErasurePolicy()):
+            assert not list(different(question(plain.run), question(other.run)))
+
+
 def test_embeddings_and_unembedding_come_as_the_model_has_them_and_questions_centre_them() -> None:
     model: Any = tiny("gpt2-untied-narrow", seed=1, dtype=torch.float64)
     stream = vw.open(model)

@@ -62,7 +62,9 @@ def composition(
         need_runtime()
     if port.value not in ("Q", "K"):
         o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
-    memory = memory_mb or 256
+    memory, observed = memory_mb or 256, moments is not None or text is not None
+    by = by or ("contribution" if observed else "score")
+    o.checked_column(by, columns(port.value, observed=observed))
     averages = _moments(session, moments, text, tokens, device)  # first: a file that is not there is refused at once
     question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
     record = question(session.stream, session.step(f"composition {port.value}"))
@@ -70,7 +72,6 @@ def composition(
         flow = vw.Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)
         contribution = flow(session.stream, session.step(f"contribution {port.value}"))
         record = beside(record, contribution, [column.name for column in contribution.columns])
-    by = by or ("score" if averages is None else "contribution")
     if save is not None:
         save_matrices(record, save)
     edges = edges_of(record, top, by)
@@ -149,6 +150,15 @@ def save_matrices(record: vw.Record, path: Path) -> None:
     shapes = {name: (values.dtype, tuple(values.shape)) for name, values in matrices.items()}
     with replacing(path) as temporary:
         write_safetensors(temporary, shapes, matrices.values(), metadata)
+
+
+def columns(port: str, *, observed: bool) -> tuple[str, ...]:
+    """The columns of an answer, known before it is computed; ``observed`` is with contributions."""
+    from virtual_weights.stream.group import HEAD_PORTS
+
+    scores = ("score", "strength", "null_ratio", "z", "lift", "writer_effect", "reader_effect")
+    of_heads, of_keys = ("share",) if port in HEAD_PORTS else (), ("varying",) if port == "K" else ()
+    return (*scores, "contribution", *of_heads, "activity", *of_keys) if observed else scores
 
 
 def _moments(session: Session, file: Path | None, text: str | None, tokens: int, device: str) -> vw.Moments | None:

@@ -70,7 +70,13 @@ def read_tensors(
             kind, _, key = name.partition("/")
             parts.setdefault(kind, {})[key] = tensor
         return make(parts, metadata)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be read: {error.strerror or error}",
+            expected=f"a file of {what}",
+            do=f"name the file in which vweights observe wrote its {what}",
+        ) from error
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise RecordError(
             f"{path} is not a file of {what}: {error}",
             expected=f"a safetensors file of format {form!r}",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Centring, accumulate
+from virtual_weights.linalg.numerics import SPREAD_ROUNDING, THREE_DIGITS
 from virtual_weights.progress import Progress, silent
 from virtual_weights.runtime.edges.edge import next_token_loss
 from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, watching, wide
@@ -47,8 +48,12 @@ class WrittenUnits:
     intended: tuple[str | None, ...]
 
     def optimum(self, price: float) -> Tensor:
-        """``m = 1 iff U < price I``, (writers, tokens): what maximises ``value``, unit by unit."""
-        return (self.utility < price * self.interference).to(self.utility)
+        """``m = 1 iff U < price I``, (writers, tokens): what maximises ``value``, unit by unit.
+
+        At a price that is a unit's own U/I both do equally well: up to rounding it stays.
+        """
+        rounding = SPREAD_ROUNDING * torch.finfo(self.utility.dtype).eps
+        return (self.utility < price * self.interference * (1 - rounding)).to(self.utility)
 
     def value(self, policy: Tensor, price: float) -> float:
         """``E[(1 - m)(U - price I)]``, nats, mean over units, for a policy m (writers, tokens) in 0 .. 1; 1 erases."""
@@ -134,8 +139,12 @@ class _Output:
         return (turned * self.inner).sum(-1).clamp(min=0)
 
     def put(self, reader: str, energy: Tensor) -> None:
-        """Count the energy put on one more reader; the one of largest mean is the intended one."""
-        larger = energy.mean(1) > self.largest.mean(1)
+        """Count the energy put on one more reader; the one of largest mean is the intended one.
+
+        Of those that are equal to three digits the first is: where one writer alone has written, all readers receive
+        the same share.
+        """
+        larger = energy.mean(1) > self.largest.mean(1) * (1 + THREE_DIGITS)
         self.others += torch.where(larger[:, None], self.largest, energy)
         self.largest = torch.where(larger[:, None], energy, self.largest)
         self.intended = [reader if yes else old for yes, old in zip(larger.tolist(), self.intended, strict=True)]
