@@ -195,7 +195,7 @@ def test_all_that_leads_into_the_ports_of_a_neuron_is_refused() -> None:
     """The rest of its MLP reads through the same map, so its rows would lose everything twice."""
     model, stream = in_float64("llama-grouped-untied")
     run = vw.Run.on_tokens(stream, CLEAN, model=model)
-    with pytest.raises(UsageError, match="L0H1 -> L1N3.up") as refused:
+    with pytest.raises(UsageError, match=r"L0H1 -> L1N3\.up") as refused:
         EdgeSetAblation([("L0H1", "L1N3.up")], "ports")(run)
     assert "the MLP" in refused.value.do
     assert "others='readers'" in refused.value.do
