@@ -330,6 +330,14 @@ class Unhashable:
         return last_logit(logits, tokens)
 
 
+@dataclass(frozen=True)
+class HoldsList:
+    weights: list[float]
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return last_logit(logits, tokens)
+
+
 EDGE = ("L0H1", "L2H3.Q")
 
 
@@ -354,6 +362,7 @@ EDGE = ("L0H1", "L2H3.Q")
         (lambda: EdgeSetAblation([("a", 3)]), "edges="),  # type: ignore[list-item]  # pyright: ignore
         (lambda: Ablation([EDGE], metric=Unhashable()), "Unhashable"),
         (lambda: EdgeAblation(*EDGE, metric=Unhashable()), "Unhashable"),
+        (lambda: EdgeSetAblation([EDGE], metric=HoldsList([1.0])), "HoldsList"),
         (lambda: vw.Attribution("Q", metric=Unhashable()), "Unhashable"),
     ],
 )
@@ -368,13 +377,13 @@ def test_a_logit_difference_is_taken_in_more_than_bfloat16() -> None:
     assert LogitDifference(0)(logits, TOKENS).tolist() == [100 - 203.75 / 4]
     model = tiny("gpt2").to(torch.bfloat16)
     run = Run.on_tokens(vw.open(model), TOKENS, model=model)
-    edge = EdgeAblation("L0H1", "L2H3.V", metric=LogitDifference(3, 5), batch=6)
-    clean, without = None, None
-    with torch.no_grad():
-        clean = LogitDifference(3, 5)(model(TOKENS).logits.double(), TOKENS)
-        with removed(model, run.stream, [Edge.of(run.stream, "L0H1", "L2H3.V")]):
-            without = LogitDifference(3, 5)(model(TOKENS).logits.double(), TOKENS)
-    assert numbers(edge(run), "effect_nats") == pytest.approx([float((without - clean).mean())], rel=1e-6)
+    for metric in (LogitDifference(3, 5), last_logit):
+        with torch.no_grad():
+            clean = metric(model(TOKENS).logits.double(), TOKENS)
+            with removed(model, run.stream, [Edge.of(run.stream, "L0H1", "L2H3.V")]):
+                without = metric(model(TOKENS).logits.double(), TOKENS)
+        record = EdgeAblation("L0H1", "L2H3.V", metric=metric, batch=6)(run)
+        assert numbers(record, "effect_nats") == pytest.approx([float((without - clean).mean())], rel=1e-6)
 
 
 def test_an_early_edge_lets_no_late_one_begin_early() -> None:

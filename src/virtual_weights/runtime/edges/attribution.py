@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,12 +110,14 @@ def check_how(metric: Metric | None, sequences: int | None, batch: int, least: f
         )
     if not 0 <= least < math.inf:
         raise UsageError(f"a least effect of {least}", expected="a number >= 0", do="pass for example least=0.01")
-    if not isinstance(metric, Hashable):
+    try:
+        hash(metric)
+    except TypeError as error:
         raise UsageError(
-            f"a metric of type {type(metric).__qualname__}, which has no hash",
-            expected="a function, or an object that can be a key",
-            do="make its class a frozen dataclass",
-        )
+            f"a metric of type {type(metric).__qualname__}: {error}",
+            expected="a function, or an object with a hash",
+            do="make its class a frozen dataclass of numbers, texts and tuples",
+        ) from error
 
 
 def metric_of(metric: Metric | None, run: Run, rows: slice) -> Metric:
