@@ -103,6 +103,10 @@ def test_attribution_takes_the_answers_prompt_by_prompt() -> None:
         ([[1, 2, 99]], [[1, 2, 3]], "token ids 99"),
         ([[1, 2, 3]], [[1, 2, 99]], "token ids 99"),
         ([[1, 2, 3]], [[1, -1, 3]], "token ids -1"),
+        ([5], [6], "a prompt of shape"),
+        ([[[1, 2]]], [[[1, 3]]], "a prompt of shape"),
+        ([[1, 2], "w1 w2"], [[1, 3], "w1 w3"], "texts and token ids"),
+        ([[1, 2]], ["w1 w2"], "texts and token ids"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(clean: Any, corrupted: Any, what: str) -> None:
@@ -159,12 +163,23 @@ def _without(file: Path, pairs: list[dict[str, str]]) -> Path:
     [
         ("", (), "no pairs"),
         ("clean\tcorrupted\n", (), "no pairs"),
-        ("clean\tother\nw1\tw2", (), "lacks a prompt"),
-        ("clean\tcorrupted\nw1", (), "no pairs of prompts"),
-        ('{"clean": "w1 w3"', (), "no pairs of prompts"),
+        ("clean\tother\nw1\tw2", (), "line 1: unknown 'other'"),
+        ("clean\tcorrupted\nw1", (), "line 2: 1 columns below 2 names"),
+        ("clean\ttoken\nw1\tw2", (), "line 2: a prompt is missing"),
+        ("\nclean\tcorrupted\n\nw1\tw3\n\t \nw1\t", (), "line 6: a prompt is missing"),
+        ('{"clean": "w1 w3"', (), "line 1: Expecting"),
+        ('\n{"clean": "w1", "corrupted": "w3"}\n\n["w1", "w3"]', (), "line 4: no JSON object"),
+        ('[{"clean": "w1", "corrupted": "w3"}]', (), "line 1: no JSON object"),
+        ('{"clean": "w4", "corrupted": "w5", "tokens": "w1"}', (), "line 1: unknown 'tokens'"),
+        ('{"clean": 5, "corrupted": 6}', ("--token", "w3"), "a prompt of shape"),
+        ('{"clean": [5, 6], "corrupted": "w1 w3"}', (), "texts and token ids"),
+        ('{"clean": "w4", "corrupted": "w5"}', ("--against", "w3"), "--against without --token"),
+        ('{"clean": "w4", "corrupted": "w5", "against": "w3"}', (), "'against' without 'token'"),
+        ('{"clean": "w4", "corrupted": "w5", "against": 0}', (), "'against' without 'token'"),
         ('{"clean": "w1 w3", "corrupted": "w1"}', (), "pair 1 has 4 and 3 tokens"),
         ('{"clean": "w4", "corrupted": "w5", "token": "w1"}', ("--token", "w3"), "beside answers"),
-        ('{"clean": "w4", "corrupted": "w5", "token": "w1"}\n{"clean": "w4", "corrupted": "w5"}', (), "line 2"),
+        ('{"clean": "w4", "corrupted": "w5", "token": "w1"}\n\n{"clean": "w4", "corrupted": "w5"}', (), "line 3"),
+        ("clean\tcorrupted\ttoken\nw4\tw5\tw1\nw4\tw5\t", (), "line 3 of"),
         ('{"clean": "w4", "corrupted": "w5", "token": "cat"}', (), "no token 'cat'"),
         ('{"clean": "w4", "corrupted": "w5"}', ("--length", "5"), "--length with --pairs"),
         ('{"clean": "w4", "corrupted": "w5"}', ("--repeated",), "--repeated with --pairs"),
@@ -179,6 +194,28 @@ def test_files_of_pairs_that_are_refused(
     err = " ".join(capsys.readouterr().err.split())
     assert what in err
     assert "expected:" in err
+
+
+@pytest.mark.parametrize(("name", "what"), [("", "Is a directory"), ("default", "No such file")])
+def test_what_is_no_file_of_pairs_is_refused(
+    name: str, what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["ablate", str(folder), *EDGE, "--pairs", name or str(tmp_path)]) == 2
+    assert what in (err := capsys.readouterr().err)
+    assert "folder of them" not in err
+
+
+def test_ids_of_answers_and_the_separators_of_unicode(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "pairs"
+    pairs = [{"clean": f"w{i}\u2028w4\fw5", "corrupted": "w6 w7 w8", "token": i, "against": 9} for i in (3, 0)]
+    file.write_text("\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs))
+    given = answer(capsys, "ablate", folder, *EDGE, "--pairs", file, "--no-bos", "--random", 0)
+    assert given["parameters"]["metric"] == "logit_difference, token=[3, 0], against=[9, 9]"
+    assert given["stamp"]["tokens"] == 6
+    file.write_text(json.dumps(pairs[1]))
+    given = answer(capsys, "ablate", folder, *EDGE, "--pairs", file, "--no-bos", "--random", 0)
+    assert given["parameters"]["metric"] == "logit_difference, token=[0], against=[9]"
 
 
 def test_text_with_a_beginning_token_without_any_and_as_the_tokenizer_has_it(

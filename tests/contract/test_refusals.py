@@ -21,7 +21,8 @@ PROMPT = ("--prompt-ids", "3,17,5")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny("llama-grouped-untied").save_pretrained(path)
+    model: Any = tiny("llama-grouped-untied")
+    model.save_pretrained(path)
     return path
 
 
@@ -34,8 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("linear", "--position", "1"), "--position without --point"),
         (("linear", "--all-tokens"), "--all-tokens without --point"),
         (("linear", "--point", "FILE", "--gate", "2"), "--gate with --point"),
-        (("ablate", "L0H0", "L1H0.K", "--edges", "3", *RUNS), "--edges with WRITER and READER"),
-        (("ablate", "L0H0", "L1H0.K", "--port", "V", *RUNS), "--port with WRITER and READER"),
+        (("ablate", "L0H0", "L1H0.K", "--edges", "3", *RUNS), "--edges where edges are named"),
+        (("ablate", "L0H0", "L1H0.K", "--port", "V", *RUNS), "--port where edges are named"),
+        (("ablate", "--edge", "L0H0,L1H0.K", "--port", "V", *RUNS), "--port where edges are named"),
+        (("ablate", "L0H0", "L1H0.K", *RUNS, "--skip", "2"), "--skip 2 changes nothing"),
+        (("ablate", "L0H0", "L1H0.K", *RUNS, "--skip", "7"), "--skip 7 changes nothing"),
         (("channel", "L0H0.ov", "--rotary-offset", "2"), "--rotary-offset with L0H0.ov"),
         (("channel", "L0H0", "L1H0.V", "--rotary-offset", "2"), "--rotary-offset with L1H0.V"),
         (("channel", "L0H0", "L1H0.K", "--blocks", "2"), "--blocks without --nearest"),
@@ -95,7 +99,28 @@ def test_without_random_edges_an_edge_is_judged_all_the_same(folder: Path, capsy
     answer = json.loads(capsys.readouterr().out)
     (row,) = answer["rows"]
     assert (row["rank"], row["kind"]) == (None, "asked")
-    assert row["verdict"] in ("causal", "negligible", "inconclusive")
+    assert run(["ablate", str(folder), "L0H0", "L1H0.K", *RUNS, "--random", "2", "--json"]) == 0
+    beside, *others = json.loads(capsys.readouterr().out)["rows"]
+    assert [other["kind"] for other in others] == ["random", "random"]
+    assert (row["verdict"], row["interval"]) == (beside["verdict"], pytest.approx(beside["interval"], abs=1e-6))
+
+
+def test_a_set_that_cannot_be_is_refused_before_its_edges_are_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked, call = list[str](), vw.Ablation.__call__
+
+    def watched(question: vw.Ablation, *arguments: Any, **named: Any) -> vw.Record:
+        asked.append(question.question)
+        return call(question, *arguments, **named)
+
+    monkeypatch.setattr(vw.Ablation, "__call__", watched)
+    edges = ["L0.mlp", "L1H0.K", "--edge", "L0N3,L1H0.K"]
+    assert run(["ablate", str(folder), *edges, *RUNS, "--random", "0", "--together"]) == 2
+    assert "overlap" in capsys.readouterr().err
+    assert asked == []
+    assert run(["ablate", str(folder), *edges, *RUNS, "--random", "0"]) == 0
+    assert asked == ["ablation"]
 
 
 def test_repeated_tokens_are_at_most_as_many_as_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -183,7 +184,21 @@ def test_a_set_that_is_all_there_is_keeps_everything() -> None:
 )
 def test_what_would_be_removed_twice_is_refused(edges: list[tuple[str, str]]) -> None:
     model, stream = in_float64("llama-grouped-untied")
-    with pytest.raises(UsageError, match="hold the same in part"):
+    with pytest.raises(UsageError, match="overlap: one contains the other"):
         EdgeSetAblation(edges)(vw.Run.on_tokens(stream, CLEAN, model=model))
     apart = [edges[0], (edges[1][0], "L2H0.Q")]
-    assert EdgeSetAblation(apart)(vw.Run.on_tokens(stream, CLEAN, model=model))["value"] is not None
+    values = quantities(EdgeSetAblation(apart)(vw.Run.on_tokens(stream, CLEAN, model=model)))
+    assert all(math.isfinite(values[name][0]) for name in ("removed", "kept", "all_removed", "interaction"))
+
+
+def test_all_that_leads_into_the_ports_of_a_neuron_is_refused() -> None:
+    """The rest of its MLP reads through the same map, so its rows would lose everything twice."""
+    model, stream = in_float64("llama-grouped-untied")
+    run = vw.Run.on_tokens(stream, CLEAN, model=model)
+    with pytest.raises(UsageError, match=r"L0H1 -> L1N3\.up") as refused:
+        EdgeSetAblation([("L0H1", "L1N3.up")], "ports")(run)
+    assert "the MLP" in refused.value.do
+    assert "others='readers'" in refused.value.do
+    whole = quantities(EdgeSetAblation([("L0H1", "L1.mlp.up")], "ports")(run))
+    again = quantities(EdgeSetAblation([("L0.mlp", "L1.mlp.up")], "ports")(run))
+    assert whole["all_removed"] == pytest.approx(again["all_removed"], rel=1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
@@ -68,7 +68,9 @@ _Moving = Annotated[
 ]
 _Pairs = Annotated[
     Path | None,
-    typer.Option("--pairs", metavar="FILE", help="run on clean and corrupted prompts: JSON lines, or a table by tabs"),
+    typer.Option(
+        "--pairs", metavar="FILE", help="run on clean and corrupted prompts: JSON lines or tab-separated columns"
+    ),
 ]
 _Skip = Annotated[
     int, typer.Option("--skip", metavar="N", min=0, help="do not count what is predicted at the first N tokens")
@@ -97,7 +99,8 @@ def ablate(
     """Remove connections while the model runs, one by one: what does each cost, and does it matter?
 
     Shows the effect on the loss, in nats with a 95% interval, on the reader's attention pattern and on its output. With
-    --pairs, it is run on clean and corrupted prompts, and a writer's output is replaced by that on the partner.
+    --pairs, the model runs on clean and corrupted prompts, and a writer's output is replaced by its output on the
+    partner.
     """
     from virtual_weights.survey.plan import strongest
 
@@ -105,17 +108,18 @@ def ablate(
     if (writer is None) != (reader is None):
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
     if named:
-        o.refuse_unused(context, "with WRITER and READER", "port", "top")
+        o.refuse_unused(context, "where edges are named", "port", "top")
     run, metric = _on(session, context, pairs, token, against)
-    survey = vw.Survey(session.stream, None, replace(run, first=max(run.first, skip + 1)), session.step)
+    survey = vw.Survey(session.stream, None, _after(run, skip), session.step)
     scores = {} if named else strongest(survey.ask(vw.Composition(port.value)), top, "score")
     scalars: Literal["held", "move"] = "move" if move else "held"
     replacement = replaced.value if replaced else "mean" if pairs is None else "partner"
     how: dict[str, Any] = {"replacement": replacement, "scalars": scalars, "least": least, "metric": metric}
     how["batch"] = session.options["batch"]
-    record = survey.ask(vw.Ablation(named or list(scores), random, seed=session.options["seed"], **how))
+    edges = named or list(scores)
+    sets = [survey.ask(vw.EdgeSetAblation(edges, **how))] if together else []  # first, since not every set can be
+    record = survey.ask(vw.Ablation(edges, random, seed=session.options["seed"], **how))
     rows = [_row(row, scores) for row in record.rows()]
-    sets = [survey.ask(vw.EdgeSetAblation(named or list(scores), **how))] if together else []
     more = [Answer(whole, _quantities(whole)) for whole in sets]
     verdicts = [row["verdict"] for row in rows if row["kind"] == "asked"]
     counts = {name: verdicts.count(name) for name in ("causal", "negligible", "inconclusive")}
@@ -201,48 +205,107 @@ def _on(
     lines = _lines(pairs)
     options = session.options
     how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
-    clean, corrupted = ([line[side] for line in lines] for side in ("clean", "corrupted"))
+    clean, corrupted = ([line[side] for line in lines.values()] for side in ("clean", "corrupted"))
     run = vw.Run.on_pairs(session.stream, clean, corrupted, options["bos"], **how)
-    answers: list[Any] = []
-    for name, option in (("token", token), ("against", against)):
-        given = [line.get(name) for line in lines]
-        if option is not None and any(given):
-            raise UsageError(f"--{name} beside answers in {str(pairs)!r}", expected="one of them", do="leave one out")
-        if any(given) and not all(given):
-            raise UsageError(
-                f"line {given.index(None) + 1} of {str(pairs)!r} has no {name!r}",
-                expected="an answer for every pair, or for none",
-                do="add what is missing",
-            )
-        tokens = [session.token(str(text)) for text in given] if any(given) else None
-        answers.append(session.token(option) if option is not None else tokens)
-    if answers[0] is None and answers[1] is None:
-        return run, None
-    return run, vw.LogitDifference(*answers)
+    first, second = (
+        _answers(session, pairs, lines, name, option) for name, option in (("token", token), ("against", against))
+    )
+    if first is None and second is not None:
+        raise UsageError(
+            f"'against' without 'token' in {str(pairs)!r}" if against is None else "--against without --token",
+            expected="a token whose logit is asked for, and perhaps another against it",
+            do="add the first, or leave the second out",
+        )
+    return run, None if first is None else vw.LogitDifference(first, second)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Pairs of prompts: a JSON object a line, or columns between tabs below a line that names them.
+def _after(run: vw.Run, skip: int) -> vw.Run:
+    """The same run, of which what is predicted at the first tokens does not count."""
+    if skip and skip + 1 <= run.first:
+        raise UsageError(
+            f"--skip {skip} changes nothing: with --repeated the first copy does not count anyway",
+            expected=f"at least {run.first}, or none",
+            do="leave it out",
+        )
+    return replace(run, first=max(run.first, skip + 1))
+
+
+def _answers(
+    session: Session, path: Path, lines: Mapping[int, Mapping[str, Any]], name: str, option: str | None
+) -> int | list[int] | None:
+    """The token of that name: one for all pairs by the option, one for each by the file, or None."""
+    given = {n: None if line.get(name) in (None, "") else str(line[name]) for n, line in lines.items()}
+    missing = [n for n, text in given.items() if text is None]
+    if len(missing) == len(given):
+        return None if option is None else session.token(option)
+    if option is not None:
+        raise UsageError(f"--{name} beside answers in {str(path)!r}", expected="one of them", do="leave one out")
+    if missing:
+        raise UsageError(
+            f"line {missing[0]} of {str(path)!r} has no {name!r}",
+            expected="an answer for every pair, or for none",
+            do="add what is missing",
+        )
+    return [session.token(text) for text in given.values() if text is not None]
+
+
+def _lines(path: Path) -> dict[int, dict[str, Any]]:
+    """Pairs of prompts by the number of their line: a JSON object each, or columns between tabs below their names.
 
     Raises:
-        UsageError: the file cannot be read, or a line lacks a prompt.
+        UsageError: the file cannot be read, or a line is no pair.
     """
     from virtual_weights.runtime.running.text import texts
 
-    text = next(texts(path)) if not path.is_dir() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
     try:
-        if lines and lines[0].lstrip().startswith("{"):
-            rows = [json.loads(line) for line in lines]
-        else:
-            head = lines[0].split("\t") if lines else []
-            rows = [dict(zip(head, line.split("\t"), strict=True)) for line in lines[1:]]
-        wrong = [i for i, row in enumerate(rows) if not (row.get("clean") and row.get("corrupted"))]
-    except (ValueError, AttributeError) as error:
-        raise _no_pairs(path, str(error)) from error
-    if wrong or not rows:
-        raise _no_pairs(path, f"line {wrong[0] + 1} lacks a prompt" if wrong else "no pairs")
+        text = next(texts(path)) if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise _no_pairs(path, getattr(error, "strerror", None) or str(error)) from error
+    lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
+    names: list[str] | None = None
+    rows = dict[int, dict[str, Any]]()
+    for n, line in lines.items():
+        try:
+            if names is None and not rows and not line.lstrip().startswith(("{", "[")):
+                names = line.split("\t")
+                _check_names(names)
+            else:
+                rows[n] = _pair_of(line, names)
+        except ValueError as error:
+            raise _no_pairs(path, f"line {n}: {error}") from error
+    if not rows:
+        raise _no_pairs(path, "no pairs")
     return rows
+
+
+def _pair_of(line: str, names: Sequence[str] | None) -> dict[str, Any]:
+    """A pair of prompts, of a JSON object, or of columns with these names.
+
+    Raises:
+        ValueError: it is none, and why.
+    """
+    if names is None:
+        try:
+            row: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise ValueError("no JSON object")
+        _check_names(row)
+    else:
+        cells = line.split("\t")
+        if len(cells) != len(names):
+            raise ValueError(f"{len(cells)} columns below {len(names)} names")
+        row = dict(zip(names, cells, strict=True))
+    if not (row.get("clean") and row.get("corrupted")):
+        raise ValueError("a prompt is missing")
+    return row
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in ("clean", "corrupted", "token", "against"):
+            raise ValueError(f"unknown {name!r}")
 
 
 def _no_pairs(path: Path, why: str) -> UsageError:

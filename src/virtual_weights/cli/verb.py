@@ -76,7 +76,7 @@ class Session:
 
     @property
     def runs(self) -> bool:
-        """Whether a text is named in any of the four ways."""
+        """Whether one of --text, --repeated, --prompt and --prompt-ids is given."""
         return any(self.options.get(name) not in (None, False) for name in _KINDS_OF_TEXT)
 
     @cached_property

@@ -16,7 +16,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import MeanEstimate, accumulate, benjamini_hochberg, mean_estimate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edges.attribution import Metric
+from virtual_weights.runtime.edges.attribution import Metric, check_how
 from virtual_weights.runtime.edges.edge import Edge, EdgeSet, Replacement, Scalars, group_readers
 from virtual_weights.runtime.edges.passes import FIGURES, Manner, Measured, measured
 from virtual_weights.runtime.running.run import Run
@@ -32,7 +32,7 @@ def rule(least: float) -> str:
     """What verdicts go by, in words."""
     return (
         f"causal: the 95% interval of the effect lies wholly beyond plus or minus {least:g}; negligible: wholly "
-        "within; inconclusive: neither, and more sequences would tell"
+        "within; inconclusive: neither; more sequences may decide"
     )
 
 
@@ -71,7 +71,8 @@ class EdgeAblation(Question[Run]):
         batch: sequences that run at once; where there are fewer, several edges do, each on its own copy.
 
     Raises:
-        UsageError: when asked, an edge that cannot be, or a replacement that the run does not have.
+        UsageError: a number of sequences, or a metric, that cannot be; when asked, an edge that cannot be, or a
+            replacement that the run does not have.
     """
 
     question: ClassVar[str] = "edge_ablation"
@@ -83,6 +84,9 @@ class EdgeAblation(Question[Run]):
     sequences: int | None = SEQUENCES
     metric: Metric | None = None
     batch: int = cost(8)
+
+    def __post_init__(self) -> None:
+        check_how(self.metric, self.sequences, self.batch)
 
     def __call__(self, subject: Run, progress: Progress = silent) -> Record:
         return next(self.together([self], subject, progress))[1]
@@ -146,7 +150,7 @@ class Ablation(Composite[Run]):
         batch: likewise.
 
     Raises:
-        UsageError: there are no edges, or ``least`` is negative; when asked, an edge that cannot be.
+        UsageError: there are no edges, or a number or a metric that cannot be; when asked, an edge that cannot be.
 
     Example:
         >>> Ablation([("L16H0", "L18H6.K")])(run)["verdict"]  # doctest: +SKIP
@@ -166,7 +170,7 @@ class Ablation(Composite[Run]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", _named(self.edges))
-        _check_least(self.least)
+        check_how(self.metric, self.sequences, self.batch, self.least, self.random)
 
     def __call__(self, subject: Run, progress: Progress = silent, ask: Ask | None = None) -> Record:
         asked = {edge.key: edge for edge in _distinct(subject.stream, self.edges)}
@@ -231,8 +235,8 @@ class EdgeSetAblation(Question[Run]):
         batch: likewise.
 
     Raises:
-        UsageError: there are no edges, or ``least`` is negative; when asked, an edge that cannot be, or one that is
-            part of another.
+        UsageError: there are no edges, or a number, a metric or ``others`` that cannot be; when asked, an edge that
+            cannot be, one that is part of another, or a neuron as reader with ``"ports"``.
 
     Reference: Wang et al. 2022, "Interpretability in the Wild" (faithfulness); Conmy et al. 2023 (sets of edges).
     """
@@ -250,7 +254,9 @@ class EdgeSetAblation(Question[Run]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", _named(self.edges))
-        _check_least(self.least)
+        check_how(self.metric, self.sequences, self.batch, self.least)
+        if self.others not in ("readers", "ports"):
+            raise UsageError(f"others={self.others!r}", expected="readers or ports", do="choose one of these")
 
     def __call__(self, subject: Run, progress: Progress = silent) -> Record:
         edges = tuple(_distinct(subject.stream, self.edges))
@@ -293,16 +299,17 @@ def _stamp(results: Measured) -> dict[str, Any]:
     return dict(zip(_STAMPED, clean, strict=True))
 
 
-def _named(edges: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    pairs = tuple((writer, reader) for writer, reader in edges)
-    if not pairs:
-        raise UsageError("no edge to remove", expected="a writer and a reader", do="name them")
-    return pairs
-
-
-def _check_least(least: float) -> None:
-    if not 0 <= least < math.inf:
-        raise UsageError(f"a least effect of {least}", expected="a number >= 0", do="pass for example least=0.01")
+def _named(edges: Any) -> tuple[tuple[str, str], ...]:
+    """Edges as pairs of names; refuse what is none."""
+    pairs: list[Any] = [] if isinstance(edges, str) else list(edges)
+    named = [isinstance(p, tuple | list) and [type(name) for name in p] == [str, str] for p in pairs]  # pyright: ignore[reportUnknownVariableType]
+    if not pairs or not all(named):
+        raise UsageError(
+            f"edges={edges!r}" if edges else "no edge to remove",
+            expected="pairs of a writer and a reader",
+            do='pass for example [("L16H0", "L18H6.K")]',
+        )
+    return tuple((writer, reader) for writer, reader in pairs)
 
 
 def _distinct(stream: Stream, pairs: Sequence[tuple[str, str]]) -> list[Edge]:
@@ -321,14 +328,21 @@ def _check_disjoint(edges: Sequence[Edge]) -> None:
         reads = (a.target, a.port) == (b.target, b.port) and (a.input == b.input or a.reader.kind != b.reader.kind)
         if writes and reads:
             raise UsageError(
-                f"{a} and {b} hold the same in part",
+                f"{a} and {b} overlap: one contains the other",
                 expected="edges of which none is part of another",
                 do="name the MLP or its neurons, not both",
             )
 
 
 def _elsewhere(stream: Stream, edges: Sequence[Edge]) -> Iterator[Edge]:
-    """One edge into every other reader of the ports of some edges."""
+    """One edge into every other reader of the ports of some edges; of an MLP that is all its neurons."""
+    for edge in edges:
+        if edge.reader.kind == "neuron":
+            raise UsageError(
+                f"{edge} with others='ports', of which the rest of the MLP is one",
+                expected="readers that are whole",
+                do="name the MLP as the reader, or pass others='readers'",
+            )
     inputs = {edge.input for edge in edges}
     for port in dict.fromkeys(edge.port for edge in edges):
         for reader in group_readers(stream, port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ class LogitDifference:
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The difference, (B,)."""
         del tokens  # it does not depend on them
-        last = logits[:, -1]
+        last = wide(logits[:, -1])
         return self._of(last, self.token) - (last.mean(-1) if self.against is None else self._of(last, self.against))
 
     def select(self, rows: slice, count: int) -> LogitDifference:
@@ -93,6 +94,30 @@ class LogitDifference:
 def metric_name(metric: Metric | None) -> str:
     """What a metric is called in parameters; None is the mean next-token loss."""
     return "next_token_loss" if metric is None else plain(metric)
+
+
+def check_how(metric: Metric | None, sequences: int | None, batch: int, least: float = 0, random: int = 0) -> None:
+    """Refuse numbers that cannot be, and a metric that no question can hold.
+
+    Raises:
+        UsageError: a number is too small, the least effect is no number, or the metric has no hash.
+    """
+    counts = {"sequences": (sequences, 1), "batch": (batch, 1), "random": (random, 0)}
+    wrong = [f"{name}={value}" for name, (value, lowest) in counts.items() if value is not None and value < lowest]
+    if wrong:
+        raise UsageError(
+            ", ".join(wrong), expected="sequences and batch of at least 1, random of at least 0", do="pass such numbers"
+        )
+    if not 0 <= least < math.inf:
+        raise UsageError(f"a least effect of {least}", expected="a number >= 0", do="pass for example least=0.01")
+    try:
+        hash(metric)
+    except TypeError as error:
+        raise UsageError(
+            f"a metric of type {type(metric).__qualname__}: {error}",
+            expected="a function, or an object with a hash",
+            do="make its class a frozen dataclass of numbers, texts and tuples",
+        ) from error
 
 
 def metric_of(metric: Metric | None, run: Run, rows: slice) -> Metric:
@@ -141,7 +166,8 @@ class Attribution(Question[Run]):
         batch: sequences in one backward pass; what all writers write to them, (writers, tokens, d), is held at once.
 
     Raises:
-        UsageError: no such port or writers; when asked, readers without gain, or a port that the model has not.
+        UsageError: no such port or writers, or a number or a metric that cannot be; when asked, readers without gain,
+            or a port that the model has not.
 
     Reference: Syed, Rager, Conmy 2023, "Attribution Patching Outperforms Automated Circuit Discovery".
     """
@@ -157,6 +183,7 @@ class Attribution(Question[Run]):
     def __post_init__(self) -> None:
         check_port(self.port)
         check_writers(self.writers)
+        check_how(self.metric, self.sequences, self.batch)
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -33,10 +33,14 @@ from virtual_weights.stream.norm import without_mean
 CHANGED = 0.1
 """Nats by which a token's loss must change to count as changed."""
 
+_OUTPUT_CHANGE = (
+    "‖change‖ / ‖output‖ of what reads the edge, without the mean that LayerNorm removes; for logits, without the mean "
+    "over the vocabulary, which the softmax ignores"
+)
 FIGURES = {
     "effect_nats": ("nats, or the metric's", "metric without the edges less metric with them"),
     "pattern_change": ("1, in [0, 1]", "total variation of attention, mean over queries and heads"),
-    "output_change": ("1 (ratio)", "||change|| / ||output|| of what reads the edge, as norms or the softmax see it"),
+    "output_change": ("1 (ratio)", _OUTPUT_CHANGE),
     "top_changed": ("1, in [0, 1]", "share of counted tokens whose likeliest next token is another"),
     "loss_changed": ("1, in [0, 1]", f"share of counted tokens whose loss changes by more than {CHANGED} nats"),
 }
@@ -116,6 +120,8 @@ def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progre
     One pass with every edge serves all sets, and blocks before the first reader give what they gave in it. Progress is
     (sets done, sets in all), counted batch by batch.
     """
+    order = sorted(range(len(sets)), key=lambda i: sets[i].state)  # those that run at once start together
+    sets = [sets[i] for i in order]
     tokens = run.sequences(manner.sequences)
     partners = _partners(run, tokens, manner)
     removal = Removal(manner.replacement, manner.scalars)
@@ -137,7 +143,10 @@ def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progre
         figures.append(torch.stack(done))
         values.append(passes.value)
         losses.append(passes.losses.mean(1))
-    return Measured(torch.cat(figures, 1).cpu(), *(torch.cat(x).double().cpu() for x in (values, losses)))
+    return Measured(
+        torch.cat(figures, 1).cpu()[torch.tensor(order).argsort()],
+        *(torch.cat(x).double().cpu() for x in (values, losses)),
+    )
 
 
 @final
@@ -150,7 +159,7 @@ class _Passes:
         places |= {("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets}
         self.signals, self.logits = watched(run.module, run.stream, places, tokens)
         self.losses, self.top = token_losses(self.logits, tokens, run.first), self.logits.argmax(-1)
-        self.value = _checked(metric(self.logits, tokens), tokens)
+        self.value = _checked(metric(self.logits, tokens), tokens).double()
 
     def without(self, sets: Sequence[EdgeSet], removal: Removal) -> Iterator[Tensor]:
         """Without each of some sets, run at once: (sequences, 5) in the order of ``FIGURES``."""
@@ -167,7 +176,7 @@ class _Passes:
             yield self._figures(edges, {place: signal[block] for place, signal in signals.items()}, logits[block])
 
     def _figures(self, edges: EdgeSet, signals: dict[Place, Tensor], logits: Tensor) -> Tensor:
-        first, effect = self.run.first, self.metric(logits, self.tokens) - self.value
+        first, effect = self.run.first, self.metric(logits, self.tokens).double() - self.value
         pattern = output = torch.full_like(effect, torch.nan)
         top = (logits.argmax(-1) != self.top)[:, first - 1 : -1].double().mean(1)
         loss = ((token_losses(logits, self.tokens, first) - self.losses).abs() > CHANGED).double().mean(1)

@@ -231,9 +231,11 @@ class Run:
             how: ``first``, ``model``, ``dtype``, ``device`` and ``batch``, as in ``on_tokens``.
 
         Raises:
-            UsageError: there are no pairs, there are more of one than of the other, prompts differ in their number of
-                tokens, or as ``on_prompt``.
+            UsageError: there are no pairs, there are more of one than of the other, some are texts and some token
+                ids, prompts differ in their number of tokens, or as ``on_prompt``.
         """
+        if len({isinstance(prompt, str) for prompt in (*clean, *corrupted)}) > 1:
+            raise UsageError("texts and token ids among the prompts", expected="all of one kind", do="choose one")
         rows, partners = ([_prompt(stream, prompt, bos) for prompt in prompts] for prompts in (clean, corrupted))
         if not rows or len(rows) != len(partners):
             raise UsageError(
@@ -369,6 +371,8 @@ def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
         raise UsageError(
             f"a prompt that is no row of token ids: {error}", expected="whole numbers", do="pass such"
         ) from error
+    if ids.ndim != 1:
+        raise UsageError(f"a prompt of shape {tuple(ids.shape)}", expected="token ids (T,)", do="pass a row of them")
     if bool((ids == PADDING).any()):
         raise UsageError(f"a prompt: token ids {PADDING}", expected="ids from 0", do="correct them")
     return ids
