@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("channel", "L0H0", "L1H0.K", "--blocks", "2"), "--blocks without --nearest"),
         (("composition", "--port", "V", "--rotary-offset", "2"), "--rotary-offset with port V"),
         (("composition", "--tokens", "64"), "--tokens without --text"),
+        (("composition", "--by", "share"), "--by share"),
         (("statements", "--only", ","), "--only ',' names nothing"),
         (("statements", "--length", "64"), "--length without a text"),
         (("map", "--only", ""), "--only '' names nothing"),

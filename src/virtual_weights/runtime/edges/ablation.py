@@ -117,8 +117,8 @@ class EdgeAblation(Question[Run]):
             Column("p", estimate.p[None], "1, in [0, 1]", "p-value of the effect against 0, by the same law"),
         )
         columns += (
-            Column("writer", (str(edge.writer),)),
-            Column("reader", (str(edge.reader),)),
+            Column("writer", (str(edge.writer),), "", "what writes"),
+            Column("reader", (str(edge.reader),), "", "what reads, with its port"),
             Column("group", (edge.kv_group,), "", "the shared key/value head, None where it shares none"),
             Column("shared_with", (" ".join(edge.shared_with),), "", "heads that read through it"),
         )
@@ -192,9 +192,9 @@ class Ablation(Composite[Run]):
         kinds = tuple("asked" if key in asked else "random" for key in edges)
         after = [
             Column("q", q, "1, in [0, 1]", "false discovery rate among the edges that were asked, absent of others"),
-            Column("rank", torch.tensor(ranks, dtype=accumulate), "", "by size among the random edges, 1 the largest"),
+            Column("rank", torch.tensor(ranks, dtype=accumulate), "place, from 1", "by size among the random edges"),
             Column("verdict", verdicts, "", rule(self.least)),
-            Column("kind", kinds),
+            Column("kind", kinds, "", "asked or random"),
         ]
         at = list(columns).index("p") + 1
         ordered = [*list(columns.values())[:at], *after, *list(columns.values())[at:]]
