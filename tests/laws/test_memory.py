@@ -256,7 +256,7 @@ def test_null_of_erasure_is_that_of_turned_erasers() -> None:
         j, i = record.axis("reader").index(eraser), record.axis("writer").index(writer)
         part = stream[eraser]
         t = part.ov.dense() if transform == "ov" else (part.out @ part.up).dense()
-        w = stream[writer]
+        w = seen(stream, writer)
         o = w.dense() if writer == "pos" else w.ov.dense() if "H" in writer else w.out.dense()
         p = o @ o.T
         draws = -(turns @ t @ turns.mT * p).sum((1, 2)) / p.trace()
