@@ -18,14 +18,6 @@ RUNS = ("--repeated", "--tokens", "32", "--length", "16")
 PROMPT = ("--prompt-ids", "3,17,5")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    model: Any = tiny("llama-grouped-untied")
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -170,3 +162,13 @@ def test_a_later_part_of_a_map_leaves_the_report_whole(folder: Path, tmp_path: P
         ).keys()
         == data.keys()
     )
+
+
+def test_a_title_names_the_offset_only_where_something_turns(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    model: Any = tiny("gpt2")
+    model.save_pretrained(tmp_path)
+    for path, said in ((folder, True), (tmp_path, False)):
+        assert run(["channel", str(path), "L0H0", "L1H0.K"]) == 0
+        assert ("at rotary offset 0" in capsys.readouterr().out.splitlines()[0]) is said
+        assert run(["channel", str(path), "L0H0", "L1H0.V"]) == 0
+        assert "rotary" not in capsys.readouterr().out.splitlines()[0]

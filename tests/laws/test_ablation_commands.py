@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -24,14 +23,6 @@ from virtual_weights.stream.group import HEAD_PORTS
 
 TEXT = ("--length", "5", "--tokens", "20", "--seed", "3")
 RUN = ("--length", "10", "--tokens", "40", "--seed", "3", "--repeated")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    model: Any = tiny("llama-grouped-untied")
-    model.save_pretrained(path)
-    return path
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object, how: tuple[str, ...] = RUN) -> dict[str, Any]:

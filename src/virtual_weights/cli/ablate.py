@@ -203,10 +203,8 @@ def _on(
         return session.run, None
     o.refuse_unused(context, "with --pairs", "text", "repeated", "tokens", "length")
     lines = _lines(pairs)
-    options = session.options
-    how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
     clean, corrupted = ([line[side] for line in lines.values()] for side in ("clean", "corrupted"))
-    run = vw.Run.on_pairs(session.stream, clean, corrupted, options["bos"], **how)
+    run = vw.Run.on_pairs(session.stream, clean, corrupted, session.options["bos"], **session.how)
     first, second = (
         _answers(session, pairs, lines, name, option) for name, option in (("token", token), ("against", against))
     )

@@ -128,8 +128,8 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
 
 def _turned(record: vw.Record, end: str) -> str:
     """The rotary offset of what depends on it, by the end through which one reads, for titles."""
-    offset = record.stamp["rotary_offset"]
-    return f" at rotary offset {offset}" if end.endswith((".Q", ".K", ".qk")) and offset is not None else ""
+    offset = record.stamp["rotary_offset"]  # words where the model has no rotary embedding
+    return f" at rotary offset {offset}" if end.endswith((".Q", ".K", ".qk")) and isinstance(offset, int) else ""
 
 
 def _tokens(record: vw.Record, end: str) -> Answer:

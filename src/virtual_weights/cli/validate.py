@@ -96,8 +96,6 @@ def _texts(session: Session) -> tuple[vw.Run, vw.Run]:
         2 * options["tokens"],
         options["length"],
         options["bos"],
-        dtype=options["dtype"].torch,
-        device=options["device"],
-        **how,
+        **session.how,
     )
     return both.halves()

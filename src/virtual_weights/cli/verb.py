@@ -79,11 +79,16 @@ class Session:
         """Whether one of --text, --repeated, --prompt and --prompt-ids is given."""
         return any(self.options.get(name) not in (None, False) for name in _KINDS_OF_TEXT)
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the model runs: batch, dtype and device, as ``Run`` takes them."""
+        options = self.options
+        return {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
+
     @cached_property
     def run(self) -> vw.Run:
         """The model on the text that the options name; on the default text where they name none."""
-        options, bos = self.options, self.options["bos"]
-        how: dict[str, Any] = {"batch": options["batch"], "dtype": options["dtype"].torch, "device": options["device"]}
+        options, bos, how = self.options, self.options["bos"], self.how
         if options["prompt"] is not None or options["prompt_ids"] is not None:
             prompt = options["prompt"]
             return vw.Run.on_prompt(

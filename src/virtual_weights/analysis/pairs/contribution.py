@@ -110,13 +110,14 @@ class Contribution(Question[Stream]):
                 sources = self._writing(stream, reaching, group, outer)
                 products = pair_products(side, sources, device=self.device, memory=self.memory_mb * 2**20)
                 block["energy"][:, [place[label] for label in products.axes[1].labels]] = products.squared
-                names, means = self._means(stream, reaching, group)
-                columns = [place[name] for name in names]
+                columns = [place[label] for writer in reaching for label in writer.labels]
                 energies = torch.cat([self._written(stream, writer, group) for writer in reaching])
-                varying = energies - means.square().sum(0) if self.centred else energies
-                block["activity"][:, columns] = varying.clamp(min=0.0).sqrt()
-                if self.port == "K" and not self.centred:
+                if self.centred:
+                    energies = energies - self._means(stream, reaching, group).square().sum(0)
+                elif self.port == "K":
+                    means = self._means(stream, reaching, group)
                     block["common"][:, columns] = self._common(stream, group, means)
+                block["activity"][:, columns] = energies.clamp(min=0.0).sqrt()
             for name, values in block.items():
                 blocks[name].append(values)
             progress(done, len(readers))
@@ -192,8 +193,8 @@ class Contribution(Question[Stream]):
         powers = values[:, None] ** torch.arange(length, dtype=accumulate)
         return (basis * (powers * _offset_weights(length)).sum(1) @ torch.linalg.inv(basis)).real
 
-    def _means(self, stream: Stream, writers: Sequence[Group], reader: Group) -> tuple[list[str], Tensor]:
-        """``O E[z/s]`` of every writer as a reader receives it: names, and (d, writers)."""
+    def _means(self, stream: Stream, writers: Sequence[Group], reader: Group) -> Tensor:
+        """``O E[z/s]`` of every writer as a reader receives it, (d, writers)."""
         assert reader.reads is not None
         means: list[Tensor] = []
         for group in writers:
@@ -204,7 +205,7 @@ class Contribution(Question[Stream]):
                 maps = stream.write(group).double() if group.kind == "head" else None
                 mean = (inner if maps is None else torch.einsum("mdk,mk->md", maps, inner)).T
             means.append(mean)
-        return [label for group in writers for label in group.labels], torch.cat(means, 1)
+        return torch.cat(means, 1)
 
     def _written(self, stream: Stream, group: Group, reader: Group) -> Tensor:
         """``E|O z/s|^2`` of the writers of one group as a reader receives them, (m,)."""
