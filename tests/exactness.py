@@ -6,6 +6,7 @@ import torch
 from dense import seen
 from tiny_models import Flow
 from torch import Tensor
+from uniform import sizes
 
 from virtual_weights.stream import Stream, scale
 
@@ -14,7 +15,7 @@ def contributions(stream: Stream, signals: Flow, tokens: Tensor) -> list[tuple[i
     """Every writer's ``O z`` with the state in which it first appears; each of shape (tokens, d)."""
     dtype = signals.embeds["embed"].dtype
     vectors: list[tuple[int, Tensor]] = []
-    inner = {layer: z.unflatten(-1, (stream.spec.n_heads, -1)) for layer, z in signals.attention_inner.items()}
+    inner = {layer: z.unflatten(-1, (sizes(stream).n_heads, -1)) for layer, z in signals.attention_inner.items()}
     for component in stream.components:
         label = component.label
         if component.writes is None:
@@ -54,7 +55,7 @@ def errors(stream: Stream, signals: Flow, tokens: Tensor) -> dict[str, float]:
         assert reads is not None
         reaching = [vector for position, vector in written if position <= reads]
         rows, expected = _some_rows(read.maps.flatten(0, 1), whole)
-        s = scale(sum(reaching), stream.spec.norm, stream.spec.norm_eps)[:, None]
+        s = scale(sum(reaching), stream.spec.head.norm)[:, None]
         total = sum(vector @ rows.to(vector.dtype).T for vector in reaching) / s
         if read.constants is not None:
             total = total + read.constants.flatten().to(total.dtype)

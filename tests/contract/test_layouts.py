@@ -342,7 +342,7 @@ def test_settings_of_a_gguf_file_are_read_as_llama_cpp_reads_them(
     if isinstance(factor, str):
         refused(path, ArchitectureError, factor)
         return
-    rotary = vw.open(path).spec.rotary
+    rotary = vw.open(path).spec.attentions[0].rotary
     assert rotary is not None
     assert rotary.scaling == ({} if factor is None else {"rope_type": "linear", "factor": factor})
 

@@ -10,6 +10,7 @@ from dense import seen
 from regauge import rebased, rotated
 from tiny_models import SHAPES, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth, bottleneck, in_tokens, unread, unwritten
@@ -31,8 +32,8 @@ def dense_readers(stream: Stream, state: int, *, unembed: bool = True) -> list[T
         part = seen(stream, str(c.label))
         if c.kind == "head":
             maps.append(part.qk.dense().double().T)
-            if c.label.index % stream.spec.group == 0:
-                heads = [stream[f"L{c.label.layer}H{c.label.index + i}"] for i in range(stream.spec.group)]
+            if c.label.index % sizes(stream).group == 0:
+                heads = [stream[f"L{c.label.layer}H{c.label.index + i}"] for i in range(sizes(stream).group)]
                 maps.append(torch.cat([head.qk.dense().double() for head in heads]))
                 maps.append(torch.cat([head.ov.dense().double() for head in heads]))
         elif c.kind == "mlp":

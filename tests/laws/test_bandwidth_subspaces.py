@@ -9,6 +9,7 @@ import torch
 from regauge import rebased, rotated
 from tiny_models import SHAPES, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.pairs.subspaces import Subspaces, figures
@@ -28,7 +29,7 @@ def dense_circuit(stream: Stream, label: str) -> Tensor:
     if role == "Q":
         return head.qk.dense().double().T
     parsed = parse(name)
-    served = [stream[f"L{parsed.layer}H{parsed.index + i}"] for i in range(stream.spec.group)]
+    served = [stream[f"L{parsed.layer}H{parsed.index + i}"] for i in range(sizes(stream).group)]
     return torch.cat([(h.qk if role == "K" else h.ov).dense().double() for h in served])
 
 

@@ -13,6 +13,7 @@ from regauge import rebased
 from safetensors.torch import save_file
 from tiny_models import tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.ledger.basis import Basis, summary
@@ -33,13 +34,13 @@ def test_kurtosis_equals_its_dense_twin(name: str) -> None:
         label, kind = component.label, component.kind
         part = seen(stream, str(label))
         if kind == "head":
-            columns.append(torch.linalg.svd(part.ov.dense())[0][:, : stream.spec.d_head].T)
-            rows.append(torch.linalg.svd(part.qk.T.dense())[2][: stream.spec.d_head])
-            if label.index % stream.spec.group == 0:
-                heads = [stream[f"L{label.layer}H{label.index + i}"] for i in range(stream.spec.group)]
+            columns.append(torch.linalg.svd(part.ov.dense())[0][:, : sizes(stream).d_head].T)
+            rows.append(torch.linalg.svd(part.qk.T.dense())[2][: sizes(stream).d_head])
+            if label.index % sizes(stream).group == 0:
+                heads = [stream[f"L{label.layer}H{label.index + i}"] for i in range(sizes(stream).group)]
                 for circuit in ("K", "V"):
                     stacked = torch.cat([head.circuit(circuit).dense() for head in heads])
-                    rows.append(torch.linalg.svd(stacked)[2][: stream.spec.d_head])
+                    rows.append(torch.linalg.svd(stacked)[2][: sizes(stream).d_head])
         elif kind == "mlp":
             columns.append(part.out.dense().T)
             rows += [part.up.dense()] + ([part.gate.dense()] if part.gate is not None else [])
@@ -48,7 +49,7 @@ def test_kurtosis_equals_its_dense_twin(name: str) -> None:
         else:
             columns.append(part.dense().T)
     means, writes = summary(Basis()(stream)), torch.cat(columns)
-    writes = writes - writes.mean(1, keepdim=True) if stream.spec.norm == "layer" else writes
+    writes = writes - writes.mean(1, keepdim=True) if sizes(stream).norm == "layer" else writes
     assert means["write_kurtosis"] == pytest.approx(float(kurtosis(writes).mean()), rel=1e-6)
     # heads' queries: QK has q's directions on its left
     assert means["read_kurtosis"] == pytest.approx(float(kurtosis(torch.cat(rows)).mean()), rel=1e-6)

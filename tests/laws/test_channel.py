@@ -15,6 +15,7 @@ from regauge import rebased, rotated
 from tiny_models import tiny
 from torch import Tensor
 from typer.testing import CliRunner
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.channels import channel_tokens
@@ -30,7 +31,7 @@ SHAPES = ["llama-grouped-untied", "llama-biases-wide-heads", "gpt2", "neox-paral
 
 def turn_of(stream: vw.Stream, offset: int) -> Tensor:
     """The rotary matrix from its definition: the plane (i, i + dim/2) turned by offset * base^(-2i/dim)."""
-    spec, d = stream.spec.rotary, stream.spec.d_head
+    spec, d = sizes(stream).rotary, sizes(stream).d_head
     matrix = torch.eye(d, dtype=torch.float64)
     for i in range(0 if spec is None else spec.dim // 2):
         angle, j = offset * spec.base ** (-2 * i / spec.dim), i + spec.dim // 2
@@ -83,7 +84,7 @@ def test_tokens_equal_the_dense_twin(name: str, reader: str) -> None:
         own = float(cosines[row["token"]])
         assert abs(own) == pytest.approx(abs(row["cosine"]))
         signs.setdefault(row["directions"], set()).add(math.copysign(1, own * row["cosine"]))
-    assert len(signs) == stream.spec.d_head
+    assert len(signs) == sizes(stream).d_head
     assert all(len(each) == 1 for each in signs.values()), "the signs of one direction belong together"
 
 
@@ -156,11 +157,11 @@ def test_components_equal_the_dense_twin_and_sum_to_the_whole(name: str) -> None
         f"L{layer}H{h}.{port}"
         for port in "QKV"
         for layer in range(1, stream.spec.n_layers)
-        for h in range(stream.spec.n_heads)
+        for h in range(sizes(stream).n_heads)
     )
     ov = dense(stream, "L0H1.ov")
     u, s, _ = torch.linalg.svd(ov)
-    r = stream.spec.d_head
+    r = sizes(stream).d_head
     for j, reader in enumerate(record.axis("reader").labels[::5]):
         c, j = dense(stream, reader, 3), 5 * j
         seen = (c @ u[:, :r]).norm(dim=0)
@@ -205,9 +206,9 @@ def test_offsets_equal_the_dense_twin(name: str, writer: str, port: str) -> None
     mean = torch.stack([dense(stream, "L1H2.qk", offset) for offset in offsets]).mean(0)
     torch.testing.assert_close(mean_qk(stream, "L1H2", offsets).dense(), mean)
     spectrum = MeanCircuit("L1H2", offsets)(stream)
-    torch.testing.assert_close(spectrum["gain"], torch.linalg.svdvals(mean)[: stream.spec.d_head])
+    torch.testing.assert_close(spectrum["gain"], torch.linalg.svdvals(mean)[: sizes(stream).d_head])
     assert spectrum.stamp["kept"] == pytest.approx(float(mean.norm() / norms.square().mean().sqrt()))
-    if stream.spec.rotary is None:
+    if sizes(stream).rotary is None:
         assert "all offsets are equal" in record.stamp["rotary_offset"]
         assert float(strength.max() - strength.min()) == 0
         assert spectrum.stamp["kept"] == pytest.approx(1)

@@ -11,6 +11,7 @@ from exactness import contributions
 from regauge import rebased, rotated
 from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.pairs.contribution import Contribution
@@ -32,16 +33,16 @@ def _observed(model: nn.Module, tokens: Tensor = BATCH, batch: int = 4, **option
 
 def _naive(model: nn.Module, stream: Stream, port: str, centred: bool, offset: int | None) -> dict[str, Any]:
     """Energies of every pair and of every reader's input from the definition, one prompt after another."""
-    spec, flows = stream.spec, [flow(model, row) for row in ROWS]
+    flows = [flow(model, row) for row in ROWS]
     written = [contributions(stream, signals, row) for signals, row in zip(flows, ROWS, strict=True)]
     names = [str(c.label) for c in stream.components if c.writes is not None]
     energies: dict[str, Any] = {}
     for group in stream.groups.readers(port):
         reaching = [i for i, (position, _) in enumerate(written[0]) if position <= group.reads]
-        scalars = [scale(sum(w[i][1] for i in reaching), spec.norm, spec.norm_eps)[:, None] for w in written]
+        scalars = [scale(sum(w[i][1] for i in reaching), stream.spec.head.norm)[:, None] for w in written]
         read = stream.read(port, group)
         for head, label in enumerate(group.readers(port)):
-            rows = read.maps[head // (spec.group if port in "KV" else 1)].double()
+            rows = read.maps[head // (sizes(stream).group if port in "KV" else 1)].double()
             after = _after(stream, flows, port, group, head, offset)
             total = 0
             for i in reaching:
@@ -59,21 +60,21 @@ def _energy(received: Tensor, after: list[tuple[float, Tensor]], centred: bool) 
 
 def _after(stream: Stream, flows: list[Any], port: str, group: Group, head: int, offset: int | None) -> Any:
     """What becomes of the reader's input: a list of (weight, matrix A)."""
-    spec = stream.spec
     if port == "V":
         return [(1.0, stream.write(group)[head].double())]
     if port not in "QK":
         return [(1.0, torch.eye(stream.read(port, group).maps.shape[1], dtype=torch.float64))]
     opposite = "K" if port == "Q" else "Q"
-    other = torch.cat([f.reads[opposite, group.layer] for f in flows]).unflatten(1, (-1, spec.d_head))
-    other = other[:, head // (spec.group if port == "Q" else 1)]
+    other = torch.cat([f.reads[opposite, group.layer] for f in flows]).unflatten(1, (-1, sizes(stream).d_head))
+    other = other[:, head // (sizes(stream).group if port == "Q" else 1)]
     length = max(map(len, ROWS))
     pairs = [(t, u) for t in range(length) for u in range(t + 1)] if offset is None else [(offset, 0)]
     after = []
     for t, u in pairs:
-        turn = torch.eye(spec.d_head, dtype=torch.float64) if spec.rotary is None else stream.rotation(t - u)
+        turn = stream.rotation(t - u)
+        turn = torch.eye(sizes(stream).d_head, dtype=torch.float64) if turn is None else turn
         rows = other @ turn if port == "Q" else other @ turn.T  # q^T (Rot^T k), (Rot q)^T k
-        after.append((1 / len(pairs) / len(rows) / spec.d_head, rows))
+        after.append((1 / len(pairs) / len(rows) / sizes(stream).d_head, rows))
     if port == "Q":  # softmax does not see what all keys have in common
         mean = torch.stack([rows.mean(0) for _, rows in after]).mean(0)
         after = [(weight, rows - mean) for weight, rows in after]
@@ -155,7 +156,7 @@ def test_sinks_are_first_tokens_and_tokens_of_huge_norm() -> None:
     assert (without.tokens, without.length) == (13, 7) == (int(counted.sum()), len(ROWS[0]))
     assert without.text.endswith(", without sinks")
     x = model.model.embed_tokens(BATCH[counted]).detach()
-    expected = (x.square().mean(-1) + stream.spec.norm_eps).sqrt().mean()
+    expected = (x.square().mean(-1) + sizes(stream).norm_eps).sqrt().mean()
     assert float(without.states["norm"][0]) == pytest.approx(float(expected), rel=1e-9)
     with pytest.raises(vw.VirtualWeightsError, match="every token is a sink"):
         vw.Observation(sinks="left out").moments(vw.Run.on_tokens(stream, BATCH[:, :1], model=model))

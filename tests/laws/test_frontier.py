@@ -14,6 +14,7 @@ from planting import D, blank, frame, plant_head, plant_neuron, quiet
 from regauge import rebased, rotated
 from tiny_models import SHAPES, flow, in_float64, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -55,7 +56,7 @@ def loss(model: nn.Module, stream: Stream, label: Label, place: tuple[int, int],
         return tensor
 
     def before(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        heads = given[0].unflatten(-1, (stream.spec.n_heads, -1)).clone()
+        heads = given[0].unflatten(-1, (sizes(stream).n_heads, -1)).clone()
         heads[:, :, label.index] = moved(heads[:, :, label.index])
         return (heads.flatten(2),)
 
@@ -105,7 +106,7 @@ def twin(model: nn.Module, stream: Stream) -> dict[str, tuple[Tensor, Tensor, st
                 shares[name] = put / received.mean()
         intended = max(shares, key=lambda name: float(shares[name].mean()))
         others = [share for name, share in shares.items() if name != intended]
-        seen = y - y.mean(1, keepdim=True) if stream.spec.norm == "layer" else y  # no reader sees a mean
+        seen = y - y.mean(1, keepdim=True) if sizes(stream).norm == "layer" else y  # no reader sees a mean
         change = ((states[-1] - states[q]) * seen).sum(1) / seen.square().sum(1)
         units[str(c.label)] = (sum(others, torch.zeros(len(y))), (-change).clamp(0, 1), intended)
     return units

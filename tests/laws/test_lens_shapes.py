@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import SHAPES, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
@@ -28,8 +29,8 @@ def activations_of(name: str, fold: bool) -> Activations:
 
 def normed(stream: vw.Stream, state: Tensor, weights: dict[str, Tensor], place: str) -> Tensor:
     """By the definition; without gain and shift where the weights have none."""
-    centred = state - state.mean(-1, keepdim=True) if stream.spec.norm == "layer" else state
-    x = centred / (centred.square().mean(-1, keepdim=True) + stream.spec.norm_eps).sqrt()
+    centred = state - state.mean(-1, keepdim=True) if sizes(stream).norm == "layer" else state
+    x = centred / (centred.square().mean(-1, keepdim=True) + sizes(stream).norm_eps).sqrt()
     return x * weights.get(f"{place}.w", torch.ones(())) + weights.get(f"{place}.b", torch.zeros(()))
 
 
@@ -48,7 +49,7 @@ def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
     for layer in range(spec.n_layers):
         for lens, port in (*zip("QKV", "QKV", strict=True), *MLP[spec.gated]):
             place = "attn" if port in "QKV" else "mlp"
-            state = layer if spec.parallel else 2 * layer + (place == "mlp")
+            state = layer if sizes(stream).parallel else 2 * layer + (place == "mlp")
             x = normed(stream, signals["state", state], weights, f"blocks.{layer}.{LN[lens]}")
             values = read(x, f"blocks.{layer}.{place}.W_{lens}")
             torch.testing.assert_close(values, signals[port, f"L{layer}.{place}"], **close)  # type: ignore[index]
@@ -57,12 +58,12 @@ def test_they_give_what_the_model_computes(name: str, folded: bool) -> None:
         mlp = neurons @ weights[f"blocks.{layer}.mlp.W_out"]
         torch.testing.assert_close(mlp, signals["written", f"L{layer}.mlp"], **close)
         added = attention + weights.get(f"blocks.{layer}.attn.b_O", torch.zeros(()))
-        if spec.parallel:
+        if sizes(stream).parallel:
             added = added + mlp + weights.get(f"blocks.{layer}.mlp.b_out", torch.zeros(()))
-        state = layer if spec.parallel else 2 * layer
+        state = layer if sizes(stream).parallel else 2 * layer
         before, after = (activations.state(number).float() for number in (state, state + 1))
         torch.testing.assert_close(after - before, added, **close)
-        act = activation(spec.activation)
+        act = activation(stream, stream.groups["L0.mlp"])
         first, *rest = (signals[port, f"L{layer}.mlp"] for _, port in MLP[spec.gated])  # type: ignore[index]
         torch.testing.assert_close(neurons, act(first) * rest[0] if spec.gated else act(first))
     embedded = weights["embed.W_E"][TOKENS]

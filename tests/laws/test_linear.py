@@ -11,6 +11,7 @@ from operating import operate
 from regauge import rebased, rotated
 from tiny_models import SHAPES, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.depth.frozen import Convention, frozen_blocks
@@ -39,7 +40,7 @@ def _twins(stream: vw.Stream, point: OperatingPoint | Convention) -> list[Tensor
         t = blocks.setdefault(component.reads, torch.zeros(n * d, n * d, dtype=torch.float64))
         for to in range(n):
             for of in range(n):
-                s, p, g = 1.0, float(to == of), torch.ones(stream.spec.d_mlp, dtype=torch.float64)
+                s, p, g = 1.0, float(to == of), torch.ones(sizes(stream).d_mlp, dtype=torch.float64)
                 if isinstance(point, Convention):
                     s, g = point.scalar, g * point.gate
                 else:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from regauge import rebased, rotated
 from tiny_models import SHAPES, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.memory.clearing import Clearing
@@ -30,7 +31,7 @@ def test_neurons_equal_the_definition(name: str, fold: bool) -> None:
     stream = vw.open(tiny(name), fold=fold)
     record = Neurons()(stream)
     port = "up" if stream.spec.gated else "in"
-    n = stream.spec.d_mlp
+    n = sizes(stream).d_mlp
     assert record.axis("neuron").labels[n + 1] == "L1N1"
     for row in (0, n - 1, n + 2):
         layer, i = divmod(row, n)
@@ -135,9 +136,9 @@ def test_head_eigenvalues_equal_dense(name: str) -> None:
     stream = vw.open(tiny(name, dtype=torch.float64))
     record = HeadErasers(scalar=2.0, draws=2)(stream)
     embed, unembed = seen(stream, "embed").dense(), seen(stream, "unembed").dense()
-    for i in (0, stream.spec.n_heads + 1):
+    for i in (0, sizes(stream).n_heads + 1):
         ov = stream[record.axis("head").labels[i]].ov.dense()
-        eigenvalues = _spectrum(ov, stream.spec.d_head)
+        eigenvalues = _spectrum(ov, sizes(stream).d_head)
         total, real = eigenvalues.abs().sum(), eigenvalues.real
         expected = {
             "negative_share": -real[real < 0].sum() / total,
@@ -150,7 +151,7 @@ def test_head_eigenvalues_equal_dense(name: str) -> None:
             "kept": (1 + eigenvalues / 2).abs().min(),
             "strength": ov.norm(),
         }
-        tokens = _spectrum(unembed @ ov @ embed, stream.spec.d_head)
+        tokens = _spectrum(unembed @ ov @ embed, sizes(stream).d_head)
         expected["token_copying"] = tokens.real.sum() / tokens.abs().sum()
         expected["token_negative_share"] = -tokens.real.clamp(max=0).sum() / tokens.abs().sum()
         assert set(expected) == {c.name for c in record.columns}
@@ -195,7 +196,7 @@ def test_clearing_spectrum_is_that_of_the_dense_update(name: str, component: str
     torch.testing.assert_close(eigenvalues, values)
     torch.testing.assert_close(dense.to(values.dtype) @ directions, directions * values, rtol=0, atol=1e-8)
     if component.endswith("N5"):
-        neuron = stream.spec.d_mlp + 5
+        neuron = sizes(stream).d_mlp + 5
         gain = Neurons()(stream)["gain"][neuron]
         assert math.isclose(eigenvalues.real, -0.35 * gain, rel_tol=1e-9)
 

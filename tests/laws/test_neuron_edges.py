@@ -10,6 +10,7 @@ import torch
 from regauge import rebased, rotated
 from tiny_models import tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.maps.neuron_side import NeuronSide, neuron_side
@@ -29,7 +30,7 @@ def neuron_ports(stream: vw.Stream) -> tuple[str, ...]:
 
 def positions(stream: vw.Stream, kind: str, side: str) -> Tensor:
     """State that every head or neuron reads or writes, from the components."""
-    times = stream.spec.d_mlp if kind == "mlp" else 1
+    times = sizes(stream).d_mlp if kind == "mlp" else 1
     return torch.tensor([getattr(c, side) for c in stream.components if c.kind == kind]).repeat_interleave(times)
 
 
@@ -89,7 +90,7 @@ def test_heads_into_neurons_equal_their_dense_twins(name: str, fold: bool) -> No
     for port in neuron_ports(stream):
         record, rows = HeadNeuron(port)(stream), all_neurons(stream, port)
         assert record.axis("head").labels == tuple(names)
-        assert record.axis("neuron").labels[stream.spec.d_mlp + 2] == f"L1N2.{port}"
+        assert record.axis("neuron").labels[sizes(stream).d_mlp + 2] == f"L1N2.{port}"
         strength = torch.einsum("nd,hde->hne", rows, ovs).norm(dim=2).T.where(reach, torch.nan)
         square = (ovs.mT @ ovs).square().sum((1, 2))
         own = rows.square().sum(1)[:, None], ovs.square().sum((1, 2))
@@ -113,7 +114,7 @@ def test_neurons_into_heads_equal_their_dense_twins(name: str) -> None:
         own = rows.square().sum(1), readers.square().sum((1, 2))[:, None]
         agree(record, strength, own, square, stream.d_model)
         assert torch.equal(record["score"].isnan(), ~reach)
-        shared = port != "Q" and stream.spec.group > 1
+        shared = port != "Q" and sizes(stream).group > 1
         assert record.axis("head").groups == (tuple(c.kv_group for c in stream.heads) if shared else ())
 
 
@@ -154,7 +155,7 @@ def by(record: Record, side: str, labels: list[str]) -> dict[int, list[float]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_strongest_edges_are_those_of_brute_force(name: str, top: int) -> None:
     stream = vw.open(tiny(name))
-    neurons = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(stream.spec.d_mlp)]
+    neurons = [f"L{layer}N{i}" for layer in range(stream.spec.n_layers) for i in range(sizes(stream).d_mlp)]
     for port in neuron_ports(stream):
         labels = {"reader": [f"{name}.{port}" for name in neurons], "writer": neurons}
         cosine, product, _ = dense_cosines(stream, port)

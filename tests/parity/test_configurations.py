@@ -83,8 +83,9 @@ def test_rotary_settings_in_any_spelling_turn_as_in_transformers(name: str) -> N
         expected = angles(changed)
         if expected is None:
             continue
-        assert spec.rotary is not None
-        found = frequencies(spec.rotary)
+        rotary = spec.attentions[0].rotary
+        assert rotary is not None
+        found = frequencies(rotary)
         assert found.shape == expected.shape, changed
         assert torch.allclose(found, expected, rtol=1e-5, atol=0), changed
         read += 1
@@ -147,7 +148,7 @@ def test_a_key_left_out_is_what_transformers_takes_for_it() -> None:
         model = transformers.AutoModelForCausalLM.from_config(read)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         spec = resolve({"model_type": kind, **sizes, "vocab_size": 37, "head_dim": 4}, shapes, "hf").spec
-        assert spec.n_kv_heads == read.num_key_value_heads
+        assert spec.attentions[0].kv_heads == read.num_key_value_heads
 
 
 @pytest.mark.parametrize("key", ["output_past", "n_special", "predict_special_tokens", "num_labels", "unsloth_version"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from exactness import errors
 from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
+from uniform import sizes
 
 import virtual_weights as vw
 
@@ -36,10 +37,10 @@ def test_rotary_offset_gives_the_attention_logits_of_transformers(name: str) -> 
     module = model.get_submodule({"gpt_neox": "gpt_neox"}.get(model.config.model_type, "model"))
     places = torch.arange(len(TOKENS))[None]
     cos, sin = module.rotary_emb(torch.zeros(1, dtype=torch.float64), places)
-    k = stream.spec.d_head
-    for head in (0, stream.spec.n_heads - 1):
+    k = sizes(stream).d_head
+    for head in (0, sizes(stream).n_heads - 1):
         q = signals.reads["Q", 1].unflatten(-1, (-1, k))[:, head]
-        key = signals.reads["K", 1].unflatten(-1, (-1, k))[:, head // stream.spec.group]
+        key = signals.reads["K", 1].unflatten(-1, (-1, k))[:, head // sizes(stream).group]
         turned = _apply(model, q, key, cos, sin)
         logits = turned[0] @ turned[1].T
         for offset in (0, 1, 4):

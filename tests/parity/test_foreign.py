@@ -257,7 +257,7 @@ def test_what_the_page_shows_of_a_peer_is_so(library: str, tmp_path: Path) -> No
     assert results["ablation"].axis("edge").labels[0] == "L0H1 -> L1H2.K"
     assert results["trace"].stamp["error"] < 1e-5
     if "neurons" in results:
-        assert results["neurons"].shape[-1] == results["stream"].spec.d_mlp
+        assert results["neurons"].shape[-1] == results["stream"].spec.mlps[0].width
     else:
         weights, bridge = results["weights"], results["bridge"]
         assert torch.equal(weights["blocks.1.attn.W_Q"], bridge.blocks[1].attn.W_Q)

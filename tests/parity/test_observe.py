@@ -11,6 +11,7 @@ import torch
 from operating import operate
 from tiny_models import SHAPES, flow, norms_in_full_precision, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.analysis.depth.frozen import replay
@@ -82,7 +83,7 @@ def test_attention_and_neurons_are_averages_over_tokens() -> None:
     expected = torch.stack([inner.mean(0), inner.square().mean(0), (inner > 0).float().mean(0)])
     torch.testing.assert_close(moments.neurons["L2.mlp"], expected)
     states = torch.cat([model(row[None], output_hidden_states=True).hidden_states[0][0] for row in rows]).detach()
-    s = (states.square().mean(1) + stream.spec.norm_eps).sqrt()
+    s = (states.square().mean(1) + sizes(stream).norm_eps).sqrt()
     torch.testing.assert_close(moments.states["norm"][0], s.mean())
     torch.testing.assert_close(moments.states["inverse_square"][0], s.pow(-2).mean())
     torch.testing.assert_close(moments.states["variance"][0], states.var(1, correction=0).mean())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import SHAPES, norms_in_full_precision, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
@@ -46,7 +47,7 @@ def contribution(model: nn.Module, stream: Stream, writer: str) -> Tensor:
         return gave["it"].expand(len(TOKENS), -1, -1)
     module = module_of(model, stream, *(("o", "L0.attn") if "H" in writer else ("down", "L0.mlp")))
     inner = seen_by(model, {"it": module})[0]["it"]
-    k = stream.spec.d_head
+    k = sizes(stream).d_head
     columns = {"L0H1": slice(k, 2 * k), "L0.mlp": slice(None), "L0N3": slice(3, 4)}[writer]
     emptied = inner.clone()
     emptied[..., columns] = 0
@@ -64,10 +65,10 @@ def recomputed(
     without = x - wrote + (wrote.mean((0, 1)) if instead is None else instead)
 
     def normed(state: Tensor, by: Tensor) -> Tensor:
-        layered = stream.spec.norm == "layer"
+        layered = sizes(stream).norm == "layer"
         by = by - by.mean(-1, keepdim=True) if layered else by
         state = state - state.mean(-1, keepdim=True) if layered else state
-        s = (by.square().mean(-1, keepdim=True) + stream.spec.norm_eps).sqrt()
+        s = (by.square().mean(-1, keepdim=True) + sizes(stream).norm_eps).sqrt()
         return state / s * norm.weight + (norm.bias if layered else 0)
 
     with torch.no_grad():
@@ -77,9 +78,9 @@ def recomputed(
 
 def _graft(clean: Tensor, changed: Tensor, stream: Stream, edge: Edge) -> tuple[Tensor, int]:
     """The clean output with the edge's own columns changed, by each family's way of fusing; and how many columns."""
-    k, d, index = stream.spec.d_head, stream.spec.d_model, edge.reader.index or 0
+    k, d, index = sizes(stream).d_head, stream.spec.d_model, edge.reader.index or 0
     if edge.reader.kind == "head":
-        shared = index if edge.port == "Q" else index // stream.spec.group
+        shared = index if edge.port == "Q" else index // sizes(stream).group
         part = "QKV".index(edge.port)
         start = {"gpt2": part * d + index * k, "gpt_neox": (3 * index + part) * k}.get(stream.model.family, shared * k)
         columns = slice(start, start + k)
@@ -114,7 +115,7 @@ def worst(name: str, dtype: torch.dtype, how: Removal) -> float:
                 _, gave, logits = seen_by(model, {"port": module})
             # the run's own hook notes what comes after the removal: hooks run in the order of their placing
             moved = (expected - clean["port"]).norm()
-            assert width in (1, stream.spec.d_head, expected.shape[-1])
+            assert width in (1, sizes(stream).d_head, expected.shape[-1])
             difference = gave["port"] - expected
             if reader == "unembed":  # a logit is one less the mean over the vocabulary
                 difference = difference - difference.mean(-1, keepdim=True)

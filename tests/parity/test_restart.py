@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import SHAPES, norms_in_full_precision, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
@@ -34,7 +35,7 @@ def edges(stream: vw.Stream) -> list[tuple[str, str]]:
     mlp = "up" if stream.spec.gated else "in"
     pairs = [("L0H1", f"L{last}H2.{port}") for port in "QKV"] + [("L0N3", f"L{last}.mlp.{mlp}"), ("embed", "L0H0.K")]
     pairs += [("L0.mlp", f"L1N5.{mlp}"), (f"L{last}.mlp", "unembed"), ("embed", f"L{last}H0.V")]
-    if not stream.spec.parallel:
+    if not sizes(stream).parallel:
         pairs.append((f"L{last}H1", f"L{last}.mlp.{mlp}"))
     return [*pairs, *([("pos", f"L{last}H1.K")] if stream.model.has("pos", "pos") else [])]
 

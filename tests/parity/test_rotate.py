@@ -149,9 +149,9 @@ def test_a_gguf_model_keeps_its_biases_and_its_context(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("without", "keys", "message"),
     [
-        (("attn_output.bias",), {}, r"9 of the 12 biases that attention_bias turns on: blk\.0\.attn_q\.bias"),
-        (("1.ffn_down.bias",), {}, "8 of the 9 biases that mlp_bias turns on"),
-        ((), {"rope.dimension_count": 2}, "turns 2 of 8 dimensions"),
+        (("attn_output.bias",), {}, r"needs 3 more tensors: model\.layers\.0\.self_attn\.o_proj\.bias"),
+        (("1.ffn_down.bias",), {}, r"needs 1 more tensors: model\.layers\.1\.mlp\.down_proj\.bias"),
+        ((), {"rope.dimension_count": 2}, "turns 2 dimensions of a head, not all"),
     ],
 )
 def test_what_transformers_cannot_be_told_is_refused_by_name(

@@ -14,6 +14,7 @@ import torch
 from planting import blank, frame, plant_head
 from tiny_models import SHAPES, norms_in_full_precision, tiny
 from torch import Tensor
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -55,7 +56,7 @@ def own_contribution(model: Any, stream: vw.Stream, part: str, token: int, again
         model(TOKENS[None])
         for hook in hooks:
             hook.remove()
-        inner, k = inputs["inner"][0, t].clone(), stream.spec.d_head
+        inner, k = inputs["inner"][0, t].clone(), sizes(stream).d_head
         if "H" in part:
             entries = slice(int(part[3:]) * k, (int(part[3:]) + 1) * k)
         else:
@@ -64,9 +65,9 @@ def own_contribution(model: Any, stream: vw.Stream, part: str, token: int, again
         other[entries] = 0
         exact = deepcopy(module).double()  # a neuron is a small difference of two large outputs
         output, x = exact(inner.double()) - exact(other.double()), inputs["x"][0, t].double()
-        if stream.spec.norm == "layer":
+        if sizes(stream).norm == "layer":
             output, x = output - output.mean(), x - x.mean()
-        s = (x.square().mean() + stream.spec.norm_eps).sqrt()
+        s = (x.square().mean() + sizes(stream).norm_eps).sqrt()
         weight = module_of(model, stream, "unembed", "unembed").weight
         assert isinstance(weight, Tensor)
         gain: Any = norm.weight

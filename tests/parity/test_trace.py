@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import SHAPES, norms_in_full_precision, tiny
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -34,7 +35,7 @@ def run_of(name: str, dtype: torch.dtype) -> Run:
 
 def readers(stream: vw.Stream) -> list[str]:
     ports = ("gate", "up") if stream.spec.gated else ("in",)
-    heads = [f"L{i}H{h}.{port}" for i in (0, 1) for h in (0, stream.spec.n_heads - 1) for port in "QKV"]
+    heads = [f"L{i}H{h}.{port}" for i in (0, 1) for h in (0, sizes(stream).n_heads - 1) for port in "QKV"]
     return [*heads, *(f"L{i}.mlp.{port}" for i in (0, 1) for port in ports), f"L1N3.{ports[-1]}", "unembed"]
 
 

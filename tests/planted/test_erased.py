@@ -13,6 +13,7 @@ from planting import TOKENS, D, blank, echo, frame, plant_head, plant_neuron
 from regauge import rebased, rotated
 from tiny_models import flow, norms_in_full_precision, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -48,14 +49,14 @@ def token_by_token(model: nn.Module) -> dict[str, Tensor]:
         for component in stream.components:
             if component.kind in ("head", "mlp"):
                 x, y = activations.state(component.reads), written[str(component.label)]
-                if stream.spec.norm == "layer":  # no reader sees a mean
+                if sizes(stream).norm == "layer":  # no reader sees a mean
                     x, y = (v - v.mean(1, keepdim=True) for v in (x, y))
                 left = ((x + y) * y).sum(1) / (x * y).sum(1)  # of what x has along y
                 coefficients.setdefault(str(component.label), []).append(1 - left)
         for layer, group in enumerate(stream.groups.mlps):
             port = "up" if stream.spec.gated else "in"
             read, out = stream.read(port, group).maps[0], stream.write(group)[0]
-            for n in range(stream.spec.d_mlp):
+            for n in range(sizes(stream).d_mlp):
                 erasure = -(out[:, n] @ read[n]) * signals.mlp_inner[layer][:, n]
                 received = signals.reads[port, layer][:, n] * point.scalars[group.id]  # <w, x> + s b
                 coefficients.setdefault(f"L{layer}N{n}", []).append(erasure / received)

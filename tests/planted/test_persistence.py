@@ -13,6 +13,7 @@ from planting import TOKENS, echo
 from regauge import rotated
 from tiny_models import norms_in_full_precision, tiny
 from torch import Tensor, nn
+from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.cli import run
@@ -47,7 +48,7 @@ def test_projections_and_shares_are_those_of_every_token(name: str) -> None:
     for tokens in ROWS:
         with norms_in_full_precision():
             whole = prompted(Run.on_prompt(stream, tokens, model=model))
-        seen = (lambda y: y - y.mean(1, keepdim=True)) if stream.spec.norm == "layer" else (lambda y: y)
+        seen = (lambda y: y - y.mean(1, keepdim=True)) if sizes(stream).norm == "layer" else (lambda y: y)
         written = {name: seen(y) for name, y in whole.written(stream.states - 1)}
         largest = torch.stack([whole.scalar(p) for p in range(stream.states)]).amax(0)
         for t in range(len(tokens)):

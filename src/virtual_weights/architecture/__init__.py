@@ -1,20 +1,26 @@
-"""Tables: which tensor plays which role in which layout. Data; no tensors, no files."""
+"""Tables: what a model of each type is, and which tensor plays which role in which layout. No tensors."""
 
-from virtual_weights.architecture.config import config_for
-from virtual_weights.architecture.families import FAMILIES
-from virtual_weights.architecture.resolve import Model, Placement, resolve, without_keys
-from virtual_weights.architecture.table import Dialect, Family, ModelSpec, RotarySpec, Row, stored_shape
+from virtual_weights.architecture.resolve import Model, Placement, Tables, resolve, without_keys
+from virtual_weights.architecture.spec import Attention, Branch, Mlp, ModelSpec, Norm, Part, PortNorm, Rotary
+from virtual_weights.architecture.table import Row, Slot, layer_of, letters, model_types, stored_shape
 
 __all__ = [
-    "FAMILIES",
-    "Dialect",
-    "Family",
+    "Attention",
+    "Branch",
+    "Mlp",
     "Model",
     "ModelSpec",
+    "Norm",
+    "Part",
     "Placement",
-    "RotarySpec",
+    "PortNorm",
+    "Rotary",
     "Row",
-    "config_for",
+    "Slot",
+    "Tables",
+    "layer_of",
+    "letters",
+    "model_types",
     "resolve",
     "stored_shape",
     "without_keys",

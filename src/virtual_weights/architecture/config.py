@@ -1,17 +1,13 @@
-"""Reading configurations as transformers 5 reads them: sizes, flags and rotary settings, each of its own type."""
+"""Reading configurations as transformers 5 reads them, each value of its own type, by the entry of a table."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-from virtual_weights.architecture.table import ModelSpec, RotarySpec
 from virtual_weights.errors import ArchitectureError
-
-if TYPE_CHECKING:
-    from virtual_weights.architecture.resolve import Model
 
 NEUTRAL_HF = frozenset(
     """
@@ -53,98 +49,132 @@ underscore), of older versions of it, or of other tools. A sliding window limits
 what is read or written, so it is neutral here.
 """
 
+_REFERENCE = re.compile(r"(!|1/)?\$([\w.]+)(?:\^(-?[\d.]+)|\*\$(\w+))?")
+
+
+def references(value: Any) -> list[str]:
+    """The keys of the configuration that a value of a table names: ``["eps"]`` of ``"1/$eps"``."""
+    if isinstance(value, str):
+        return re.findall(r"\$([A-Za-z_][\w.]*)", value)
+    if isinstance(value, Mapping):
+        return [key for item in value.values() for key in references(item)]
+    return [key for item in value for key in references(item)] if isinstance(value, Sequence) else []
+
+
+def looked_up(config: Mapping[str, Any], key: str, absent: Any = None) -> Any:
+    """The value of a key, ``"a.b"`` being key b of the object a; null is None, and ``absent`` what is not there."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return absent
+        value = value[part]
+    return value
+
 
 @final
 @dataclass(frozen=True)
-class RotaryRule:
-    """How transformers reads a family's rotary settings from older keys, beside ``rope_parameters``.
-
-    In all families ``rope_scaling``, where it is not empty, replaces ``rope_parameters``, and what that holds goes
-    before a key of its own outside. Keys outside that are not named here are not read.
+class Reading:
+    """A configuration as a table's entry reads it.
 
     Attributes:
-        base_key: the key outside that gives the base.
-        share_key: the key outside that gives the share of a head's dimensions that turn.
-        share: that share where nothing gives it.
-        partial: whether the family turns a part of a head. One that does not ignores the share without scaling,
-            and cannot run with one below 1 under a scaling.
+        config: the configuration, in transformers' vocabulary.
+        entry: what the table says of the model type, see ``models.toml``.
     """
 
-    base_key: str = "rope_theta"
-    share_key: str = "partial_rotary_factor"
-    share: float = 1.0
-    partial: bool = False
+    config: Mapping[str, Any]
+    entry: Mapping[str, Any]
+
+    def value(self, name: str) -> Any:
+        """What the entry says under a name, its reference to the configuration followed; None where it is nothing."""
+        said = self.entry[name]
+        if not isinstance(said, str) or "$" not in said:
+            return None if said == "" else said
+        form, key, power, other = self._parsed(said)
+        assert key is not None
+        value = self.key(key)
+        if form == "!":
+            return not checked_flag(key, value)
+        if value is None or (form, power, other) == (None, None, None):
+            return value
+        if other is not None:
+            return checked_integer(key, value) * checked_integer(other, self.key(other))
+        number = checked_number(key, value) ** float(power or 1)
+        return 1 / number if form else number
+
+    def key(self, key: str) -> Any:
+        """The value of a key of the configuration, and where it is not there what transformers takes for it."""
+        return looked_up(self.config, key, self.entry["defaults"].get(key))
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        return checked_integer(self._named(name), self.value(name), default)
+
+    def number(self, name: str) -> float | None:
+        """A positive number; None where there is none, or 0."""
+        value = self.value(name)
+        zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+        return None if value is None or zero else checked_number(self._named(name), value)
+
+    def text(self, name: str) -> str:
+        """A name in quotes."""
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise wrong(self._named(name), value, "a name in quotes")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A truth value; null, 0 and "true" are refused, as transformers refuses them."""
+        return checked_flag(self._named(name), self.value(name))
+
+    def _parsed(self, said: str) -> tuple[str | None, ...]:
+        reference = _REFERENCE.fullmatch(said)
+        if reference is None:
+            raise ArchitectureError(
+                f"the table says {said!r}",
+                expected='a reference such as "$key", "1/$key", "!$key", "$key^-0.5" or "$key*$other"',
+                do="correct the table",
+            )
+        return reference.groups()
+
+    def _named(self, name: str) -> str:
+        said = self.entry[name]
+        return str(self._parsed(said)[1]) if isinstance(said, str) and "$" in said else name
 
 
-WHOLE_HEADS = RotaryRule()
-PART_OF_HEADS = RotaryRule("rotary_emb_base", "rotary_pct", 0.25, partial=True)
-_BASE = 10000.0
-_SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+def checked_integer(key: str, value: Any, default: int | None = None, *, least: int = 1) -> int:
     """A whole number of the configuration; null is the default.
 
     Raises:
         ArchitectureError: it is missing without default, not a whole number, or out of 1 .. 10^9.
     """
-    value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 10**9:
-        raise _wrong(key, value, f"a whole number of at least {least}")
+        raise wrong(key, value, f"a whole number of at least {least}")
     return value
 
 
-def uniform(config: Mapping[str, Any], key: str) -> Any:
-    """A setting that may be given once or as a list with one value per layer; a list of equal values is that value."""
-    value = config.get(key)
-    if isinstance(value, list) and value and all(type(item) is type(value[0]) and item == value[0] for item in value):
-        return value[0]
-    return value
-
-
-def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A positive finite number of the configuration; null is the default."""
-    value = config.get(key)
-    value = default if value is None else value
+def checked_number(key: str, value: Any) -> float:
+    """A positive finite number of the configuration."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e300:
-        raise _wrong(key, value, "a positive number")
+        raise wrong(key, value, "a positive number")
     return float(value)
 
 
-def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """A truth value of the configuration.
-
-    Raises:
-        ArchitectureError: it is there and neither true nor false: 0, 1, null and "true" are refused, as transformers
-            refuses them.
-    """
-    value = config.get(key, default)
+def checked_flag(key: str, value: Any) -> bool:
+    """A truth value of the configuration."""
     if not isinstance(value, bool):
-        raise _wrong(key, value, "true or false")
-    return value
-
-
-def flags(config: Mapping[str, Any], **defaults: bool) -> frozenset[str]:
-    """The names among ``defaults`` that the configuration turns on."""
-    return frozenset(name for name, default in defaults.items() if flag(config, name, default))
-
-
-def text(config: Mapping[str, Any], key: str, default: str) -> str:
-    """A name in the configuration."""
-    value = config.get(key, default)
-    if not isinstance(value, str):
-        raise _wrong(key, value, "a name in quotes")
+        raise wrong(key, value, "true or false")
     return value
 
 
 def same(value: Any, other: Any) -> bool:
     """Whether two JSON values are the same, 1 and true being different."""
     return type(value) is type(other) and value == other
+
+
+def admits(allowed: Sequence[Any], value: Any) -> bool:
+    """Whether a value is one of those allowed, ``"null"`` among them standing for null."""
+    return any(same("null" if value is None else value, other) for other in allowed)
 
 
 def divided(total: int, parts: int, what: str) -> int:
@@ -158,221 +188,10 @@ def divided(total: int, parts: int, what: str) -> int:
     return total // parts
 
 
-def rotary(config: Mapping[str, Any], d_head: int, rule: RotaryRule = WHOLE_HEADS) -> RotarySpec:
-    """Rotary parameters from the old keys (``rope_theta``, ``rope_scaling``) or the new (``rope_parameters``).
-
-    Raises:
-        ArchitectureError: a scaling other than default, linear or llama3, settings per type of layer, a value of the
-            wrong type, or a rotary width that the family cannot turn.
-    """
-    name, given = _rope_settings(config)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise ArchitectureError(
-            f"the configuration asks for rotary scaling {kind!r:.100}",
-            expected=", ".join(_SCALINGS),
-            do="open a model with one of these; others would give wrong rotary offsets",
-        )
-    base = _given(name, given, "rope_theta", config, rule.base_key, _BASE)
-    scaling = {key: _given(name, given, key, config, _OUTSIDE.get(key, ""), None) for key in _SCALINGS[kind]}
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ArchitectureError(
-            f"{name} has high_freq_factor = {scaling['high_freq_factor']} and low_freq_factor = "
-            f"{scaling['low_freq_factor']}",
-            expected="the first above the second",
-            do="correct config.json, or pass config= with the right values",
-        )
-    dim = _turned(name, given, config, rule, kind, d_head)
-    return RotarySpec(dim, base, {"rope_type": kind, **scaling} if scaling else {})
-
-
-_OUTSIDE = {"original_max_position_embeddings": "max_position_embeddings"}
-"""Settings of a scaling that transformers takes from a key outside where the scaling does not hold them."""
-
-
-def _rope_settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """What ``rope_scaling`` holds, else ``rope_parameters``, with its name; never a mixture of both."""
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise _wrong(key, value, "an object, or null")
-    given: Mapping[str, Any] = config.get(name) or {}
-    nested = sorted(key for key, value in given.items() if isinstance(value, (Mapping, list)))
-    if nested:
-        raise ArchitectureError(
-            f"{name} holds settings of their own for {', '.join(map(repr, nested[:6]))}",
-            expected="one rotary embedding for all layers, as this family has in transformers",
-            do=f"where all layers turn alike, write the settings directly into {name}",
-        )
-    return name, given
-
-
-def _given(
-    name: str, given: Mapping[str, Any], key: str, config: Mapping[str, Any], outside: str, default: float | None
-) -> float:
-    """A positive number of the rotary settings, else of the key outside; null counts as given, and is refused."""
-    value = given[key] if key in given else config.get(outside, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e300:
-        raise _wrong(f"{name}.{key}" if key in given or not outside else outside, value, "a positive number")
-    return float(value)
-
-
-def _turned(
-    name: str, given: Mapping[str, Any], config: Mapping[str, Any], rule: RotaryRule, kind: str, d_head: int
-) -> int:
-    """How many dimensions of a head turn."""
-    key = "partial_rotary_factor"
-    if not rule.partial and kind == "default":
-        dim = d_head
-    else:
-        outside = {} if config.get(rule.share_key) is None and not rule.partial else config
-        dim = int(d_head * _given(name, given, key, outside, rule.share_key, rule.share))
-    if dim % 2 or not 2 <= dim <= d_head or (dim < d_head and not rule.partial):
-        raise ArchitectureError(
-            f"rotary embedding would turn {dim} of {d_head} dimensions of a head",
-            expected="an even number between 2 and d_head" if rule.partial else "all of them, an even number",
-            do=f"correct {key} in the configuration" if dim < d_head else "correct the sizes in the configuration",
-        )
-    return dim
-
-
-def gguf_rotary(own: Mapping[str, Any], d_head: int, interleaved: bool) -> RotarySpec:
-    """Rotary parameters as llama.cpp reads them: a factor without a type is linear, 0 is none."""
-    factors = {key: own[key] for key in ("rope.scaling.factor", "rope.scale_linear") if own.get(key)}
-    if len(set(factors.values())) > 1:
-        raise ArchitectureError(
-            f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
-            expected="one factor, under one of these names",
-            do="make the file again from the checkpoint that it was converted from",
-        )
-    kind = own.get("rope.scaling.type", "linear" if factors else "none")
-    if kind not in ("none", "linear") or (kind == "none" and set(factors.values()) - {1.0}):
-        raise ArchitectureError(
-            f"the file asks for rotary scaling {kind!r:.50}" + (f", with {factors}" if factors else ""),
-            expected="none, without a factor, or linear",
-            do="open the safetensors form of this model, or another model",
-        )
-    dim = integer(own, "rope.dimension_count", d_head, least=2)
-    if dim % 2 or dim > d_head:
-        raise ArchitectureError(
-            f"rotary embedding would turn {dim} of {d_head} dimensions of a head",
-            expected="an even number between 2 and d_head",
-            do="make the file again from the checkpoint that it was converted from",
-        )
-    key = next(iter(factors), None)
-    scaling = {"rope_type": "linear", "factor": number(own, key, 1.0)} if key and kind == "linear" else {}
-    apart = d_head // 2 if interleaved and dim < d_head else None
-    return RotarySpec(dim, number(own, "rope.freq_base", 10000.0), scaling, apart)
-
-
-def _wrong(key: str, value: Any, expected: str) -> ArchitectureError:
+def wrong(key: str, value: Any, expected: str) -> ArchitectureError:
+    """The error of a key whose value is not what it should be."""
     return ArchitectureError(
         f"the configuration has {key} = {value!r:.100}",
         expected=expected,
         do="correct config.json, or pass config= with the right value",
     )
-
-
-_RUN_BY = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-}
-"""The class of transformers that runs a model, by its type: never what a checkpoint names."""
-
-_BIASES = {
-    "attention_bias": (*((role, "L{l}.attn") for role in ("q_bias", "k_bias", "v_bias")), ("bias", "L{l}.attn.bias")),
-    "mlp_bias": (("gate_bias", "L{l}.mlp"), ("up_bias", "L{l}.mlp"), ("bias", "L{l}.mlp.bias")),
-}
-"""Keys of Llama's configuration, and the biases (role, group) that each turns on in every layer, all or none."""
-
-
-def config_for(model: Model) -> dict[str, Any]:
-    """A configuration in transformers' vocabulary from a model's sizes and the biases that it holds.
-
-    Raises:
-        ArchitectureError: transformers has no class for the model type, or the model has what its configuration cannot
-            express: rotary embedding of a part of each head where that class turns all of it, or some of the biases
-            that one key turns on.
-    """
-    spec = model.spec
-    if spec.model_type not in _RUN_BY:
-        raise ArchitectureError(
-            f"no configuration of transformers is known for a model of type {spec.model_type!r}",
-            expected=f"one of {', '.join(_RUN_BY)}",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    shared: dict[str, Any] = {
-        "model_type": spec.model_type,
-        "architectures": [_RUN_BY[spec.model_type]],
-        "vocab_size": spec.vocab,
-        "tie_word_embeddings": spec.tied,
-    }
-    if spec.model_type == "gpt2":
-        return shared | {
-            "n_layer": spec.n_layers,
-            "n_embd": spec.d_model,
-            "n_head": spec.n_heads,
-            "n_inner": spec.d_mlp,
-            "n_positions": spec.n_positions,
-            "layer_norm_epsilon": spec.norm_eps,
-            "activation_function": spec.activation,
-        }
-    shared |= {
-        "num_hidden_layers": spec.n_layers,
-        "hidden_size": spec.d_model,
-        "intermediate_size": spec.d_mlp,
-        "num_attention_heads": spec.n_heads,
-        "hidden_act": spec.activation,
-        "rope_parameters": _rope_parameters(spec),
-    }
-    if spec.model_type == "gpt_neox":
-        return shared | {
-            "layer_norm_eps": spec.norm_eps,
-            "use_parallel_residual": spec.parallel,
-            "attention_bias": "attention_bias" in spec.flags,
-        }
-    biases = {key: _biased(model, key, roles) for key, roles in _BIASES.items()} if spec.model_type == "llama" else {}
-    return (
-        shared
-        | biases
-        | {
-            "num_key_value_heads": spec.n_kv_heads,
-            "head_dim": spec.d_head,
-            "rms_norm_eps": spec.norm_eps,
-        }
-    )
-
-
-def _rope_parameters(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.rotary is not None
-    dim, d_head = spec.rotary.dim, spec.d_head
-    scaling = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in spec.rotary.scaling.items()}
-    given = {"rope_type": "default", **scaling, "rope_theta": spec.rotary.base}
-    if spec.model_type == "gpt_neox":
-        share = dim / d_head
-        # transformers rounds the product down, which must not lose the last of them
-        return {**given, "partial_rotary_factor": share if int(share * d_head) == dim else math.nextafter(share, 1)}
-    if dim != d_head:
-        raise ArchitectureError(
-            f"rotary embedding turns {dim} of {d_head} dimensions of a head",
-            expected=f"all of them, as {_RUN_BY[spec.model_type]} of transformers does",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    return given
-
-
-def _biased(model: Model, key: str, roles: tuple[tuple[str, str], ...]) -> bool:
-    places = [(role, group.format(l=layer)) for layer in range(model.spec.n_layers) for role, group in roles]
-    present = [place for place in places if model.has(*place)]
-    if 0 < len(present) < len(places):
-        named = ", ".join(model.placements[place].tensor for place in present[:6])
-        raise ArchitectureError(
-            f"{len(present)} of the {len(places)} biases that {key} turns on: {named}",
-            expected=f"all or none of {', '.join(role for role, _ in roles)} in every layer",
-            do="start from the safetensors form of this model, which has its config.json",
-        )
-    return bool(present)

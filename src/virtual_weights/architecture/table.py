@@ -1,16 +1,16 @@
-"""The vocabulary of the tables: rows that say which tensor plays which role in which layout.
+"""The tables: what each model type's entry says, and rows that say which tensor plays which role in which layout.
 
 Axes in layouts are single letters, the same everywhere:
 
 ====  =====================================  ====  ==============================
 d     d_model, the width of the stream       n     d_mlp, neurons of one MLP
 h     query heads                            t     tokens of the vocabulary
-g     key/value heads                        p     learned positions
-k     d_head, width inside a head            l     layer (in names, not layouts)
+g     key/value heads                        p     rows of learned positions
+k     d_head, width inside a head            s     h + 2g; u is h/g + 2, f rotary planes
 ====  =====================================  ====  ==============================
 
-A layout is an einops pattern from the stored axes to ours, e.g. ``"(h k) d -> h k d"``. A row that
-serves several roles splits a fused tensor: its right side begins with an axis as long as ``roles``.
+A layout is an einops pattern from the stored axes to ours, e.g. ``"(h k) d -> h k d"``. A row that serves several
+roles splits a fused tensor: its right side begins with the axis along which ``slots`` says who is where.
 Canonical shapes are (heads, k, d) for readers q, k, v; (heads, d, k) for o; (n, d) for gate and up;
 (d, n) for down; (t, d) for embed and unembed; (p, d) for pos; (d,) for gains.
 """
@@ -18,15 +18,23 @@ Canonical shapes are (heads, k, d) for readers q, k, v; (heads, d, k) for o; (n,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, final
+
+from virtual_weights.architecture.config import NEUTRAL_HF, Reading, admits, checked_flag, references
+from virtual_weights.errors import ArchitectureError
 
 ALWAYS = "always"
-"""A row whose tensor every model of the family has."""
+"""A row whose tensor every model has that has the row."""
 UNTIED = "untied"
 """A row whose tensor exists unless input and output embedding are one."""
+OPTIONAL = "optional"
+"""A row whose tensor may be there or not, without any word in the configuration."""
 _LAYER = re.compile(r"^L(\d+)")
 
 
@@ -36,172 +44,192 @@ def layer_of(group: str) -> int | None:
     return int(match[1]) if match else None
 
 
-OPTIONAL = "optional"
-"""A row whose tensor may be there or not, without any word in the configuration."""
+@final
+@dataclass(frozen=True)
+class Slot:
+    """Where one role lies along the leading axis of a fused tensor.
+
+    Attributes:
+        start, stop: its range there.
+        form: ``"one"`` of it, which leaves no axis; ``"range"``, an axis of its own; or ``"joined"``, a range that
+            counts within every entry of the next axis, as the query heads of each key/value head do.
+    """
+
+    start: int
+    stop: int
+    form: Literal["one", "range", "joined"] = "one"
 
 
+@final
 @dataclass(frozen=True)
 class Row:
     """One tensor of a checkpoint.
 
     Attributes:
-        group: whose it is, ``{l}`` standing for the layer: ``"L{l}.attn"``, ``"L{l}.mlp"``, ``"L{l}.attn.bias"``,
-            ``"embed"``, ``"unembed"`` (the last norm too) and so on.
+        groups: whose it is: ``"L3.attn"``, ``"L3.mlp"``, ``"L3.attn.bias"``, ``"embed"``, ``"unembed"`` (the last norm
+            too); several where branches share a norm.
         roles: the role it plays there; several for a fused tensor.
-        name: its name without the dialect's prefix, ``{l}`` standing for the layer.
+        name: its name as transformers or the format's converter writes it.
+        others: other spellings of it.
         layout: einops pattern from stored axes to canonical axes.
-        when: ``ALWAYS``, ``UNTIED``, ``OPTIONAL`` or the name of a flag of the configuration.
+        slots: where each role is in a fused tensor; () where it is not fused.
+        when: ``ALWAYS``, ``UNTIED`` or ``OPTIONAL``.
     """
 
-    group: str
+    groups: tuple[str, ...]
     roles: tuple[str, ...]
     name: str
     layout: str
+    others: tuple[str, ...] = ()
+    slots: tuple[Slot, ...] = ()
     when: str = ALWAYS
 
+    def slot(self, role: str) -> Slot | None:
+        """Where a role is in it."""
+        return self.slots[self.roles.index(role)] if self.slots else None
+
     @property
-    def per_layer(self) -> bool:
-        """Whether there is one such tensor in every layer."""
-        return "{l}" in self.name
-
-    def groups(self, n_layers: int) -> list[str]:
-        """The groups that have such a tensor."""
-        return [self.group.format(l=layer) for layer in range(n_layers)] if self.per_layer else [self.group]
+    def module(self) -> str:
+        """The dotted path of the module whose tensor it is."""
+        return self.name.rpartition(".")[0]
 
 
+@final
 @dataclass(frozen=True)
-class Dialect:
-    """How one file format names and lays out a family's tensors and configuration.
+class Entry:
+    """What the tables say of one model type, nothing left to be inherited.
 
     Attributes:
-        rows: every tensor the family may have.
-        prefixes: prefixes that the names may carry, tried in order.
-        read_config: from the configuration to a ``ModelSpec``.
-        neutral: configuration keys that do not change the function, or are read elsewhere;
-            a trailing ``*`` admits all keys that begin so.
-        required_values: keys that must have one of the given values where present.
-        ignored: regular expressions of tensors that carry no weights (masks, cached frequencies).
-        aliases: other spellings of keys, by spelling; one that disagrees with its key is refused.
-        defaults: what transformers takes for a key that is left out, where that is not what null means.
-        namespace: how every key of the model begins; others are notes, such as who quantised it.
-    """
-
-    rows: tuple[Row, ...]
-    read_config: Callable[[Mapping[str, Any]], ModelSpec]
-    neutral: frozenset[str]
-    prefixes: tuple[str, ...] = ("",)
-    required_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    namespace: str = ""
-
-    def row(self, role: str, group: str) -> Row | None:
-        """The row of a role in a group; None where the dialect has none."""
-        template = _LAYER.sub("L{l}", group)
-        return next((row for row in self.rows if row.group == template and role in row.roles), None)
-
-    def spelled(self, row: Row, group: str) -> str:
-        """The full name of a row's tensor in a group: the last of its spellings, with the first prefix."""
-        spelling = row.name.split("|")[-1]
-        name = spelling[1:] if spelling.startswith("/") else self.prefixes[0] + spelling
-        return name.format(l=layer_of(group))
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family of architectures.
-
-    Attributes:
-        name: its name in results.
-        model_types: the ``model_type`` (or ``general.architecture``) values that it serves.
-        dialects: by name of the source's dialect.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    dialects: Mapping[str, Dialect]
-
-
-@dataclass(frozen=True)
-class RotarySpec:
-    """Rotary position embedding.
-
-    Attributes:
-        dim: how many of a head's dimensions turn (the first ones); the rest stay.
-        base: theta of the frequencies ``base^(-2i/dim)``.
-        scaling: ``{}`` or the parameters of a known scaling: ``{"rope_type": "linear", "factor": ..}``
-            or ``{"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings"}``.
-        apart: how far the two dimensions of a plane are apart; None is dim/2.
-
-    The halves (i, i + dim/2) turn together, as in transformers; a format that stores the pairs
-    interleaved is undone by its layout, which puts the two of each d_head/2 apart even where few pairs turn.
-    """
-
-    dim: int
-    base: float
-    scaling: Mapping[str, Any] = field(default_factory=dict)
-    apart: int | None = None
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The sizes and choices of one model, free of any format's vocabulary.
-
-    Attributes:
-        norm: ``"rms"`` or ``"layer"``.
-        parallel: whether attention and MLP of a block read the same state of the stream.
-        activation: name of the MLP's nonlinearity, as transformers spells it.
-        gated: whether the MLP multiplies an activated gate with an up projection.
-        flags: names of optional parts that the configuration turns on.
-        attention_scale: factor on q.k before the softmax.
+        model_type: as transformers names it.
+        values: by name, see ``models.toml``.
+        names: leaf by role; ``prefixes``, what names may begin with, transformers' own first; and ``layer``, how
+            names of a layer's tensors begin.
+        bases: the model type and those that it is like, nearest first.
+        origin: ``"built in"``, or the file of a user's table.
     """
 
     model_type: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    vocab: int | None
-    norm: Literal["rms", "layer"]
-    norm_eps: float
-    activation: str
-    gated: bool
-    parallel: bool = False
-    tied: bool = False
-    n_positions: int | None = None
-    rotary: RotarySpec | None = None
-    flags: frozenset[str] = frozenset()
+    values: Mapping[str, Any]
+    names: Mapping[str, Any]
+    bases: tuple[str, ...]
+    origin: str = "built in"
 
     @property
-    def attention_scale(self) -> float:
-        """``1/sqrt(d_head)``."""
-        return self.d_head**-0.5
+    def known(self) -> frozenset[str]:
+        """Keys of the configuration that the entry reads, or knows to change nothing."""
+        read = {key.partition(".")[0] for key in references(self.values)}
+        cases = {key for case in self.values["cases"] for where in case["where"] for key in (where,)}
+        lists = ("neutral", "required", "aliases", "needs", "each")
+        named = [key for name in lists for key in self.values[name]]
+        return NEUTRAL_HF | read | cases | {key.partition(".")[0] for key in named}
 
-    @property
-    def group(self) -> int:
-        """How many query heads share one key/value head."""
-        return self.n_heads // self.n_kv_heads
+    def has(self, role: str) -> bool:
+        """Whether it names a role."""
+        return self.names.get(role, "-") != "-"
 
-    @property
-    def axes(self) -> dict[str, int | None]:
-        """Length of every axis letter; None where only the tensor itself tells."""
-        return {
-            "d": self.d_model,
-            "h": self.n_heads,
-            "g": self.n_kv_heads,
-            "k": self.d_head,
-            "n": self.d_mlp,
-            "t": self.vocab,
-            "p": self.n_positions,
-            "three": 3,
-            "two": 2,
-            "r": self.d_head // 2,
-            "f": self.rotary.dim // 2 if self.rotary else None,
-        }
+    def settled(self, config: Mapping[str, Any]) -> Entry:
+        """The same with the cases that hold of a configuration."""
+        values, names = dict(self.values), dict(self.names)
+        for case in self.values["cases"]:
+            where = {key: Reading(config, self.values).key(key) for key in case["where"]}
+            for key, value in where.items():
+                flags = all(isinstance(allowed, bool) for allowed in case["where"][key])
+                if flags:
+                    checked_flag(key, value)
+            if all(admits(case["where"][key], value) for key, value in where.items()):
+                values |= {key: value for key, value in case.items() if key not in ("where", "name", "required")}
+                values["required"] = {**values["required"], **case.get("required", {})}
+                names |= case.get("name", {})
+        return replace(self, values=values, names=names)
+
+
+@cache
+def built_in() -> Mapping[str, Any]:
+    """The content of ``models.toml``."""
+    return tomllib.loads(files(__package__).joinpath("models.toml").read_text("utf-8"))
+
+
+_RESERVED = ("names", "gguf", "outside")
+_MERGED = ("required", "aliases", "defaults")
+_ADDED = ("neutral", "ignored")
+
+
+def model_types() -> tuple[str, ...]:
+    """The model types that the tables have an entry for."""
+    return tuple(sorted(set(built_in()) - set(_RESERVED)))
+
+
+def entry_of(model_type: str, tables: Mapping[str, Any] | None = None, origin: str = "") -> Entry | None:
+    """The entry of a model type, with what it inherits; None where there is none.
+
+    Args:
+        model_type: as the configuration names it.
+        tables: a user's tables, which go before those built in; None for the latter alone.
+        origin: of the user's tables.
+
+    Raises:
+        ArchitectureError: a table says what no table can say, or inherits from what is not there.
+    """
+    own = dict(tables or {})
+    if model_type not in {*built_in(), *own} - set(_RESERVED):
+        return None
+    values: dict[str, Any] = {}
+    chain = _chain(model_type, own)
+    for _, entry in reversed(chain):
+        merged = {key: {**values.get(key, {}), **entry.get(key, {})} for key in (*_MERGED, "name")}
+        if "names" in entry:
+            merged["name"] = entry.get("name", {})
+        added = {key: [*values.get(key, []), *entry.get(key, [])] for key in _ADDED}
+        values |= {**entry, **merged, **added}
+    names = {**_style(str(values["names"]), own), **values["name"]}
+    bases = tuple(dict.fromkeys(name for name, _ in chain))
+    return Entry(model_type, values, names, bases, origin if model_type in own else "built in")
+
+
+def _chain(model_type: str, own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The entry of a type, that which it is like, and so on to the complete one."""
+    chain: list[tuple[str, Mapping[str, Any]]] = []
+    name: str | None = model_type
+    seen: set[tuple[str, bool]] = set()
+    while name is not None:
+        mine = name in own and (name, True) not in seen
+        entry = (own if mine else built_in()).get(name)
+        if not isinstance(entry, Mapping) or (name, mine) in seen or name in _RESERVED:
+            raise ArchitectureError(
+                f"the table of {model_type!r} is like {name!r}, of which there is no other entry",
+                expected=f"one of {', '.join(model_types())}",
+                do="correct the table",
+            )
+        seen.add((name, mine))
+        _check_entry(name, entry)
+        chain.append((name, entry))
+        name = entry.get("like", None if name == "llama" and not mine else "llama")
+    return chain
+
+
+def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse what no table can say, so that a misspelt trait is not taken for none."""
+    complete = built_in()["llama"]
+    unknown = sorted(set(entry) - {*complete, "like", "name"})
+    kinds = {key: type(complete[key]) for key in entry if key in complete}
+    wrong = [key for key, kind in kinds.items() if kind in (dict, list) and not isinstance(entry[key], kind)]
+    if unknown or wrong:
+        raise ArchitectureError(
+            f"the table of {name!r} has {', '.join((unknown or wrong)[:6])}",
+            expected=", ".join((*complete, "like", "name")),
+            do="correct the table: see docs/add-an-architecture.md",
+        )
+
+
+def _style(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of a style, with those that it inherits."""
+    style = own.get("names", {}).get(name) or built_in()["names"].get(name)
+    if style is None:
+        raise ArchitectureError(
+            f"there are no names {name!r}", expected=", ".join(built_in()["names"]), do="correct the table"
+        )
+    inherited = _style(style["like"], own) if "like" in style else {}
+    return {**inherited, **{key: value for key, value in style.items() if key != "like"}}
 
 
 _TOKEN = re.compile(r"\(([^)]*)\)|(\S+)")
@@ -230,11 +258,11 @@ def stored_shape(layout: str, axes: Mapping[str, int | None]) -> tuple[int | Non
     return tuple(shape)
 
 
-def matches(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+def letters(layout: str) -> set[str]:
+    """The axes that a layout names."""
+    return set(layout.replace("(", " ").replace(")", " ").replace("->", " ").split())
+
+
+def matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     """Whether a shape is as expected, unknown lengths matching anything."""
-    return len(found) == len(expected) and all(e is None or e == f for f, e in zip(found, expected, strict=True))
-
-
-def leading_axis(layout: str) -> str:
-    """The name of the first canonical axis: ``"h"`` for ``"(h k) d -> h k d"``."""
-    return layout.split("->")[1].split()[0]
+    return len(shape) == len(expected) and all(e is None or e == f for f, e in zip(shape, expected, strict=True))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from virtual_weights.architecture import Norm
 from virtual_weights.errors import VirtualWeightsError
 from virtual_weights.linalg import FLOAT64_ROUNDING, accumulate, haar_orthogonal, random_generator
 from virtual_weights.linalg.numerics import exactness_bound
@@ -16,6 +17,7 @@ from virtual_weights.runtime.running.model import load, turned_module
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements.evidence import Evidence, Figure, Finding, cannot_tell, present
 from virtual_weights.stream import Group, Stream, scale
+from virtual_weights.stream.effective import norm_gain
 from virtual_weights.stream.turned import Turned, random_turn
 
 _STATES = 64
@@ -36,7 +38,7 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     skew = turn * torch.logspace(-0.5, 0.5, stream.d_model, dtype=accumulate)  # invertible, not orthogonal
     bare = replace(stream, folded=False)
     groups = evidence.sample(stream.groups.heads[1:] or stream.groups.heads, 4)
-    layer_norm = stream.spec.norm == "layer"
+    layer_norm = stream.spec.centring
     states = _states(evidence)
     if not len(states):
         return cannot_tell("every row of the embedding is zero")
@@ -45,7 +47,7 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
         "virtual_weights_folded": max(_moved(stream, group, turn) for group in groups),
         "virtual_weights_gains_left_in_place": max(_moved(bare, group, turn) for group in groups),
         "norm_scalar_orthogonal_centred": _scalar_moved(centred, turn, "rms"),
-        "norm_scalar_orthogonal": _scalar_moved(states, turn, stream.spec.norm),
+        "norm_scalar_orthogonal": _scalar_moved(states, turn, "layer" if layer_norm else "rms"),
         "norm_scalar_not_orthogonal": _scalar_moved(centred, skew, "rms"),
     }
     figures["kurtosis_of_writes"] = _kurtosis(stream, groups)
@@ -132,10 +134,10 @@ def _moved(stream: Stream, group: Group, turn: Tensor) -> float:
     Where the stream is not folded, the gain stays in the norm, between a turned reader and a turned writer.
     """
     writer = stream.write(stream.groups.heads[0])[0].to(accumulate)
-    if stream.spec.norm == "layer":
+    if stream.spec.centring:
         writer = writer - writer.mean(0)
     read = stream.read("K", group).maps[0].to(accumulate)
-    weight = None if stream.folded else stream.weight("norm", group)
+    weight = None if stream.folded else norm_gain(stream, "norm", group, group.norm)
     gain = 1.0 if weight is None else weight.to(accumulate)
     before, after = (read * gain) @ writer, ((read @ turn.T) * gain) @ (turn @ writer)
     moved, size = float(torch.linalg.norm(after - before)), float(torch.linalg.norm(before))
@@ -144,7 +146,7 @@ def _moved(stream: Stream, group: Group, turn: Tensor) -> float:
 
 def _scalar_moved(states: Tensor, map: Tensor, norm: Literal["rms", "layer"]) -> float:
     """Largest relative change of the norm scalar when states (n, d) are mapped."""
-    before, after = (scale(x, norm, 0.0) for x in (states, states @ map.T))
+    before, after = (scale(x, Norm(norm, 0.0)) for x in (states, states @ map.T))
     return float(((after - before).abs() / before).max())
 
 

@@ -58,7 +58,7 @@ def clearing(evidence: Evidence) -> Finding:
         "heads": len(left),
         "heads_with_a_cleared_direction": acting,
         "heads_with_a_negative_eigenvalue": len(negative),
-        "most_dimensions_one_of_them_can_clear": max(stream.spec.d_head if len(left) else 0, 1),
+        "most_dimensions_one_of_them_can_clear": max((group.width for group in stream.groups.heads), default=1),
         "d_model": stream.d_model,
         **run_figures,
     }
@@ -215,7 +215,7 @@ def _estimated_policy(evidence: Evidence) -> Finding:
 
 def _whole_stream(evidence: Evidence) -> str:
     """A head that clears every direction of the stream; '' where there is none, as there cannot be for k < d."""
-    if evidence.stream.spec.d_head < evidence.stream.d_model:
+    if all(group.width < evidence.stream.d_model for group in evidence.stream.groups.heads):
         return ""
     stored = stored_eps(evidence.stream)
     for name in evidence.heads:

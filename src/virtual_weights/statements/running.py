@@ -80,9 +80,9 @@ def _errors(
         yield _relative(through_norm(stream, x), through_norm(stream, states[group.reads].to(x))), group.id
         return
     s = point.scalars[group.id].to(x)
-    yield _relative(stream.scale(x)[:, None], s[:, None]), group.id
+    yield _relative(stream.scale(x, group)[:, None], s[:, None]), group.id
     if group.kind == "mlp":
-        act, port = activation(stream.spec.activation), group.ports[0]
+        act, port = activation(stream, group), group.ports[0]
         read = stream.read(port, group)
         pre = (x / s[:, None]) @ read.maps[0].to(accumulate).T
         pre = pre if read.constants is None else pre + read.constants[0].to(accumulate)

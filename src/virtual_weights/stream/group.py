@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, final
 
-from virtual_weights.architecture import Model
+from virtual_weights.architecture import Attention, Branch, Mlp, Model, Norm, Part, Rotary, layer_of
 from virtual_weights.errors import UsageError
 from virtual_weights.record.axes import one_line, shortened
 from virtual_weights.stream.names import Kind, Label, parse
@@ -81,7 +81,8 @@ class Group:
         reads: the state that it reads; None where it only writes.
         writes: the states in which what it writes first appears; () where it only reads.
         width: inner activations of one component: d_head, or the number of neurons; 0 outside the blocks.
-        sharing: how many query heads share one key/value head.
+        norm: the norm through which it reads; None where it reads the stream as it is, or only writes.
+        branch: what it is a part of; None outside the blocks.
     """
 
     id: str
@@ -91,12 +92,38 @@ class Group:
     reads: int | None = None
     writes: tuple[int, ...] = ()
     width: int = 0
-    sharing: int = 1
+    norm: Norm | None = None
+    branch: Branch | None = None
 
     def __repr__(self) -> str:
         reads = f"; reads state {self.reads} through {', '.join(self.ports)}" if self.ports else ""
         writes = f"; writes state {', '.join(map(str, self.writes))}" if self.writes else ""
         return one_line(f"Group {self.id}: {shortened(self.labels)}{reads}{writes}")
+
+    @property
+    def attention(self) -> Attention | None:
+        """The attention that it is; None of anything else."""
+        return self.branch.part if self.branch is not None and isinstance(self.branch.part, Attention) else None
+
+    @property
+    def mlp(self) -> Mlp | None:
+        """The MLP that it is; None of anything else."""
+        return self.branch.part if self.branch is not None and isinstance(self.branch.part, Mlp) else None
+
+    @property
+    def after(self) -> Norm | None:
+        """The norm on what it writes; None where there is none."""
+        return None if self.branch is None else self.branch.after
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How its queries and keys turn; None where they do not."""
+        return None if self.attention is None else self.attention.rotary
+
+    @property
+    def sharing(self) -> int:
+        """How many query heads share one key/value head."""
+        return 1 if self.attention is None else self.attention.sharing
 
     @property
     def layer(self) -> int | None:
@@ -246,6 +273,16 @@ class Groups:
         return label
 
 
+def ports_of(part: Part) -> tuple[Port, ...]:
+    """Through which ports a part reads."""
+    return HEAD_PORTS if isinstance(part, Attention) else ("gate", "up") if part.gated else ("in",)
+
+
+def group_id(group: Group | str) -> str:
+    """The id of a group, or the id itself."""
+    return group if isinstance(group, str) else group.id
+
+
 def no_heads() -> UsageError:
     """What is said where a question needs attention heads and the checkpoint holds none."""
     return UsageError(
@@ -267,13 +304,8 @@ def check_writers(writers: str) -> None:
         raise UsageError(f"no writers {writers!r}", expected="heads or all", do="choose one of these")
 
 
-def states(model: Model) -> int:
-    """How many states the stream passes through, the embedding and the last one included."""
-    return 1 + model.spec.n_layers * (1 if model.spec.parallel else 2)
-
-
 def groups(model: Model) -> Groups:
-    """Every group that the checkpoint holds, numbered along depth: the one place that counts states."""
+    """Every group that the checkpoint holds, in order of depth."""
     return Groups(tuple(_groups(model)))
 
 
@@ -281,34 +313,55 @@ def _groups(model: Model) -> Iterator[Group]:
     for kind in ("embed", "pos"):
         if model.has(kind, kind):
             yield Group(kind, kind, (Component(Label(kind), None, 0),), writes=(0,))
-    for layer in range(model.spec.n_layers):
-        before = layer if model.spec.parallel else 2 * layer
-        if model.has("o", f"L{layer}.attn"):
-            yield from _attention(model, layer, before)
-        if model.has("down", f"L{layer}.mlp"):
-            yield from _mlp(model, layer, before if model.spec.parallel else before + 1)
+    for branch in model.spec.branches:
+        if isinstance(branch.part, Attention) and model.has("o", branch.id):
+            yield _attention(branch, branch.part)
+        elif isinstance(branch.part, Mlp) and model.has("down", branch.id):
+            yield _mlp(branch, branch.part)
+        else:
+            continue
+        yield from _bias(model, branch)
     if model.has("unembed", "unembed"):
-        last = states(model) - 1
-        yield Group("unembed", "unembed", (Component(Label("unembed"), last, None),), ("unembed",), last)
+        last = model.spec.states - 1
+        head = (Component(Label("unembed"), last, None),)
+        yield Group("unembed", "unembed", head, ("unembed",), last, norm=model.spec.head.norm)
 
 
-def _attention(model: Model, layer: int, reads: int) -> Iterator[Group]:
-    spec, shared = model.spec, model.spec.group
+def _attention(branch: Branch, part: Attention) -> Group:
+    layer, shared = layer_of(branch.id), part.sharing
     heads = tuple(
-        Component(Label("head", layer, head), reads, reads + 1, f"L{layer}.kv{head // shared}" if shared > 1 else None)
-        for head in range(spec.n_heads)
+        Component(
+            Label("head", layer, head),
+            branch.reads,
+            branch.writes,
+            f"L{layer}.kv{head // shared}" if shared > 1 else None,
+        )
+        for head in range(part.heads)
     )
-    yield Group(f"L{layer}.attn", "head", heads, HEAD_PORTS, reads, (reads + 1,), spec.d_head, shared)
-    yield from _bias(model, Label("attn_bias", layer), reads + 1)
+    return Group(
+        branch.id, "head", heads, HEAD_PORTS, branch.reads, (branch.writes,), part.width, branch.before, branch
+    )
 
 
-def _mlp(model: Model, layer: int, reads: int) -> Iterator[Group]:
-    ports: tuple[Port, ...] = ("gate", "up") if model.spec.gated else ("in",)
-    component = Component(Label("mlp", layer), reads, reads + 1)
-    yield Group(f"L{layer}.mlp", "mlp", (component,), ports, reads, (reads + 1,), model.spec.d_mlp)
-    yield from _bias(model, Label("mlp_bias", layer), reads + 1)
+def _mlp(branch: Branch, part: Mlp) -> Group:
+    component = Component(parse(branch.id), branch.reads, branch.writes)
+    return Group(
+        branch.id,
+        "mlp",
+        (component,),
+        ports_of(part),
+        branch.reads,
+        (branch.writes,),
+        part.width,
+        branch.before,
+        branch,
+    )
 
 
-def _bias(model: Model, label: Label, writes: int) -> Iterator[Group]:
-    if model.has("bias", str(label)):
-        yield Group(str(label), label.kind, (Component(label, None, writes),), writes=(writes,), width=1)
+def _bias(model: Model, branch: Branch) -> Iterator[Group]:
+    id = f"{branch.id}.bias"
+    if model.has("bias", id):
+        label = parse(id)
+        yield Group(
+            id, label.kind, (Component(label, None, branch.writes),), writes=(branch.writes,), width=1, branch=branch
+        )

@@ -74,7 +74,10 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
 def _block(stream: Stream, layer: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     attn, mlp = f"L{layer}.attn", f"L{layer}.mlp"
-    for module, group, ports in (("attn", attn, _HEADS), ("mlp", mlp, _GATED if stream.spec.gated else _PLAIN)):
+    for module, group, ports in (
+        ("attn", attn, _HEADS),
+        ("mlp", mlp, _GATED if stream.model.has("gate", mlp) else _PLAIN),
+    ):
         for name, port in ports.items():
             tensors |= _read(stream, module, name, port, group)
         tensors |= _norm(stream, _NORMS[module], group)

@@ -1,33 +1,41 @@
-"""Folding the norm before a reader, so that the reader is linear up to one scalar per token.
+"""Folding norms: the one before a reader, so that it is linear up to one scalar per token, and the one after a writer.
 
 LayerNorm: ``N(x) = gamma (P x) / s + beta`` with ``P = I - 11^T/d``, so ``R N(x) = R diag(gamma) P x / s + R beta``.
 RMSNorm: ``N(x) = gamma x / s``, so ``R N(x) = R diag(gamma) x / s``.
+What a norm after a part writes is ``diag(gamma) (P) O z / s``, s of what the part gives.
 
 Since no reader behind a LayerNorm sees the mean of what is written, O and ``P O`` are the same writer.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
+
+from virtual_weights.architecture import Norm
 
 _ROUNDING = 8  # what is left of (1, ..., 1) after its mean, in eps of its length
 
 
-def fold(maps: Tensor, gain: Tensor, norm: Literal["rms", "layer"], least: torch.dtype = torch.float32) -> Tensor:
+def fold(maps: Tensor, gain: Tensor | None, norm: Norm | None, least: torch.dtype = torch.float32) -> Tensor:
     """Effective read maps ``R diag(gamma)`` (then ``P`` for LayerNorm), same shape (..., k, d).
 
     Args:
         maps: the readers' own maps, shape (..., k, d).
-        gain: gamma, shape (d,).
-        norm: which norm stands before the reader.
+        gain: gamma, shape (d,); None is 1.
+        norm: which norm stands before the reader; None leaves the maps as they are.
         least: the product is formed and kept in this dtype, or the operands' if that is wider.
     """
-    dtype = torch.promote_types(torch.promote_types(maps.dtype, gain.dtype), least)
-    scaled = maps.to(dtype) * gain.to(dtype)
-    return without_mean(scaled, -1) if norm == "layer" else scaled
+    scaled = weighed(maps, gain, least)
+    return without_mean(scaled, -1) if norm is not None and norm.kind == "layer" else scaled
+
+
+def weighed(maps: Tensor, weights: Tensor | None, least: torch.dtype = torch.float32) -> Tensor:
+    """``maps diag(weights)``, None standing for the identity, in ``least`` precision or the operands' wider one."""
+    if weights is None:
+        return maps.to(torch.promote_types(maps.dtype, least))
+    dtype = torch.promote_types(torch.promote_types(maps.dtype, weights.dtype), least)
+    return maps.to(dtype) * weights.to(dtype)
 
 
 def without_mean(vectors: Tensor, axis: int) -> Tensor:
@@ -55,10 +63,20 @@ def constant(
     return moved if bias is None else moved + bias
 
 
-def scale(states: Tensor, norm: Literal["rms", "layer"], eps: float) -> Tensor:
-    """The norm scalar ``s`` of every token: states (..., d) to (...).
+def scale(vectors: Tensor, norm: Norm | None) -> Tensor:
+    """The norm scalar ``s`` of every vector: (..., d) to (...); 1 without a norm.
 
     ``sqrt(mean(x^2) + eps)`` for RMSNorm, ``sqrt(var(x) + eps)`` for LayerNorm.
     """
-    centred = states - states.mean(-1, keepdim=True) if norm == "layer" else states
-    return (centred.square().mean(-1) + eps).sqrt()
+    if norm is None:
+        return torch.ones_like(vectors[..., 0])
+    centred = vectors - vectors.mean(-1, keepdim=True) if norm.kind == "layer" else vectors
+    return (centred.square().mean(-1) + norm.eps).sqrt()
+
+
+def normed(vectors: Tensor, gain: Tensor | None, shift: Tensor | None, norm: Norm) -> Tensor:
+    """``gamma (P x) / s + beta`` of every vector, same shape (..., d)."""
+    centred = vectors - vectors.mean(-1, keepdim=True) if norm.kind == "layer" else vectors
+    result = centred / scale(vectors, norm)[..., None]
+    result = result if gain is None else result * gain.to(result)
+    return result if shift is None else result + shift.to(result)

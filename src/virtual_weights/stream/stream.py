@@ -5,38 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import einops
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Model, ModelSpec
+from virtual_weights.architecture import Attention, Model, ModelSpec
 from virtual_weights.checkpoint import Source
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream.group import READINGS, WRITINGS, Component, Group, Groups, Port, groups, states
+from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
+from virtual_weights.stream.group import Component, Group, Groups, Port, group_id, groups
+from virtual_weights.stream.layout import unpacked
 from virtual_weights.stream.names import Label, parse
-from virtual_weights.stream.norm import constant, fold, scale, without_mean
+from virtual_weights.stream.norm import scale, without_mean
 from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Head, Mlp
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """The read maps of one port in one layer.
-
-    Attributes:
-        maps: shape (m, k, d): m heads of width k (m = 1 for an MLP or the unembedding). Keys and
-            values of grouped attention are held once per key/value head.
-        constants: shape (m, k), what arrives whatever the stream holds, None where nothing.
-    """
-
-    maps: Tensor
-    constants: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,9 +49,13 @@ class Stream:
 
     def __repr__(self) -> str:
         spec = self.spec
+        heads = " or ".join(str(n) for n in dict.fromkeys(part.heads for part in spec.attentions))
+        neurons = " or ".join(str(n) for n in dict.fromkeys(part.width for part in spec.mlps))
+        parts = [f"{heads} heads each"] * bool(heads) + [f"width {spec.d_model}"]
+        parts += [f"{neurons} neurons per MLP"] * bool(neurons)
         return (
             f"Stream of {self.source.reference} ({self.model.family})\n"
-            f"  {spec.n_layers} layers, {spec.n_heads} heads each, width {spec.d_model}, {spec.d_mlp} neurons per MLP\n"
+            f"  {spec.n_layers} layers, {', '.join(parts)}\n"
             f"  norm: {self.norm_stamp}\n"
             '  stream["L1H0"], stream["L1H0.K"], stream["L1.mlp"]; .heads, .groups; Composition("K")(stream)'
         )
@@ -86,7 +77,7 @@ class Stream:
     @property
     def states(self) -> int:
         """How many states the stream passes through, the embedding and the last one included."""
-        return states(self.model)
+        return self.spec.states
 
     @cached_property
     def groups(self) -> Groups:
@@ -108,8 +99,10 @@ class Stream:
         """How results say what was done with the norm."""
         if not self.folded:
             return "left out"
-        folded, also = ("gain and centring", "writers and ") if self.spec.norm == "layer" else ("gain", "")
-        return f"{folded} folded, {also}unembedding centred"
+        said = ["gain and centring folded" if self.spec.centring else "gain folded"]
+        if self.spec.head.cap is None:
+            said.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
+        return ", ".join(said)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -124,7 +117,8 @@ class Stream:
         stamp = {"norm": self.norm_stamp, **finite(stamp)}
         if "rotary_offset" in stamp:
             offset = stamp["rotary_offset"]
-            stamp["rotary_offset"] = "no rotary embedding" if self.spec.rotary is None else offset or 0
+            turning = any(part.rotary for part in self.spec.attentions)
+            stamp["rotary_offset"] = offset or 0 if turning else "no rotary embedding"
         return Record(question.question, tuple(axes), tuple(columns), question.parameters, stamp, self.provenance)
 
     def weight(self, role: str, group: Group | str) -> Tensor | None:
@@ -134,17 +128,17 @@ class Stream:
             role: a role of the tables, e.g. ``"q"``, ``"o"``, ``"norm"``, ``"bias"``.
             group: whose, e.g. ``"L3.attn"``, ``"L3.attn.bias"``, ``"unembed"`` (the last norm too).
         """
-        place = self.model.placements.get((role, _id(group)))
+        place = self.model.placements.get((role, group_id(group)))
         if place is None:
             return None
-        sizes = {name: size for name, size in self.spec.axes.items() if size and name in _letters(place.layout)}
-        tensor = einops.rearrange(self.source.read(place.tensor), place.layout, **sizes)
-        return tensor if place.part is None else tensor[place.part]
+        return unpacked(self.source.read(place.tensor), place, self.model.axes(group_id(group)))
 
     def read(self, port: Port, group: Group | str = "unembed") -> Read:
-        """The effective read maps of one port: ``R~ = R diag(gamma) (P)`` and ``R beta + c``.
+        """The effective read maps of one port: ``R~ = diag(g) R diag(gamma) (P)`` and ``g (R beta + c)``.
 
-        The unembedding's are less their mean over tokens: a logit is one less the mean over the vocabulary.
+        g is the gain of a norm on queries or keys, 1 where there is none; its scalar is a site of its own, see
+        ``port_scale``. The unembedding's are less their mean over tokens: a logit is one less the mean over the
+        vocabulary, which no probability sees; not so where logits are capped.
 
         Args:
             port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` (an ungated MLP) or ``"unembed"``.
@@ -154,30 +148,13 @@ class Stream:
             MissingTensorError: a partial checkpoint lacks this reader.
             UsageError: the model has no such port.
         """
-        read = self._read(port, group)
-        if port != "unembed" or not self.folded:
-            return read
-        return Read(without_mean(read.maps, -2), None if read.constants is None else without_mean(read.constants, -1))
-
-    def _read(self, port: Port, group: Group | str) -> Read:
-        """The same with the unembedding as it is, which gives logits."""
-        if (port == "gate" and not self.spec.gated) or (port == "in" and self.spec.gated):
-            raise UsageError(
-                f"this model's MLP has no port {port!r}",
-                expected="gate and up" if self.spec.gated else "in",
-                do="name one of these ports",
-            )
-        role, site = READINGS[port], _id(group)
-        maps = self._needed(role, site)
-        bias = self.weight(f"{role}_bias", site)
-        maps, bias = (maps, bias) if maps.ndim == 3 else (maps[None], None if bias is None else bias[None])
-        if not self.folded:
-            return Read(maps, bias)
-        gain, shift = self._needed("norm", site), self.weight("norm_bias", site)
-        return Read(fold(maps, gain, self.spec.norm, self.dtype), constant(maps, shift, bias, self.dtype))
+        return reader(self, port, group)
 
     def write(self, group: Group | str) -> Tensor:
-        """The write maps of a group, shape (m, d, k), in storage dtype; with LayerNorm folded centred, ``P O``.
+        """The write maps of a group, shape (m, d, k): ``f diag(gamma) (P) O``, in storage dtype where that is O.
+
+        f is the factor of the branch and gamma the gain of a norm after the part, whose scalar is a site of its own,
+        see ``after_scale``. Where every reader stands behind a LayerNorm they are centred, ``P O``.
 
         Heads: (heads, d, d_head); an MLP: (1, d, d_mlp); embeddings: (1, d, tokens) or (1, d, positions); a bias:
         (1, d, 1).
@@ -186,30 +163,39 @@ class Stream:
             MissingTensorError: a partial checkpoint lacks this writer.
             UsageError: nothing of this name writes.
         """
-        return centred(self, self._write(group), -2, self.dtype)
+        return centred(self, writer(self, group), -2, self.dtype)
 
-    def _write(self, group: Group | str) -> Tensor:
-        """The same as stored."""
-        id = _id(group)
-        if id not in self.groups:
-            raise self._missing("output", id)
-        kind = self.groups[id].kind
-        if kind not in WRITINGS:
-            raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
-        maps = self._needed(WRITINGS[kind], id)
-        if kind in ("embed", "pos"):
-            maps = maps.T
-        return maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
+    def scale(self, states: Tensor, where: Group | str | int | None = None) -> Tensor:
+        """The norm scalar ``s`` with which every token of states (..., d) is read, (...).
 
-    def scale(self, states: Tensor) -> Tensor:
-        """The norm scalar ``s`` with which every token of states (..., d) is read, (...)."""
-        return scale(states, self.spec.norm, self.spec.norm_eps)
+        Args:
+            states: of the stream.
+            where: what reads, or the number of the state; 1 where it reads the stream as it is. None where all norms
+                are alike.
 
-    def rotation(self, offset: int) -> Tensor | None:
-        """``R_offset`` of a query ``offset`` tokens after its key, (d_head, d_head) float64; None without rotary."""
-        if self.spec.rotary is None:
+        Raises:
+            UsageError: nothing is named, and norms differ.
+        """
+        if where is None:
+            where = self._alike("norms", {group: group.norm for group in self.groups if group.ports})
+        if isinstance(where, int):
+            where = next(iter(self.groups.sited(where)), "unembed")
+        return scale(states, self.groups[group_id(where)].norm)
+
+    def rotation(self, offset: int, group: Group | str | None = None) -> Tensor | None:
+        """``R_offset`` of a query ``offset`` tokens after its key in one attention, (d_head, d_head) float64.
+
+        None where its queries and keys do not turn. The group may be left out where all attentions turn alike.
+
+        Raises:
+            UsageError: nothing is named, and attentions differ.
+        """
+        if group is None:
+            group = self._alike("rotary embeddings", {group: group.rotary for group in self.groups.heads})
+        attention = self.groups[group_id(group)].attention
+        if attention is None or attention.rotary is None:
             return None
-        return rotation(self.spec.rotary, offset, self.spec.d_head, self.weight("factors", "rotary"))
+        return rotation(attention.rotary, offset, attention.width, self.weight("factors", "rotary"))
 
     def __getitem__(self, name: str) -> Head | Mlp | LinearMap:
         """A component, or the map of a port.
@@ -230,8 +216,8 @@ class Stream:
         if label.kind in ("mlp", "neuron"):
             return self._mlp(label)
         if label.kind == "unembed":
-            return Dense(self._read("unembed", "unembed").maps[0])
-        return Dense(self._write(str(label))[0])
+            return Dense(as_logits(self, projection(self, "unembed", "unembed")).maps[0])
+        return Dense(writer(self, str(label))[0])
 
     def _head(self, label: Label) -> Head:
         site, index = f"L{label.layer}.attn", label.index
@@ -249,13 +235,14 @@ class Stream:
             k_constant=None if k.constants is None else k.constants[shared],
             v_constant=None if v.constants is None else v.constants[shared],
             kv_group=group.components[index].kv_group,
-            rotate=None if self.spec.rotary is None else self.rotation,
+            rotate=None if group.rotary is None else partial(self.rotation, group=group),
         )
 
     def _mlp(self, label: Label) -> Mlp | LinearMap:
         site = f"L{label.layer}.mlp"
-        up = self.read("up" if self.spec.gated else "in", site)
-        gate = self.read("gate", site) if self.spec.gated else None
+        ports = self.groups.of(replace(label, kind="mlp", index=None, port=None)).ports
+        up = self.read(ports[-1], site)
+        gate = self.read("gate", site) if "gate" in ports else None
         rows = slice(None) if label.index is None else slice(label.index, label.index + 1)
         part = Mlp(
             str(Label(label.kind, label.layer, label.index)),
@@ -270,23 +257,36 @@ class Stream:
         return part.out if label.port == "out" else part.reader(label.port)
 
     def _check(self, label: Label) -> None:
-        spec = self.spec
-        counts = {"head": spec.n_heads, "neuron": spec.d_mlp}
-        beyond_layer = label.layer is not None and label.layer >= spec.n_layers
-        if beyond_layer or (label.index is not None and label.index >= counts[label.kind]):
-            raise UsageError(
-                f"this model has no {label}",
-                expected=f"layers to {spec.n_layers - 1}, heads to {spec.n_heads - 1}, neurons to {spec.d_mlp - 1}",
-                do="correct the name",
-            )
+        layer = label.layer
+        if layer is None:
+            return
+        branch = self.spec.branch(f"L{layer}.{'attn' if label.kind in ('head', 'attn_bias') else 'mlp'}")
+        part = None if branch is None else branch.part
+        count = part.heads if isinstance(part, Attention) else part.width if part is not None else 0
+        if part is None or (label.index is not None and label.index >= count):
+            last = self.spec.n_layers - 1
+            named = "heads" if isinstance(part, Attention) else "neurons"
+            beyond = f", {named} to {count - 1} in layer {layer}" if part else ""
+            raise UsageError(f"this model has no {label}", expected=f"layers to {last}{beyond}", do="correct the name")
 
-    def _needed(self, role: str, group: str) -> Tensor:
+    def _alike(self, what: str, traits: Mapping[Group, Any]) -> Group:
+        """One of the groups, where all have the same trait."""
+        first = next(iter(traits), None)
+        if first is None or any(trait != traits[first] for trait in traits.values()):
+            raise UsageError(
+                f"the {what} of this model differ" if traits else f"this model has no {what}",
+                expected="a group, whose is meant",
+                do='name it, such as "L3.attn"',
+            )
+        return first
+
+    def needed(self, role: str, group: str) -> Tensor:
         tensor = self.weight(role, group)
         if tensor is None:
-            raise self._missing(role, group)
+            raise self.missing(role, group)
         return tensor
 
-    def _missing(self, role: str, group: str) -> MissingTensorError:
+    def missing(self, role: str, group: str) -> MissingTensorError:
         return MissingTensorError(
             f"this checkpoint has no {role} of {group}",
             expected=f"a {self.spec.model_type} model with that part",
@@ -325,22 +325,14 @@ def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype 
 
     Then in ``least`` precision or their own, if that is wider.
     """
-    if not stream.folded or stream.spec.norm == "rms":
+    if not stream.folded or not stream.spec.centring:
         return vectors
     return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
 def through_norm(stream: Stream, vectors: Tensor) -> Tensor:
     """What a norm passes of vectors (..., d) of the stream, folded or not: LayerNorm takes their mean away."""
-    return without_mean(vectors, -1) if stream.spec.norm == "layer" else vectors
-
-
-def _id(group: Group | str) -> str:
-    return group if isinstance(group, str) else group.id
-
-
-def _letters(layout: str) -> set[str]:
-    return set(layout.replace("(", " ").replace(")", " ").replace("->", " ").split())
+    return without_mean(vectors, -1) if stream.spec.centring else vectors
 
 
 def finite(value: Any) -> Any:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, final
 
-import einops
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Row, config_for, stored_shape
+from virtual_weights.architecture import Row, stored_shape
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.linalg import accumulate, haar_orthogonal, random_generator
+from virtual_weights.stream.effective import as_stored, norm_gain
 from virtual_weights.stream.group import READINGS
+from virtual_weights.stream.layout import packed
 from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
 
@@ -53,15 +54,10 @@ class Turned:
         Raises:
             ArchitectureError: a part of this model has no place in what transformers can load; it is named.
         """
-        planned, places = dict[str, Planned](), dict[str, tuple[Row, str]]()
-        for row in self.stream.model.hf.rows:
-            for group in row.groups(self.stream.spec.n_layers):
-                if all(self.stream.model.has(role, group) for role in row.roles):
-                    name = self._name(row, group)
-                    planned[name] = Planned(self._shape(row, group), partial(self._tensor, row, group))
-                    places[name] = row, group
-        self._refuse_the_rest({(role, group) for row, group in places.values() for role in row.roles})
-        return self._divided(planned, places)
+        self._refuse()
+        rows = {self._name(row): row for row in self._rows}
+        planned = {name: Planned(self._shape(row), partial(self._tensor, row)) for name, row in rows.items()}
+        return self._divided(planned, rows)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -70,16 +66,20 @@ class Turned:
         Raises:
             ArchitectureError: a part of this model has no place in what transformers can load; it is named.
         """
-        rows = [(row, group) for row in self.stream.model.hf.rows for group in row.groups(self.stream.spec.n_layers)]
-        rows = [(row, group) for row, group in rows if all(self.stream.model.has(role, group) for role in row.roles)]
-        self._refuse_the_rest({(role, group) for row, group in rows for role in row.roles})
-        return {self.stream.model.hf.spelled(row, group): self._tensor(row, group) for row, group in rows}
+        self._refuse()
+        return {row.name: self._tensor(row) for row in self._rows}
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        """The rows of transformers' table whose tensors the model has."""
+        model = self.stream.model
+        return [row for row in model.rows if all(model.has(role, row.groups[0]) for role in row.roles)]
 
     @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
         changes = ["norm gains are folded into the readers and are 1"] if self.fold else []
-        if self.stream.spec.norm == "layer":
+        if self.stream.spec.centring:
             changes.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:
             changes.append("the unembedding, tied to the embedding before, is a tensor of its own")
@@ -95,29 +95,24 @@ class Turned:
     def _inverse(self) -> Tensor:
         return torch.linalg.inv(self.turn)
 
-    def _name(self, row: Row, group: str) -> str:
-        """The source's own name where it is transformers' too, else what the table of that dialect says."""
-        name = self.stream.model.placements[row.roles[0], group].tensor
+    def _name(self, row: Row) -> str:
+        """The source's own name where it is transformers' too, else what the table says."""
+        name = self.stream.model.placements[row.roles[0], row.groups[0]].tensor
         # one tensor for both ends becomes two, whichever of the two names it had
-        borrowed = (row.roles == ("unembed",) and self.unties) or (row.roles == ("embed",) and row.name not in name)
-        own = self.stream.source.dialect == "hf" and not borrowed
-        return name if own else self.stream.model.hf.spelled(row, group)
+        return name if self.stream.source.dialect == "hf" and name in (row.name, *row.others) else row.name
 
-    def _shape(self, row: Row, group: str) -> tuple[int, ...]:
-        shape = stored_shape(row.layout, self.stream.spec.axes)
+    def _shape(self, row: Row) -> tuple[int, ...]:
+        shape = stored_shape(row.layout, self.stream.model.axes(row.groups[0]))
         if None in shape:  # only the tensor itself tells how many tokens or positions there are
-            shape = tuple(self._tensor(row, group).shape)
+            shape = tuple(self._tensor(row).shape)
         return tuple(int(n or 0) for n in shape)
 
-    def _tensor(self, row: Row, group: str) -> Tensor:
-        parts = [self._role(role, group) for role in row.roles]
-        whole = parts[0] if len(parts) == 1 else torch.stack(parts)
-        stored, canonical = (side.strip() for side in row.layout.split("->"))
-        sizes = {n: size for n, size in self.stream.spec.axes.items() if size and n in canonical.split()}
-        return einops.rearrange(whole, f"{canonical} -> {stored}", **sizes)
+    def _tensor(self, row: Row) -> Tensor:
+        group = row.groups[0]
+        return packed([self._role(role, group) for role in row.roles], row, self.stream.model.axes(group))
 
     def _role(self, role: str, group: str) -> Tensor:
-        weight = self.stream.weight(role, group)
+        weight = as_stored(self.stream, role, group)
         assert weight is not None
         weight = weight.to(accumulate)
         if role in _READS:
@@ -126,21 +121,45 @@ class Turned:
             axis = _WRITES[role]
             return (weight.movedim(axis, -1) @ self.turn.T).movedim(-1, axis)
         if role == "norm":
-            return torch.ones_like(weight) if self.fold else weight
+            return torch.full_like(weight, 1 - self.stream.model.hf.values["plus"]) if self.fold else weight
         if role == "norm_bias":
             return torch.ones_like(weight) if self.fold else self.turn @ weight
         return weight
 
     def _read(self, weight: Tensor, group: str) -> Tensor:
-        gain, shift = self.stream.weight("norm", group), self.stream.weight("norm_bias", group)
-        assert gain is not None
-        turned = fold(weight, gain, self.stream.spec.norm, accumulate) @ self._inverse
+        branch = self.stream.spec.branch(group)
+        norm = self.stream.spec.head.norm if branch is None else branch.before
+        gain, shift = norm_gain(self.stream, "norm", group, norm), self.stream.weight("norm_bias", group)
+        turned = fold(weight, gain, norm, accumulate) @ self._inverse
         if shift is None:
             return turned
         return turned + (weight @ shift.to(accumulate))[..., None] / self.stream.d_model
 
-    def _refuse_the_rest(self, written: set[tuple[str, str]]) -> None:
-        rest = [place.tensor for key, place in self.stream.model.placements.items() if key not in written]
+    def _refuse(self) -> None:
+        """Refuse what cannot be written: norms after parts that would have to be dense, tensors without a place."""
+        model = self.stream.model
+        gained = [f"{branch.id}.after" for branch in model.spec.branches if model.has("after", branch.id)]
+        gained += ["embed"] if model.has("norm", "embed") else []
+        if gained:
+            raise ArchitectureError(
+                f"{len(gained)} norms stand between a part and the stream, each with a gain: {', '.join(gained[:6])}",
+                expected="norms before parts, whose gains can be folded into what reads",
+                do="turn another model: on a turned stream such a gain is a dense map, which no norm holds",
+            )
+        if self.stream.source.dialect == "gguf":
+            missing = [row.name for row in model.rows if not all(model.has(role, row.groups[0]) for role in row.roles)]
+            partly = [group.id for group in self.stream.groups.heads if group.rotary and group.rotary.apart]
+            partly += [group.id for group in self.stream.groups.heads if "gguf_turned" in model.config]
+            if missing or partly:
+                raise ArchitectureError(
+                    f"transformers' class needs {len(missing)} more tensors: {', '.join(missing[:6])}"
+                    if missing
+                    else f"{partly[0]} turns {model.config['gguf_turned']} dimensions of a head, not all",
+                    expected="what the class of this type in transformers has",
+                    do="start from the safetensors form of this model, which has its config.json",
+                )
+        written = {(role, group) for row in self._rows for group in row.groups for role in row.roles}
+        rest = [place.tensor for key, place in model.placements.items() if key not in written]
         if rest:
             raise ArchitectureError(
                 f"{len(rest)} tensors have no place in a checkpoint of transformers: {', '.join(sorted(rest)[:6])}",
@@ -148,13 +167,13 @@ class Turned:
                 do="turn the safetensors form of this model",
             )
 
-    def _divided(self, planned: dict[str, Planned], places: Mapping[str, tuple[Row, str]]) -> list[dict[str, Planned]]:
+    def _divided(self, planned: dict[str, Planned], rows: Mapping[str, Row]) -> list[dict[str, Planned]]:
         stored = self.stream.model.placements
         home = {name: i for i, names in enumerate(self.stream.source.at_rest.files) for name in names}
         files: dict[int, dict[str, Planned]] = {}
         for name, tensor in planned.items():
-            row, group = places[name]
-            files.setdefault(home[stored[row.roles[0], group].tensor], {})[name] = tensor
+            row = rows[name]
+            files.setdefault(home[stored[row.roles[0], row.groups[0]].tensor], {})[name] = tensor
         return [files[i] for i in sorted(files)]
 
 
@@ -162,7 +181,7 @@ def random_turn(stream: Stream, seed: int) -> Tensor:
     """A Haar-random Q for this model, (d, d) float64; with LayerNorm one that leaves (1, ..., 1) where it is."""
     generator = random_generator(seed)
     d = stream.d_model
-    if stream.spec.norm == "rms":
+    if not any(norm is not None and norm.kind == "layer" for norm in stream.spec.norms):
         return haar_orthogonal(d, generator)
     inner = haar_orthogonal(d - 1, generator)
     # a reflection that takes the first axis to (1, ..., 1)/sqrt(d): Q turns what is orthogonal to it
@@ -179,7 +198,8 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
         ArchitectureError: a GGUF file of a family whose configuration is not known.
     """
     source, spec = turned.stream.source, turned.stream.spec
-    config = dict(source.config) if source.dialect == "hf" else config_for(turned.stream.model)
+    model = turned.stream.model
+    config = dict(source.config if source.dialect == "hf" else {**model.config, **model.sizes})
     context = source.config.get(f"{spec.model_type}.context_length")
     if source.dialect == "gguf" and spec.n_positions is None and context is not None:
         config["max_position_embeddings"] = context

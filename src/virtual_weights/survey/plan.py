@@ -33,7 +33,7 @@ from virtual_weights.runtime.edges.edge import Edge
 from virtual_weights.runtime.flow.labels import Labels
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements import Statements
-from virtual_weights.stream import Component, Question, Stream, open_stream
+from virtual_weights.stream import Component, Group, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
 from virtual_weights.survey.survey import ENDS, Survey, bars
@@ -239,7 +239,6 @@ def _about(answer: Record | Header) -> tuple[Any, ...]:
 def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
     """Name, fingerprint, family, sizes, norm and every component with its positions, as plain JSON values."""
     spec = stream.spec
-    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "vocab", "parallel", "gated")
     return {
         "model": name or stream.source.reference,
         "reference": stream.source.reference,
@@ -247,9 +246,22 @@ def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
         "family": stream.model.family,
         "norm": stream.norm_stamp,
         "version": VERSION,
-        "sizes": {**{size: getattr(spec, size) for size in sizes}, "states": stream.states},
+        "sizes": {
+            "d_model": spec.d_model,
+            "n_layers": spec.n_layers,
+            "vocab": spec.vocab,
+            "states": stream.states,
+            "groups": [_sizes(group) for group in stream.groups if group.branch is not None and group.ports],
+        },
         "components": [_component(component) for component in stream.components],
     }
+
+
+def _sizes(group: Group) -> dict[str, Any]:
+    """What an attention or MLP measures."""
+    if group.attention is None:
+        return {"id": group.id, "neurons": group.width, "gated": "gate" in group.ports}
+    return {"id": group.id, "heads": group.attention.heads, "kv_heads": group.attention.kv_heads, "d_head": group.width}
 
 
 def _component(component: Component) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def _rms(values: Tensor) -> float:
 
 def _with_offsets(record: Record, stream: Stream, offsets: Iterable[int]) -> Record:
     none = "no rotary embedding: all offsets are equal"
-    return replace(record, stamp={**record.stamp, "rotary_offset": list(offsets) if stream.spec.rotary else none})
+    turning = any(group.rotary for group in stream.groups.heads)
+    return replace(record, stamp={**record.stamp, "rotary_offset": list(offsets) if turning else none})
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -187,7 +187,7 @@ def frozen_blocks(stream: Stream, point: Point, start: int = 0, stop: int | None
         point.check(stream)
     for state in range(start, stream.states - 1 if stop is None else stop):
         groups = stream.groups.sited(state)
-        if len(groups) < (2 if stream.spec.parallel else 1):
+        if len(groups) < sum(branch.reads == state for branch in stream.spec.branches):
             raise MissingTensorError(
                 f"this checkpoint lacks an attention or MLP that reads state {state}",
                 expected="the attention and the MLP of every layer",

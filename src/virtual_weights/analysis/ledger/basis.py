@@ -74,7 +74,7 @@ class Basis(Question[Stream]):
         columns = [column for side, total in sides.items() for column in total.columns(side)]
         massive = torch.fmax(sides["write"].energy, sides["read"].energy) > self.massive
         meaning = f"energy above {self.massive} times the mean"
-        free = stream.d_model - (stream.folded and stream.spec.norm == "layer")  # dimensions, see Stream.write
+        free = stream.d_model - (stream.folded and stream.spec.centring)  # dimensions, see Stream.write
         return stream.record(
             self,
             (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),

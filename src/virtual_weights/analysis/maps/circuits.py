@@ -150,13 +150,12 @@ def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStac
     Raises:
         UsageError: the checkpoint holds no attention head.
     """
-    turn = stream.rotation(offset) if offset and port != "V" else None
-    return _stack(stream, port, turn.T if turn is not None and port == "Q" else turn)
+    return _stack(stream, port, offset if port != "V" else 0)
 
 
 def writing_circuits(stream: Stream) -> MapStack:
     """Every head's OV circuit as a writer: thin factor ``W_O^T``, metric ``W_V W_V^T``; errors as for readers."""
-    return _stack(stream, "O", None)
+    return _stack(stream, "O", 0)
 
 
 def _writers_into(stream: Stream, state: int) -> list[Group]:
@@ -183,11 +182,13 @@ def _factors(stream: Stream, role: HeadRole, group: Group, turn: Tensor | None =
     return maps(role), metric.repeat_interleave(group.shared(opposite[role]), 0)
 
 
-def _stack(stream: Stream, role: HeadRole, turn: Tensor | None) -> MapStack:
+def _stack(stream: Stream, role: HeadRole, offset: int) -> MapStack:
     groups = stream.groups.readers("Q")
     outer: Tensor | None = None
     metrics: list[Tensor] = []
     for i, group in enumerate(groups):
+        turn = stream.rotation(offset, group) if offset else None
+        turn = turn.T if turn is not None and role == "Q" else turn
         thin, metric = _factors(stream, role, group, turn)
         outer = torch.empty((len(groups), *thin.shape), dtype=thin.dtype) if outer is None else outer
         outer[i] = thin  # a copy at once: the stack of a large model is not held twice
@@ -242,7 +243,8 @@ def subspace_axis(stream: Stream, name: str, role: HeadRole) -> tuple[Axis, Tens
 
 def heads_per_group(stream: Stream, role: HeadRole) -> int:
     """How many subspaces of this role one attention has."""
-    return stream.spec.n_heads // (stream.spec.group if role in ("K", "V") else 1)
+    group = stream.groups.heads[0]
+    return len(group.components) // group.shared(role)
 
 
 def subspace_bases(

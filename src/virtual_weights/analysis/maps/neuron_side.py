@@ -84,7 +84,7 @@ class NeuronSide:
 
     def batches(self, memory: int) -> Iterator[tuple[NeuronRange, ...]]:
         """Consecutive MLPs whose directions fit into so many bytes together, at least one at a time."""
-        step = max(1, memory // (4 * self.stream.d_model * max(1, self.stream.spec.d_mlp)))
+        step = max(1, memory // (4 * self.stream.d_model * max(1, *(group.width for group in self.stream.groups.mlps))))
         return (self.ranges[i : i + step] for i in range(0, len(self.ranges), step))
 
 

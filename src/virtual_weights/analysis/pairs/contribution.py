@@ -170,23 +170,24 @@ class Contribution(Question[Stream]):
         if self.port == "V":
             out = stream.write(group).double()
             return out.mT @ out
-        opposite = "K" if self.port == "Q" else "Q"
+        attention, opposite = group.attention, "K" if self.port == "Q" else "Q"
+        assert attention is not None
         id, shared = f"{group.id}.{opposite}", group.shared(opposite)
         other = self.moments.ports[id].double().repeat_interleave(shared, 0)
-        turned = _turned(other, stream, self.port, self.rotary_offset, self.moments.length)
+        turned = _turned(other, stream, (self.port, group), self.rotary_offset, self.moments.length)
         if self.port == "Q":
-            mean = self._mean_turn(stream).mT @ self.moments.port_means[id].double()[..., None]
+            mean = self._mean_turn(stream, group).mT @ self.moments.port_means[id].double()[..., None]
             turned = turned - (mean @ mean.mT).repeat_interleave(shared, 0)
-        return turned * stream.spec.attention_scale**2
+        return turned * attention.scale**2
 
-    def _mean_turn(self, stream: Stream) -> Tensor:
+    def _mean_turn(self, stream: Stream, group: Group) -> Tensor:
         """``E[Rot]`` over the offsets, (k, k); the identity without rotary."""
         offset, length = self.rotary_offset, self.moments.length
-        identity = torch.eye(stream.spec.d_head, dtype=accumulate)
+        identity = torch.eye(group.width, dtype=accumulate)
         if offset is not None:
-            turn = stream.rotation(offset)
+            turn = stream.rotation(offset, group)
             return identity if turn is None else turn
-        step = stream.rotation(1)
+        step = stream.rotation(1, group)
         if step is None:
             return identity
         values, basis = torch.linalg.eig(step)
@@ -217,9 +218,11 @@ class Contribution(Question[Stream]):
 
     def _common(self, stream: Stream, group: Group, means: Tensor) -> Tensor:
         """What means (d, writers) add alike to all scores of a query, (heads, writers) squared logits."""
+        attention = group.attention
+        assert attention is not None
         keys = stream.read("K", group).maps.double() @ means  # (shared heads, k, writers)
-        keys = (self._mean_turn(stream).mT @ keys).repeat_interleave(group.shared("K"), 0)
-        queries = self.moments.ports[f"{group.id}.Q"].double() * stream.spec.attention_scale**2
+        keys = (self._mean_turn(stream, group).mT @ keys).repeat_interleave(group.shared("K"), 0)
+        queries = self.moments.ports[f"{group.id}.Q"].double() * attention.scale**2
         return (keys * (queries @ keys)).sum(1)
 
     def _writers(self, stream: Stream) -> Sequence[Group]:
@@ -265,13 +268,14 @@ def _offset_weights(length: int) -> Tensor:
     return pairs / pairs.sum()
 
 
-def _turned(square: Tensor, stream: Stream, port: Port, offset: int | None, length: int) -> Tensor:
+def _turned(square: Tensor, stream: Stream, reader: tuple[Port, Group], offset: int | None, length: int) -> Tensor:
     """``Rot^T C Rot`` for Q, ``Rot C Rot^T`` for K, at one offset or on average over the causal pairs of a chunk.
 
     ``Rot_D = Rot_1^D``: with ``Rot_1 = U diag(l) U^-1`` the average over D weighs entry (a, b) of C, in the basis U, by
     the mean of ``(l_a l_b)^D``.
     """
-    turn = stream.rotation(1 if offset is None else offset)
+    port, group = reader
+    turn = stream.rotation(1 if offset is None else offset, group)
     if turn is None:
         return square
     turn = turn.mT if port == "Q" else turn

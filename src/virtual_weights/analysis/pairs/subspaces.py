@@ -131,8 +131,9 @@ class Subspaces(Question[Stream]):
 
     def _groups_at_once(self, stream: Stream, per_group: int) -> int:
         """Half the workspace for the second side's bases, half for the products of a block."""
-        bases = per_group * stream.spec.d_head * stream.d_model * 8
-        products = stream.spec.n_heads * per_group * stream.spec.d_head**2 * 8 * 3
+        heads = stream.groups.heads[0]
+        bases = per_group * heads.width * stream.d_model * 8
+        products = len(heads.components) * per_group * heads.width**2 * 8 * 3
         return max(1, self.memory_mb * 2**19 // max(bases, products))
 
     def _block(self, a: SubspaceBases, b: SubspaceBases, pairs: Tensor, cut: float) -> dict[str, Tensor]:

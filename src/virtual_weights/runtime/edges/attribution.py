@@ -18,9 +18,10 @@ from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edges.edge import next_token_loss
 from virtual_weights.runtime.running.activations import check_tokens
-from virtual_weights.runtime.running.hooks import Place, leaf, module_of, split, watched, wide
+from virtual_weights.runtime.running.hooks import Place, leaf, module_of, port_values, watched, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
+from virtual_weights.stream.effective import projection
 from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.question import plain
 
@@ -300,7 +301,7 @@ class _Sums:
             distinct = list({id(output): output for output in outputs.values()}.values())  # fused ports are one output
             gradients = {id(o): g for o, g in zip(distinct, torch.autograd.grad(total, distinct), strict=True)}
         return signals, {
-            (port, group): split(stream, READINGS[port], group, gradients[id(output)])
+            (port, group): port_values(stream, port, group, gradients[id(output)])
             for (port, group), output in outputs.items()
         }
 
@@ -317,9 +318,9 @@ class _Sums:
     def _at_the_stream(self, reader: _Reader, gradient: Tensor, x: Tensor) -> Tensor:
         """``R~^T g / s``, (m, B T, d), for g (B, T, m, k), of one map (B, T, k), and x (B, T, d)."""
         x = wide(x.flatten(0, 1))
-        maps = self.run.stream.read(*reader).maps.to(x)
+        maps = projection(self.run.stream, *reader).maps.to(x)
         gradient = gradient.flatten(0, 1).to(x).reshape(len(x), *maps.shape[:2])
-        return torch.einsum("mkd,tmk->mtd", maps, gradient / self.run.stream.scale(x)[:, None, None])
+        return torch.einsum("mkd,tmk->mtd", maps, gradient / self.run.stream.scale(x, reader[1])[:, None, None])
 
 
 def _writers(stream: Stream, writers: Writers) -> tuple[Group, ...]:

@@ -16,11 +16,12 @@ from virtual_weights.runtime.running.hooks import (
     Place,
     See,
     module_of,
-    split,
+    port_features,
     watching,
     wide,
 )
 from virtual_weights.stream import Group, Label, Stream, parse
+from virtual_weights.stream.effective import projection
 from virtual_weights.stream.group import READINGS, Port
 
 
@@ -98,7 +99,7 @@ class Edge:
 
     def maps(self, stream: Stream, like: Tensor) -> Tensor:
         """The reader's effective map R~, (k, d), in the dtype and on the device of ``like``."""
-        return stream.read(self.port, self.target).maps[self.map_index, self.rows].to(like)
+        return projection(stream, self.port, self.target).maps[self.map_index, self.rows].to(like)
 
     @property
     def rows(self) -> slice:
@@ -278,10 +279,10 @@ class Removal:
         if edges.removes != "all":
             sign = 1 if edges.removes == "these" else -1
             moved = moved + sign * sum(self._without(stream, edge, signals, x) for edge in edges.edges)
-        moved, s = self.fraction * moved, stream.scale(x)[..., None]
+        moved, s = self.fraction * moved, stream.scale(x, edge.target)[..., None]
         if self.scalars == "move":
             without = x + moved
-            return (without / stream.scale(without)[..., None] - x / s) @ edge.maps(stream, x).T
+            return (without / stream.scale(without, edge.target)[..., None] - x / s) @ edge.maps(stream, x).T
         return moved @ edge.maps(stream, x).T / s
 
     def _without(self, stream: Stream, edge: Edge, signals: Mapping[Place, Tensor], x: Tensor) -> Tensor:
@@ -351,11 +352,11 @@ def removed(
             output = output.clone()
             for i, cut in here:
                 edge, block = cut.edges[0], _block(len(output), len(sets), i, how)
-                port = split(stream, role, group, output)[block]  # a view: what is added stays
-                values = port[..., edge.map_index, :] if edge.reader.kind == "head" else port
+                features = port_features(stream, edge.port, group)
+                features = features[edge.map_index] if edge.reader.kind == "head" else features
                 shown = {place: signals[place] for place in cut.places(stream)}
                 shown = {place: x.expand(len(output), *x.shape[1:])[block] for place, x in shown.items()}
-                values[..., edge.rows] += how.change(stream, cut, shown)
+                output[block][..., features[edge.rows]] += how.change(stream, cut, shown)
             return output
 
         return module_of(model, stream, role, group).register_forward_hook(hook)

@@ -25,7 +25,7 @@ from virtual_weights.runtime.edges.edge import (
     removed,
     token_losses,
 )
-from virtual_weights.runtime.running.hooks import Place, module_name, module_named, watched
+from virtual_weights.runtime.running.hooks import Place, block_of, watched
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream, through_norm
 from virtual_weights.stream.norm import without_mean
@@ -71,8 +71,7 @@ def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> 
         state: (B, T, d) the state ``group.reads``, as an earlier run on the same tokens showed it.
     """
     before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
-    names = [module_name(stream, "norm", earlier.id).rpartition(".")[0] for earlier in before]
-    blocks: list[Any] = [module_named(model, stream, name) for name in names]
+    blocks: list[Any] = [block_of(model, stream, earlier) for earlier in before]
     overrides = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = lambda *_, **__: state

@@ -150,7 +150,6 @@ class _Coefficients:
 
     def __init__(self, run: Run, question: Erased) -> None:
         self.stream, self.question = run.stream, question
-        self.activation = activation(run.stream.spec.activation)
         self.sums: dict[tuple[str, Kind], Tensor] = {}
         self.mask, self.state, self.eps = torch.empty(0), torch.empty(0), 0.0
         self.outputs = {
@@ -160,7 +159,7 @@ class _Coefficients:
 
     def _overlap(self, group: Group) -> Tensor:
         """``<w, o>`` of every neuron, (n,) float64."""
-        maps = self.stream.read("up" if self.stream.spec.gated else "in", group).maps[0].to(accumulate)
+        maps = self.stream.read(group.ports[-1], group).maps[0].to(accumulate)
         return (maps * self.stream.write(group)[0].T.to(accumulate)).sum(1)
 
     def see(self, signal: Signal, where: Any, tensor: Tensor) -> None:
@@ -178,7 +177,7 @@ class _Coefficients:
             energy, product = (values * values).sum(1), (self.state * values).sum(1)
             self._along(where, "mlp", energy[:, None], product[:, None])
         else:
-            act = self.activation
+            act = activation(self.stream, self.stream.groups[where])
             self._neurons(where, act(values) if signal == "gate" else gate_factor(act, values))
 
     def _along(self, group: str, kind: Kind, energy: Tensor, product: Tensor) -> None:
@@ -188,7 +187,7 @@ class _Coefficients:
 
     def _neurons(self, group: str, gate: Tensor) -> None:
         """Add coefficients ``-<w, o> g / s``, for g (tokens, n)."""
-        s, step = self.stream.scale(self.state).to(accumulate), max(1, WORKSPACE_BYTES // (8 * len(gate)))
+        s, step = self.stream.scale(self.state, group).to(accumulate), max(1, WORKSPACE_BYTES // (8 * len(gate)))
         slabs = zip(self.overlaps[group].split(step), gate.split(step, 1), strict=True)
         sums = [_sums(-overlap * g.to(accumulate) / s[:, None], self.question.clears) for overlap, g in slabs]
         self._add(group, "neuron", torch.cat(sums, 1))

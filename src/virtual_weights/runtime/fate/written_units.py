@@ -15,7 +15,7 @@ from virtual_weights.linalg import Centring, accumulate
 from virtual_weights.linalg.numerics import SPREAD_ROUNDING, THREE_DIGITS
 from virtual_weights.progress import Progress, silent
 from virtual_weights.runtime.edges.edge import next_token_loss
-from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, watching, wide
+from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, state_module, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream
 
@@ -101,7 +101,7 @@ def written_units(run: Run, sequences: int | None = None, batch: int = 2, progre
         _receive(stream, reader, signals["state", reader.reads], [o for o in outputs if o.group.reaches(reader.reads)])
         progress(len(batches) + i + 1, len(batches) + len(readers))
     states = [signals["state", p] for p in range(stream.states)]
-    centring = Centring(stream.d_model, accumulate).dense().to(states[0]) if stream.spec.norm == "layer" else None
+    centring = Centring(stream.d_model, accumulate).dense().to(states[0]) if stream.spec.centring else None
     return _units(outputs, gradients, states, centring)
 
 
@@ -171,7 +171,7 @@ def _receive(stream: Stream, reader: Group, x: Tensor, outputs: list[_Output]) -
     for port in reader.ports:
         rows = stream.read(port, reader).maps.flatten(0, 1).to(x)
         gram += rows.T @ rows
-    weight = 1 / stream.scale(x).square()
+    weight = 1 / stream.scale(x, reader).square()
     received = ((x @ gram) * x).sum(1).mul(weight).mean()
     if received > 0:
         for output in outputs:
@@ -203,8 +203,8 @@ def _backward(run: Run, tokens: Tensor) -> tuple[dict[Place, Tensor], list[Tenso
         stack.callback(module_of(module, stream, "embed", "embed").register_forward_hook(leaf).remove)
         stack.enter_context(watching(module, stream, wanted, see))
         for state in range(stream.states):
-            norm = module_of(module, stream, "norm", stream.groups.sited(state)[0].id)
-            stack.callback(norm.register_forward_pre_hook(partial(keep, state)).remove)
+            hook = state_module(module, stream, state).register_forward_pre_hook(partial(keep, state))
+            stack.callback(hook.remove)
         loss = next_token_loss(module(tokens, use_cache=False).logits, tokens, run.first)
         total = loss.sum() * (tokens.shape[1] - run.first)
         gradients = torch.autograd.grad(total, [states[p] for p in range(stream.states)])

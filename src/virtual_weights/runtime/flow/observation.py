@@ -129,7 +129,6 @@ def operating_point(run: Run) -> OperatingPoint:
         UsageError: the run has several chunks, transformers is missing, or the model's attention keeps no pattern.
     """
     tokens, stream = one_chunk(run), run.stream
-    function = activation(stream.spec.activation)
     scalars: dict[str, Tensor] = {}
     patterns: dict[str, Tensor] = {}
     gates: dict[str, Tensor] = {}
@@ -139,8 +138,9 @@ def operating_point(run: Run) -> OperatingPoint:
         if signal == "pattern":
             patterns[where] = values
         elif signal == "state":
-            scalars.update(dict.fromkeys((group.id for group in stream.groups.sited(where)), stream.scale(values)))
+            scalars.update({group.id: stream.scale(values, group) for group in stream.groups.sited(where)})
         else:
+            function = activation(stream, stream.groups[where])
             gates[where] = function(values) if signal == "gate" else gate_factor(function, values)
 
     with watching(run.module, stream, places(stream, "state", "pattern", "gate", "in"), see):
@@ -247,7 +247,7 @@ class _MomentSums:
         return Moments(self.stream.source.fingerprint, self.tokens, length, states=states, text=text, **averages)
 
     def _state(self, state: int, x: Tensor) -> None:
-        s = self.stream.scale(x)
+        s = self.stream.scale(x, state)
         self.inverse[state] = 1 / s
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)

@@ -306,7 +306,7 @@ def _mlp(activations: Activations, group: Group, label: Label, logit: Tensor, t:
     """Of an MLP or a neuron: at its own token, gates fixed."""
     stream, port = activations.stream, group.ports[-1]
     rows = slice(None) if label.index is None else slice(label.index, label.index + 1)
-    read, function = stream.read(port, group), activation(stream.spec.activation)
+    read, function = stream.read(port, group), activation(stream, group)
     pre = activations.signals[port, group.id][t, rows].to(accumulate)
     if "gate" in group.ports:
         gate = function(activations.signals["gate", group.id][t, rows].to(accumulate))

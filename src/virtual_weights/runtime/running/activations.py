@@ -14,6 +14,7 @@ from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched, wide
 from virtual_weights.stream import Group, Stream, centred
+from virtual_weights.stream.effective import compared, embedded, norm_gain, projection
 from virtual_weights.stream.norm import constant, fold
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Activations:
 
     def scalar(self, number: int) -> Tensor:
         """The norm scalar with which a state is read, (T,) float64."""
-        return self.stream.scale(self.state(number))
+        return self.stream.scale(self.state(number), number)
 
     def written(self, before: int) -> Iterator[tuple[str, Tensor]]:
         """What every writer that reaches a state has added to it, (T, d) float64, in order of depth."""
@@ -137,7 +138,7 @@ def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
     sites = [group for state in sample for group in stream.groups.sited(state)]
     writers = [group for group in stream.groups.writers if group.first in sample and not group.constant]
     wanted: set[Place] = {("state", state) for p in sample for state in (p - 1, p) if state >= 0}
-    wanted |= {(port, group.id) for group in sites for port in group.ports if port != "unembed"}
+    wanted |= {(port, group.id) for group in sites for port in group.ports}
     wanted |= {("inner", group.id) for group in (*sites, *writers) if group.kind in ("head", "mlp")}
     wanted |= {("pattern", group.id) for group in sites if group.kind == "head"}
     signals, logits = watched(module, stream, wanted, tokens[None].to(next(module.parameters()).device))
@@ -175,7 +176,7 @@ def check_tokens(token: int | None, against: int | None) -> None:
 
 def _whole(stream: Stream) -> None:
     """Refuse a part of a model, naming what it lacks."""
-    blocks = [f"L{layer}.{part}" for layer in range(stream.spec.n_layers) for part in ("attn", "mlp")]
+    blocks = [branch.id for branch in stream.spec.branches]
     missing = [group for group in ("embed", *blocks, "unembed") if group not in stream.groups]
     if missing:
         raise _incomplete(missing)
@@ -210,16 +211,18 @@ class _Step:
     def errors(self, state: int) -> Iterator[Exactness]:
         """The errors of what is written into a state, what reads it, and what follows from that inside a component."""
         x = centred(self.stream, self.signals["state", state])
-        s = self.stream.scale(x)[:, None]
+        s = self.stream.scale(x, state)[:, None]
         before = centred(self.stream, self.signals["state", state - 1]) if state else torch.zeros_like(x)
         groups = [group for group in self.stream.groups.writers if group.first == state]
         written = before + torch.stack([self._written(group) for group in groups]).sum(0)
         yield Exactness(_distance(written / s, x / s), f"what {' and '.join(g.id for g in groups)} write")
         for group in self.stream.groups.sited(state):
             yield from self._read(group, x / s)
-            if group.kind == "head":
+            if group.attention is not None:
                 pattern = self.signals["pattern", group.id]
+            if group.attention is not None and not group.attention.outside:
                 yield Exactness(_distance(self._pattern(group), pattern), f"the pattern of {group.id}")
+            if group.attention is not None:
                 values = self.signals["V", group.id].repeat_interleave(group.sharing, 1)
                 self_mean = torch.einsum("htu,uhk->thk", pattern, values)
                 yield Exactness(_distance(self_mean, self.signals["inner", group.id]), f"the values of {group.id}")
@@ -232,8 +235,13 @@ class _Step:
         stream = self.stream
         if group.kind in ("embed", "pos"):
             name = stream.model.placements[group.kind, group.id].tensor
-            rows = self.tokens.tolist() if group.kind == "embed" else range(len(self.tokens))
-            return centred(stream, torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows]))
+            rows = (
+                self.tokens.tolist()
+                if group.kind == "embed"
+                else range(stream.spec.unnumbered, stream.spec.unnumbered + len(self.tokens))
+            )
+            table = torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
+            return centred(stream, embedded(stream, group.kind, table))
         maps = stream.write(group).float()
         if group.constant:
             return maps[0, :, 0].expand(len(self.tokens), -1)
@@ -245,7 +253,7 @@ class _Step:
             if port == "unembed":
                 maps, constants, received = self._unembedding()
             else:
-                read = self.stream.read(port, group)
+                read = projection(self.stream, port, group)
                 maps, constants, received = read.maps, read.constants, self.signals[port, group.id]
             expected = torch.einsum("mkd,td->tmk", maps.float(), x)
             if constants is not None:
@@ -260,25 +268,30 @@ class _Step:
         count = stream.source.tensors[name].shape[0]
         begin = max(0, count - _VOCABULARY) // 2
         rows = slice(begin, min(count, begin + _VOCABULARY))
-        maps, gain = stream.source.read(name, rows)[None], stream.weight("norm", "unembed")
-        assert gain is not None
-        constants = constant(maps, stream.weight("norm_bias", "unembed"), None, stream.dtype)
-        return fold(maps, gain, stream.spec.norm, stream.dtype), constants, self.logits[:, None, rows]
+        maps, norm, bias = (
+            stream.source.read(name, rows)[None],
+            stream.spec.head.norm,
+            stream.weight("unembed_bias", "unembed"),
+        )
+        gain = norm_gain(stream, "norm", "unembed", norm)
+        shift = stream.weight("norm_bias", "unembed")
+        constants = constant(maps, shift, None if bias is None else bias[None, rows], stream.dtype)
+        return fold(maps, gain, norm, stream.dtype), constants, self.signals["unembed", "unembed"][:, None, rows]
 
     def _pattern(self, group: Group) -> Tensor:
         """The attention pattern of queries and keys, (m, T, T), over the tokens that the module attends to."""
-        queries, keys = self.signals["Q", group.id], self.signals["K", group.id].repeat_interleave(group.sharing, 1)
-        if self.stream.spec.rotary is not None:
-            turns = [self.stream.rotation(position) for position in range(len(queries))]
-            turn = torch.stack([matrix for matrix in turns if matrix is not None]).float()
-            queries, keys = (torch.einsum("tij,tmj->tmi", turn, x) for x in (queries, keys))
-        scores = torch.einsum("tmk,umk->mtu", queries, keys) * self.stream.spec.attention_scale
+        queries, keys = (compared(self.stream, port, group, self.signals[port, group.id]) for port in ("Q", "K"))
+        scores = torch.einsum("tmk,umk->mtu", queries, keys.repeat_interleave(group.sharing, 1))
+        assert group.attention is not None
+        scores = scores * group.attention.scale
+        if group.attention.cap is not None:
+            scores = group.attention.cap * (scores / group.attention.cap).tanh()
         return scores.masked_fill(self.signals["pattern", group.id] == 0, -math.inf).softmax(-1)
 
     def _neurons(self, group: Group) -> Tensor:
         """An MLP's neurons after the nonlinearity of its pre-activations, (T, n)."""
-        act = activation(self.stream.spec.activation)
-        if not self.stream.spec.gated:
+        act = activation(self.stream, group)
+        if "gate" not in group.ports:
             return act(self.signals["in", group.id])
         return act(self.signals["gate", group.id]) * self.signals["up", group.id]
 

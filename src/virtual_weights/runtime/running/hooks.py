@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-import einops
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from virtual_weights.architecture import layer_of
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.stream import Stream, centred
-from virtual_weights.stream.group import READINGS, WRITINGS, Port
+from virtual_weights.stream import Group, Stream, centred
+from virtual_weights.stream.effective import added, after_scale, embedded
+from virtual_weights.stream.group import HEAD_PORTS, READINGS, WRITINGS, Port
+from virtual_weights.stream.layout import columns
 from virtual_weights.stream.names import Kind
 
 Signal = Literal["state", "inner", "written", "pattern"] | Port
@@ -21,7 +24,8 @@ Signal = Literal["state", "inner", "written", "pattern"] | Port
 
 =============  =============================================================================================
 state          (B, T, d) what a norm receives; its place is the number of the state, ``stream.states - 1`` last
-inner          (B, T, m, k) what the output map of attention (m heads) or of an MLP (m = 1) receives
+inner          (B, T, m, k) what the output map of attention (m heads) or of an MLP (m = 1) receives, over the scalar
+               of a norm after the part where there is one
 written        (B, T, d) what an MLP writes, without its bias, which is a writer of its own; what embeddings write;
                centred as their maps are, see ``Stream.write``
 Q, K, V        (B, T, heads or shared heads, k) before rotary turns them, constants included
@@ -94,15 +98,40 @@ def module_name(stream: Stream, role: str, group: str) -> str:
         >>> module_name(stream, "o", "L3.attn")  # doctest: +SKIP
         'model.layers.3.self_attn.o_proj'
     """
-    table = stream.model.hf
-    row = table.row(role, group)
+    if role == "norm" and not stream.model.has("norm", group):  # a norm without a tensor
+        return norm_module(stream, group)
+    row = stream.model.row(role, group)
     if row is None:
         raise MissingTensorError(
-            f"the {stream.model.family} family has no role {role!r} in {group!r}",
-            expected=", ".join(sorted({f"{role} of {row.group}" for row in table.rows for role in row.roles})),
+            f"a model of type {stream.model.family} has no role {role!r} in {group!r}",
+            expected=", ".join(
+                sorted({role for row in stream.model.rows if group in row.groups for role in row.roles})
+            ),
             do="name one of these roles",
         )
-    return table.spelled(row, group).rpartition(".")[0]
+    return row.module
+
+
+def norm_module(stream: Stream, group: str) -> str:
+    """The dotted path of the norm through which a group reads, in transformers' spelling."""
+    layer, names = layer_of(group), stream.model.hf.names
+    if layer is None:
+        return f"{names['prefixes'][0]}{names['final']}"
+    return f"{names['prefixes'][0]}{names['layer'].format(l=layer)}{names[group.rpartition('.')[2] + '.norm']}"
+
+
+def block_of(model: nn.Module, stream: Stream, group: Group) -> nn.Module:
+    """The module of the layer that a group is a part of."""
+    names = stream.model.hf.names
+    return module_named(model, stream, f"{names['prefixes'][0]}{names['layer'].format(l=group.layer)}".rstrip("."))
+
+
+def state_module(model: nn.Module, stream: Stream, state: int) -> nn.Module:
+    """A module that receives a state of the stream first of all: the norm before a reader, or the reader itself."""
+    group = stream.groups.sited(state)[0]
+    if group.norm is not None:
+        return module_of(model, stream, "norm", group.id)
+    return module_of(model, stream, READINGS[group.ports[0]], group.id)
 
 
 def module_of(model: nn.Module, stream: Stream, role: str, group: str) -> nn.Module:
@@ -123,18 +152,20 @@ def module_named(model: nn.Module, stream: Stream, name: str) -> nn.Module:
     )
 
 
-def split(stream: Stream, role: str, group: str, output: Tensor) -> Tensor:
-    """What the module of a role gives, taken apart as its table says: queries, keys and values (..., heads, k)."""
-    row = stream.model.hf.row(role, group)
+def port_features(stream: Stream, port: Port, group: str) -> Tensor:
+    """Which features of what a port's module gives are the port's: (heads, k) or (n,)."""
+    row = stream.model.row(READINGS[port], group)
     assert row is not None
-    # the weight's layout without the stream's axis is that of the output: "d (three h k)" gives "(three h k)"
-    given, wanted = (" ".join(x for x in side.split() if x != "d") for side in row.layout.split("->"))
-    fused = len(row.roles) > 1
-    wanted = f"{wanted.split()[0]} ... {wanted.partition(' ')[2]}" if fused else f"... {wanted}"
-    letters = set(wanted.split())
-    sizes = {name: size for name, size in stream.spec.axes.items() if size and name in letters}
-    tensor = einops.rearrange(output, f"... {given} -> {wanted}", **sizes)
-    return tensor[row.roles.index(role)] if fused else tensor
+    return columns(row, READINGS[port], stream.model.axes(group))
+
+
+def port_values(stream: Stream, port: Port, group: str, output: Tensor) -> Tensor:
+    """What the module of a port gives, taken apart: queries, keys and values (..., heads, k), or (..., n)."""
+    row = stream.model.row(READINGS[port], group)
+    if port not in HEAD_PORTS and not (row and row.slots):
+        return output
+    features = port_features(stream, port, group)
+    return output[..., features.to(output.device)] if row and row.slots else output.unflatten(-1, features.shape)
 
 
 def _wheres(stream: Stream, signal: Signal) -> list[str] | range:
@@ -154,25 +185,42 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
     """The hook of one place."""
     signal, where = place
     if signal == "state":
-        site = stream.groups.sited(int(where))[0].id
-        return _before(module_of(module, stream, "norm", site), partial(see, signal, where))
+        return _before(state_module(module, stream, int(where)), partial(see, signal, where))
     group = stream.groups[str(where)]
     if signal == "pattern":
         return _pattern(module, stream, group.id, partial(see, signal, where))
-    if signal in ("inner", "written"):
-        output = module_of(module, stream, WRITINGS[group.kind], group.id)
-        if signal == "inner":
-            shape = len(group.components), group.width
-            return _before(output, lambda tensor: see(signal, where, tensor.unflatten(-1, shape)))
-        bias = stream.weight("bias", f"{group.id}.bias")
+    if signal == "inner":
+        shape = len(group.components), group.width
 
-        def written(tensor: Tensor) -> None:
-            see(signal, where, centred(stream, tensor if bias is None else tensor - bias.to(tensor)))
+        def inner(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            z = given[0].detach().unflatten(-1, shape)
+            scalar = None if group.after is None else after_scale(stream, output.detach(), group)
+            see(signal, where, z if scalar is None else z / scalar[..., None, None])
 
-        return _after(output, written)
-    role = READINGS[signal]
-    reader = module_of(module, stream, role, group.id)
-    return _after(reader, lambda tensor: see(signal, where, split(stream, role, group.id, tensor)))
+        return module_of(module, stream, WRITINGS[group.kind], group.id).register_forward_hook(inner)
+    if signal == "written":
+        return _written(module, stream, group, partial(see, signal, where))
+    reader = module_of(module, stream, READINGS[signal], group.id)
+    return _after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
+
+
+def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Tensor], None]) -> Hook:
+    """What an MLP or an embedding writes, as the write maps say it."""
+    output = module_of(module, stream, WRITINGS[group.kind], group.id)
+    if group.kind == "embed" and (stream.spec.embedding.factor != 1 or stream.spec.embedding.norm is not None):
+
+        def rows(embedding: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
+            table = dict(embedding.named_parameters())["weight"].detach()
+            see(centred(stream, embedded(stream, "embed", functional.embedding(given[0], table))))
+
+        return output.register_forward_hook(rows)
+    bias = stream.weight("bias", f"{group.id}.bias")
+
+    def written(tensor: Tensor) -> None:
+        given = tensor if bias is None else tensor - bias.to(tensor)
+        see(centred(stream, added(stream, given, group) if group.kind == "mlp" else given))
+
+    return _after(output, written)
 
 
 def _before(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
@@ -212,11 +260,17 @@ def forward(module: nn.Module, tokens: Tensor) -> None:
     body(tokens.to(next(module.parameters()).device), use_cache=False)
 
 
-def activation(name: str) -> nn.Module:
-    """A nonlinearity by transformers' name for it."""
+def activation(stream: Stream, group: Group) -> nn.Module:
+    """The nonlinearity of an MLP, by transformers' name for it, with the numbers of its own that it may have."""
     from transformers.activations import ACT2FN
 
-    return ACT2FN[name]
+    assert group.mlp is not None
+    module = ACT2FN[group.mlp.activation]
+    for role, name in (("act.p", "alpha_p"), ("act.n", "alpha_n"), ("act.beta", "beta"), ("act.eps", "eps")):
+        number = stream.weight(role, group)
+        if number is not None:
+            getattr(module, name).data = number
+    return module
 
 
 def leaf(_module: nn.Module, _given: object, output: Tensor) -> Tensor:

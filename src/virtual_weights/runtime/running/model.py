@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, final
 
-import einops
 import torch
 from torch import Tensor, nn
 
-from virtual_weights.architecture import Row, config_for
+from virtual_weights.architecture import Row
 from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from, twin, unwrapped
 from virtual_weights.errors import ArchitectureError, CheckpointError, MissingTensorError, UsageError
 from virtual_weights.linalg.numerics import accumulate, exactness_bound
 from virtual_weights.runtime.running.activations import Exactness, exactness, vocabulary
 from virtual_weights.stream import Stream
+from virtual_weights.stream.effective import as_stored
+from virtual_weights.stream.layout import packed
 from virtual_weights.stream.rotary import frequencies
 from virtual_weights.stream.turned import Turned
 
@@ -159,59 +160,73 @@ def _built(
             expected="the extra 'runtime' of this package",
             do="pip install '.[runtime]' in this project's folder",
         )
-    module, config = _empty(stream, tied)
+    module = _empty(stream, tied)
     tensors = dict(_parameters(stream, dtype)) if tensors is None else tensors
-    absent = sorted(set(dict(module.named_parameters(remove_duplicate=False))) - set(tensors))
+    names = set(dict(module.named_parameters(remove_duplicate=False)))
+    absent = sorted(names - set(tensors))
     if absent:
         raise MissingTensorError(
             f"{len(absent)} tensors are missing to run this model: {', '.join(absent[:6])}",
             expected=f"every tensor of a {stream.spec.n_layers}-layer {stream.spec.model_type}",
             do="open the complete checkpoint",
         )
-    module.load_state_dict(tensors, assign=True, strict=True)
+    left = module.load_state_dict(tensors, assign=True, strict=False).unexpected_keys
+    if left:
+        raise ArchitectureError(
+            f"{type(module).__name__} has no place for {len(left)} tensors: {', '.join(sorted(left)[:6])}",
+            expected="the tensors of its class",
+            do="ask questions of the weights alone",
+        )
     module.tie_weights()
-    rotary = dict(module.base_model.named_children()).get("rotary_emb")
-    if rotary is not None:  # its frequencies are computed, not stored
-        module.base_model.rotary_emb = type(rotary)(config)
-        factors, own = stream.weight("factors", "rotary"), module.base_model.rotary_emb.inv_freq
-        assert stream.spec.rotary is not None
-        turning = frequencies(stream.spec.rotary, factors).float()
-        if factors is not None or len(turning) < len(own):  # what no configuration can say
-            module.base_model.rotary_emb.inv_freq = torch.cat([turning, own.new_zeros(len(own) - len(turning))])
+    _retune(stream, module)
     return module
 
 
-_MASKS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-"""Keys of ``config.json`` that limit which tokens attention reaches: the maps do not depend on them, a run does."""
+def _retune(stream: Stream, module: Any) -> None:
+    """Frequencies that no configuration can say: those divided by stored factors, and those of a part of each head."""
+    turning = next((group.rotary for group in stream.groups.heads if group.rotary), None)
+    own = dict(module.named_buffers()).get("model.rotary_emb.inv_freq")
+    factors = stream.weight("factors", "rotary")
+    if turning is None or own is None or (factors is None and not turning.apart):
+        return
+    values = frequencies(turning, factors).float()
+    own.copy_(torch.cat([values, own.new_zeros(len(own) - len(values))]))
 
 
-def _empty(stream: Stream, tied: bool | None = None) -> tuple[Any, Any]:
-    """A module of the class that our own table names, without tensors, and its configuration of a stream's sizes."""
-    import transformers
+def _empty(stream: Stream, tied: bool | None = None) -> Any:
+    """A module of the class that our own table names, with uninitialised tensors, of the configuration opened."""
     from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.initialization import no_init_weights
 
-    source, model, rotary = stream.source, stream.model, stream.spec.rotary
-    if rotary is not None and rotary.apart == stream.spec.d_head // 2:  # as if all turned: some by nothing
-        model = replace(model, spec=replace(model.spec, rotary=replace(rotary, dim=stream.spec.d_head)))
-    settings = config_for(model)
+    model = stream.model
+    kind = next((name for name in model.hf.bases if name in CONFIG_MAPPING), None)
+    settings = {key: value for key, value in model.config.items() if key not in _OF_FILES and not key.startswith("_")}
+    for trait, size in model.sizes.items():  # not every class fills in what is null
+        if settings.get(trait) is None:
+            settings[trait] = size
     settings["vocab_size"] = vocabulary(stream)
-    if tied is not None:
-        settings["tie_word_embeddings"] = tied
-    if source.dialect == "hf":
-        settings |= {key: source.config[key] for key in _MASKS if key in source.config}
-    kind = getattr(transformers, settings["architectures"][0])
+    settings["tie_word_embeddings"] = model.spec.tied if tied is None else tied
+    # no text is generated, so that no token has a part to play
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
-        # no text is generated, so that no token has a part to play
-        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        config = kind.config_class(**settings, **tokens, attn_implementation="eager")
-        with torch.device("meta"):  # nothing is allocated or initialised: every parameter is replaced
-            return kind(config), config
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        assert kind is not None
+        config = CONFIG_MAPPING[kind](**{**settings, **tokens}, attn_implementation="eager")
+        with no_init_weights():  # every parameter is replaced, and no memory is touched before
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise ArchitectureError(
             f"transformers refuses the settings of this model: {' '.join(str(error).split())[:300]}",
             expected="settings that its class accepts",
             do="correct config.json, or pass config= with the right values",
         ) from error
+
+
+_OF_FILES = frozenset(
+    "model_type architectures torch_dtype dtype transformers_version auto_map gguf_turned experts_implementation"
+    " attn_implementation".split()
+)
+"""Keys that say something of the files, or of how a model is run."""
 
 
 def _parameters(stream: Stream, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -220,19 +235,19 @@ def _parameters(stream: Stream, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
     Raises:
         ArchitectureError: the checkpoint holds what transformers' module has no place for.
     """
-    table, placements = stream.model.hf, stream.model.placements
+    model, placements = stream.model, stream.model.placements
     left = set(placements) - {("factors", "rotary")}
     ends: dict[str, Tensor] = {}  # one tensor for both ends of the stream stays one
-    for row in table.rows:
-        for group in row.groups(stream.spec.n_layers):
-            left -= {(role, group) for role in row.roles}
-            place = placements.get((row.roles[0], group))
-            if place is None:
-                continue
-            tensor = ends[place.tensor] if place.tensor in ends else _parameter(stream, row, group).to(dtype)
-            if row.roles in (("embed",), ("unembed",)):
-                ends[place.tensor] = tensor
-            yield table.spelled(row, group), tensor
+    for row in model.rows:
+        group = row.groups[0]
+        left -= {(role, group) for role in row.roles for group in row.groups}
+        place = placements.get((row.roles[0], group))
+        if place is None:
+            continue
+        tensor = ends[place.tensor] if place.tensor in ends else _parameter(stream, row).to(dtype)
+        if row.roles in (("embed",), ("unembed",)):
+            ends[place.tensor] = tensor
+        yield row.name, tensor
     if left:
         names = sorted({placements[place].tensor for place in left})
         raise ArchitectureError(
@@ -242,18 +257,11 @@ def _parameters(stream: Stream, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
         )
 
 
-def _parameter(stream: Stream, row: Row, group: str) -> Tensor:
+def _parameter(stream: Stream, row: Row) -> Tensor:
     """The parameter of one row of transformers' table, in transformers' layout."""
+    group = row.groups[0]
     place = stream.model.placements[row.roles[0], group]
-    if place.layout == row.layout:
+    if stream.source.dialect == "hf" and place.layout == row.layout:
         return stream.source.read(place.tensor)
-    parts = [stream.weight(role, group) for role in row.roles]
-    canonical = torch.stack([part for part in parts if part is not None])
-    stored, ours = row.layout.split("->")
-    sizes = {name: size for name, size in stream.spec.axes.items() if size and name in _letters(row.layout)}
-    one = len(row.roles) == 1
-    return einops.rearrange(canonical[0] if one else canonical, f"{ours} -> {stored}", **sizes).contiguous()
-
-
-def _letters(layout: str) -> set[str]:
-    return set(layout.replace("(", " ").replace(")", " ").replace("->", " ").split())
+    roles = [as_stored(stream, role, group) for role in row.roles]
+    return packed([role for role in roles if role is not None], row, stream.model.axes(group))

@@ -1,0 +1,254 @@
+"""Effective maps: how a port reads and a component writes once everything linear around them is folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from virtual_weights.architecture import Attention, Norm
+from virtual_weights.errors import UsageError
+from virtual_weights.stream.group import READINGS, WRITINGS, Group, Port, group_id, ports_of
+from virtual_weights.stream.norm import constant, fold, normed, scale, without_mean
+
+if TYPE_CHECKING:
+    from virtual_weights.stream.stream import Stream
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The read maps of one port in one layer.
+
+    Attributes:
+        maps: shape (m, k, d): m heads of width k (m = 1 for an MLP or the unembedding). Keys and
+            values of grouped attention are held once per key/value head.
+        constants: shape (m, k), what arrives whatever the stream holds, None where nothing.
+        shift: shape (m, k), what a norm on the port adds behind its scalar, None where nothing.
+    """
+
+    maps: Tensor
+    constants: Tensor | None
+    shift: Tensor | None = None
+
+
+def reader(stream: Stream, port: Port, group: Group | str = "unembed") -> Read:
+    """The effective read maps of one port: ``R~ = diag(g) R diag(gamma) (P)`` and ``g (R beta + c)``.
+
+    g is the gain of a norm on queries or keys, 1 where there is none; its scalar is a site of its own, see
+    ``port_scale``. The unembedding's are less their mean over tokens: a logit is one less the mean over the
+    vocabulary, which no probability sees; not so where logits are capped.
+
+    Args:
+        stream: the model.
+        port: ``"Q"``, ``"K"``, ``"V"``, ``"gate"``, ``"up"``, ``"in"`` (an ungated MLP) or ``"unembed"``.
+        group: what reads, e.g. ``"L3.attn"``.
+
+    Raises:
+        MissingTensorError: a partial checkpoint lacks this reader.
+        UsageError: the model has no such port.
+    """
+    read = projection(stream, port, group)
+    if not stream.folded:
+        return read
+    if port == "unembed":
+        read = as_logits(stream, read)
+        if stream.spec.head.cap is not None:
+            return read
+        maps = without_mean(read.maps, -2)
+        return Read(maps, None if read.constants is None else without_mean(read.constants, -1))
+    return _inner(stream, read, port, group_id(group)) if port in ("Q", "K") else read
+
+
+def projection(stream: Stream, port: Port, group: Group | str) -> Read:
+    """What a port's own map gives, before any norm on queries and keys, and before any factor on logits."""
+    site = group_id(group)
+    branch = stream.spec.branch(site)
+    ports = ports_of(branch.part) if branch is not None else ("unembed",)
+    if port not in ports:
+        raise UsageError(f"{site} has no port {port!r}", expected=" and ".join(ports), do="name one of these ports")
+    role, norm = READINGS[port], stream.spec.head.norm if branch is None else branch.before
+    maps = stream.needed(role, site)
+    bias = stream.weight(f"{role}_bias", site)
+    maps, bias = (maps, bias) if maps.ndim == 3 else (maps[None], None if bias is None else bias[None])
+    if not stream.folded:
+        return Read(maps, bias)
+    gain, shift = norm_gain(stream, "norm", site, norm), stream.weight("norm_bias", site)
+    return Read(fold(maps, gain, norm, stream.dtype), constant(maps, shift, bias, stream.dtype))
+
+
+def as_logits(stream: Stream, read: Read) -> Read:
+    """What the unembedding's own map gives, as logits before a cap."""
+    factor = stream.spec.head.factor if stream.folded else 1.0
+    if factor == 1.0:
+        return read
+    return Read(read.maps * factor, None if read.constants is None else read.constants * factor)
+
+
+def _inner(stream: Stream, read: Read, port: Port, group: str) -> Read:
+    """Read maps of queries or keys with what is linear in a norm on them, and with what scales turning planes."""
+    attention = _attention(stream, group)
+    maps, constants, shift = read.maps, read.constants, None
+    if attention.rotary is not None and attention.rotary.factor != 1.0:
+        weights = torch.ones(attention.width, dtype=maps.dtype)
+        weights[: attention.rotary.dim] = attention.rotary.factor
+        maps, constants = maps * weights[:, None], None if constants is None else constants * weights
+    if attention.port_norm is None:
+        return Read(maps, constants)
+    norm, heads = attention.port_norm.norm, maps.shape[0]
+    if norm.kind == "layer":
+        maps = without_mean(maps, 1)
+        constants = None if constants is None else without_mean(constants, 1)
+    gain, shift = _port_gain(stream, port, group, heads)
+    if gain is not None:
+        maps = maps * gain[..., None]
+        constants = None if constants is None else constants * gain
+    return Read(maps, constants, shift)
+
+
+def _attention(stream: Stream, group: str) -> Attention:
+    branch = stream.spec.branch(group)
+    assert branch is not None and isinstance(branch.part, Attention)
+    return branch.part
+
+
+def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and shift of a norm on queries or keys, (heads, k) each; before rotary each its own.
+
+    Behind it both gains stand in the keys' maps: ``(R_m q)^T diag(g_q g_k) R_n k``, for a key at place 0.
+    """
+    norm = _attention(stream, group).port_norm
+    assert norm is not None
+    role = READINGS[port]
+    shift = stream.weight(f"{role}_norm_bias", group)
+    shift = None if shift is None else _least(stream, shift).expand(heads, -1)
+    if not norm.after_rotary:
+        return _own_gain(stream, role, group, heads), shift
+    both = [_own_gain(stream, "q", group, 1), _own_gain(stream, "k", group, 1)]
+    if port == "Q" or both[0] is None or both[1] is None:
+        return None, shift
+    return (both[0] * both[1]).expand(heads, -1), shift
+
+
+def _own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None:
+    """The gain of the norm on queries or keys, (heads, k); None where it has none."""
+    norm = _attention(stream, group).port_norm
+    weight = stream.weight(f"{role}_norm", group)
+    if weight is None and stream.model.has(f"{role}_norm.0", group):  # each head has a tensor of its own
+        weight = torch.stack([stream.needed(f"{role}_norm.{head}", group) for head in range(heads)])
+    return None if weight is None or norm is None else (_least(stream, weight) + norm.norm.plus).expand(heads, -1)
+
+
+def writer(stream: Stream, group: Group | str) -> Tensor:
+    """The write maps of a group, shape (m, d, k), not centred, see ``Stream.write``."""
+    id = group_id(group)
+    if id not in stream.groups:
+        raise stream.missing("output", id)
+    kind = stream.groups[id].kind
+    if kind not in WRITINGS:
+        raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
+    maps = stream.needed(WRITINGS[kind], id)
+    if kind in ("embed", "pos"):
+        return embedded(stream, kind, maps[stream.spec.unnumbered :] if kind == "pos" else maps).T[None]
+    maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
+    return _weighed(stream, maps, stream.groups[id]) if stream.folded else maps
+
+
+def _weighed(stream: Stream, maps: Tensor, group: Group) -> Tensor:
+    """Write maps with the branch's factor, and what is linear in the norm after it."""
+    branch = group.branch
+    if branch is None:
+        return maps
+    if branch.after is not None:
+        maps = _least(stream, without_mean(_least(stream, maps), -2) if branch.after.kind == "layer" else maps)
+        gain = norm_gain(stream, "after", group, branch.after)
+        maps = maps if gain is None else maps * gain.to(maps)[:, None]
+    return maps if branch.factor == 1.0 else _least(stream, maps) * branch.factor
+
+
+def embedded(stream: Stream, kind: str, rows: Tensor) -> Tensor:
+    """Rows of the table of an embedding, (n, d), as they enter the stream: with its factor, through its norm."""
+    embedding = stream.spec.embedding
+    if kind == "embed" and stream.folded:
+        rows = rows if embedding.factor == 1.0 else _least(stream, rows) * embedding.factor
+        if embedding.norm is not None:
+            gain, shift = norm_gain(stream, "norm", "embed", embedding.norm), stream.weight("norm_bias", "embed")
+            rows = normed(_least(stream, rows), gain, shift, embedding.norm)
+    return rows
+
+
+def norm_gain(stream: Stream, role: str, group: Group | str, norm: Norm | None) -> Tensor | None:
+    """The gain of a norm, ``plus`` in it, of role ``"norm"`` or ``"after"``; None where it is 1."""
+    gain = stream.weight(role, group) if norm is not None else None
+    return gain if gain is None or not norm or not norm.plus else _least(stream, gain) + norm.plus
+
+
+def as_stored(stream: Stream, role: str, group: str) -> Tensor | None:
+    """A role's tensor as transformers stores it; what it adds to a gain may be in another format's already."""
+    weight = stream.weight(role, group)
+    trait = {"norm": "plus", "after": "plus", "q_norm": "qk_plus", "k_norm": "qk_plus"}.get(role)
+    if weight is None or trait is None:
+        return weight
+    added = stream.model.entry.values[trait] - stream.model.hf.values[trait]
+    return weight + added if added else weight
+
+
+def added(stream: Stream, given: Tensor, group: Group) -> Tensor:
+    """What a part adds to the stream, (..., d), of what its output map gives, its bias left out."""
+    scalar = after_scale(stream, given, group)
+    return _weighed(stream, given[..., None], group)[..., 0] / scalar[..., None].to(given)
+
+
+def _least(stream: Stream, tensor: Tensor) -> Tensor:
+    """At least in the dtype in which norms are folded."""
+    return tensor.to(torch.promote_types(tensor.dtype, stream.dtype))
+
+
+def compared(stream: Stream, port: Port, group: Group, values: Tensor) -> Tensor:
+    """Queries or keys as attention compares them, (T, m, k), of what the port's own map gives tokens 0 to T - 1.
+
+    They are turned by their places and pass the norm on them, in the order in which the model does both.
+    """
+    attention = group.attention
+    assert attention is not None
+    rotary, norm = attention.rotary, attention.port_norm
+    if rotary is not None:
+        rotations = [stream.rotation(place, group) for place in range(len(values))]
+        turn = torch.stack([turn for turn in rotations if turn is not None]).to(values.dtype)
+        weights = values.new_ones(attention.width)
+        weights[: rotary.dim] = rotary.factor
+    else:
+        turn, weights = None, None
+
+    def turned(x: Tensor) -> Tensor:
+        return x if turn is None or weights is None else torch.einsum("tij,tmj->tmi", turn, x * weights)
+
+    if norm is None:
+        return turned(values)
+    gains = _own_gain(stream, READINGS[port], group.id, values.shape[1])
+    shift = stream.weight(f"{READINGS[port]}_norm_bias", group)
+    values = turned(values) if norm.after_rotary else values
+    centre = values - values.mean(-1, keepdim=True) if norm.norm.kind == "layer" else values
+    values = centre / port_scale(stream, port, group, values)[..., None]
+    values = values if gains is None else values * gains.to(values)
+    values = values if shift is None else values + shift.to(values)
+    return values if norm.after_rotary else turned(values)
+
+
+def after_scale(stream: Stream, given: Tensor, group: Group | str) -> Tensor:
+    """The scalar of the norm after a part, of what the part gives (..., d), as it leaves its map; 1 without one."""
+    return scale(given, stream.groups[group_id(group)].after)
+
+
+def port_scale(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
+    """The scalar of a norm on queries or keys, of what the port's own map gives (..., m, k), see ``projection``.
+
+    Returns:
+        (..., m), the same for all heads where the norm is over all; 1 where there is none.
+    """
+    attention = stream.groups[group_id(group)].attention
+    norm = attention.port_norm if attention is not None and port in ("Q", "K") else None
+    if norm is None or norm.over == "head":
+        return scale(values, None if norm is None else norm.norm)
+    return scale(values.flatten(-2), norm.norm)[..., None].expand(values.shape[:-1])
