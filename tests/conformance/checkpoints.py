@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -50,11 +51,13 @@ class Flavour:
         name: what is said of it after the type's name.
         keys: what of the configuration differs from the base's.
         saved: keys that are written into config.json afterwards, as older files have them; None removes a key.
+        bare: whether the tensors' names lack the prefix of the base model, as files of the base model do.
     """
 
     name: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] | None = None
+    bare: bool = False
 
 
 @cache
@@ -85,10 +88,14 @@ def _shrunk(config: Any, model_type: str) -> dict[str, Any]:
             keys[key] = {"model_type": sub.model_type, **_shrunk(sub, sub.model_type)}
     if "qk_rope_head_dim" in keys:  # latent attention: as many key heads as query heads, and a head's width is what turns
         keys |= {key: size for key, size in {"num_key_value_heads": 6, "head_dim": keys["qk_rope_head_dim"]}.items() if key in keys}
-    own = {key: None if value == "null" else value for key, value in SIZES["type"].get(model_type, {}).items()}
+    own = _nulled(SIZES["type"].get(model_type, {}))
     for key, value in own.items():
         keys[key] = {**keys.get(key, {}), **value} if isinstance(value, dict) else value
     return {key: value for key, value in keys.items() if value != "-"}
+
+
+def _nulled(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if value == "null" else value for key, value in keys.items()}
 
 
 def _of_kind(key: str, default: Any, value: Any) -> bool:
@@ -117,6 +124,8 @@ def flavours(model_type: str) -> tuple[Flavour, ...]:
         base = _configuration(model_type, {})
     except Exception:  # noqa: BLE001 - whatever it is, building the base says it again
         return (Flavour("base"),)
+    if model_type in SIZES["large"]:
+        return (Flavour("base"),)
     given, made = config.to_dict(), base.to_dict()
     return (
         Flavour("base"),
@@ -126,6 +135,7 @@ def flavours(model_type: str) -> tuple[Flavour, ...]:
         *_layer_kinds(given, made),
         *_nulls(given, made),
         *_rotary(made, base),
+        *(Flavour(name, _nulled(keys)) for name, keys in SIZES["flavour"].get(model_type, {}).items()),
     )
 
 
@@ -133,6 +143,8 @@ def _ties(made: Mapping[str, Any]) -> Iterator[Flavour]:
     if "tie_word_embeddings" in made:
         tied = not made["tie_word_embeddings"]
         yield Flavour("tied" if tied else "untied", {"tie_word_embeddings": tied})
+        yield Flavour("tied-bare-names", {"tie_word_embeddings": True}, bare=True)
+        yield Flavour("tied-with-own-head", {"tie_word_embeddings": False}, {"tie_word_embeddings": True})
 
 
 def _head_counts(made: Mapping[str, Any]) -> Iterator[Flavour]:
@@ -166,6 +178,8 @@ def _layer_kinds(given: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[
     if len(kinds) > 1:
         for kind in kinds:
             yield Flavour(f"all-{kind}", {"layer_types": [kind] * 4})
+        if "full_attention" in kinds and made.get("sliding_window") is not None:
+            yield Flavour("all-full-no-window", {"layer_types": ["full_attention"] * 4, "sliding_window": None})
     if "sliding_window" in made:
         other = 5 if made["sliding_window"] is None else None
         yield Flavour(f"sliding_window={other}", {"sliding_window": other})
@@ -183,6 +197,8 @@ def _nulls(given: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[Flavou
     for key in ("head_dim", "n_inner", "intermediate_size", "ffn_hidden_size", "num_key_value_heads"):
         if key in given and given[key] is None and made.get(key) is not None:
             yield Flavour(f"{key}=null", {key: None})
+    if isinstance(given.get("head_dim"), int):
+        yield Flavour("head_dim=24", {"head_dim": 24})
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale"):
         if made.get(key) is not None:
             yield Flavour(f"{key}=null", {key: None})
@@ -213,14 +229,28 @@ def _rotary(made: Mapping[str, Any], config: Any) -> Iterator[Flavour]:
             yield Flavour(f"rope-{name}-full-only", {"rope_parameters": one})
     for share in (0.5, 1.0):
         yield Flavour(f"partial-{share}", {"rope_parameters": _with_theta(rope, partial_rotary_factor=share)})
-    yield Flavour("partial-linear", {"rope_parameters": _with_theta(rope, partial_rotary_factor=0.5, rope_type="linear", factor=2.5)})
+    for name in ("linear", "yarn", "longrope"):
+        scaling = {**scalings(head // 4)[name], "partial_rotary_factor": 0.5}
+        yield Flavour(f"partial-{name}", {"rope_parameters": _with_theta(rope, **scaling)})
     if not nested:
-        partial = {k: v for k, v in rope.items() if k == "partial_rotary_factor"}
-        theta = {"rope_parameters": None, "rope_theta": 50.0, **partial}
-        yield Flavour("old-theta", {}, theta)
-        yield Flavour("old-linear", {}, {**theta, "rope_scaling": {"type": "linear", "factor": 2.5}})
-        yield Flavour("old-llama3", {}, {**theta, "rope_scaling": scalings(planes)["llama3"]})
-        yield Flavour("old-partial", {}, {**theta, "partial_rotary_factor": 0.5})
+        yield from _older_rotary(rope, planes)
+
+
+def _older_rotary(rope: Mapping[str, Any], planes: int) -> Iterator[Flavour]:
+    """Rotary settings as files from before transformers 5 have them, and keys of other types beside them."""
+    partial = {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
+    theta = {"rope_parameters": None, "rope_theta": 50.0, **partial}
+    longrope = scalings(planes)["longrope"]
+    outside = longrope.pop("original_max_position_embeddings")
+    yield Flavour("old-theta", {}, theta)
+    yield Flavour("old-linear", {}, {**theta, "rope_scaling": {"type": "linear", "factor": 2.5}})
+    yield Flavour("old-llama3", {}, {**theta, "rope_scaling": scalings(planes)["llama3"]})
+    yield Flavour("old-yarn", {}, {**theta, "rope_scaling": scalings(planes)["yarn"]})
+    yield Flavour("old-longrope", {}, {**theta, "rope_scaling": longrope, "original_max_position_embeddings": outside})
+    yield Flavour("old-partial", {}, {**theta, "partial_rotary_factor": 0.5})
+    yield Flavour("new-and-old-scaling", {}, {"rope_scaling": {"type": "linear", "factor": 2.5}})
+    yield Flavour("other-names", {}, {"rope_parameters": None, "rotary_emb_base": 50.0, "rotary_pct": 0.5})
+    yield Flavour("rotary-pct-beside-partial", {}, {**theta, "rotary_pct": 0.5, "partial_rotary_factor": 1.0})
 
 
 def scalings(planes: int) -> dict[str, dict[str, Any]]:
@@ -297,19 +327,39 @@ def build(model_type: str, flavour: Flavour | str, folder: Path) -> Any:
             randomise(model)
         model = model.float().eval()
         model.save_pretrained(folder)
-        if flavour.saved is None:
+        if flavour.bare:
+            _without_prefix(folder / "model.safetensors", f"{model.base_model_prefix}.")
+        if flavour.saved is None and not flavour.bare:
             return model
         file = folder / "config.json"
-        saved = json.loads(file.read_text()) | dict(flavour.saved)
+        saved = json.loads(file.read_text()) | dict(flavour.saved or {})
         file.write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32
-        ).eval()
+        return _loaded(folder)
     except Exception as error:
         raise NotBuildable(f"{type(error).__name__}: {error}") from error
     finally:
         if not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _loaded(folder: Path) -> Any:
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"transformers misses {sorted(report['missing_keys'])[:3]}")
+    return model.eval()
+
+
+def _without_prefix(file: Path, prefix: str) -> None:
+    tensors = load_file(file)
+    if not any(name.startswith(prefix) for name in tensors):
+        raise ValueError(f"no name begins with {prefix}")
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def prompt(model: Any, length: int = 12) -> Tensor:
