@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import virtual_weights as vw
+from virtual_weights.stream.effective import port_scale, projection
 
 EXACT = 1e-5
 """Relative error below which a reading is right; rotary angles and norms of transformers are in float32."""
@@ -63,15 +64,15 @@ def judge(model_type: str, flavour: Flavour, folder: Path) -> Verdict:
     except NotBuildable as reason:
         return Verdict(name, "not buildable", text=str(reason))
     try:
+        trace = run(model, tokens)
+    except Exception as reason:  # noqa: BLE001 - transformers cannot run it
+        return Verdict(name, "not buildable", text=f"does not run: {type(reason).__name__}: {reason}")
+    try:
         stream = vw.open(folder).to(torch.float64)
     except vw.VirtualWeightsError as refusal:
         return Verdict(name, "refused", text=str(refusal))
     except Exception:  # noqa: BLE001 - that is what is looked for
         return Verdict(name, "crashed", text=traceback.format_exc())
-    try:
-        trace = run(model, tokens)
-    except Exception as reason:  # noqa: BLE001 - transformers cannot run it
-        return Verdict(name, "not buildable", text=f"does not run: {type(reason).__name__}: {reason}")
     try:
         return _verdict(name, list(errors(stream, model, tokens, trace)))
     except Exception:  # noqa: BLE001
@@ -171,33 +172,44 @@ class Replay:
         """The sum of what was written up to a state, (T, d)."""
         return torch.stack([vector for position, vector in self.writes if position <= number]).sum(0)
 
-    def read(self, port: str, group: Any) -> Tensor:
+    def read(self, port: str, group: Any, maps: Any = None) -> Tensor:
         """What a port receives, (T, m, k)."""
-        x, read = self.state(group.reads), self.stream.read(port, group)
+        x, read = self.state(group.reads), maps or self.stream.read(port, group)
         values = torch.einsum("mkd,td->tmk", read.maps.double(), x) / self.stream.scale(x, group)[:, None, None]
         return values if read.constants is None else values + read.constants.double()
 
-    def through_port_norm(self, port: str, group: Any, values: Tensor) -> Tensor:
-        """Queries or keys after their norm, (T, m, k)."""
-        if self.stream.spec.branch(group.id).part.port_norm is None:
+    def through_port_norm(self, port: str, group: Any) -> Tensor:
+        """Queries or keys over the scalar of their norm, (T, m, k)."""
+        values, part = self.read(port, group), self.stream.spec.branch(group.id).part
+        if part.port_norm is None:
             return values
-        scale = self.stream.port_scale(port, group, values)
-        values = values / scale.reshape(*scale.shape, *[1] * (3 - scale.ndim))
+        plain = self.read(port, group, projection(self.stream, port, group))
+        values = values / port_scale(self.stream, port, group, plain)[..., None]
         shift = self.stream.read(port, group).shift
         return values if shift is None else values + shift.double()
 
     def scores(self, group: Any) -> Tensor:
-        """``scale q_m^T R_(m-n)^T k_n`` of every head, (heads, T, T); 0 above the diagonal."""
-        q, k = (self.through_port_norm(port, group, self.read(port, group)) for port in "QK")
+        """``scale q_m^T R_(m-n)^T k_n`` of every head, capped, (heads, T, T); 0 above the diagonal.
+
+        Behind a norm with gains after rotary there is no such law: then ``q_m^T R_m^T G R_n k_n`` with maps less G.
+        """
+        part = self.stream.spec.branch(group.id).part
+        q, k = (self.through_port_norm(port, group) for port in "QK")
+        after = part.port_norm is not None and part.port_norm.after_rotary
+        if after:
+            gains = [self.stream.weight(role, group) for role in ("q_norm", "k_norm")]
+            gain = 1.0 if gains[0] is None else gains[0].double() * gains[1].double()
+            turns = torch.stack([self.stream.rotation(place, group).double() for place in range(len(q))])
+            q, k = (torch.einsum("tij,tmj->tmi", turns, x) for x in (q, k / gain))
+            q = q * gain
         k = k.repeat_interleave(group.sharing, dim=1)
         scores = torch.zeros(q.shape[1], len(q), len(q), dtype=torch.float64)
         for offset in range(len(q)):
-            turn = self.stream.rotation(offset, group)
+            turn = None if after else self.stream.rotation(offset, group)
             query = q[offset:] if turn is None else q[offset:] @ turn.double().mT
             scores += torch.diag_embed(torch.einsum("tmk,tmk->mt", query, k[: len(q) - offset]), -offset)
-        scores = scores * self.stream.attention_scale(group)
-        cap = self.stream.spec.branch(group.id).part.cap
-        return scores if cap is None else cap * (scores / cap).tanh()
+        scores = scores * part.scale
+        return scores if part.cap is None else part.cap * (scores / part.cap).tanh()
 
     def attention(self, group: Any) -> Iterator[tuple[str, float]]:
         """Compare scores with patterns, then write what the heads attend to."""
