@@ -55,7 +55,9 @@ def line(verdict: Verdict) -> str:
     """One line for a verdict."""
     error = "" if verdict.error is None else f"{verdict.error:.1e} at {verdict.where}"
     lines = verdict.text.strip().splitlines() or [""]
-    return f"{verdict.verdict:13} {verdict.name:48} {error or (lines[-1] if verdict.verdict == 'crashed' else lines[0])}"
+    return (
+        f"{verdict.verdict:13} {verdict.name:48} {error or (lines[-1] if verdict.verdict == 'crashed' else lines[0])}"
+    )
 
 
 def summary(verdicts: list[Verdict]) -> Iterator[str]:

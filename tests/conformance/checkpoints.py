@@ -86,8 +86,14 @@ def _shrunk(config: Any, model_type: str) -> dict[str, Any]:
         if isinstance(given.get(key), dict) and given[key].get("model_type"):
             sub = getattr(config, key)
             keys[key] = {"model_type": sub.model_type, **_shrunk(sub, sub.model_type)}
-    if "qk_rope_head_dim" in keys:  # latent attention: as many key heads as query heads, and a head's width is what turns
-        keys |= {key: size for key, size in {"num_key_value_heads": 6, "head_dim": keys["qk_rope_head_dim"]}.items() if key in keys}
+    if (
+        "qk_rope_head_dim" in keys
+    ):  # latent attention: as many key heads as query heads, and a head's width is what turns
+        keys |= {
+            key: size
+            for key, size in {"num_key_value_heads": 6, "head_dim": keys["qk_rope_head_dim"]}.items()
+            if key in keys
+        }
     own = _nulled(SIZES["type"].get(model_type, {}))
     for key, value in own.items():
         keys[key] = {**keys.get(key, {}), **value} if isinstance(value, dict) else value
@@ -220,7 +226,7 @@ def _rotary(made: Mapping[str, Any], config: Any) -> Iterator[Flavour]:
         return
     nested = any(isinstance(value, dict) for value in rope.values())
     flat = next((value for value in rope.values() if isinstance(value, dict)), {}) if nested else rope
-    head = int(made.get("head_dim") or getattr(config, "head_dim", None) or 8)
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     planes = int(head * (flat.get("partial_rotary_factor") or 1.0)) // 2
     for name, scaling in scalings(planes).items():
         yield Flavour(f"rope-{name}", {"rope_parameters": _with_theta(rope, **scaling)})

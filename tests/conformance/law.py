@@ -74,6 +74,12 @@ def judge(model_type: str, flavour: Flavour, folder: Path) -> Verdict:
     except Exception:  # noqa: BLE001 - that is what is looked for
         return Verdict(name, "crashed", text=traceback.format_exc())
     try:
+        longest = min(
+            (part.rotary.longest or len(tokens) for part in stream.spec.attentions if part.rotary), default=12
+        )
+        if longest < len(tokens):  # other frequencies hold beyond, as the spec says
+            tokens = tokens[:longest]
+            trace = run(model, tokens)
         return _verdict(name, list(errors(stream, model, tokens, trace)))
     except Exception:  # noqa: BLE001
         return Verdict(name, "crashed", text=traceback.format_exc())
@@ -143,7 +149,10 @@ def errors(stream: Any, model: nn.Module, tokens: Tensor, trace: Trace) -> Itera
         last = [g for g in stream.groups if g.layer == group.layer][-1]
         if group.layer is not None and group is last:
             state = replay.state(max(g.writes[-1] for g in stream.groups if g.layer == group.layer and g.writes))
-            yield f"state after layer {group.layer}", _relative(state, trace.states[group.layer + 1], stream.spec.centring)
+            yield (
+                f"state after layer {group.layer}",
+                _relative(state, trace.states[group.layer + 1], stream.spec.centring),
+            )
     logits, cap = trace.logits, stream.spec.head.cap
     if cap is not None:
         logits = cap * (logits / cap).atanh()
@@ -218,8 +227,12 @@ class Replay:
             masked = torch.ones_like(scores[0]).triu(1).bool()
             pattern = scores.masked_fill(masked, float("-inf")).softmax(-1)
         else:
-            alibi = "alibi" in self.stream.spec.branch(group.id).part.outside
-            yield f"scores of {group.id}", score_error(scores, pattern, alibi)
+            outside = self.stream.spec.branch(group.id).part.outside
+            yield f"scores of {group.id}", score_error(scores, pattern, "alibi" in outside)
+            if "sinks" in outside and bool((pattern.sum(-1) > 1 - EXACT).all()):  # reported before what the sinks take
+                total = scores.masked_fill(pattern <= _SEEN, float("-inf")).logsumexp(-1)
+                sinks = self.stream.weight("sinks", group).double()[:, None]
+                pattern = pattern * (total - sinks).sigmoid()[..., None]
         v = self.read("V", group).repeat_interleave(group.sharing, dim=1)
         self.write(group, torch.einsum("mtu,umk->tmk", pattern, v))
 
@@ -235,7 +248,9 @@ class Replay:
     def activation(self, group: Any) -> Any:
         """The nonlinearity by its name; one with weights of its own is taken from the module."""
         name = self.stream.spec.branch(group.id).part.activation
-        learned = [part for part in decoder_layers(self.model)[group.layer].modules() if "xielu" in type(part).__name__.lower()]
+        learned = [
+            part for part in decoder_layers(self.model)[group.layer].modules() if "xielu" in type(part).__name__.lower()
+        ]
         return learned[0] if learned else ACT2FN[name]
 
     def write(self, group: Any, inner: Tensor) -> None:
