@@ -45,10 +45,13 @@ def main() -> int:
 def judged(types: list[str], part: str = "") -> Iterator[Verdict]:
     """The verdicts on all flavours of some types."""
     for model_type in types:
+        open_type = True
         for flavour in flavours(model_type):
             if part in flavour.name:
                 with tempfile.TemporaryDirectory() as folder:
-                    yield judge(model_type, flavour, Path(folder))
+                    verdict = judge(model_type, flavour, Path(folder), run_refused=open_type)
+                open_type = open_type and (flavour.name, verdict.verdict) != ("base", "refused")
+                yield verdict
 
 
 def line(verdict: Verdict) -> str:

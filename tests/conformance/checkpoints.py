@@ -226,7 +226,9 @@ def _rotary(made: Mapping[str, Any], config: Any) -> Iterator[Flavour]:
         return
     nested = any(isinstance(value, dict) for value in rope.values())
     flat = next((value for value in rope.values() if isinstance(value, dict)), {}) if nested else rope
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    sizes = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    width, heads = (size or default for size, default in zip(sizes, (48, 6), strict=True))
+    head = int(made.get("head_dim") or getattr(config, "head_dim", None) or width // heads)
     planes = int(head * (flat.get("partial_rotary_factor") or 1.0)) // 2
     for name, scaling in scalings(planes).items():
         yield Flavour(f"rope-{name}", {"rope_parameters": _with_theta(rope, **scaling)})

@@ -8,6 +8,7 @@ than its scores (windows, sinks, biases by distance) is outside of the maps: pat
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,13 +51,15 @@ class Verdict:
 class Trace:
     """What transformers computed on a prompt: states before the first and after every layer, (layers + 1, T, d)."""
 
+    model: nn.Module
     states: list[Tensor] = field(default_factory=list)
     patterns: list[Tensor | None] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def judge(model_type: str, flavour: Flavour, folder: Path) -> Verdict:
-    """Build a checkpoint in a folder, open it, and compare."""
+def judge(model_type: str, flavour: Flavour, folder: Path, run_refused: bool = True) -> Verdict:
+    """Build a checkpoint in a folder, open it, and compare; what is refused is run too, unless nobody wants to know
+    whether transformers could."""
     name = f"{model_type}/{flavour.name}"
     try:
         model = build(model_type, flavour, folder)
@@ -64,25 +67,31 @@ def judge(model_type: str, flavour: Flavour, folder: Path) -> Verdict:
     except NotBuildable as reason:
         return Verdict(name, "not buildable", text=str(reason))
     try:
-        trace = run(model, tokens)
-    except Exception as reason:  # noqa: BLE001 - transformers cannot run it
-        return Verdict(name, "not buildable", text=f"does not run: {type(reason).__name__}: {reason}")
-    try:
         stream = vw.open(folder).to(torch.float64)
     except vw.VirtualWeightsError as refusal:
-        return Verdict(name, "refused", text=str(refusal))
+        reason = _fails(model, tokens) if run_refused else ""
+        return Verdict(name, "not buildable", text=reason) if reason else Verdict(name, "refused", text=str(refusal))
     except Exception:  # noqa: BLE001 - that is what is looked for
         return Verdict(name, "crashed", text=traceback.format_exc())
+    if reason := _fails(model, tokens):
+        return Verdict(name, "not buildable", text=reason)
     try:
         longest = min(
             (part.rotary.longest or len(tokens) for part in stream.spec.attentions if part.rotary), default=12
         )
-        if longest < len(tokens):  # other frequencies hold beyond, as the spec says
-            tokens = tokens[:longest]
-            trace = run(model, tokens)
-        return _verdict(name, list(errors(stream, model, tokens, trace)))
+        tokens = tokens[:longest]  # other frequencies hold beyond, as the spec says
+        return _verdict(name, list(errors(stream, tokens, run(model, tokens))))
     except Exception:  # noqa: BLE001
         return Verdict(name, "crashed", text=traceback.format_exc())
+
+
+def _fails(model: nn.Module, tokens: Tensor) -> str:
+    """Why transformers itself cannot run a model; nothing where it can."""
+    try:
+        run(model, tokens)
+    except Exception as reason:  # noqa: BLE001 - whatever it is
+        return f"does not run: {type(reason).__name__}: {reason}"
+    return ""
 
 
 def _verdict(name: str, sites: list[tuple[str, float]]) -> Verdict:
@@ -92,17 +101,15 @@ def _verdict(name: str, sites: list[tuple[str, float]]) -> Verdict:
 
 
 def run(model: nn.Module, tokens: Tensor) -> Trace:
-    """Run transformers on a prompt in float64, or in float32 where it cannot."""
-    original = {key: value.clone() for key, value in model.state_dict().items()}
+    """Run transformers on a prompt in float64, or in float32 where it cannot; on a copy, since dynamic scaling stays."""
     try:
-        return _run(model.double(), tokens)
+        return _run(copy.deepcopy(model).double(), tokens)
     except (RuntimeError, TypeError):
-        model.float().load_state_dict(original)
-        return _run(model, tokens)
+        return _run(copy.deepcopy(model), tokens)
 
 
 def _run(model: Any, tokens: Tensor) -> Trace:
-    trace, hooks = Trace(), []
+    trace, hooks = Trace(model), []
 
     def before(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         state = args[0] if args else keywords["hidden_states"]
@@ -133,13 +140,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(outer, key=len))
 
 
-def errors(stream: Any, model: nn.Module, tokens: Tensor, trace: Trace) -> Iterator[tuple[str, float]]:
+def errors(stream: Any, tokens: Tensor, trace: Trace) -> Iterator[tuple[str, float]]:
     """Relative error of every site in order of depth, ``||ours - theirs|| / ||theirs||``.
 
     What no reader sees is not compared: the mean over coordinates of the states, where every norm takes it away, and
     the mean of the logits over the vocabulary.
     """
-    replay = Replay(stream, model, tokens, trace)
+    replay = Replay(stream, tokens, trace)
     yield "embedding", _relative(replay.state(0), trace.states[0], stream.spec.centring)
     for group in stream.groups:
         if group.kind == "head":
@@ -168,8 +175,8 @@ def _relative(ours: Tensor, theirs: Tensor, centred: bool) -> float:
 class Replay:
     """The states of a stream on a prompt, computed from its maps; patterns are transformers' own."""
 
-    def __init__(self, stream: Any, model: nn.Module, tokens: Tensor, trace: Trace) -> None:
-        self.stream, self.model, self.trace = stream, model, trace
+    def __init__(self, stream: Any, tokens: Tensor, trace: Trace) -> None:
+        self.stream, self.model = stream, trace.model
         self.writes: list[tuple[int, Tensor]] = []
         self.attended = iter(trace.patterns)
         for group in stream.groups:
