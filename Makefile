@@ -13,7 +13,7 @@ EXTRAS := .[recovery,runtime]
 twice = $(1) || { echo "once more in 5 s"; sleep 5; $(1); }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz fmt clean
+.PHONY: help demo test fuzz conformance fmt clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +32,10 @@ test: $(VENV)/test.stamp
 # 10,000 mutated files of every kind, opened one by one; some minutes, and every fault is counted.
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz.py
+
+# Tiny checkpoints of every causal type of transformers, each opened and executed again from its maps; some minutes.
+conformance: $(VENV)/test.stamp
+	PYTHONPATH=tests $(BIN)/python -m conformance
 
 fmt: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
