@@ -101,7 +101,7 @@ def _verdict(name: str, sites: list[tuple[str, float]]) -> Verdict:
 
 
 def run(model: nn.Module, tokens: Tensor) -> Trace:
-    """Run transformers on a prompt in float64, or in float32 where it cannot; on a copy, since dynamic scaling stays."""
+    """Run transformers on a prompt in float64, in float32 where it cannot; on a copy: dynamic scaling stays."""
     try:
         return _run(copy.deepcopy(model).double(), tokens)
     except (RuntimeError, TypeError):

@@ -64,7 +64,7 @@ def test_an_unknown_configuration_key_is_named() -> None:
         ("llama-full", {"num_hidden_layers": -1}, "whole number"),
         ("llama-full", {"num_attention_heads": "6"}, "whole number"),
         ("llama-full", {"vocab_size": 38}, "contradicts the tensor"),
-        ("llama-full", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ("llama-full", {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
         ("llama-full", {"attention_bias": True}, r"q_proj\.bias"),
         ("llama-biases-wide-heads", {"mlp_bias": False}, r"gate_proj\.bias"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),

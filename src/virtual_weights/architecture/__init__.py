@@ -2,11 +2,12 @@
 
 from virtual_weights.architecture.resolve import Model, Placement, Tables, resolve, without_keys
 from virtual_weights.architecture.spec import Attention, Branch, Mlp, ModelSpec, Norm, Part, PortNorm, Rotary
-from virtual_weights.architecture.table import Row, Slot, layer_of, letters, model_types, stored_shape
+from virtual_weights.architecture.table import Entry, Row, Slot, layer_of, letters, model_types, stored_shape
 
 __all__ = [
     "Attention",
     "Branch",
+    "Entry",
     "Mlp",
     "Model",
     "ModelSpec",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -10,8 +9,18 @@ from functools import cached_property
 from typing import Any, final
 
 from virtual_weights.architecture import gguf
-from virtual_weights.architecture.config import Reading, admits, references, same
+from virtual_weights.architecture.config import references, same
 from virtual_weights.architecture.describe import axes_of, rows_of, spec_of
+from virtual_weights.architecture.refusals import (
+    CONVERTED_KEYS,
+    check_stored,
+    is_known,
+    refuse_keys,
+    refuse_missing,
+    refuse_unknown,
+    refuse_untold,
+    to_be_converted,
+)
 from virtual_weights.architecture.spec import ModelSpec
 from virtual_weights.architecture.table import (
     OPTIONAL,
@@ -21,45 +30,9 @@ from virtual_weights.architecture.table import (
     Slot,
     built_in,
     entry_of,
-    matches,
     model_types,
-    stored_shape,
 )
 from virtual_weights.errors import ArchitectureError
-
-_SHOWN = 6
-
-_DEQUANTISE = (
-    "take the checkpoint that it was quantised from, or a GGUF file of it, which is read as it is; or load it with "
-    "transformers where it runs, call model.dequantize() and save_pretrained()"
-)
-_MERGE = "merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()"
-
-CONVERTED_KEYS: Mapping[str, tuple[str, str]] = {
-    "quantization_config": ("quantised weights", _DEQUANTISE),
-    "quantization": ("quantised weights", _DEQUANTISE),
-    "compression_config": ("compressed weights", _DEQUANTISE),
-    "peft_type": ("an adapter, not a model", _MERGE),
-    "text_config": (
-        "a text model inside a model of several kinds of input",
-        "pass the content of text_config as config=, with the text model's tensors alone",
-    ),
-}
-"""Keys of ``config.json`` by which a checkpoint that must be converted first is recognised: what it is, what to do."""
-
-CONVERTED_TENSORS: Mapping[str, tuple[str, str]] = {
-    r".*(\.|_)lora_.*|.*\.base_layer\..*": ("an adapter that is not merged into its base", _MERGE),
-    r".*\.(qweight|qzeros|g_idx|scales)": ("weights quantised by GPTQ or AWQ", _DEQUANTISE),
-    r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)": (
-        "weights quantised by bitsandbytes",
-        _DEQUANTISE,
-    ),
-    r".*(scale_inv|_scale|_scale_2|_zero_point|_packed|_global_scale)": (
-        "weights stored with scales (float8, int8 or packed)",
-        _DEQUANTISE,
-    ),
-}
-"""Names of tensors by which the same is recognised."""
 
 
 @final
@@ -182,21 +155,21 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     else:
         settings = _canonical(config, hf)
         entry = hf = hf.settled(settings)
-        _refuse_keys(config, hf)
+        refuse_keys(config, hf)
     spec = spec_of(entry, settings, max(len(shapes), 1))
     rows = rows_of(entry, settings, spec)
-    _refuse_untold(spec, rows)
+    refuse_untold(spec, rows)
     expected = {_stored_name(row, shapes): row for row in rows}
     if dialect == "gguf":
         expected["rope_freqs.weight"] = Row(("rotary",), ("factors",), "rope_freqs.weight", "f -> f", when=OPTIONAL)
-    _refuse_unknown(expected, shapes, entry)
+    refuse_unknown(expected, shapes, entry)
     spec = _tied(expected, shapes, spec, equal)
-    _refuse_missing(expected, shapes, spec, partial=partial)
+    refuse_missing(expected, shapes, spec, partial=partial)
     placements: dict[tuple[str, str], Placement] = {}
     for name, row in expected.items():
         if name not in shapes or (row.when == UNTIED and spec.tied):
             continue
-        _check_stored(name, shapes[name], row, axes_of(spec, row.groups[0]), (dtypes or {}).get(name, ""))
+        check_stored(name, shapes[name], row, axes_of(spec, row.groups[0]), (dtypes or {}).get(name, ""))
         for group in row.groups:
             placements |= {(role, group): Placement(name, row.layout, row.slot(role)) for role in row.roles}
     if spec.tied and ("embed", "embed") in placements:
@@ -204,19 +177,9 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     return Model(spec, placements, settings, entry, hf)
 
 
-def _refuse_untold(spec: ModelSpec, rows: Collection[Row]) -> None:
-    """Refuse what the entries can say and the maps cannot: each is named by its trait."""
-    biased = {group.removesuffix(".bias") for row in rows if row.roles == ("bias",) for group in row.groups}
-    untold = [branch.id for branch in spec.branches if branch.after is not None and branch.id in biased]
-    if untold:
-        raise ArchitectureError(
-            f"{', '.join(untold[:6])}: an output bias inside a norm after the part",
-            expected="an output without a bias where a norm stands behind it",
-            do="open a model without it: such a bias is scaled anew at every token, which no vector says",
-        )
-
-
-def without_keys(config: Mapping[str, Any], dialect: str, keys: Collection[str]) -> Mapping[str, Any]:
+def without_keys(
+    config: Mapping[str, Any], dialect: str, keys: Collection[str], tables: Tables | None = None
+) -> Mapping[str, Any]:
     """A configuration without keys that are known to change nothing.
 
     Raises:
@@ -224,7 +187,7 @@ def without_keys(config: Mapping[str, Any], dialect: str, keys: Collection[str])
     """
     for key in keys:
         name = str(config.get("general.architecture"))
-        known = gguf.is_known(key, name) if dialect == "gguf" else _is_known(key, _entry(config, dialect, None))
+        known = gguf.is_known(key, name) if dialect == "gguf" else is_known(key, _entry(config, dialect, tables))
         if key not in config or known:
             raise ArchitectureError(
                 f"the configuration key {key!r} cannot be ignored: "
@@ -249,7 +212,7 @@ def _entry(config: Mapping[str, Any], dialect: str, tables: Tables | None) -> En
         return entry
     for mark in CONVERTED_KEYS:
         if config.get(mark) is not None:
-            raise _to_be_converted(f"the configuration has {key} = {name!r:.100} and {mark}", *CONVERTED_KEYS[mark])
+            raise to_be_converted(f"the configuration has {key} = {name!r:.100} and {mark}", *CONVERTED_KEYS[mark])
     missing = built_in()["outside"].get(name) if isinstance(name, str) else None
     nearest = get_close_matches(str(name), known, 1, 0.3)
     raise ArchitectureError(
@@ -280,85 +243,9 @@ def _canonical(config: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
     return read
 
 
-def _is_known(key: str, entry: Entry) -> bool:
-    begins = tuple(known[:-1] for known in entry.known if known.endswith("*"))
-    return key in entry.known or bool(begins and key.startswith(begins))
-
-
-def _refuse_keys(config: Mapping[str, Any], entry: Entry) -> None:
-    for key in CONVERTED_KEYS:
-        if config.get(key) is not None:
-            raise _to_be_converted(f"the configuration has {key} = {config[key]!r:.200}", *CONVERTED_KEYS[key])
-    unknown = [key for key, value in config.items() if value is not None and not _is_known(key, entry)]
-    if unknown:
-        raise ArchitectureError(
-            f"configuration keys that no row of the {entry.model_type} table accounts for: {_listed(unknown)}",
-            expected="only keys whose effect on the function is known",
-            do="if they change nothing, pass config= without them, or name each with --ignore-config",
-        )
-    null = [key for key in entry.values["needs"] if Reading(config, entry.values).key(key) is None]
-    each = entry.values["each"].items()
-    strange = [key for key, allowed in each if not _all_among(Reading(config, entry.values).key(key), allowed)]
-    if null or strange:
-        raise ArchitectureError(
-            f"the configuration has {', '.join(f'{key} = {config.get(key)!r:.100}' for key in (*null, *strange))}",
-            expected=", ".join([f"{key} given" for key in null] + [f"{key} of {allowed}" for key, allowed in each]),
-            do="open a model with that; others are not carried",
-        )
-    for key, allowed in entry.values["required"].items():
-        value = Reading(config, entry.values).key(key)
-        if not admits(allowed, value):
-            raise ArchitectureError(
-                f"the configuration has {key} = {value!r:.100}, which changes the function",
-                expected=f"one of {allowed!r}",
-                do="open a model without it; this package would compute wrong maps",
-            )
-
-
-def _all_among(values: Any, allowed: Collection[Any]) -> bool:
-    return isinstance(values, list) and all(value in allowed for value in values)
-
-
-def _to_be_converted(what: str, known_as: str, do: str) -> ArchitectureError:
-    return ArchitectureError(f"{what}: {known_as}", expected="plain weights of a whole model", do=do)
-
-
 def _stored_name(row: Row, shapes: Mapping[str, Any]) -> str:
     """The name under which a row's tensor is stored, its own where none is."""
     return next((name for name in (row.name, *row.others) if name in shapes), row.name)
-
-
-def _refuse_unknown(expected: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], entry: Entry) -> None:
-    ignored = re.compile("|".join(entry.values["ignored"]) or r"(?!)")
-    unknown = [name for name in shapes if name not in expected and not ignored.fullmatch(name)]
-    for pattern, (known_as, do) in CONVERTED_TENSORS.items():
-        recognised = [name for name in unknown if re.fullmatch(pattern, name)]
-        if recognised:
-            raise _to_be_converted(f"the checkpoint holds {_listed(recognised)}", known_as, do)
-    embed = next(row for row in expected.values() if row.roles == ("embed",))
-    wrapper = _wrapper(unknown, embed)
-    if wrapper:
-        raise ArchitectureError(
-            f"{sum(name.startswith(wrapper) for name in shapes)} of {len(shapes)} tensors carry the prefix {wrapper!r}:"
-            f" {_listed(unknown)}",
-            expected=f"names such as {embed.name!r}",
-            do="open the tensors of that part alone, as a state dict without the prefix, with config=",
-        )
-    if unknown:
-        raise ArchitectureError(
-            f"{len(unknown)} tensors that no row of the {entry.model_type} table accounts for: {_listed(unknown)}",
-            expected="only tensors whose role is known (a bias or norm left out would falsify every sum)",
-            do="open a checkpoint of this type, or add the names to its table: see docs/add-an-architecture.md",
-        )
-
-
-def _wrapper(unknown: list[str], embed: Row) -> str:
-    """What stands before the embedding's full name, where an unknown tensor is one behind a prefix."""
-    for tail in (embed.name, *embed.others):
-        name = next((name for name in unknown if name.endswith("." + tail)), None)
-        if name is not None:
-            return name.removesuffix(tail)
-    return ""
 
 
 def _tied(
@@ -379,38 +266,3 @@ def _tied(
         expected[head] = expected.pop(embed)
         return spec
     return spec if equal is None or equal(embed, head) else replace(spec, tied=False)
-
-
-def _check_stored(name: str, shape: tuple[int, ...], row: Row, axes: Mapping[str, int | None], dtype: str) -> None:
-    wanted = stored_shape(row.layout, axes)
-    if not matches(shape, wanted):
-        raise ArchitectureError(
-            f"the configuration contradicts the tensor {name!r}, stored as {shape}",
-            expected=f"shape {wanted} ({row.layout.split('->')[0].strip()}) from the sizes in the configuration",
-            do="correct the configuration, or open the checkpoint that belongs to it",
-        )
-    if re.fullmatch(r"[IU]\d+|BOOL", dtype):
-        raise ArchitectureError(
-            f"{name!r} is stored as {dtype}, which holds whole numbers",
-            expected="weights, as floating-point numbers",
-            do="open the checkpoint before it was quantised, or convert it to floating point",
-        )
-
-
-def _refuse_missing(expected: Mapping[str, Row], shapes: Mapping[str, Any], spec: ModelSpec, *, partial: bool) -> None:
-    absent = [
-        name
-        for name, row in expected.items()
-        if name not in shapes and row.when != OPTIONAL and not (row.when == UNTIED and spec.tied)
-    ]
-    if absent and not partial:
-        raise ArchitectureError(
-            f"{len(absent)} tensors are missing: {_listed(absent)}",
-            expected=f"every tensor of a {spec.n_layers}-layer {spec.model_type}",
-            do="complete the checkpoint, or open it with partial=True (--partial) to leave these parts out",
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names)[:_SHOWN]) + more

@@ -17,11 +17,13 @@ Canonical shapes are (heads, k, d) for readers q, k, v; (heads, d, k) for o; (n,
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from math import prod
 from typing import Any, Literal, final
@@ -123,6 +125,11 @@ class Entry:
         named = [key for name in lists for key in self.values[name]]
         return NEUTRAL_HF | read | cases | {key.partition(".")[0] for key in named}
 
+    @property
+    def identity(self) -> str:
+        """A hex sha256 of all that it says."""
+        return sha256(json.dumps([self.values, self.names], sort_keys=True).encode()).hexdigest()
+
     def has(self, role: str) -> bool:
         """Whether it names a role."""
         return self.names.get(role, "-") != "-"
@@ -146,7 +153,7 @@ class Entry:
 @cache
 def built_in() -> Mapping[str, Any]:
     """The content of ``models.toml``."""
-    return tomllib.loads(files(__package__).joinpath("models.toml").read_text("utf-8"))
+    return tomllib.loads(files("virtual_weights.architecture").joinpath("models.toml").read_text("utf-8"))
 
 
 _RESERVED = ("names", "gguf", "outside")

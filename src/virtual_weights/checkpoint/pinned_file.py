@@ -146,11 +146,11 @@ def remember(key: str, text: str) -> None:
             aside.write_text(text, encoding="utf-8")
 
 
-def recall(key: str) -> str | None:
-    """What was kept under a key, if it is 64 hex digits; None where nothing was, or it is no longer that."""
+def recall(key: str, pattern: str = r"[0-9a-f]{64}") -> str | None:
+    """What was kept under a key, if it follows a pattern; None where nothing was, or it is no longer that."""
     with suppress(OSError, ValueError), reading(cache_folder() / _MEMORY, key) as file:
         text = file.read(65).decode("ascii")
-        return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
+        return text if re.fullmatch(pattern, text) else None
     return None
 
 

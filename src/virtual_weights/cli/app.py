@@ -23,7 +23,7 @@ from virtual_weights.cli.fate import erased, frontier, persistence
 from virtual_weights.cli.ledger import bandwidth, basis, superposition
 from virtual_weights.cli.map import edges, map_model
 from virtual_weights.cli.memory import memory
-from virtual_weights.cli.model import model_commands, rotate
+from virtual_weights.cli.model import check, model_commands, rotate
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.observe import labels, observe
 from virtual_weights.cli.options import Command, Group
@@ -80,6 +80,7 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("attribute", attribute, CAUSES, "15 s", RUN, f"{_M} --port K --repeated"),
     ("ablate", ablate, CAUSES, "90 s", RUN, f"{_M} L16H0 L18H6.K --repeated"),
     ("validate", validate, CAUSES, "2 min", RUN, f"{_M} --tokens 1024 --edges 16"),
+    ("check", check, MODELS, "10 s", RUN, _M),
     ("rotate", rotate, MODELS, "8 s", WEIGHTS, f"{_M} -o rotated --seed 1"),
 )
 """Every verb with its group, about how long its example takes, whether it runs the model, and the example."""

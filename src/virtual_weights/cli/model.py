@@ -1,4 +1,4 @@
-"""``vweights model fetch|list``, the models that come built in; ``vweights rotate``, a model in another basis."""
+"""``vweights model``, what opens; ``vweights check``, how exactly; ``vweights rotate``, a model in another basis."""
 
 from __future__ import annotations
 
@@ -40,6 +40,54 @@ def fetch(
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
     answer = Answer(header_of("fetch", {"offline": offline}), (), {"path": str(path)}, [f"{name} is at {path}"])
     answer.give(name, as_json)
+
+
+@model_commands.command("types", cls=o.Command)
+def list_types(as_json: o.AsJson = False) -> None:
+    """List the model types that open, in which formats, and those that do not, with what is missing for them."""
+    from virtual_weights.architecture.table import built_in, model_types
+
+    tables = built_in()
+    files = {name: key for key, value in tables["gguf"].items() for name in (value["model_type"],)}
+    rows: list[dict[str, Any]] = [
+        {"type": name, "opens": True, "gguf": files.get(name), "missing": None} for name in model_types()
+    ]
+    outside = sorted(tables["outside"].items())
+    rows += [{"type": name, "opens": False, "gguf": None, "missing": missing} for name, missing in outside]
+    opening = len(rows) - len(outside)
+    summary = {"open": opening, "do_not": len(outside)}
+    shown: list[Any] = [
+        Table("model types that open", [{"type": r["type"], "GGUF": r["gguf"]} for r in rows[:opening]])
+    ]
+    shown += [Table("model types that do not", [{"type": name, "because": why} for name, why in outside])]
+    Answer(header_of("types", {}), rows, summary, shown).give(None, as_json)
+
+
+@verb("offline", "allow_non_finite")
+def check(session: Session, dtype: o.RunDtype = o.StoredDtype.float32) -> Answer:
+    """Run a model on a prompt and compare it, step by step, with what its maps say; needs the extra 'runtime'.
+
+    The prompt is 32 random tokens. Every state must be the sum of what was written, every reader must receive what its
+    map says, and patterns, values and nonlinearities must be what follows from that. The largest error is remembered on
+    this machine, and stands in the provenance of later results.
+    """
+    from virtual_weights.linalg.numerics import exactness_bound
+    from virtual_weights.runtime.running.activations import exactness_steps
+    from virtual_weights.runtime.running.model import built
+    from virtual_weights.stream.stream import checked_table
+
+    stream, worst = session.stream, dict[str, Any]()
+    for step in exactness_steps(stream, built(stream, dtype.torch), 2**62):
+        if step.kind not in worst or not step.error <= worst[step.kind].error:
+            worst[step.kind] = step
+    bound = exactness_bound(dtype.torch)
+    rows = [{"step": kind, "largest_error": step.error, "at": step.place} for kind, step in worst.items()]
+    error, exact = max(step.error for step in worst.values()), all(step.error <= bound for step in worst.values())
+    table = checked_table(stream.model.entry, stream.source.fingerprint, error if exact else None)
+    shown: list[Any] = [Table("largest relative error of each kind of step", rows)]
+    shown.append(f"{'exact' if exact else 'NOT exact'}: {error:.1e}, where rounding explains {bound:.0e}")
+    summary = {"exact": exact, "largest_error": error, "bound": bound, "table": table}
+    return Answer(header_of("check", {"dtype": dtype.value}, stream), rows, summary, shown)
 
 
 @verb("offline", "allow_non_finite")

@@ -255,6 +255,9 @@ IgnoreConfig = Annotated[
         "--ignore-config", metavar="KEY", help="ignore an unknown configuration key that changes nothing; repeatable"
     ),
 ]
+OwnTable = Annotated[
+    Path | None, typer.Option("--table", metavar="FILE", help="a TOML file that describes models of types of your own")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
 Progress = Annotated[
     ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr; none")

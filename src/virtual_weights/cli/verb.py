@@ -26,6 +26,7 @@ _OPENING: dict[str, tuple[Any, Any]] = {
     "offline": (o.Offline, False),
     "allow_non_finite": (o.AllowNonFinite, False),
     "ignore_config": (o.IgnoreConfig, None),
+    "table": (o.OwnTable, None),
 }
 _RUNNING: dict[str, tuple[Any, Any]] = {
     "text": (o.Text, None),
@@ -66,13 +67,16 @@ class Session:
         from virtual_weights.architecture import without_keys
         from virtual_weights.checkpoint import open_source
         from virtual_weights.stream import open_stream
+        from virtual_weights.stream.build import read_tables
 
         progress: Progress = self.step("open")
         offline, non_finite = (bool(self.options.get(name)) for name in ("offline", "allow_non_finite"))
         source = open_source(self.name, offline=offline, allow_non_finite=non_finite, progress=progress)
-        config = without_keys(source.config, source.dialect, self.options.get("ignore_config") or ())
+        table = self.options.get("table")
+        tables = None if table is None else read_tables(table)
+        config = without_keys(source.config, source.dialect, self.options.get("ignore_config") or (), tables)
         fold, partial = not self.options.get("no_fold"), bool(self.options.get("partial"))
-        return open_stream(source, fold=fold, partial=partial, config=config)
+        return open_stream(source, fold=fold, partial=partial, config=config, table=table)
 
     @property
     def runs(self) -> bool:
@@ -140,7 +144,7 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
         opening: which of the options for opening a model it has: ``no_fold``, ``partial``, ``offline``,
             ``allow_non_finite``.
     """
-    return _command({name: _OPENING[name] for name in (*opening, "ignore_config")})
+    return _command({name: _OPENING[name] for name in (*opening, "ignore_config", "table")})
 
 
 def running_verb(
@@ -163,7 +167,7 @@ def running_verb(
         fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
     shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
     return _command(
-        {**shared, **{name: _OPENING[name] for name in (*opening, "offline", "ignore_config")}}, fixed, always
+        {**shared, **{name: _OPENING[name] for name in (*opening, "offline", "ignore_config", "table")}}, fixed, always
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from virtual_weights.architecture import resolve
+from virtual_weights.architecture import Tables, resolve
 from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.mapping_source import NnsightModel
+from virtual_weights.errors import ArchitectureError
 from virtual_weights.stream.stream import Stream
 
 
-def open_stream(
+def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
     reference: str | Path | Source | Mapping[str, Tensor] | nn.Module | NnsightModel,
     *,
     fold: bool = True,
@@ -22,6 +24,7 @@ def open_stream(
     partial: bool = False,
     offline: bool = False,
     allow_non_finite: bool = False,
+    table: str | Path | None = None,
 ) -> Stream:
     """Open a checkpoint and see the residual stream in it; no weight is read yet.
 
@@ -35,6 +38,8 @@ def open_stream(
         partial: accept a checkpoint in which tensors are missing and leave those parts out.
         offline: never fetch anything.
         allow_non_finite: do not refuse NaN and infinity.
+        table: a TOML file that says what models of one's own types are, in the format of ``models.toml``: see
+            docs/add-an-architecture.md.
 
     Returns:
         The stream.
@@ -42,7 +47,8 @@ def open_stream(
     Raises:
         CheckpointError: the checkpoint cannot be read.
         UnsafeCheckpointError: it is a pickle, or its names leave its folder.
-        ArchitectureError: a tensor or configuration key is not accounted for, or shapes contradict it.
+        ArchitectureError: a tensor or configuration key is not accounted for, or shapes contradict it; the table is
+            not there, or says what no table can.
 
     Example:
         >>> stream = vw.open("smollm2-135m")  # doctest: +SKIP
@@ -58,8 +64,26 @@ def open_stream(
         partial=partial,
         dtypes={name: info.dtype for name, info in source.tensors.items()},
         equal=source.equal,
+        tables=None if table is None else read_tables(table),
     )
     return Stream(source, model, fold)
+
+
+def read_tables(path: str | Path) -> Tables:
+    """A user's tables from a TOML file.
+
+    Raises:
+        ArchitectureError: it is not there, or is not TOML.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArchitectureError(
+            f"the table {str(path)!r} cannot be read: {error}",
+            expected="a TOML file with one entry for each model type",
+            do="correct it: see docs/add-an-architecture.md",
+        ) from error
+    return Tables(content, Path(path).name)
 
 
 open = open_stream  # its public name, virtual_weights.open, by which help() calls it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Attention, Norm
-from virtual_weights.errors import UsageError
+from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream.group import READINGS, WRITINGS, Group, Port, group_id, ports_of
 from virtual_weights.stream.norm import constant, fold, normed, scale, without_mean
 
@@ -69,7 +69,7 @@ def projection(stream: Stream, port: Port, group: Group | str) -> Read:
     if port not in ports:
         raise UsageError(f"{site} has no port {port!r}", expected=" and ".join(ports), do="name one of these ports")
     role, norm = READINGS[port], stream.spec.head.norm if branch is None else branch.before
-    maps = stream.needed(role, site)
+    maps = _needed(stream, role, site)
     bias = stream.weight(f"{role}_bias", site)
     maps, bias = (maps, bias) if maps.ndim == 3 else (maps[None], None if bias is None else bias[None])
     if not stream.folded:
@@ -136,7 +136,7 @@ def _own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | Non
     norm = _attention(stream, group).port_norm
     weight = stream.weight(f"{role}_norm", group)
     if weight is None and stream.model.has(f"{role}_norm.0", group):  # each head has a tensor of its own
-        weight = torch.stack([stream.needed(f"{role}_norm.{head}", group) for head in range(heads)])
+        weight = torch.stack([_needed(stream, f"{role}_norm.{head}", group) for head in range(heads)])
     return None if weight is None or norm is None else (_least(stream, weight) + norm.norm.plus).expand(heads, -1)
 
 
@@ -144,11 +144,11 @@ def writer(stream: Stream, group: Group | str) -> Tensor:
     """The write maps of a group, shape (m, d, k), not centred, see ``Stream.write``."""
     id = group_id(group)
     if id not in stream.groups:
-        raise stream.missing("output", id)
+        raise _missing(stream, "output", id)
     kind = stream.groups[id].kind
     if kind not in WRITINGS:
         raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
-    maps = stream.needed(WRITINGS[kind], id)
+    maps = _needed(stream, WRITINGS[kind], id)
     if kind in ("embed", "pos"):
         return embedded(stream, kind, maps[stream.spec.unnumbered :] if kind == "pos" else maps).T[None]
     maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
@@ -182,6 +182,21 @@ def norm_gain(stream: Stream, role: str, group: Group | str, norm: Norm | None) 
     """The gain of a norm, ``plus`` in it, of role ``"norm"`` or ``"after"``; None where it is 1."""
     gain = stream.weight(role, group) if norm is not None else None
     return gain if gain is None or not norm or not norm.plus else _least(stream, gain) + norm.plus
+
+
+def _needed(stream: Stream, role: str, group: str) -> Tensor:
+    tensor = stream.weight(role, group)
+    if tensor is None:
+        raise _missing(stream, role, group)
+    return tensor
+
+
+def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
+    return MissingTensorError(
+        f"this checkpoint has no {role} of {group}",
+        expected=f"a {stream.spec.model_type} model with that part",
+        do="open the complete checkpoint, or ask about a part it holds",
+    )
 
 
 def as_stored(stream: Stream, role: str, group: str) -> Tensor | None:

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Attention, Model, ModelSpec
+from virtual_weights.architecture import Attention, Entry, Model, ModelSpec
 from virtual_weights.checkpoint import Source
-from virtual_weights.errors import MissingTensorError, UsageError
+from virtual_weights.checkpoint.pinned_file import recall, remember
+from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
@@ -107,7 +109,7 @@ class Stream:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Which checkpoint this is, for every result; its fingerprint is computed when it is first looked at."""
-        return _Provenance(self.source, self.model.family)
+        return _Provenance(self.source, self.model.family, self.model.entry)
 
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
         """An answer about this model: the question's name and parameters, the norm's stamp and the provenance go in.
@@ -280,19 +282,6 @@ class Stream:
             )
         return first
 
-    def needed(self, role: str, group: str) -> Tensor:
-        tensor = self.weight(role, group)
-        if tensor is None:
-            raise self.missing(role, group)
-        return tensor
-
-    def missing(self, role: str, group: str) -> MissingTensorError:
-        return MissingTensorError(
-            f"this checkpoint has no {role} of {group}",
-            expected=f"a {self.spec.model_type} model with that part",
-            do="open the complete checkpoint, or ask about a part it holds",
-        )
-
 
 class _Provenance(Mapping[str, Any]):
     """Which checkpoint a result is of; what lies in files is hashed when somebody looks at its fingerprint.
@@ -300,15 +289,17 @@ class _Provenance(Mapping[str, Any]):
     Tensors in memory can change, so theirs is of the time of the result.
     """
 
-    def __init__(self, source: Source, family: str) -> None:
-        self._source = source
-        self._known = {"model": source.reference, "fingerprint": None, "family": family}
+    def __init__(self, source: Source, family: str, table: Entry) -> None:
+        self._source, self._table = source, table
+        self._known = {"model": source.reference, "fingerprint": None, "family": family, "table": None}
         if not source.files:
             self._known["fingerprint"] = source.fingerprint
 
     def __getitem__(self, name: str) -> Any:
         value = self._known[name]
-        return self._source.fingerprint if name == "fingerprint" and value is None else value
+        if name == "fingerprint" and value is None:
+            return self._source.fingerprint
+        return checked_table(self._table, self["fingerprint"]) if name == "table" else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -318,6 +309,24 @@ class _Provenance(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+_CHECKED = r"\d\.\de[-+]\d\d"
+
+
+def checked_table(table: Entry, fingerprint: str, error: float | None = None) -> str:
+    """Which table a checkpoint was read by, and how exact its reading was when it was checked.
+
+    Args:
+        table: the entry.
+        fingerprint: of the checkpoint.
+        error: of a check that was made now, to be remembered on this machine; None recalls the last one.
+    """
+    key = sha256(f"check {table.identity} {fingerprint}".encode()).hexdigest()
+    if error is not None:
+        remember(key, f"{error:.1e}")
+    known = recall(key, _CHECKED)
+    return f"{table.origin}, {'never checked' if known is None else f'exact to {known}'}"
 
 
 def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype = torch.float32) -> Tensor:

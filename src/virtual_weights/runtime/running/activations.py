@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor, nn
 
+from virtual_weights.architecture import Attention
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched, wide
 from virtual_weights.stream import Group, Stream, centred
-from virtual_weights.stream.effective import compared, embedded, norm_gain, projection
+from virtual_weights.stream.effective import after_scale, compared, embedded, norm_gain, projection
+from virtual_weights.stream.group import WRITINGS
 from virtual_weights.stream.norm import constant, fold
 
 if TYPE_CHECKING:
@@ -102,18 +104,26 @@ class Exactness:
     Attributes:
         error: the largest relative error of a step, dimensionless, >= 0; NaN where a value is not a number.
         place: the step: ``"L3.attn.K"``, ``"the pattern of L3.attn"``, ``"what L3.mlp reads"``.
+        kind: what such steps are called: ``"written"``, ``"Q"``, ``"pattern"``, ``"values"``, ``"nonlinearity"``.
     """
 
     error: float
     place: str
+    kind: str
 
 
 _TOKENS = 32
 _VOCABULARY = 1024
 
 
-@torch.no_grad()
 def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
+    """The worst step of a module, see ``exactness_steps``."""
+    steps = exactness_steps(stream, module, weights)
+    return max(steps, key=lambda step: math.inf if math.isnan(step.error) else step.error)
+
+
+@torch.no_grad()
+def exactness_steps(stream: Stream, module: nn.Module, weights: int) -> list[Exactness]:
     """Check on one prompt of random tokens that a module computes what a stream's maps say, in float32.
 
     Of a sample of the stream's states x_p, all where the model is small: ``x_p = x_(p-1) + sum_w O_w z_w`` over the
@@ -143,8 +153,7 @@ def exactness(stream: Stream, module: nn.Module, weights: int) -> Exactness:
     wanted |= {("pattern", group.id) for group in sites if group.kind == "head"}
     signals, logits = watched(module, stream, wanted, tokens[None].to(next(module.parameters()).device))
     step = _Step(stream, tokens, {place: x[0].float().cpu() for place, x in signals.items()}, logits[0].float().cpu())
-    steps = [error for state in sample for error in step.errors(state)]
-    return max(steps, key=lambda law: math.inf if math.isnan(law.error) else law.error)
+    return [error for state in sample for error in step.errors(state)]
 
 
 def vocabulary(stream: Stream) -> int:
@@ -215,31 +224,45 @@ class _Step:
         before = centred(self.stream, self.signals["state", state - 1]) if state else torch.zeros_like(x)
         groups = [group for group in self.stream.groups.writers if group.first == state]
         written = before + torch.stack([self._written(group) for group in groups]).sum(0)
-        yield Exactness(_distance(written / s, x / s), f"what {' and '.join(g.id for g in groups)} write")
+        yield Exactness(_distance(written / s, x / s), _what(groups), "written")
         for group in self.stream.groups.sited(state):
             yield from self._read(group, x / s)
             if group.attention is not None:
-                pattern = self.signals["pattern", group.id]
-            if group.attention is not None and not group.attention.outside:
-                yield Exactness(_distance(self._pattern(group), pattern), f"the pattern of {group.id}")
-            if group.attention is not None:
-                values = self.signals["V", group.id].repeat_interleave(group.sharing, 1)
-                self_mean = torch.einsum("htu,uhk->thk", pattern, values)
-                yield Exactness(_distance(self_mean, self.signals["inner", group.id]), f"the values of {group.id}")
+                yield from self._attended(group, group.attention)
             elif group.kind == "mlp":
-                inner = self.signals["inner", group.id][:, 0]
-                yield Exactness(_distance(self._neurons(group), inner), f"the nonlinearity of {group.id}")
+                inner, neurons = (
+                    self.signals["inner", group.id],
+                    self._over_scalar(group, self._neurons(group)[:, None]),
+                )
+                yield Exactness(_distance(neurons, inner), f"the nonlinearity of {group.id}", "nonlinearity")
+
+    def _attended(self, group: Group, attention: Attention) -> Iterator[Exactness]:
+        """The errors of where heads attend and what they take from there; what is outside the maps is not compared."""
+        if "sinks" in attention.outside:
+            return
+        pattern = self.signals["pattern", group.id]
+        if not attention.outside:
+            yield Exactness(_distance(self._pattern(group), pattern), f"the pattern of {group.id}", "pattern")
+        values = self.signals["V", group.id].repeat_interleave(group.sharing, 1)
+        mean = self._over_scalar(group, torch.einsum("htu,uhk->thk", pattern, values))
+        yield Exactness(_distance(mean, self.signals["inner", group.id]), f"the values of {group.id}", "values")
+
+    def _over_scalar(self, group: Group, z: Tensor) -> Tensor:
+        """Inner activations (T, m, k) over the scalar of a norm on what they become."""
+        if group.after is None:
+            return z
+        maps = self.stream.weight(WRITINGS[group.kind], group)
+        assert maps is not None
+        given = torch.einsum("mdk,tmk->td", maps.float() if maps.ndim == 3 else maps.float()[None], z)
+        return z / after_scale(self.stream, given, group)[:, None, None]
 
     def _written(self, group: Group) -> Tensor:
         """What a group writes, (T, d)."""
         stream = self.stream
         if group.kind in ("embed", "pos"):
             name = stream.model.placements[group.kind, group.id].tensor
-            rows = (
-                self.tokens.tolist()
-                if group.kind == "embed"
-                else range(stream.spec.unnumbered, stream.spec.unnumbered + len(self.tokens))
-            )
+            places = range(stream.spec.unnumbered, stream.spec.unnumbered + len(self.tokens))
+            rows = self.tokens.tolist() if group.kind == "embed" else places
             table = torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
             return centred(stream, embedded(stream, group.kind, table))
         maps = stream.write(group).float()
@@ -260,7 +283,11 @@ class _Step:
                 expected = expected + constants.float()
             # a reader of almost nothing is compared with what its map could have read
             least = float(maps.norm() * x.norm()) / maps.shape[-1]
-            yield Exactness(_distance(expected.flatten(1), received.flatten(1), least), f"{group.id}.{port}")
+            yield Exactness(
+                _distance(expected.flatten(1), received.flatten(1), least),
+                group.id if port == group.id else f"{group.id}.{port}",
+                port,
+            )
 
     def _unembedding(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Some rows of the unembedding in one piece: maps (1, n, d), constants (1, n), and their logits (T, 1, n)."""
@@ -294,6 +321,10 @@ class _Step:
         if "gate" not in group.ports:
             return act(self.signals["in", group.id])
         return act(self.signals["gate", group.id]) * self.signals["up", group.id]
+
+
+def _what(groups: list[Group]) -> str:
+    return f"what {' and '.join(group.id for group in groups)} {'writes' if len(groups) == 1 else 'write'}"
 
 
 def _distance(expected: Tensor, received: Tensor, least: float = 0.0) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from virtual_weights.architecture import layer_of
+from virtual_weights.architecture import Attention, layer_of
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.effective import added, after_scale, embedded
@@ -239,9 +239,17 @@ def _after(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
 
 def _pattern(module: nn.Module, stream: Stream, group: str, see: Callable[[Tensor], None]) -> Hook:
     """Attention probabilities are the second thing that the module around the output map gives."""
+    branch = stream.spec.branch(group)
+    sinks = branch is not None and isinstance(branch.part, Attention) and "sinks" in branch.part.outside
 
     def hook(_module: nn.Module, _given: object, output: tuple[Tensor | None, ...]) -> None:
         probabilities = output[1] if len(output) > 1 else None
+        if sinks:
+            raise UsageError(
+                f"the pattern of {type(module).__name__} leaves out what its attention sinks take",
+                expected="attention whose pattern is what values are weighed with",
+                do="ask questions that need no pattern",
+            )
         if probabilities is None:
             raise UsageError(
                 f"the attention of this {type(module).__name__} keeps no pattern",

@@ -88,7 +88,7 @@ class ModuleRunner(Runner):
     @cached_property
     def _checked(self) -> tuple[nn.Module, Exactness]:
         if self.model is None:
-            module, weights = _built(self.stream, self.dtype).to(self.device).eval(), _SAMPLED
+            module, weights = built(self.stream, self.dtype).to(self.device).eval(), _SAMPLED
         else:
             module, weights = _eager(unwrapped(self.model)).eval(), _ALL
         law, bound = exactness(self.stream, module, weights), exactness_bound(next(module.parameters()).dtype)
@@ -147,13 +147,13 @@ def _eager(model: nn.Module) -> nn.Module:
 def turned_module(turned: Turned) -> nn.Module:
     """A transformers module in float64 with the tensors of a turned stream; raises what ``load`` and ``Turned`` do."""
     tensors = turned.parameters
-    return _built(turned.stream, accumulate, tensors, tied=turned.stream.spec.tied and not turned.unties).eval()
+    return built(turned.stream, accumulate, tensors, tied=turned.stream.spec.tied and not turned.unties).eval()
 
 
-def _built(
+def built(
     stream: Stream, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None, *, tied: bool | None = None
 ) -> nn.Module:
-    """A transformers module of a stream's sizes with its tensors or others, one copy of each in memory."""
+    """A transformers module of a stream's sizes with its tensors or others, one copy of each in memory; not checked."""
     if find_spec("transformers") is None:
         raise UsageError(
             "running a model needs transformers",
@@ -200,6 +200,12 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
     from transformers.initialization import no_init_weights
 
     model = stream.model
+    if model.hf.values["not_run"]:
+        raise ArchitectureError(
+            f"a model of type {model.spec.model_type} is not run here: {model.hf.values['not_run']}",
+            expected="a type whose modules keep a batch apart",
+            do="ask questions of the weights alone",
+        )
     kind = next((name for name in model.hf.bases if name in CONFIG_MAPPING), None)
     settings = {key: value for key, value in model.config.items() if key not in _OF_FILES and not key.startswith("_")}
     for trait, size in model.sizes.items():  # not every class fills in what is null
@@ -208,12 +214,14 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
     settings["vocab_size"] = vocabulary(stream)
     settings["tie_word_embeddings"] = model.spec.tied if tied is None else tied
     # no text is generated, so that no token has a part to play
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     try:
         assert kind is not None
-        config = CONFIG_MAPPING[kind](**{**settings, **tokens}, attn_implementation="eager")
+        config_class: Any = CONFIG_MAPPING[kind]
+        config = config_class(**{**settings, **tokens}, attn_implementation="eager")
+        module_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
         with no_init_weights():  # every parameter is replaced, and no memory is touched before
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            return module_class(config)
     except (StrictDataclassError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise ArchitectureError(
             f"transformers refuses the settings of this model: {' '.join(str(error).split())[:300]}",
