@@ -262,6 +262,9 @@ class Replay:
 
     def write(self, group: Any, inner: Tensor) -> None:
         """Add what a group and its bias write, over the scalar of a norm after the part."""
+        within = self.stream.spec.branch(group.id).inner
+        if within is not None:
+            inner = inner / (inner.square().mean((1, 2), keepdim=True) + within.eps).sqrt()
         out = torch.einsum("mdk,tmk->td", self.stream.write(group).double(), inner)
         bias = f"{group.id}.bias"
         if bias in self.stream.groups:

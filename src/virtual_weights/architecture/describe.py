@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -80,8 +81,8 @@ class _Description:
         for kind, output, part in parts:
             if not self.entry.has(output):
                 continue
-            before, after = (norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after"))
-            yield Branch(f"L{layer}.{kind}", part(), before, after, read.number(f"{kind}_factor") or 1.0, 0, 0)
+            norms = [norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after", "inner")]
+            yield Branch(f"L{layer}.{kind}", part(), *norms, read.number(f"{kind}_factor") or 1.0, 0, 0)
 
     def _numbered(self, branches: list[Branch]) -> Iterator[Branch]:
         """The branches with the states that they read and write: the one place that counts states."""
@@ -105,14 +106,17 @@ class _Description:
         width = divided(d_model, heads, "width by heads") if given is None else read.integer("d_head")
         turning, factor = self._rotary(layer, width)
         scale = read.entry["scale"]
-        scale = width**-0.5 if scale == "$d_head^-0.5" else read.number("scale") or 1.0
+        scale = None if scale == "$d_head^-0.5" else read.number("scale")
+        norm = self._port_norm()
+        if turning is not None and norm is not None and norm.after_rotary:
+            turning, factor = replace(turning, factor=math.sqrt(factor) * turning.factor), 1.0  # the norm takes it away
         return Attention(
             heads,
             kv_heads,
             width,
-            scale * factor,
+            (width**-0.5 if scale is None else scale) * factor,
             turning,
-            self._port_norm(),
+            norm,
             read.number("attn_cap"),
             tuple(read.value("outside")),
         )
@@ -246,6 +250,7 @@ class _Rows:
         elif self.entry.names.get("mlp.norm") != self.entry.names.get("attn.norm"):
             yield from self._norm((branch.id,), "mlp.norm", "norm")
         yield from self._norm((branch.id,), f"{kind}.after", "after")
+        yield from self._norm((branch.id,), f"{kind}.inner", "inner", "(h k) -> h k" if kind == "attn" else "n -> n")
         yield from self._attention(branch) if kind == "attn" else self._mlp(branch)
 
     def _attention(self, branch: Branch) -> Iterator[Row]:
@@ -323,12 +328,12 @@ class _Rows:
             layout = f"{sides[1]} {sides[0]} -> {right}"
         yield self._row((id,), roles, leaf, layout, parts)
 
-    def _norm(self, groups: tuple[str, ...], leaf: str, role: str) -> Iterator[Row]:
+    def _norm(self, groups: tuple[str, ...], leaf: str, role: str, layout: str = "d -> d") -> Iterator[Row]:
         if not self.entry.has(leaf) or not self.read.flag("gain"):
             return
-        yield self._row(groups, (role,), leaf, "d -> d")
+        yield self._row(groups, (role,), leaf, layout)
         if self.read.flag("shift"):
-            yield self._row(groups, (f"{role}_bias",), leaf, "d -> d", leaf="bias")
+            yield self._row(groups, (f"{role}_bias",), leaf, layout, leaf="bias")
 
     def _on(self, name: str) -> str | None:
         """When a bias is there."""

@@ -146,7 +146,8 @@ def _numbers(settings: _Settings, scaling: str) -> dict[str, Any]:
             do="correct config.json, or pass config= with the right values",
         )
     if scaling == "yarn":
-        values["truncate"] = bool(settings.given.get("truncate", True))
+        # transformers looks for it beside the settings of each type of layer, where it never is
+        values["truncate"] = bool(settings.given.get("truncate", True)) or "." in settings.name
     if scaling in ("yarn", "longrope") and "factor" not in values:
         longest = checked_number("max_position_embeddings", settings.reading.key("max_position_embeddings"))
         values["factor"] = longest / values["original_max_position_embeddings"]
@@ -206,7 +207,7 @@ def _attention_factor(scaling: str, numbers: Mapping[str, Any]) -> float:
 
 def _longest(settings: _Settings, scaling: str, numbers: Mapping[str, Any]) -> int | None:
     """Beyond how many tokens other frequencies hold."""
-    if scaling == "longrope":
+    if scaling == "longrope" or settings.given.get("llama_4_scaling_beta") is not None:
         return int(numbers["original_max_position_embeddings"])
     if scaling == "dynamic":
         return int(checked_number("max_position_embeddings", settings.reading.key("max_position_embeddings")))

@@ -89,22 +89,29 @@ def as_logits(stream: Stream, read: Read) -> Read:
 def _inner(stream: Stream, read: Read, port: Port, group: str) -> Read:
     """Read maps of queries or keys with what is linear in a norm on them, and with what scales turning planes."""
     attention = _attention(stream, group)
-    maps, constants, shift = read.maps, read.constants, None
-    if attention.rotary is not None and attention.rotary.factor != 1.0:
-        weights = torch.ones(attention.width, dtype=maps.dtype)
-        weights[: attention.rotary.dim] = attention.rotary.factor
-        maps, constants = maps * weights[:, None], None if constants is None else constants * weights
-    if attention.port_norm is None:
-        return Read(maps, constants)
-    norm, heads = attention.port_norm.norm, maps.shape[0]
-    if norm.kind == "layer":
+    norm, weights = attention.port_norm, turning_weights(attention, stream.dtype)
+    after = norm is not None and norm.after_rotary
+    gain, shift = (None, None) if norm is None else _port_gain(stream, port, group, read.maps.shape[0])
+    factors = [weights, gain] if after else [gain, weights]  # in the order in which the model meets them
+    maps, constants = read.maps, read.constants
+    if norm is not None and norm.norm.kind == "layer":
         maps = without_mean(maps, 1)
         constants = None if constants is None else without_mean(constants, 1)
-    gain, shift = _port_gain(stream, port, group, heads)
-    if gain is not None:
-        maps = maps * gain[..., None]
-        constants = None if constants is None else constants * gain
-    return Read(maps, constants, shift)
+    for factor in factors:
+        if factor is not None:
+            maps = maps * factor[..., None]
+            constants = None if constants is None else constants * factor
+    return Read(maps, constants, shift if shift is None or weights is None or after else shift * weights)
+
+
+def turning_weights(attention: Attention, dtype: torch.dtype) -> Tensor | None:
+    """What a rotary scaling multiplies a head's dimensions by, (k,); None where it is 1."""
+    rotary = attention.rotary
+    if rotary is None or rotary.factor == 1.0:
+        return None
+    weights = torch.ones(attention.width, dtype=dtype)
+    weights[: rotary.dim] = rotary.factor
+    return weights
 
 
 def _attention(stream: Stream, group: str) -> Attention:
@@ -152,7 +159,11 @@ def writer(stream: Stream, group: Group | str) -> Tensor:
     if kind in ("embed", "pos"):
         return embedded(stream, kind, maps[stream.spec.unnumbered :] if kind == "pos" else maps).T[None]
     maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
-    return _weighed(stream, maps, stream.groups[id]) if stream.folded else maps
+    if not stream.folded:
+        return maps
+    gain = norm_gain(stream, "inner", id, stream.groups[id].inner)
+    maps = maps if gain is None else _least(stream, maps) * gain.reshape(len(maps), 1, -1)
+    return _weighed(stream, maps, stream.groups[id])
 
 
 def _weighed(stream: Stream, maps: Tensor, group: Group) -> Tensor:
@@ -202,7 +213,7 @@ def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
 def as_stored(stream: Stream, role: str, group: str) -> Tensor | None:
     """A role's tensor as transformers stores it; what it adds to a gain may be in another format's already."""
     weight = stream.weight(role, group)
-    trait = {"norm": "plus", "after": "plus", "q_norm": "qk_plus", "k_norm": "qk_plus"}.get(role)
+    trait = {"norm": "plus", "after": "plus", "inner": "plus", "q_norm": "qk_plus", "k_norm": "qk_plus"}.get(role)
     if weight is None or trait is None:
         return weight
     added = stream.model.entry.values[trait] - stream.model.hf.values[trait]
@@ -231,13 +242,13 @@ def compared(stream: Stream, port: Port, group: Group, values: Tensor) -> Tensor
     if rotary is not None:
         rotations = [stream.rotation(place, group) for place in range(len(values))]
         turn = torch.stack([turn for turn in rotations if turn is not None]).to(values.dtype)
-        weights = values.new_ones(attention.width)
-        weights[: rotary.dim] = rotary.factor
+        weights = turning_weights(attention, values.dtype)
     else:
         turn, weights = None, None
 
     def turned(x: Tensor) -> Tensor:
-        return x if turn is None or weights is None else torch.einsum("tij,tmj->tmi", turn, x * weights)
+        x = x if weights is None else x * weights
+        return x if turn is None else torch.einsum("tij,tmj->tmi", turn, x)
 
     if norm is None:
         return turned(values)
@@ -256,6 +267,11 @@ def after_scale(stream: Stream, given: Tensor, group: Group | str) -> Tensor:
     return scale(given, stream.groups[group_id(group)].after)
 
 
+def inner_scale(stream: Stream, z: Tensor, group: Group | str) -> Tensor:
+    """The scalar of the norm on a part's inner activations (..., m, k), all together, (...); 1 without one."""
+    return scale(z.flatten(-2), stream.groups[group_id(group)].inner)
+
+
 def port_scale(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
     """The scalar of a norm on queries or keys, of what the port's own map gives (..., m, k), see ``projection``.
 
@@ -264,6 +280,9 @@ def port_scale(stream: Stream, port: Port, group: Group | str, values: Tensor) -
     """
     attention = stream.groups[group_id(group)].attention
     norm = attention.port_norm if attention is not None and port in ("Q", "K") else None
+    if norm is not None and norm.after_rotary and attention is not None:
+        weights = turning_weights(attention, values.dtype)
+        values = values if weights is None else values * weights
     if norm is None or norm.over == "head":
         return scale(values, None if norm is None else norm.norm)
     return scale(values.flatten(-2), norm.norm)[..., None].expand(values.shape[:-1])

@@ -116,6 +116,11 @@ class Group:
         return None if self.branch is None else self.branch.after
 
     @property
+    def inner(self) -> Norm | None:
+        """The norm on its inner activations, all together; None where there is none."""
+        return None if self.branch is None else self.branch.inner
+
+    @property
     def rotary(self) -> Rotary | None:
         """How its queries and keys turn; None where they do not."""
         return None if self.attention is None else self.attention.rotary
@@ -124,6 +129,15 @@ class Group:
     def sharing(self) -> int:
         """How many query heads share one key/value head."""
         return 1 if self.attention is None else self.attention.sharing
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where it has a norm scalar: where it reads, and in its branch, as ``"L3.attn"`` and ``"L3.attn.after"``."""
+        sites = [self.id]
+        sites += [f"{self.id}.{name}" for name, norm in (("after", self.after), ("inner", self.inner)) if norm]
+        if self.attention is not None and self.attention.port_norm is not None:
+            sites += [f"{self.id}.Q", f"{self.id}.K"]
+        return tuple(sites)
 
     @property
     def layer(self) -> int | None:

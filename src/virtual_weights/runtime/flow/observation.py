@@ -16,6 +16,7 @@ from virtual_weights.runtime.running.hooks import Signal, activation, forward, p
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
 from virtual_weights.stream import OperatingPoint, Question, Stream, through_norm
+from virtual_weights.stream.effective import port_scale
 from virtual_weights.stream.group import Group
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.operating_point import gate_factor
@@ -137,13 +138,19 @@ def operating_point(run: Run) -> OperatingPoint:
         values = wide(tensor[0]).cpu()
         if signal == "pattern":
             patterns[where] = values
+        elif signal in ("after", "within"):
+            scalars[f"{where}.{'after' if signal == 'after' else 'inner'}"] = values
+        elif signal in ("Q", "K"):
+            if f"{where}.{signal}" in stream.groups[where].sites:
+                scalars[f"{where}.{signal}"] = port_scale(stream, signal, where, values)
         elif signal == "state":
             scalars.update({group.id: stream.scale(values, group) for group in stream.groups.sited(where)})
         else:
             function = activation(stream, stream.groups[where])
             gates[where] = function(values) if signal == "gate" else gate_factor(function, values)
 
-    with watching(run.module, stream, places(stream, "state", "pattern", "gate", "in"), see):
+    signals: list[Signal] = ["state", "pattern", "gate", "in", "after", "within", "Q", "K"]
+    with watching(run.module, stream, places(stream, *signals), see):
         forward(run.module, tokens[None])
     return OperatingPoint(stream.source.fingerprint, tokens, scalars, patterns, gates)
 
