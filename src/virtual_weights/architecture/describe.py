@@ -56,7 +56,9 @@ class _Description:
                 do="correct the number of layers in the configuration",
             )
         d_model, norm = read.integer("d_model"), self._norm()
-        vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") else None
+        computed = read.value("sinusoidal")
+        vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") or computed else None
+        last = norm if read.entry["final_eps"] == "" else replace(norm, eps=read.number("final_eps") or 0.0)
         branches = [branch for layer in range(layers) for branch in self._layer(layer, d_model, norm)]
         return ModelSpec(
             self.entry.model_type,
@@ -65,13 +67,14 @@ class _Description:
             tuple(self._numbered(branches)),
             Embedding(read.number("embed_factor") or 1.0, norm if read.flag("embed_norm") else None),
             Head(
-                norm if self.entry.has("final") else None,
+                last if self.entry.has("final") else None,
                 read.number("logit_factor") or 1.0,
                 read.number("logit_cap"),
             ),
             tied=read.flag("tied"),
             n_positions=None if positions is None else checked_integer("positions", positions),
             unnumbered=int(read.value("pos_offset") or 0),
+            sinusoidal={None: None, "d": d_model, "d - 2": d_model - 2}[computed],
         )
 
     def _layer(self, layer: int, d_model: int, norm: Norm) -> Iterator[Branch]:
@@ -137,6 +140,8 @@ class _Description:
     def _kind(self, layer: int) -> str:
         """The type of a layer that the configuration names, or that transformers takes without one."""
         kinds = self.read.key("layer_types")
+        if kinds is None and self.read.entry["layer_pattern"] == "":
+            return "full_attention"
         if kinds is None:
             every = checked_integer("layer_pattern", self.read.value("layer_pattern"))
             return "sliding_attention" if (layer + 1) % every else "full_attention"
@@ -145,6 +150,10 @@ class _Description:
     def _unturned(self, layer: int) -> bool:
         """Whether a layer has no rotary embedding where others have one."""
         said = str(self.read.entry["no_rotary"])
+        if not said and self.read.entry["local_theta"] == "nested":
+            settings = self.read.key("rope_parameters")
+            kind = self._kind(layer)
+            return kind not in self.read.entry["thetas"] and not (isinstance(settings, dict) and settings.get(kind))
         if not said:
             return self._theta(layer) == 0
         if "$" not in said:

@@ -193,6 +193,8 @@ class ModelSpec:
         tied: whether the unembedding is the embedding.
         n_positions: rows of the learned position embedding that serve a position; None without one.
         unnumbered: rows of it before that of the first position.
+        sinusoidal: positions are computed, not stored: row n is ``(sin(n f_i))_i, (cos(n f_i))_i`` with
+            ``f_i = 10000^(-2i/sinusoidal)``; None where they are stored.
     """
 
     model_type: str
@@ -204,6 +206,7 @@ class ModelSpec:
     tied: bool = False
     n_positions: int | None = None
     unnumbered: int = 0
+    sinusoidal: int | None = None
 
     @property
     def n_layers(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Attention, Norm
+from virtual_weights.architecture import Attention, ModelSpec, Norm
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream.group import READINGS, WRITINGS, Group, Port, group_id, ports_of
 from virtual_weights.stream.norm import constant, fold, normed, scale, without_mean
@@ -155,6 +155,8 @@ def writer(stream: Stream, group: Group | str) -> Tensor:
     kind = stream.groups[id].kind
     if kind not in WRITINGS:
         raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
+    if kind == "pos" and stream.spec.sinusoidal:
+        return sinusoidal(stream.spec).to(stream.dtype).T[None]
     maps = _needed(stream, WRITINGS[kind], id)
     if kind in ("embed", "pos"):
         return embedded(stream, kind, maps[stream.spec.unnumbered :] if kind == "pos" else maps).T[None]
@@ -164,6 +166,17 @@ def writer(stream: Stream, group: Group | str) -> Tensor:
     gain = norm_gain(stream, "inner", id, stream.groups[id].inner)
     maps = maps if gain is None else _least(stream, maps) * gain.reshape(len(maps), 1, -1)
     return _weighed(stream, maps, stream.groups[id])
+
+
+def sinusoidal(spec: ModelSpec) -> Tensor:
+    """Computed position embeddings, (positions, d) float64, see ``ModelSpec.sinusoidal``."""
+    assert spec.sinusoidal is not None and spec.n_positions is not None
+    half = spec.d_model // 2
+    frequencies = 10000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / spec.sinusoidal)
+    angles = (
+        torch.arange(spec.unnumbered, spec.unnumbered + spec.n_positions, dtype=torch.float64)[:, None] * frequencies
+    )
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _weighed(stream: Stream, maps: Tensor, group: Group) -> Tensor:

@@ -325,7 +325,7 @@ def groups(model: Model) -> Groups:
 
 def _groups(model: Model) -> Iterator[Group]:
     for kind in ("embed", "pos"):
-        if model.has(kind, kind):
+        if model.has(kind, kind) or (kind == "pos" and model.spec.sinusoidal):
             yield Group(kind, kind, (Component(Label(kind), None, 0),), writes=(0,))
     for branch in model.spec.branches:
         if isinstance(branch.part, Attention) and model.has("o", branch.id):

@@ -261,11 +261,12 @@ class _Step:
     def _written(self, group: Group) -> Tensor:
         """What a group writes, (T, d)."""
         stream = self.stream
-        if group.kind in ("embed", "pos"):
+        if group.kind == "pos":
+            return stream.write(group)[0].T[: len(self.tokens)].float()
+        if group.kind == "embed":
             name = stream.model.placements[group.kind, group.id].tensor
-            places = range(stream.spec.unnumbered, stream.spec.unnumbered + len(self.tokens))
-            rows = self.tokens.tolist() if group.kind == "embed" else places
-            table = torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
+            rows = [stream.source.read(name, slice(row, row + 1)).float() for row in self.tokens.tolist()]
+            table = torch.cat(rows)
             return centred(stream, embedded(stream, group.kind, table))
         maps = stream.write(group).float()
         if group.constant:

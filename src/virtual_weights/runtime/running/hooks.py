@@ -220,6 +220,10 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
 
 def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Tensor], None]) -> Hook:
     """What an MLP or an embedding writes, as the write maps say it."""
+    if group.kind == "pos" and stream.spec.sinusoidal:
+        table = stream.write("pos")[0].T
+        tokens = module_of(module, stream, "embed", "embed")
+        return _after(tokens, lambda tensor: see(table[None, : tensor.shape[1]].to(tensor)))
     output = module_of(module, stream, WRITINGS[group.kind], group.id)
     if group.kind == "embed" and (stream.spec.embedding.factor != 1 or stream.spec.embedding.norm is not None):
 
