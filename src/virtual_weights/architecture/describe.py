@@ -84,8 +84,11 @@ class _Description:
         for kind, output, part in parts:
             if not self.entry.has(output):
                 continue
-            norms = [norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after", "inner")]
-            yield Branch(f"L{layer}.{kind}", part(), *norms, read.number(f"{kind}_factor") or 1.0, 0, 0)
+            before, after, inner = (
+                norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after", "inner")
+            )
+            factor = read.number(f"{kind}_factor") or 1.0
+            yield Branch(f"L{layer}.{kind}", part(), before, after, inner, factor, 0, 0)
 
     def _numbered(self, branches: list[Branch]) -> Iterator[Branch]:
         """The branches with the states that they read and write: the one place that counts states."""

@@ -89,19 +89,45 @@ def as_logits(stream: Stream, read: Read) -> Read:
 def _inner(stream: Stream, read: Read, port: Port, group: str) -> Read:
     """Read maps of queries or keys with what is linear in a norm on them, and with what scales turning planes."""
     attention = _attention(stream, group)
+    maps = _along(stream, port, group, read.maps)
+    constants = None if read.constants is None else _along(stream, port, group, read.constants[..., None])[..., 0]
+    shift = None if attention.port_norm is None else _port_shift(stream, port, group, len(maps))
+    return Read(maps, constants, shift)
+
+
+def received(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
+    """Queries or keys (..., m, k) as read maps give them, of what the port's own map gives.
+
+    Of a norm on them: ``g (P) q / s + shift``; where it stands behind rotary without what turning changes in it.
+    """
+    site = group_id(group)
+    inner = _along(stream, port, site, values[..., None])[..., 0] / port_scale(stream, port, site, values)[..., None]
+    shift = _port_shift(stream, port, site, values.shape[-2])
+    return inner if shift is None else inner + shift.to(inner)
+
+
+def _along(stream: Stream, port: Port, group: str, columns: Tensor) -> Tensor:
+    """Vectors inside heads, (..., m, k, n), through what is linear in their norm and in what scales turning planes."""
+    attention = _attention(stream, group)
     norm, weights = attention.port_norm, turning_weights(attention, stream.dtype)
-    after = norm is not None and norm.after_rotary
-    gain, shift = (None, None) if norm is None else _port_gain(stream, port, group, read.maps.shape[0])
-    factors = [weights, gain] if after else [gain, weights]  # in the order in which the model meets them
-    maps, constants = read.maps, read.constants
+    gain = None if norm is None else _port_gain(stream, port, group, columns.shape[-3])
     if norm is not None and norm.norm.kind == "layer":
-        maps = without_mean(maps, 1)
-        constants = None if constants is None else without_mean(constants, 1)
-    for factor in factors:
-        if factor is not None:
-            maps = maps * factor[..., None]
-            constants = None if constants is None else constants * factor
-    return Read(maps, constants, shift if shift is None or weights is None or after else shift * weights)
+        columns = without_mean(columns, -2)
+    for factor in (gain, weights):
+        columns = columns if factor is None else columns * factor.to(columns.device)[..., None]
+    return columns
+
+
+def _port_shift(stream: Stream, port: Port, group: str, heads: int) -> Tensor | None:
+    """What a norm on queries or keys adds behind its scalar, (heads, k)."""
+    attention = _attention(stream, group)
+    shift, weights = stream.weight(f"{READINGS[port]}_norm_bias", group), turning_weights(attention, stream.dtype)
+    if shift is None:
+        return None
+    turned = weights is not None and attention.port_norm is not None and not attention.port_norm.after_rotary
+    return (_least(stream, shift) * weights if turned and weights is not None else _least(stream, shift)).expand(
+        heads, -1
+    )
 
 
 def turning_weights(attention: Attention, dtype: torch.dtype) -> Tensor | None:
@@ -120,22 +146,19 @@ def _attention(stream: Stream, group: str) -> Attention:
     return branch.part
 
 
-def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm on queries or keys, (heads, k) each; before rotary each its own.
+def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> Tensor | None:
+    """Gain of a norm on queries or keys, (heads, k); before rotary each its own.
 
     Behind it both gains stand in the keys' maps: ``(R_m q)^T diag(g_q g_k) R_n k``, for a key at place 0.
     """
     norm = _attention(stream, group).port_norm
     assert norm is not None
-    role = READINGS[port]
-    shift = stream.weight(f"{role}_norm_bias", group)
-    shift = None if shift is None else _least(stream, shift).expand(heads, -1)
     if not norm.after_rotary:
-        return _own_gain(stream, role, group, heads), shift
+        return _own_gain(stream, READINGS[port], group, heads)
     both = [_own_gain(stream, "q", group, 1), _own_gain(stream, "k", group, 1)]
     if port == "Q" or both[0] is None or both[1] is None:
-        return None, shift
-    return (both[0] * both[1]).expand(heads, -1), shift
+        return None
+    return (both[0] * both[1]).expand(heads, -1)
 
 
 def _own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None:

@@ -106,11 +106,6 @@ class Group:
         return self.branch.part if self.branch is not None and isinstance(self.branch.part, Attention) else None
 
     @property
-    def mlp(self) -> Mlp | None:
-        """The MLP that it is; None of anything else."""
-        return self.branch.part if self.branch is not None and isinstance(self.branch.part, Mlp) else None
-
-    @property
     def after(self) -> Norm | None:
         """The norm on what it writes; None where there is none."""
         return None if self.branch is None else self.branch.after

@@ -16,8 +16,8 @@ from virtual_weights.runtime.running.hooks import Signal, activation, forward, p
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
 from virtual_weights.stream import OperatingPoint, Question, Stream, through_norm
-from virtual_weights.stream.effective import port_scale
-from virtual_weights.stream.group import Group
+from virtual_weights.stream.effective import port_scale, received
+from virtual_weights.stream.group import Group, Port
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.operating_point import gate_factor
 
@@ -203,6 +203,7 @@ class _MomentSums:
         if signal == "state":
             self._state(where, values)
         elif signal in ("Q", "K", "V"):
+            values = self._through_norm(signal, where, values)
             self._add(f"ports/{where}.{signal}", torch.einsum("nmk,nml->mkl", values, values))
             self._add(f"port_means/{where}.{signal}", values.sum(0))
         elif signal == "written":
@@ -260,6 +261,14 @@ class _MomentSums:
         variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
         kurtosis = (centred.square().square().mean(-1) / variance.square()).nan_to_num(1.0)  # of a state that is zero
         self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
+
+    def _through_norm(self, port: Port, group: str, values: Tensor) -> Tensor:
+        """Queries or keys behind the norm on them, (n, m, k), whose scalar is noted."""
+        if f"{group}.{port}" not in self.stream.groups[group].sites:
+            return values
+        inverse = 1 / port_scale(self.stream, port, group, values)
+        self._add(f"port_scales/{group}.{port}", torch.stack([inverse, inverse.square()], 2).sum(0))
+        return received(self.stream, port, group, values)
 
     def _attention(self, group: str, pattern: Tensor) -> None:
         """To self, previous and first token; the first token of a chunk has no previous one and is left out."""

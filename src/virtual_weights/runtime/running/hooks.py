@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from virtual_weights.architecture import Attention, layer_of
+from virtual_weights.architecture import Attention, Mlp, layer_of
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.effective import added, after_scale, embedded, inner_scale
@@ -214,6 +214,7 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
         return module_of(module, stream, WRITINGS[group.kind], group.id).register_forward_hook(inner)
     if signal == "written":
         return _written(module, stream, group, partial(see, signal, where))
+    assert signal != "within"
     reader = module_of(module, stream, READINGS[signal], group.id)
     return _after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
 
@@ -290,8 +291,8 @@ def activation(stream: Stream, group: Group) -> nn.Module:
     """The nonlinearity of an MLP, by transformers' name for it, with the numbers of its own that it may have."""
     from transformers.activations import ACT2FN
 
-    assert group.mlp is not None
-    module = ACT2FN[group.mlp.activation]
+    assert group.branch is not None and isinstance(group.branch.part, Mlp)
+    module = ACT2FN[group.branch.part.activation]
     for role, name in (("act.p", "alpha_p"), ("act.n", "alpha_n"), ("act.beta", "beta"), ("act.eps", "eps")):
         number = stream.weight(role, group)
         if number is not None:
