@@ -288,8 +288,15 @@ class _Rows:
                 yield from self._port_norm(id, port, letter)
 
     def _port_norm(self, id: str, port: str, letter: str) -> Iterator[Row]:
-        stored = {"k": "k", "h k": f"({letter} k)", "h,k": f"{letter} k"}.get(self.read.entry["qk_gain"])
+        gain = self.read.entry["qk_gain"]
+        stored = {"k": "k", "h k": f"({letter} k)", "h,k": f"{letter} k", "h|k": f"{letter} k"}.get(gain)
         if stored is None:
+            return
+        if gain == "h|k":  # of every head its own, in one tensor
+            heads = axes_of(self.spec, id)[letter] or 0
+            roles = tuple(f"{port}_norm.{head}" for head in range(heads))
+            slots = tuple(Slot(head, head + 1) for head in range(heads))
+            yield self._row((id,), roles, f"{port}_norm", f"{stored} -> {stored}", slots)
             return
         layout = f"{stored} -> {stored.strip('()')}"
         if "{h}" in str(self.entry.names[f"{port}_norm"]):  # one tensor for every head
