@@ -198,7 +198,9 @@ class _File:
         if isinstance(pattern, int) and not isinstance(pattern, bool):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
         if not isinstance(pattern, list) or len(pattern) < layers:
-            raise wrong("attention.sliding_window_pattern", pattern, "one value per layer, or after how many one is full")
+            raise wrong(
+                "attention.sliding_window_pattern", pattern, "one value per layer, or after how many one is full"
+            )
         kinds = ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
         return {"sliding_window": window, "layer_types": kinds}
 
