@@ -14,7 +14,6 @@ from gguf_twin import CONVERTERS, write_twin
 from safetensors.torch import load_file, save_file
 
 import virtual_weights as vw
-from virtual_weights.errors import ArchitectureError
 from virtual_weights.runtime.running.model import ModuleRunner
 
 BASE = 10000.0
@@ -32,7 +31,9 @@ class Case:
     def saved(self, folder: Path) -> Path:
         build(self.kind, Flavour("case", self.settings), folder)
         tensors = load_file(folder / "model.safetensors")  # on a grid, so that 1 + gain is exact
-        save_file({k: (x * 4096).round() / 4096 for k, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: (x * 4096).round() / 4096 for k, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
         return folder
 
 
@@ -141,7 +142,12 @@ def test_a_converted_file_is_its_checkpoint(name: str, tmp_path: Path) -> None:
         if group.writes:
             assert_same(stream.write(group.id).double(), expected.write(group.id).double(), f"what {group.id} writes")
         if group.kind == "head":
-            assert_same(stream.rotation(3, group.id), expected.rotation(3, group.id), f"how {group.id} turns", 1e-6 if stored is not None else 1e-12)
+            assert_same(
+                stream.rotation(3, group.id),
+                expected.rotation(3, group.id),
+                f"how {group.id} turns",
+                1e-6 if stored is not None else 1e-12,
+            )
     if CASES[name].runs:
         runner = ModuleRunner(stream)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
