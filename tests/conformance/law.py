@@ -172,6 +172,7 @@ def errors(stream: Any, tokens: Tensor, trace: Trace) -> Iterator[tuple[str, flo
 
 
 def _relative(ours: Tensor, theirs: Tensor, centred: bool) -> float:
+    ours = ours.detach()
     if centred:
         ours, theirs = (x - x.mean(-1, keepdim=True) for x in (ours, theirs))
     return float((ours - theirs).norm() / theirs.norm())
