@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from virtual_weights.architecture.config import Reading, admits, references, wrong
+from virtual_weights.architecture.config import (
+    Reading,
+    admits,
+    checked_integer,
+    checked_number,
+    divided,
+    references,
+    wrong,
+)
 from virtual_weights.architecture.table import Entry, built_in
 from virtual_weights.errors import ArchitectureError
 
@@ -56,8 +64,9 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
 }
 _FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", "null"), "split.count": (0, 1, "null")}
 """What kind of GGUF file holds a whole model: no adapter, and not the first of several files."""
-_OWN = ("model_type", "types", "set", "choose", "keys", "needs", "required", "neutral", "name")
-_OWN += ("full_every", "window", "local_theta", "wide_layers")
+_OWN = frozenset(
+    """model_type types set choose keys needs required neutral name full_every window local_theta wide_layers""".split()
+)
 """What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
 
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -152,8 +161,11 @@ class _File:
         settings: dict[str, Any] = {**table.get("set", {}), "model_type": entry.model_type}
         for key, (leaf, there, absent) in table.get("choose", {}).items():
             settings[key] = there if self.holds(leaf) else absent
+        window = own.get("attention.sliding_window", table.get("window")) or None
+        if window or "sliding_window" in entry.values["defaults"]:
+            settings["sliding_window"] = window
         if "full_every" in table:
-            settings |= self._windows()
+            settings["layer_types"] = self._kinds(window)
         entry = entry.settled(settings)
         for key, role in self._roles(entry):
             self._put(settings, entry, role, own.get(key))
@@ -169,7 +181,8 @@ class _File:
         if entry.values["rotary"] != "none":
             self._rotary(settings, entry)
         for key, place in table.get("keys", {}).items():
-            _set(settings, place, own.get(key))
+            if own.get(key) is not None:
+                _set(settings, place, own[key])
         self._scale(settings, entry)
         self._compare(settings, entry)
         return settings
@@ -189,18 +202,19 @@ class _File:
             # llama.cpp's logit_scale, too, is what transformers divides by where it divides
             _set(settings, said, 1e-5 if value is None and role == "eps" else value)
 
-    def _windows(self) -> dict[str, Any]:
+    def _kinds(self, window: Any) -> list[str]:
         """Which layers attend within a window; where that decides how they turn, it must be right."""
-        layers, window = self.own.get("block_count"), self.own.get("attention.sliding_window", self.table.get("window"))
-        if not isinstance(layers, int) or not window:
-            return {"sliding_window": None, "layer_types": ["full_attention"] * (layers or 0)}
-        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"])
+        layers = checked_integer(f"{self.name}.block_count", self.own.get("block_count"))
+        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"]) if window else 1
         if isinstance(pattern, int) and not isinstance(pattern, bool):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
         if not isinstance(pattern, list) or len(pattern) < layers:
-            raise wrong("attention.sliding_window_pattern", pattern, "one value per layer, or after how many one is full")
-        kinds = ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
-        return {"sliding_window": window, "layer_types": kinds}
+            raise wrong(
+                f"{self.name}.attention.sliding_window_pattern",
+                pattern,
+                "a flag per layer, or after how many one is full",
+            )
+        return ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
 
     @property
     def _width(self) -> int:
@@ -218,12 +232,14 @@ class _File:
         if said == "$d_head^-0.5" or not references(said):
             return
         width = self._width
-        if self.own["block_count"] in self.table.get("wide_layers", ()):  # known to llama.cpp by that alone
-            width = self.own["embedding_length"] // self.own["attention.head_count"]
+        if self.own.get("block_count") in self.table.get("wide_layers", ()):  # llama.cpp knows them by that alone
+            sizes = (checked_integer(key, self.own.get(key)) for key in ("embedding_length", "attention.head_count"))
+            width = divided(*sizes, "width by heads")
+        scale = width**-0.5 if given is None else checked_number(f"{self.name}.attention.scale", given)
         if said.endswith("^-0.5"):
-            _set(settings, said.partition("^")[0], width if given is None else given**-2)
+            _set(settings, said.partition("^")[0], width if given is None else scale**-2)
         else:
-            _set(settings, said, width**-0.5 if given is None else given)
+            _set(settings, said, scale)
 
     def _compare(self, settings: Mapping[str, Any], entry: Entry) -> None:
         """Refuse a key whose value the type does not read, where it is not what the type has."""
@@ -238,10 +254,8 @@ class _File:
             else:
                 taken = reading.value(role)
                 taken = 1 / taken if isinstance(said, str) and said.startswith("1/") and taken else taken
-            if not isinstance(value, int | float) or not isinstance(taken, int | float):
-                if value == taken:
-                    continue
-            elif math.isclose(value, taken, rel_tol=1e-6):
+            numbers = isinstance(value, int | float) and isinstance(taken, int | float)
+            if math.isclose(value, taken, rel_tol=1e-6) if numbers else value == taken:
                 continue
             raise ArchitectureError(
                 f"the file has {self.name}.{key} = {value!r:.100}, which changes the function",
@@ -315,10 +329,12 @@ class _File:
         longest = self.own.get("context_length")
         if kind == "longrope" and short and long and length and longest:
             given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
-            ratio = longest / length
+            ratio = checked_number("context_length", longest) / checked_number("original_context_length", length)
             usual = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 and length > 1 else 1.0
-            own_factor = {} if math.isclose(attention, usual, rel_tol=1e-6) else {"attention_factor": attention}
-            return {"rope_type": "longrope", **given, **own_factor}
+            stored = checked_number("attn_factor", attention)
+            return {"rope_type": "longrope", **given} | (
+                {} if math.isclose(stored, usual, rel_tol=1e-6) else {"attention_factor": stored}
+            )
         raise ArchitectureError(
             f"the file asks for rotary scaling {kind!r:.50}, with factor {factor!r:.50}, original_context_length "
             f"{length!r:.50}, attn_factor {attention!r:.50}{', and stored short factors' if short else ''}",

@@ -56,7 +56,9 @@ def list_types(as_json: o.AsJson = False) -> None:
     opening = len(rows) - len(outside)
     summary = {"open": opening, "do_not": len(outside)}
     shown: list[Any] = [
-        Table("model types that open", [{"type": r["type"], "GGUF": ", ".join(r["gguf"]) or None} for r in rows[:opening]])
+        Table(
+            "model types that open", [{"type": r["type"], "GGUF": ", ".join(r["gguf"]) or None} for r in rows[:opening]]
+        )
     ]
     shown += [Table("model types that do not", [{"type": name, "because": why} for name, why in outside])]
     Answer(header_of("types", {}), rows, summary, shown).give(None, as_json)
