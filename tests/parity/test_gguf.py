@@ -21,7 +21,7 @@ from virtual_weights.errors import ArchitectureError
 from virtual_weights.runtime.running.model import ModuleRunner
 
 BASE = 10000.0
-TOKENS = torch.randint(4, 99, (2, 12), generator=torch.Generator().manual_seed(3))
+TOKENS = torch.randint(4, 99, (2, 20), generator=torch.Generator().manual_seed(3))
 
 
 @dataclass
@@ -67,6 +67,9 @@ CASES = {
     "gemma3": Case("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None, "num_hidden_layers": 7}),
     "gemma3, one kind of layers": Case(
         "gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 4}
+    ),
+    "gemma3, scores over sqrt(d/heads)": Case(
+        "gemma3_text", {"num_hidden_layers": 62, "layer_types": None, "query_pre_attn_scalar": 8}, runs=False
     ),
     "phi2": Case("phi", {"intermediate_size": 192, "num_key_value_heads": 6, **HALF}),
     "phi3": Case("phi3", HALF),
@@ -160,6 +163,33 @@ def test_a_converted_file_is_its_checkpoint(name: str, tmp_path: Path) -> None:
         assert runner.exactness_error < 1e-5
 
 
+LOCAL = {"full_attention": rope(1e6)["rope_parameters"], "sliding_attention": rope()["rope_parameters"]}
+FOURTH = ["sliding_attention"] * 3 + ["full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "absent"),
+    [
+        (
+            "gemma3_text",
+            {"query_pre_attn_scalar": 16, "layer_types": FOURTH, "rope_parameters": LOCAL},
+            "freq_base_swa",
+        ),
+        ("olmo3", {"layer_types": FOURTH}, "sliding_window_pattern"),
+        ("exaone4", {"layer_types": FOURTH}, "sliding_window_pattern"),
+    ],
+)
+def test_what_a_file_leaves_out_is_what_llama_cpp_takes(
+    kind: str, settings: dict[str, Any], absent: str, tmp_path: Path
+) -> None:
+    folder = Case(kind, settings).saved(tmp_path / "model")
+    flags = [kind == "sliding_attention" for kind in FOURTH]
+    changes: dict[str, Any] = {"rope.freq_base_swa": None, "attention.sliding_window_pattern": flags}
+    if absent == "sliding_window_pattern":
+        changes = {"attention.sliding_window_pattern": None}
+    assert_twins(vw.open(write_twin(folder, tmp_path / "twin.gguf", **changes)), vw.open(folder))
+
+
 @pytest.mark.parametrize("name", ["qwen2", "phi2", "chatglm"])
 def test_queries_keys_and_values_may_be_one_tensor(name: str, tmp_path: Path) -> None:
     folder = CASES[name].saved(tmp_path / "model")
@@ -228,10 +258,9 @@ def test_what_a_file_may_say_and_no_map_can_is_refused_by_name(
 
 def test_a_factor_that_is_not_longropes_own_is_kept(tmp_path: Path) -> None:
     folder = CASES["phi3, longrope"].saved(tmp_path / "model")
-    usual, other = (
-        vw.open(write_twin(folder, tmp_path / f"{i}.gguf", **changes)).spec.attentions[0]
-        for i, changes in enumerate(({}, {"rope.scaling.attn_factor": 1.5}))
-    )
+    other_factor: dict[str, Any] = {"rope.scaling.attn_factor": 1.5}
+    usual = vw.open(write_twin(folder, tmp_path / "usual.gguf")).spec.attentions[0]
+    other = vw.open(write_twin(folder, tmp_path / "other.gguf", **other_factor)).spec.attentions[0]
     assert usual.scale == pytest.approx(8**-0.5 * (1 + math.log(2) / math.log(32)))
     assert other.scale == pytest.approx(8**-0.5 * 1.5**2)
 

@@ -69,6 +69,8 @@ _OWN = frozenset(
 )
 """What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
 
+_PLAIN = re.compile(r"(1/)?\$[\w.]+")
+"""What an entry reads from a key of its own."""
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 """Tensors that transformers has in its configuration: factors of the frequencies, of shape (dim/2,)."""
 
@@ -92,8 +94,9 @@ def model_type_of(config: Mapping[str, Any]) -> str | None:
     table = built_in()["gguf"].get(name) if isinstance(name, str) else None
     if table is None:
         return None
-    told = (kind for key, kind in table.get("types", {}).items() if config.get(f"{name}.{key}"))
-    return str(next(told, table["model_type"]))
+    return str(
+        next((t for key, t in table.get("types", {}).items() if config.get(f"{name}.{key}")), table["model_type"])
+    )
 
 
 def translated(
@@ -196,9 +199,7 @@ class _File:
     def _put(self, settings: dict[str, Any], entry: Entry, role: str, value: Any) -> None:
         """Say a value where the entry reads it from a key of its own; of another form it is compared later."""
         said = entry.values[role]
-        if not isinstance(said, str) or not re.fullmatch(r"(1/)?\$[\w.]+", said):
-            return
-        if value is not None or role in _NEVER_BY_DEFAULT:
+        if _PLAIN.fullmatch(str(said)) and (value is not None or role in _NEVER_BY_DEFAULT):
             # llama.cpp's logit_scale, too, is what transformers divides by where it divides
             _set(settings, said, 1e-5 if value is None and role == "eps" else value)
 
@@ -233,8 +234,8 @@ class _File:
             return
         width = self._width
         if self.own.get("block_count") in self.table.get("wide_layers", ()):  # llama.cpp knows them by that alone
-            sizes = (checked_integer(key, self.own.get(key)) for key in ("embedding_length", "attention.head_count"))
-            width = divided(*sizes, "width by heads")
+            wide, heads = (checked_integer(k, self.own.get(k)) for k in ("embedding_length", "attention.head_count"))
+            width = divided(wide, heads, "width by heads")
         scale = width**-0.5 if given is None else checked_number(f"{self.name}.attention.scale", given)
         if said.endswith("^-0.5"):
             _set(settings, said.partition("^")[0], width if given is None else scale**-2)
@@ -243,17 +244,12 @@ class _File:
 
     def _compare(self, settings: Mapping[str, Any], entry: Entry) -> None:
         """Refuse a key whose value the type does not read, where it is not what the type has."""
-        reading = Reading(settings, entry.values)
         for key, role in self._roles(entry):
             value, said = self.own.get(key), entry.values[role]
-            if value is None or said == "":
+            if value is None or said == "" or _PLAIN.fullmatch(str(said)) or (role == "scale" and value == 0):
                 continue
-            if said == "$d_head^-0.5":
-                taken: Any = self._width**-0.5
-                value = value or taken
-            else:
-                taken = reading.value(role)
-                taken = 1 / taken if isinstance(said, str) and said.startswith("1/") and taken else taken
+            by_width = said == "$d_head^-0.5"
+            taken = self._width**-0.5 if by_width else Reading(settings, entry.values).value(role)
             numbers = isinstance(value, int | float) and isinstance(taken, int | float)
             if math.isclose(value, taken, rel_tol=1e-6) if numbers else value == taken:
                 continue
@@ -306,8 +302,7 @@ class _File:
         factors = {key: own[key] for key in ("factor", "rope.scale_linear") if own.get(key)}
         if len(set(factors.values())) > 1:
             raise ArchitectureError(
-                f"the file has rope.scaling.factor = {own['factor']!r:.50} and "
-                f"rope.scale_linear = {own['rope.scale_linear']!r:.50}",
+                f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
                 expected="one factor, under one of these names",
                 do="make the file again from the checkpoint that it was converted from",
             )
@@ -331,10 +326,9 @@ class _File:
             given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
             ratio = checked_number("context_length", longest) / checked_number("original_context_length", length)
             usual = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 and length > 1 else 1.0
-            stored = checked_number("attn_factor", attention)
-            return {"rope_type": "longrope", **given} | (
-                {} if math.isclose(stored, usual, rel_tol=1e-6) else {"attention_factor": stored}
-            )
+            if not math.isclose(checked_number("attn_factor", attention), usual, rel_tol=1e-6):
+                given["attention_factor"] = attention
+            return {"rope_type": "longrope", **given}
         raise ArchitectureError(
             f"the file asks for rotary scaling {kind!r:.50}, with factor {factor!r:.50}, original_context_length "
             f"{length!r:.50}, attn_factor {attention!r:.50}{', and stored short factors' if short else ''}",
@@ -373,8 +367,8 @@ def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, table:
 
 
 def _known(table: Mapping[str, Any]) -> set[str]:
-    read = {*table.get("keys", ()), *table.get("required", ()), *table.get("types", ()), *table.get("neutral", ())}
-    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *read}
+    own = (key for part in ("keys", "required", "types", "neutral") for key in table.get(part, ()))
+    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *own}
 
 
 def is_known(key: str, name: str) -> bool:
