@@ -82,10 +82,8 @@ def architectures() -> tuple[str, ...]:
 
 def serving(model_type: str) -> tuple[str, ...]:
     """The architectures under which models of a type are stored."""
-    tables = built_in()["gguf"].items()
-    return tuple(
-        sorted(name for name, said in tables if model_type in (said["model_type"], *said.get("types", {}).values()))
-    )
+    kinds = {name: (said["model_type"], *said.get("types", {}).values()) for name, said in built_in()["gguf"].items()}
+    return tuple(sorted(name for name in kinds if model_type in kinds[name]))
 
 
 def model_type_of(config: Mapping[str, Any]) -> str | None:
@@ -178,8 +176,7 @@ class _File:
                 _set(settings, str(entry.values["positions"]), own["context_length"])
         _set(settings, str(entry.values["tied"]), "output.weight" not in self.shapes)
         for trait, leaf in (("o_bias", "attn_output"), ("qkv_bias", "attn_q|attn_qkv"), ("mlp_bias", "ffn_up")):
-            key = next(iter(references(entry.values[trait])), "")
-            if key:
+            for key in references(entry.values[trait]):
                 settings[key] = settings.get(key, False) or self.holds(rf"({leaf})\.bias")
         if entry.values["rotary"] != "none":
             self._rotary(settings, entry)
