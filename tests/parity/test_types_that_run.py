@@ -20,7 +20,18 @@ from virtual_weights.runtime.running.activations import prompted
 from virtual_weights.stream import through_norm
 
 NOT_RUN = {"opt": ArchitectureError, "granite_swa": UsageError}
-KINDS = ("gemma2", "gemma3_text", "olmo2", "qwen3", "glm4", "cohere2", "granite", "bitnet", "hunyuan_v1_dense", "falcon")
+KINDS = (
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "qwen3",
+    "glm4",
+    "cohere2",
+    "granite",
+    "bitnet",
+    "hunyuan_v1_dense",
+    "falcon",
+)
 """Norms after parts, before and after; on queries and keys, before and after rotary; one norm for two; none before."""
 
 
@@ -63,5 +74,7 @@ def test_removing_a_little_of_an_edge_does_what_attribution_says(model_type: str
                 with torch.no_grad(), removed(run.module, run.stream, [edge], Removal(fraction=fraction)):
                     losses.append(float(next_token_loss(run.module(tokens).logits, tokens).mean()))
             share = (losses[0] - losses[1]) / (2 * little)
-            expected = told["attribution"][told.axis("reader").labels.index(name), told.axis("writer").labels.index(writer)]
+            expected = told["attribution"][
+                told.axis("reader").labels.index(name), told.axis("writer").labels.index(writer)
+            ]
             assert share == pytest.approx(float(expected), rel=0.03, abs=2e-5)
