@@ -48,7 +48,7 @@ def test_it_runs_and_is_what_its_maps_say(model_type: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model_type", NOT_RUN)
 def test_what_is_not_run_says_why(model_type: str, tmp_path: Path) -> None:
-    with pytest.raises(NOT_RUN[model_type], match="not run here|sinks"):
+    with pytest.raises(NOT_RUN[model_type], match=r"not run here|sinks"):
         _ = opened(model_type, tmp_path).module
 
 
