@@ -31,6 +31,7 @@ from virtual_weights.architecture.table import (
     built_in,
     entry_of,
     model_types,
+    named_by_keys,
 )
 from virtual_weights.errors import ArchitectureError
 
@@ -126,6 +127,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     partial: bool = False,
     dtypes: Mapping[str, str] | None = None,
     equal: Callable[[str, str], bool] | None = None,
+    zero: Callable[[str], bool] | None = None,
     tables: Tables | None = None,
 ) -> Model:
     """Account for every tensor and every configuration key of a checkpoint.
@@ -139,6 +141,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
         equal: whether two tensors hold the same values, asked only where the configuration ties an unembedding to the
             embedding and both are stored. As in transformers, one with values of its own is not tied. None trusts
             the configuration.
+        zero: whether a tensor is zero, asked only of those that must be; None trusts them.
         tables: a user's own.
 
     Returns:
@@ -162,7 +165,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     expected = {_stored_name(row, shapes): row for row in rows}
     if dialect == "gguf":
         expected["rope_freqs.weight"] = Row(("rotary",), ("factors",), "rope_freqs.weight", "f -> f", when=OPTIONAL)
-    refuse_unknown(expected, shapes, entry)
+    refuse_unknown(expected, shapes, entry, zero)
     spec = _tied(expected, shapes, spec, equal)
     refuse_missing(expected, shapes, spec, partial=partial)
     placements: dict[tuple[str, str], Placement] = {}
@@ -202,6 +205,8 @@ def _entry(config: Mapping[str, Any], dialect: str, tables: Tables | None) -> En
     """The entry of a configuration's model type, in transformers' names."""
     key = "general.architecture" if dialect == "gguf" else "model_type"
     name = config.get(key)
+    if name is None and dialect == "hf":
+        name = named_by_keys(config, {} if tables is None else tables.content)
     known = gguf.architectures() if dialect == "gguf" else model_types()
     entry = None
     if isinstance(name, str):

@@ -83,7 +83,8 @@ class Attention:
         rotary: how queries and keys turn; None where they do not.
         port_norm: norm on queries and keys; None where there is none.
         cap: scores pass ``cap tanh(score / cap)``; None where they do not.
-        outside: what else decides where a head attends, outside the maps: ``"alibi"``, ``"sinks"``.
+        outside: what else decides where a head attends, outside the maps: ``"alibi"``, ``"sinks"``, ``"positions"``
+            (shortformer: queries and keys get what their maps give of a learned position; values and the stream do not).
     """
 
     heads: int
@@ -191,6 +192,7 @@ class ModelSpec:
         tied: whether the unembedding is the embedding.
         n_positions: rows of the learned position embedding that serve a position; None without one.
         unnumbered: rows of it before that of the first position.
+        outcomes: tokens that logits are of, where they are others than can be read; None where they are the same.
     """
 
     model_type: str
@@ -202,6 +204,7 @@ class ModelSpec:
     tied: bool = False
     n_positions: int | None = None
     unnumbered: int = 0
+    outcomes: int | None = None
 
     @property
     def n_layers(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Row, stored_shape
+from virtual_weights.architecture.config import references
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.linalg import accumulate, haar_orthogonal, random_generator
@@ -203,8 +204,9 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
     context = source.config.get(f"{spec.model_type}.context_length")
     if source.dialect == "gguf" and spec.n_positions is None and context is not None:
         config["max_position_embeddings"] = context
-    if config.get("vocab_size") is None:
-        config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
+    size = references(model.hf.values["vocab"])[0]
+    if config.get(size) is None:
+        config[size] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
     if turned.unties or not spec.tied:
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)

@@ -380,7 +380,8 @@ def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
 
 def _positions(stream: Stream) -> int | None:
     """How many positions the model has embeddings for; None where it has no such table."""
-    place = stream.model.placements.get(("pos", "pos"))
+    places = stream.model.placements
+    place = places.get(("pos", "pos"), places.get(("positions", "positions")))
     return None if place is None else stream.source.tensors[place.tensor].shape[0]
 
 
