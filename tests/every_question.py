@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
-from torch import nn
 
 import virtual_weights as vw
 from virtual_weights.runtime.flow.observation import operating_point
@@ -21,13 +20,13 @@ class Subject:
     """A model in float64, its stream, runs of it and its moments.
 
     Args:
-        model: in float64.
+        model: in float64; a module, or tensors with their ``config``, of which what runs is made.
         how: how runs run, as in ``Run.on_tokens``; by default the model itself.
     """
 
-    def __init__(self, model: nn.Module, **how: Any) -> None:
-        how = how or {"model": model}
-        self.stream = vw.open(model).to(torch.float64)
+    def __init__(self, model: Any, config: Mapping[str, Any] | None = None, **how: Any) -> None:
+        how = how or ({"model": model} if config is None else {"dtype": torch.float64})
+        self.stream = vw.open(model, config=config).to(torch.float64)
         self.run = vw.Run.on_tokens(self.stream, TOKENS, **how)
         self.prompt = vw.Run.on_prompt(self.stream, TOKENS[0], **how)
         self.repeats = vw.Run.on_repeats(self.stream, 32, 16, **how)

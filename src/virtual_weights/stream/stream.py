@@ -101,6 +101,8 @@ class Stream:
         """How results say what was done with the norm."""
         if not self.folded:
             return "left out"
+        if not any(self.spec.norms) and self.spec.head.cap is None:
+            return "no norm, unembedding centred"
         said = ["gain and centring folded" if self.spec.centring else "gain folded"]
         if self.spec.head.cap is None:
             said.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")

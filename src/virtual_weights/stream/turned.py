@@ -22,7 +22,7 @@ from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
 
 _READS = frozenset(READINGS.values())
-_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "o": 1, "down": 0, "bias": 0}
+_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "positions": 1, "o": 1, "down": 0, "bias": 0}
 """Writers, and which of their canonical axes is the stream."""
 
 
@@ -79,7 +79,7 @@ class Turned:
     @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
-        changes = ["norm gains are folded into the readers and are 1"] if self.fold else []
+        changes = ["norm gains are folded into the readers and are 1"] if self.fold and any(self.stream.spec.norms) else []
         if self.stream.spec.centring:
             changes.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:
@@ -146,6 +146,12 @@ class Turned:
                 f"{len(gained)} norms stand between a part and the stream, each with a gain: {', '.join(gained[:6])}",
                 expected="norms before parts, whose gains can be folded into what reads",
                 do="turn another model: on a turned stream such a gain is a dense map, which no norm holds",
+            )
+        if model.has("positions", "positions") and any(model.spec.norms[:-1]):
+            raise ArchitectureError(
+                "learned positions are added behind a norm, to what queries and keys read",
+                expected="positions on the stream, or no norm before attention",
+                do="turn another model: on a turned stream each layer would need positions of its own",
             )
         if self.stream.source.dialect == "gguf":
             missing = [row.name for row in model.rows if not all(model.has(role, row.groups[0]) for role in row.roles)]
