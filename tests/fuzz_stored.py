@@ -187,5 +187,5 @@ def _rewritten(raw: bytes, draw: random.Random) -> bytes:
             break
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.safetensors"
-        write_tensors(path, "virtual-weights moments 3", tensors, metadata)
+        write_tensors(path, "virtual-weights moments 4", tensors, metadata)
         return path.read_bytes()

@@ -86,9 +86,10 @@ def judge(model_type: str, flavour: Flavour, folder: Path, run_refused: bool = T
 
 
 def _fails(model: nn.Module, tokens: Tensor) -> str:
-    """Why transformers itself cannot run a model; nothing where it can."""
+    """Why transformers itself cannot run a model, without any hook of ours; nothing where it can."""
     try:
-        run(model, tokens)
+        with torch.no_grad():
+            copy.deepcopy(model)(tokens[None], use_cache=False)
     except Exception as reason:  # noqa: BLE001 - whatever it is
         return f"does not run: {type(reason).__name__}: {reason}"
     return ""
@@ -101,7 +102,7 @@ def _verdict(name: str, sites: list[tuple[str, float]]) -> Verdict:
 
 
 def run(model: nn.Module, tokens: Tensor) -> Trace:
-    """Run transformers on a prompt in float64, in float32 where it cannot; on a copy: dynamic scaling stays."""
+    """Run transformers on a prompt in float64, or in float32 where it cannot, on a copy: dynamic scaling stays."""
     try:
         return _run(copy.deepcopy(model).double(), tokens)
     except (RuntimeError, TypeError):
@@ -116,7 +117,9 @@ def _run(model: Any, tokens: Tensor) -> Trace:
         trace.states.append(state[0].detach().double())
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
-        trace.states.append((out[0] if isinstance(out, tuple) else out).reshape(len(tokens), -1).detach().double())
+        trace.states.append(
+            (out[0] if isinstance(out, tuple | list) else out).reshape(len(tokens), -1).detach().double()
+        )
 
     layers = decoder_layers(model)
     hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
@@ -262,6 +265,9 @@ class Replay:
 
     def write(self, group: Any, inner: Tensor) -> None:
         """Add what a group and its bias write, over the scalar of a norm after the part."""
+        within = self.stream.spec.branch(group.id).inner
+        if within is not None:
+            inner = inner / (inner.square().mean((1, 2), keepdim=True) + within.eps).sqrt()
         out = torch.einsum("mdk,tmk->td", self.stream.write(group).double(), inner)
         bias = f"{group.id}.bias"
         if bias in self.stream.groups:

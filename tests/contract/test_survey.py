@@ -263,6 +263,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "persistence": ("MODEL", *RUNS, "--writer", "L0H1"),
     "frontier": ("MODEL", *RUNS),
     "validate": ("MODEL", *RUNS, "--edges", "3"),
+    "check": ("MODEL",),
     "rotate": ("MODEL", "-o", "NEW"),
 }
 

@@ -488,7 +488,7 @@ def _hook(model: Any) -> None:
         (_head, r"L1\.attn\.V"),
         (_writer, r"what L2\.mlp write"),
         (_embedding, "what embed write"),
-        (_eps, r"unembed\.unembed"),
+        (_eps, r"unembed"),
         (_rotary, r"the pattern of L\d\.attn"),
         (_scaling, r"the pattern of L0\.attn"),
         (_nonlinearity, r"the nonlinearity of L2\.mlp"),

@@ -30,7 +30,8 @@ NEUTRAL_HF = frozenset(
     gradient_checkpointing use_gradient_checkpointing sliding_window use_sliding_window max_window_layers layer_types
     use_mrope use_flash_attn use_flash_attention use_flash_attention_2 flash_attention flash_attn use_xformers
     use_memory_efficient_attention use_fused_rope use_fused_mlp fused_mlp fused_bias_fc fused_dropout_add_ln
-    vocab_size rope_theta rope_scaling rope_parameters rotary_pct rotary_emb_base partial_rotary_factor
+    vocab_size rope_theta rope_scaling rope_parameters original_max_position_embeddings rotary_pct
+    rotary_emb_base partial_rotary_factor
     transformers.js_config is_llama_config rope_interleaved prefix onnx num_parameters model_size revision license
     language languages library_name datasets tags pipeline_tag training_args wandb_run_id run_name seed base_model
     base_model_name_or_path quantized_by unsloth_version unsloth_fixed unsloth_* axolotl_version mergekit_version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -55,7 +56,9 @@ class _Description:
                 do="correct the number of layers in the configuration",
             )
         d_model, norm = read.integer("d_model"), self._norm()
-        vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") else None
+        computed = read.value("sinusoidal")
+        vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") or computed else None
+        last = norm if read.entry["final_eps"] == "" else replace(norm, eps=read.number("final_eps") or 0.0)
         outcomes = read.value("vocab_out")
         branches = [branch for layer in range(layers) for branch in self._layer(layer, d_model, norm)]
         return ModelSpec(
@@ -65,7 +68,7 @@ class _Description:
             tuple(self._numbered(branches)),
             Embedding(read.number("embed_factor") or 1.0, norm if read.flag("embed_norm") else None),
             Head(
-                norm if self.entry.has("final") else None,
+                last if self.entry.has("final") else None,
                 read.number("logit_factor") or 1.0,
                 read.number("logit_cap"),
             ),
@@ -73,6 +76,7 @@ class _Description:
             n_positions=None if positions is None else checked_integer("positions", positions),
             unnumbered=int(read.value("pos_offset") or 0),
             outcomes=None if outcomes is None else checked_integer("vocab_out", outcomes),
+            sinusoidal={None: None, "d": d_model, "d - 2": d_model - 2}[computed],
         )
 
     def _layer(self, layer: int, d_model: int, norm: Norm) -> Iterator[Branch]:
@@ -82,8 +86,11 @@ class _Description:
         for kind, output, part in parts:
             if not self.entry.has(output):
                 continue
-            before, after = (norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after"))
-            yield Branch(f"L{layer}.{kind}", part(), before, after, read.number(f"{kind}_factor") or 1.0, 0, 0)
+            before, after, inner = (
+                norm if self.entry.has(f"{kind}.{place}") else None for place in ("norm", "after", "inner")
+            )
+            factor = read.number(f"{kind}_factor") or 1.0
+            yield Branch(f"L{layer}.{kind}", part(), before, after, inner, factor, 0, 0)
 
     def _numbered(self, branches: list[Branch]) -> Iterator[Branch]:
         """The branches with the states that they read and write: the one place that counts states."""
@@ -107,14 +114,17 @@ class _Description:
         width = divided(d_model, heads, "width by heads") if given is None else read.integer("d_head")
         turning, factor = self._rotary(layer, width)
         scale = read.entry["scale"]
-        scale = width**-0.5 if scale == "$d_head^-0.5" else read.number("scale") or 1.0
+        scale = None if scale == "$d_head^-0.5" else read.number("scale")
+        norm = self._port_norm()
+        if turning is not None and norm is not None and norm.after_rotary:
+            turning, factor = replace(turning, factor=math.sqrt(factor) * turning.factor), 1.0  # the norm takes it away
         return Attention(
             heads,
             kv_heads,
             width,
-            scale * factor,
+            (width**-0.5 if scale is None else scale) * factor,
             turning,
-            self._port_norm(),
+            norm,
             read.number("attn_cap"),
             tuple(read.value("outside")),
         )
@@ -135,6 +145,8 @@ class _Description:
     def _kind(self, layer: int) -> str:
         """The type of a layer that the configuration names, or that transformers takes without one."""
         kinds = self.read.key("layer_types")
+        if kinds is None and self.read.entry["layer_pattern"] == "":
+            return "full_attention"
         if kinds is None:
             every = checked_integer("layer_pattern", self.read.value("layer_pattern"))
             return "sliding_attention" if (layer + 1) % every else "full_attention"
@@ -143,6 +155,10 @@ class _Description:
     def _unturned(self, layer: int) -> bool:
         """Whether a layer has no rotary embedding where others have one."""
         said = str(self.read.entry["no_rotary"])
+        if not said and self.read.entry["local_theta"] == "nested":
+            settings = self.read.key("rope_parameters")
+            kind = self._kind(layer)
+            return kind not in self.read.entry["thetas"] and not (isinstance(settings, dict) and settings.get(kind))
         if not said:
             return self._theta(layer) == 0
         if "$" not in said:
@@ -251,6 +267,7 @@ class _Rows:
         elif self.entry.names.get("mlp.norm") != self.entry.names.get("attn.norm"):
             yield from self._norm((branch.id,), "mlp.norm", "norm")
         yield from self._norm((branch.id,), f"{kind}.after", "after")
+        yield from self._norm((branch.id,), f"{kind}.inner", "inner", "(h k) -> h k" if kind == "attn" else "n -> n")
         yield from self._attention(branch) if kind == "attn" else self._mlp(branch)
 
     def _attention(self, branch: Branch) -> Iterator[Row]:
@@ -276,8 +293,15 @@ class _Rows:
                 yield from self._port_norm(id, port, letter)
 
     def _port_norm(self, id: str, port: str, letter: str) -> Iterator[Row]:
-        stored = {"k": "k", "h k": f"({letter} k)", "h,k": f"{letter} k"}.get(self.read.entry["qk_gain"])
+        gain = self.read.entry["qk_gain"]
+        stored = {"k": "k", "h k": f"({letter} k)", "h,k": f"{letter} k", "h|k": f"{letter} k"}.get(gain)
         if stored is None:
+            return
+        if gain == "h|k":  # of every head its own, in one tensor
+            heads = axes_of(self.spec, id)[letter] or 0
+            roles = tuple(f"{port}_norm.{head}" for head in range(heads))
+            slots = tuple(Slot(head, head + 1) for head in range(heads))
+            yield self._row((id,), roles, f"{port}_norm", f"{stored} -> {stored}", slots)
             return
         layout = f"{stored} -> {stored.strip('()')}"
         if "{h}" in str(self.entry.names[f"{port}_norm"]):  # one tensor for every head
@@ -327,12 +351,12 @@ class _Rows:
             layout = f"{sides[1]} {sides[0]} -> {right}"
         yield self._row((id,), roles, leaf, layout, parts)
 
-    def _norm(self, groups: tuple[str, ...], leaf: str, role: str) -> Iterator[Row]:
+    def _norm(self, groups: tuple[str, ...], leaf: str, role: str, layout: str = "d -> d") -> Iterator[Row]:
         if not self.entry.has(leaf) or not self.read.flag("gain"):
             return
-        yield self._row(groups, (role,), leaf, "d -> d")
+        yield self._row(groups, (role,), leaf, layout)
         if self.read.flag("shift"):
-            yield self._row(groups, (f"{role}_bias",), leaf, "d -> d", leaf="bias")
+            yield self._row(groups, (f"{role}_bias",), leaf, layout, leaf="bias")
 
     def _layout(self, leaf: str, usual: str) -> str:
         """How a weight is stored, where the entry says so of its own."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
 
-from virtual_weights.architecture.config import references, same, wrong
+from virtual_weights.architecture.config import Reading, admits, references, wrong
 from virtual_weights.architecture.table import Entry, built_in
 from virtual_weights.errors import ArchitectureError
 
@@ -22,8 +23,6 @@ _SIZES = {
     "vocab_size": "vocab",
     "attention.layer_norm_rms_epsilon": "eps",
     "attention.layer_norm_epsilon": "eps",
-    "rope.freq_base": "theta",
-    "rope.freq_base_swa": "local_theta",
     "embedding_scale": "embed_factor",
     "residual_scale": "attn_factor",
     "attention.scale": "scale",
@@ -37,25 +36,55 @@ _NEVER_BY_DEFAULT = ("layers", "d_model", "heads", "kv_heads", "d_head", "d_mlp"
 """What a file that does not say it does not leave to the defaults of a class in transformers."""
 _PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 """Sizes that GGUF may give layer by layer."""
-_NEUTRAL = frozenset(
-    """context_length tensor_data_layout attention.value_length attention.sliding_window rope.dimension_count
-    rope.scale_linear rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned
-    rope.scaling.attn_factor rope.scaling.yarn_log_multiplier attention.sliding_window_pattern""".split()
-)
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+"""Settings of yarn, and how transformers calls them."""
+_READ = frozenset(
+    """context_length rope.freq_base rope.freq_base_swa rope.dimension_count rope.scale_linear rope.scaling.type
+    rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_log_multiplier
+    attention.sliding_window attention.sliding_window_pattern""".split()
+) | {f"rope.scaling.{key}" for key in _YARN}
+"""Keys that are read one by one."""
+_NEUTRAL = frozenset({"tensor_data_layout", "attention.value_length", "rope.scaling.finetuned"})
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "expert_count": (0, None),
-    "expert_used_count": (0, None),
-    "attention.causal": (True, None),
-    "attention.clamp_kqv": (None, 0, 0.0),
-    "attention.max_alibi_bias": (None, 0, 0.0, 8.0),
+    "expert_count": (0, "null"),
+    "expert_used_count": (0, "null"),
+    "nextn_predict_layers": (0, "null"),
+    "attention.causal": (True, "null"),
+    "attention.clamp_kqv": ("null", 0, 0.0),
+    "attention.max_alibi_bias": ("null", 0, 0.0),
+    "rope.scaling.yarn_ext_factor": ("null", 1.0, -1.0),
 }
-_FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", None), "split.count": (0, 1, None)}
+_FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", "null"), "split.count": (0, 1, "null")}
 """What kind of GGUF file holds a whole model: no adapter, and not the first of several files."""
+_OWN = ("model_type", "types", "set", "choose", "keys", "needs", "required", "neutral", "name")
+_OWN += ("full_every", "window", "local_theta", "wide_layers")
+"""What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
+
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+"""Tensors that transformers has in its configuration: factors of the frequencies, of shape (dim/2,)."""
 
 
 def architectures() -> tuple[str, ...]:
     """The values of ``general.architecture`` that the tables have an entry for."""
     return tuple(sorted(built_in()["gguf"]))
+
+
+def serving(model_type: str) -> tuple[str, ...]:
+    """The architectures under which models of a type are stored."""
+    tables = built_in()["gguf"].items()
+    return tuple(
+        sorted(name for name, said in tables if model_type in (said["model_type"], *said.get("types", {}).values()))
+    )
+
+
+def model_type_of(config: Mapping[str, Any]) -> str | None:
+    """The model type of a file by its architecture, and where that serves several, by a key; None where unknown."""
+    name = config.get("general.architecture")
+    table = built_in()["gguf"].get(name) if isinstance(name, str) else None
+    if table is None:
+        return None
+    told = (kind for key, kind in table.get("types", {}).items() if config.get(f"{name}.{key}"))
+    return str(next(told, table["model_type"]))
 
 
 def translated(
@@ -64,7 +93,7 @@ def translated(
     """The entry of a GGUF file, whose names are GGUF's, and its configuration in transformers' vocabulary.
 
     Args:
-        config: the file's keys.
+        config: the file's keys, with the content of ``SHORT`` and ``LONG`` under their names.
         shapes: of its tensors.
         entry: of the model type, in transformers' names.
 
@@ -72,53 +101,238 @@ def translated(
         ArchitectureError: a key is not known, or says what transformers cannot.
     """
     name = str(config["general.architecture"])
-    table: dict[str, Any] = dict(built_in()["gguf"][name])
-    table.pop("model_type")
+    table = built_in()["gguf"][name]
     begin = f"{name}."
-    own = {key.removeprefix(begin): value for key, value in config.items() if key.startswith(begin)}
-    _refuse(config, own, name, set(table.get("neutral", ())))
+    own = {key.removeprefix(begin): _decimal(value) for key, value in config.items() if key.startswith(begin)}
+    _refuse(config, own, name, table)
     own |= {key: _uniform(own, key) for key in _PER_LAYER if key in own}
-    settings = {**table.pop("set", {}), "model_type": entry.model_type}
-    table.pop("neutral", None)
-    table_names = table.pop("name", {})
-    changed = {"plus": 0.0, "qk_plus": 0.0, "transposed": False, "permuted": False, **table}
-    values = {**entry.values, **changed}
-    for key, role in _SIZES.items():
-        if own.get(key) is not None:
-            _put(settings, entry.values[role], own[key], f"{begin}{key}")
-        elif role in _NEVER_BY_DEFAULT and not any(own.get(k) is not None for k, r in _SIZES.items() if r == role):
-            _put(settings, entry.values[role], 1e-5 if role == "eps" else None)
-    if "context_length" in own:
-        settings["max_position_embeddings"] = own["context_length"]
-        if entry.values["pos"]:
-            _put(settings, entry.values["positions"], own["context_length"])
-    _put(settings, entry.values["tied"], "output.weight" not in shapes)
-    for trait, leaf in (("o_bias", "attn_output"), ("qkv_bias", "attn_q"), ("mlp_bias", "ffn_up")):
-        found = any(re.fullmatch(rf"blk\.\d+\.{leaf}(kv)?\.bias", name) for name in shapes)
-        if references(entry.values[trait]):
-            already = settings.get(references(entry.values[trait])[0], False)
-            _put(settings, entry.values[trait], found or already)
-    if entry.values["rotary"] != "none":
-        _rotary(settings, own, entry, begin)
-    own_entry = replace(entry, values=values).settled(settings)
-    names = {role: leaf for role, leaf in built_in()["names"]["gguf"].items() if _has(own_entry, role)}
-    # what the converter changes goes before what a case of transformers' says
-    return replace(own_entry, values={**own_entry.values, **changed}, names={**names, **table_names}), settings
+    file = _File(name, own, shapes, table, config)
+    settings = file.settings(entry)
+    hf = entry.settled(settings)
+    changed = {"plus": 0.0, "qk_plus": 0.0, "transposed": False, "permuted": False, **file.traits()}
+    values = {**hf.values, **changed}
+    return replace(hf, values=values, names=file.names(hf, values)), settings
 
 
-def _has(entry: Entry, role: str) -> bool:
-    """Whether a type has what a name of GGUF is for, where the converter keeps or joins what transformers has."""
-    if role in ("prefixes", "layer"):
-        return True
-    if role in ("qkv", "q", "k", "v"):
-        return (role == "qkv") == bool(entry.values["fused"])
-    if role in ("gate", "gate_up"):
-        return (role == "gate_up") == bool(entry.values["fused_mlp"]) and (entry.has("gate") or entry.has("gate_up"))
-    return entry.has(role) or (role == "up" and not entry.values["fused_mlp"])
+@final
+@dataclass(frozen=True)
+class _File:
+    name: str
+    own: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    table: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    def holds(self, leaf: str) -> bool:
+        """Whether some layer has a tensor whose name ends so, or so before ``.weight``."""
+        pattern = re.compile(rf"blk\.\d+\.({leaf})(\.weight)?")
+        return any(pattern.fullmatch(name) for name in self.shapes)
+
+    def traits(self) -> dict[str, Any]:
+        """What the converter changes in a type's traits."""
+        changed = {key: value for key, value in self.table.items() if key not in _OWN}
+        if not changed.get("permuted"):  # llama.cpp takes them in one tensor or in three
+            changed["fused"] = "blocks" if self.holds("attn_qkv") else ""
+        return changed
+
+    def names(self, hf: Entry, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaf names by role, of those that a model with these traits has."""
+        fused, joined, gated = bool(values["fused"]), bool(values["fused_mlp"]), bool(values["gated"])
+        has = dict.fromkeys(("q", "k", "v"), not fused) | {"qkv": fused, "prefixes": True, "layer": True}
+        has |= {"gate": gated and not joined, "up": not joined, "gate_up": joined}
+        leaves = {**built_in()["names"]["gguf"], **self.table.get("name", {})}
+        names = {role: leaf for role, leaf in leaves.items() if has.get(role, hf.has(role))}
+        if hf.has("mlp.norm") and hf.names["mlp.norm"] == hf.names.get("attn.norm"):
+            names["mlp.norm"] = names["attn.norm"]  # one norm before both
+        return names
+
+    def settings(self, entry: Entry) -> dict[str, Any]:
+        """The file's keys in transformers' vocabulary."""
+        own, table = self.own, self.table
+        settings: dict[str, Any] = {**table.get("set", {}), "model_type": entry.model_type}
+        for key, (leaf, there, absent) in table.get("choose", {}).items():
+            settings[key] = there if self.holds(leaf) else absent
+        if "full_every" in table:
+            settings |= self._windows()
+        entry = entry.settled(settings)
+        for key, role in self._roles(entry):
+            self._put(settings, entry, role, own.get(key))
+        if "context_length" in own:
+            settings["max_position_embeddings"] = own["context_length"]
+            if entry.values["pos"]:
+                _set(settings, str(entry.values["positions"]), own["context_length"])
+        _set(settings, str(entry.values["tied"]), "output.weight" not in self.shapes)
+        for trait, leaf in (("o_bias", "attn_output"), ("qkv_bias", "attn_q|attn_qkv"), ("mlp_bias", "ffn_up")):
+            key = next(iter(references(entry.values[trait])), "")
+            if key:
+                settings[key] = settings.get(key, False) or self.holds(rf"({leaf})\.bias")
+        if entry.values["rotary"] != "none":
+            self._rotary(settings, entry)
+        for key, place in table.get("keys", {}).items():
+            _set(settings, place, own.get(key))
+        self._scale(settings, entry)
+        self._compare(settings, entry)
+        return settings
+
+    def _roles(self, entry: Entry) -> Iterator[tuple[str, str]]:
+        """Keys that say what an entry says, those for the other kind of norm left out."""
+        other = "attention.layer_norm_epsilon" if entry.values["norm"] == "rms" else "attention.layer_norm_rms_epsilon"
+        unread = {other, *self.table.get("neutral", ())}
+        return ((key, role) for key, role in _SIZES.items() if key not in unread)
+
+    def _put(self, settings: dict[str, Any], entry: Entry, role: str, value: Any) -> None:
+        """Say a value where the entry reads it from a key of its own; of another form it is compared later."""
+        said = entry.values[role]
+        if not isinstance(said, str) or not re.fullmatch(r"(1/)?\$[\w.]+", said):
+            return
+        if value is not None or role in _NEVER_BY_DEFAULT:
+            # llama.cpp's logit_scale, too, is what transformers divides by where it divides
+            _set(settings, said, 1e-5 if value is None and role == "eps" else value)
+
+    def _windows(self) -> dict[str, Any]:
+        """Which layers attend within a window; where that decides how they turn, it must be right."""
+        layers, window = self.own.get("block_count"), self.own.get("attention.sliding_window", self.table.get("window"))
+        if not isinstance(layers, int) or not window:
+            return {"sliding_window": None, "layer_types": ["full_attention"] * (layers or 0)}
+        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"])
+        if isinstance(pattern, int) and not isinstance(pattern, bool):
+            pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
+        if not isinstance(pattern, list) or len(pattern) < layers:
+            raise wrong(
+                "attention.sliding_window_pattern", pattern, "one value per layer, or after how many one is full"
+            )
+        kinds = ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
+        return {"sliding_window": window, "layer_types": kinds}
+
+    @property
+    def _width(self) -> int:
+        """Of a head."""
+        width, sizes = self.own.get("attention.key_length"), ("embedding_length", "attention.head_count")
+        if width is None and all(isinstance(self.own.get(key), int) and self.own[key] > 0 for key in sizes):
+            width = self.own[sizes[0]] // self.own[sizes[1]]
+        if not isinstance(width, int) or width < 1:
+            raise wrong(f"{self.name}.attention.key_length", width, "a whole number, or the sizes that it follows from")
+        return width
+
+    def _scale(self, settings: dict[str, Any], entry: Entry) -> None:
+        """The factor on scores: of a file without it, 1/sqrt(d_head), whatever a class in transformers takes."""
+        said, given = str(entry.values["scale"]), self.own.get("attention.scale") or None
+        if said == "$d_head^-0.5" or not references(said):
+            return
+        width = self._width
+        if self.own["block_count"] in self.table.get("wide_layers", ()):  # known to llama.cpp by that alone
+            width = self.own["embedding_length"] // self.own["attention.head_count"]
+        if said.endswith("^-0.5"):
+            _set(settings, said.partition("^")[0], width if given is None else given**-2)
+        else:
+            _set(settings, said, width**-0.5 if given is None else given)
+
+    def _compare(self, settings: Mapping[str, Any], entry: Entry) -> None:
+        """Refuse a key whose value the type does not read, where it is not what the type has."""
+        reading = Reading(settings, entry.values)
+        for key, role in self._roles(entry):
+            value, said = self.own.get(key), entry.values[role]
+            if value is None or said == "":
+                continue
+            if said == "$d_head^-0.5":
+                taken: Any = self._width**-0.5
+                value = value or taken
+            else:
+                taken = reading.value(role)
+                taken = 1 / taken if isinstance(said, str) and said.startswith("1/") and taken else taken
+            if not isinstance(value, int | float) or not isinstance(taken, int | float):
+                if value == taken:
+                    continue
+            elif math.isclose(value, taken, rel_tol=1e-6):
+                continue
+            raise ArchitectureError(
+                f"the file has {self.name}.{key} = {value!r:.100}, which changes the function",
+                expected=f"{taken!r}, as in all models of this architecture in transformers",
+                do="open a model without it; this package would compute wrong maps",
+            )
+
+    def _rotary(self, settings: dict[str, Any], entry: Entry) -> None:
+        """Rotary settings as llama.cpp reads them: a factor without a type is linear, 0 is none."""
+        own = self.own
+        base = own.get("rope.freq_base", 10000.0)
+        local = own.get("rope.freq_base_swa", self.table.get("local_theta", base))
+        full = {"rope_type": "default", "rope_theta": base, **self._scaling(settings, entry)}
+        turned, width = own.get("rope.dimension_count"), self._width
+        nested = entry.values["local_theta"] == "nested"
+        if turned is not None and (
+            not isinstance(turned, int) or turned % 2 or not 2 <= turned <= width or (nested and turned < width)
+        ):
+            raise ArchitectureError(
+                f"rotary embedding would turn {turned} of {width} dimensions of a head "
+                f"({self.name}.rope.dimension_count)",
+                expected="all of them" if nested else f"an even number between 2 and {width}",
+                do="make the file again from the checkpoint that it was converted from",
+            )
+        if nested:
+            slow = {"rope_type": "default", "rope_theta": local}
+            settings["rope_parameters"] = {"full_attention": full, "sliding_attention": slow}
+            return
+        if local != base:
+            raise ArchitectureError(
+                f"the file has {self.name}.rope.freq_base_swa = {local!r:.50} and rope.freq_base = {base!r:.50}",
+                expected=f"one base for all layers, as {entry.model_type} has in transformers",
+                do="open a model without it; this package would give wrong rotary offsets",
+            )
+        settings["rope_parameters"] = full
+        if turned is None:
+            return
+        if entry.values["partial"]:
+            share = turned / width
+            # transformers rounds the product down, which must not lose the last of them
+            full["partial_rotary_factor"] = share if int(share * width) == turned else math.nextafter(share, 1)
+        elif turned < width:
+            settings["gguf_turned"] = turned
+
+    def _scaling(self, settings: dict[str, Any], entry: Entry) -> dict[str, Any]:
+        """How frequencies are scaled, in transformers' words."""
+        own = {key.removeprefix("rope.scaling."): value for key, value in self.own.items() if value is not None}
+        factors = {key: own[key] for key in ("factor", "rope.scale_linear") if own.get(key)}
+        if len(set(factors.values())) > 1:
+            raise ArchitectureError(
+                f"the file has rope.scaling.factor = {own['factor']!r:.50} and "
+                f"rope.scale_linear = {own['rope.scale_linear']!r:.50}",
+                expected="one factor, under one of these names",
+                do="make the file again from the checkpoint that it was converted from",
+            )
+        factor, length = next(iter(factors.values()), None), own.get("original_context_length")
+        short, long = self.config.get(SHORT), self.config.get(LONG)
+        kind = own.get("type", "longrope" if short else "linear" if factor else "none")
+        attention = own.get("attn_factor", 1.0)
+        if "original_max_position_embeddings" in entry.values["defaults"] and length:
+            settings["original_max_position_embeddings"] = length
+        if kind == "none" and factor in (None, 1.0) and not short and attention == 1.0:
+            return {}
+        if kind == "linear" and not short and attention == 1.0:
+            return {"rope_type": "linear", "factor": factor} if factor else {}
+        if kind == "yarn" and factor and length and not short and attention == 1.0:
+            given = {named: own[key] for key, named in _YARN.items() if key in own}
+            if "yarn_log_multiplier" in own:  # llama.cpp, too, takes the other one for 1
+                given |= {"mscale": 1.0, "mscale_all_dim": own["yarn_log_multiplier"]}
+            return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length, **given}
+        longest = self.own.get("context_length")
+        if kind == "longrope" and short and long and length and longest:
+            given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
+            ratio = longest / length
+            usual = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 and length > 1 else 1.0
+            own_factor = {} if math.isclose(attention, usual, rel_tol=1e-6) else {"attention_factor": attention}
+            return {"rope_type": "longrope", **given, **own_factor}
+        raise ArchitectureError(
+            f"the file asks for rotary scaling {kind!r:.50}, with factor {factor!r:.50}, original_context_length "
+            f"{length!r:.50}, attn_factor {attention!r:.50}{', and stored short factors' if short else ''}",
+            expected="none; linear with a factor; yarn with a factor and a length; longrope with a length and "
+            f"{SHORT} and {LONG}",
+            do="open the safetensors form of this model, or another model",
+        )
 
 
-def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, neutral: set[str]) -> None:
-    known = {*_SIZES, *_NEUTRAL, *_REQUIRED, *neutral}
+def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, table: Mapping[str, Any]) -> None:
+    """Refuse keys that nobody reads, and values that no type has."""
+    known = _known(table)
     unknown = [f"{name}.{key}" for key, value in own.items() if value is not None and key not in known]
     if unknown:
         raise ArchitectureError(
@@ -126,46 +340,48 @@ def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, neutra
             expected="only keys whose effect on the function is known",
             do="if they change nothing, pass config= without them, or name each with --ignore-config",
         )
-    required = {**_FILE, **{f"{name}.{key}": allowed for key, allowed in _REQUIRED.items()}}
+    absent = [f"{name}.{key}" for key in table.get("needs", ()) if own.get(key) is None]
+    if absent:
+        raise ArchitectureError(
+            f"the file lacks {', '.join(absent)}",
+            expected=f"what every file of the architecture {name!r} says",
+            do="make the file again with llama.cpp's converter",
+        )
+    own_required = {**_REQUIRED, **table.get("required", {})}
+    required = {**_FILE, **{f"{name}.{key}": allowed for key, allowed in own_required.items()}}
     for key, allowed in required.items():
-        if not any(same(config.get(key), value) for value in allowed):
+        if not admits(allowed, config.get(key)):
             raise ArchitectureError(
-                f"the file has {key} = {config[key]!r:.100}, which changes the function",
+                f"the file has {key} = {config.get(key)!r:.100}, which changes the function",
                 expected=f"one of {allowed!r}",
                 do="open a model without it; this package would compute wrong maps",
             )
 
 
+def _known(table: Mapping[str, Any]) -> set[str]:
+    read = {*table.get("keys", ()), *table.get("required", ()), *table.get("types", ()), *table.get("neutral", ())}
+    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *read}
+
+
 def is_known(key: str, name: str) -> bool:
     """Whether a key of a GGUF file is read, or known to change nothing."""
     own = key.removeprefix(f"{name}.")
-    table = built_in()["gguf"].get(name, {})
-    return own == key or own in {*_SIZES, *_NEUTRAL, *_REQUIRED, *table.get("neutral", ())}
+    return own == key or own in _known(built_in()["gguf"].get(name, {}))
 
 
-def _put(settings: dict[str, Any], said: Any, value: Any, key: str = "") -> None:
-    """Say a value in transformers' vocabulary, where the entry reads it from there; else it must be the entry's own."""
-    names = references(said)
-    if not names or not isinstance(said, str):
-        if key and said != "" and not (isinstance(value, int | float) and math.isclose(value, said, rel_tol=1e-6)):
-            raise ArchitectureError(
-                f"the file has {key} = {value!r:.100}, which changes the function",
-                expected=f"{said!r}, as in all models of this architecture in transformers",
-                do="open a model without it; this package would compute wrong maps",
-            )
-        return
-    if said.startswith("1/"):
-        value = 1 / value
-    if "^" in said:
-        power = float(said.rpartition("^")[2])
-        value = value ** (1 / power)
-    if said.startswith("!"):
-        value = not value
-    place, *rest = names[0].split(".")
-    if rest:
-        settings[place] = {**settings.get(place, {}), rest[0]: value}
-    else:
-        settings[place] = value
+def _set(settings: dict[str, Any], reference: str, value: Any) -> None:
+    """Put a value under the key of a reference such as ``"$a.b"``, key b of the object a."""
+    place, *rest = reference.removeprefix("1/").lstrip("!$").split(".")
+    value = not value if reference.startswith("!") else value
+    settings[place] = {**(settings.get(place) or {}), rest[0]: value} if rest else value
+
+
+def _decimal(value: Any) -> Any:
+    """A number as it was written before it was rounded to float32, where six digits tell it."""
+    if not isinstance(value, float) or not abs(value) < 1e38:
+        return value
+    short = float(f"{value:.6g}")
+    return short if struct.unpack("f", struct.pack("f", short))[0] == value else value
 
 
 def _uniform(own: Mapping[str, Any], key: str) -> Any:
@@ -176,51 +392,3 @@ def _uniform(own: Mapping[str, Any], key: str) -> Any:
     if isinstance(value, list):
         raise wrong(key, value, "one value for all layers")
     return value
-
-
-def _rotary(settings: dict[str, Any], own: Mapping[str, Any], entry: Entry, begin: str) -> None:
-    """Rotary settings as llama.cpp reads them: a factor without a type is linear, 0 is none."""
-    factors = {key: own[key] for key in ("rope.scaling.factor", "rope.scale_linear") if own.get(key)}
-    if len(set(factors.values())) > 1:
-        raise ArchitectureError(
-            f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
-            expected="one factor, under one of these names",
-            do="make the file again from the checkpoint that it was converted from",
-        )
-    kind = own.get("rope.scaling.type", "linear" if factors else "none")
-    if kind not in ("none", "linear") or (kind == "none" and set(factors.values()) - {1.0}):
-        raise ArchitectureError(
-            f"the file asks for rotary scaling {kind!r:.50}" + (f", with {factors}" if factors else ""),
-            expected="none, without a factor, or linear",
-            do="open the safetensors form of this model, or another model",
-        )
-    given: dict[str, Any] = {}
-    if factors and kind == "linear":
-        given = {"rope_type": "linear", "factor": next(iter(factors.values()))}
-    theta = references(entry.values["theta"])
-    if theta and "." not in theta[0]:
-        given |= {"rope_theta": settings.get(theta[0], 10000.0)}
-    if entry.values["local_theta"]:
-        local = references(entry.values["local_theta"])[0]
-        slow = {"rope_theta": settings.pop(local, entry.values["defaults"].get(local, 10000.0)), "rope_type": "default"}
-        settings["rope_parameters"] = {"full_attention": {"rope_type": "default", **given}, "sliding_attention": slow}
-        return
-    settings["rope_parameters"] = {"rope_type": "default", **given}
-    turned = own.get("rope.dimension_count")
-    if turned is not None:
-        width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
-        if not isinstance(turned, int) or turned % 2 or not 2 <= turned <= width:
-            raise ArchitectureError(
-                f"rotary embedding would turn {turned} of {width} dimensions of a head ({begin}rope.dimension_count)",
-                expected=f"an even number between 2 and {width}",
-                do="make the file again from the checkpoint that it was converted from",
-            )
-        if entry.values["rotary_dim"]:
-            _put(settings, entry.values["rotary_dim"], turned)
-        elif entry.values["partial"]:
-            share = turned / width
-            # transformers rounds the product down, which must not lose the last of them
-            share = share if int(share * width) == turned else math.nextafter(share, 1)
-            settings["rope_parameters"]["partial_rotary_factor"] = share
-        elif turned < width:
-            settings["gguf_turned"] = turned

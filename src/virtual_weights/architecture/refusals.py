@@ -95,6 +95,14 @@ def to_be_converted(what: str, known_as: str, do: str) -> ArchitectureError:
 def refuse_untold(spec: ModelSpec, rows: Collection[Row]) -> None:
     """Refuse what the entries can say and the maps cannot: each is named by its trait."""
     biased = {group.removesuffix(".bias") for row in rows if row.roles == ("bias",) for group in row.groups}
+    shifted = [row.name for row in rows if {"after_bias", "inner_bias"} & {*row.roles}]
+    both = [branch.id for branch in spec.branches if branch.after is not None and branch.inner is not None]
+    if shifted or both:
+        raise ArchitectureError(
+            f"{', '.join((shifted or both)[:6])}: a norm inside or after a part that adds a shift, or one of each",
+            expected="norms inside or after parts without a shift, one for a part",
+            do="open a model without it; this package would compute wrong maps",
+        )
     untold = [branch.id for branch in spec.branches if branch.after is not None and branch.id in biased]
     if untold:
         raise ArchitectureError(

@@ -155,6 +155,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     if dialect == "gguf":
         entry, settings = gguf.translated(config, shapes, hf)
         hf = hf.settled(settings)
+        hf = replace(hf, values={**hf.values, "not_run": entry.values["not_run"]})
     else:
         settings = _canonical(config, hf)
         entry = hf = hf.settled(settings)
@@ -165,7 +166,8 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     expected = {_stored_name(row, shapes): row for row in rows}
     if dialect == "gguf":
         expected["rope_freqs.weight"] = Row(("rotary",), ("factors",), "rope_freqs.weight", "f -> f", when=OPTIONAL)
-    refuse_unknown(expected, shapes, entry, zero)
+    told = (gguf.SHORT, gguf.LONG) if dialect == "gguf" and gguf.SHORT in config else ()  # read as configuration
+    refuse_unknown(expected, {name: shape for name, shape in shapes.items() if name not in told}, entry, zero)
     spec = _tied(expected, shapes, spec, equal)
     refuse_missing(expected, shapes, spec, partial=partial)
     placements: dict[tuple[str, str], Placement] = {}
@@ -211,7 +213,7 @@ def _entry(config: Mapping[str, Any], dialect: str, tables: Tables | None) -> En
     entry = None
     if isinstance(name, str):
         own = tables or Tables({}, "")
-        kind = built_in()["gguf"].get(name, {}).get("model_type") if dialect == "gguf" else name
+        kind = gguf.model_type_of(config) if dialect == "gguf" else name
         entry = entry_of(kind, own.content, own.origin) if isinstance(kind, str) else None
     if entry is not None:
         return entry

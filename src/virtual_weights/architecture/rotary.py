@@ -97,7 +97,7 @@ def rotary(reading: Reading, width: int, kind: str, theta: float | None) -> tupl
         apart=width // 2 if reading.entry.get("permuted") and not whole else None,
         backwards=reading.entry["rotary_back"],
         factor=1.0 if whole else factor,
-        longest=_longest(settings, scaling, numbers),
+        longest=_longest(settings, scaling),
     ), factor**2 if whole else 1.0
 
 
@@ -124,7 +124,8 @@ def _settings(reading: Reading, kind: str) -> _Settings:
 
 def _nested(reading: Reading, kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> _Settings:
     """The settings of one type of layer; ``rope_scaling`` is laid over those of full attention."""
-    flat = sorted(key for key, value in new.items() if not isinstance(value, Mapping | None))
+    dropped = () if reading.entry["thetas"] else ("rope_theta", "rope_type")
+    flat = sorted(key for key, value in new.items() if not isinstance(value, Mapping | None) and key not in dropped)
     if flat or (old and "rope_type" not in old):
         raise ArchitectureError(
             f"the rotary settings hold {', '.join(flat[:6]) or 'a scaling without rope_type'}",
@@ -132,7 +133,7 @@ def _nested(reading: Reading, kind: str, old: Mapping[str, Any], new: Mapping[st
             do="write them as transformers saves them",
         )
     given = {**(new.get(kind) or {}), **(old if kind == "full_attention" else {})}
-    return _Settings(f"rope_parameters.{kind}", given, reading, reading.entry["thetas"][kind])
+    return _Settings(f"rope_parameters.{kind}", given, reading, reading.entry["thetas"].get(kind, "$rope_theta"))
 
 
 def _numbers(settings: _Settings, scaling: str) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def _numbers(settings: _Settings, scaling: str) -> dict[str, Any]:
             do="correct config.json, or pass config= with the right values",
         )
     if scaling == "yarn":
-        values["truncate"] = bool(settings.given.get("truncate", True))
+        # transformers looks for it beside the settings of each type of layer, where it never is
+        values["truncate"] = bool(settings.given.get("truncate", True)) or "." in settings.name
     if scaling in ("yarn", "longrope") and "factor" not in values:
         longest = checked_number("max_position_embeddings", settings.reading.key("max_position_embeddings"))
         values["factor"] = longest / values["original_max_position_embeddings"]
@@ -204,10 +206,10 @@ def _attention_factor(scaling: str, numbers: Mapping[str, Any]) -> float:
     return grown(scales[0]) / grown(scales[1]) if scales[0] and scales[1] else grown(1.0)
 
 
-def _longest(settings: _Settings, scaling: str, numbers: Mapping[str, Any]) -> int | None:
+def _longest(settings: _Settings, scaling: str) -> int | None:
     """Beyond how many tokens other frequencies hold."""
-    if scaling == "longrope":
-        return int(numbers["original_max_position_embeddings"])
+    if scaling == "longrope" or settings.given.get("llama_4_scaling_beta") is not None:
+        return int(settings.number("original_max_position_embeddings"))
     if scaling == "dynamic":
         return int(checked_number("max_position_embeddings", settings.reading.key("max_position_embeddings")))
     return None

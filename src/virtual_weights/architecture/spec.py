@@ -126,13 +126,14 @@ Part = Attention | Mlp
 class Branch:
     """One branch of the stream: it reads a state through a norm, and what its part gives is added to the stream.
 
-    ``x_writes = x_(writes - 1) + factor N_after(part(N_before(x_reads)))``, with other branches that write there.
+    ``x_writes = x_(writes - 1) + factor N_after(O N_inner(z(N_before(x_reads))))``, and what others write there.
 
     Attributes:
         id: ``"L3.attn"`` or ``"L3.mlp"``; roles of tensors are placed by it.
         part: what works between reading and writing.
         before: the norm through which it reads; None where it reads the stream as it is.
         after: the norm on what the part gives; None where there is none.
+        inner: the norm on all its inner activations together, before its output map; None where there is none.
         factor: on what is added to the stream.
         reads: number of the state that it reads.
         writes: number of the state in which what it writes first appears.
@@ -142,6 +143,7 @@ class Branch:
     part: Part
     before: Norm | None
     after: Norm | None
+    inner: Norm | None
     factor: float
     reads: int
     writes: int
@@ -193,6 +195,8 @@ class ModelSpec:
         n_positions: rows of the learned position embedding that serve a position; None without one.
         unnumbered: rows of it before that of the first position.
         outcomes: tokens that logits are of, where they are others than can be read; None where they are the same.
+        sinusoidal: positions are computed, not stored: row n is ``(sin(n f_i))_i, (cos(n f_i))_i`` with
+            ``f_i = 10000^(-2i/sinusoidal)``; None where they are stored.
     """
 
     model_type: str
@@ -205,6 +209,7 @@ class ModelSpec:
     n_positions: int | None = None
     unnumbered: int = 0
     outcomes: int | None = None
+    sinusoidal: int | None = None
 
     @property
     def n_layers(self) -> int:

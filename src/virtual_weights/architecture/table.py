@@ -168,7 +168,9 @@ def model_types() -> tuple[str, ...]:
 
 def named_by_keys(config: Mapping[str, Any], tables: Mapping[str, Any]) -> str | None:
     """The model type of a configuration that names none, by the keys that only its type has."""
-    marks = {name: entry.get("known_by", ()) for name, entry in {**built_in(), **tables}.items() if name not in _RESERVED}
+    marks = {
+        name: entry.get("known_by", ()) for name, entry in {**built_in(), **tables}.items() if name not in _RESERVED
+    }
     return next((name for name, keys in marks.items() if keys and all(key in config for key in keys)), None)
 
 

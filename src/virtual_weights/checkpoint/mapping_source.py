@@ -163,8 +163,8 @@ def open_module(
     reference = f"<{type(module).__name__} in memory>"
     if isinstance(module, nn.Module) and derives_from(module, "transformer_lens", "HookedTransformer"):
         hooked: Any = module
-        config = hooked.cfg.to_dict() if config is None else config
-        return MappingSource(module.state_dict(), config, reference=reference, allow_non_finite=allow_non_finite)
+        settings = hooked.cfg.to_dict() if config is None else config
+        return MappingSource(module.state_dict(), settings, reference=reference, allow_non_finite=allow_non_finite)
     module = unwrapped(module)
     config = _transformers_config(module) if config is None else config
     return MappingSource(module.state_dict(), config, reference=reference, allow_non_finite=allow_non_finite)

@@ -45,19 +45,20 @@ def fetch(
 @model_commands.command("types", cls=o.Command)
 def list_types(as_json: o.AsJson = False) -> None:
     """List the model types that open, in which formats, and those that do not, with what is missing for them."""
+    from virtual_weights.architecture.gguf import serving
     from virtual_weights.architecture.table import built_in, model_types
 
-    tables = built_in()
-    files = {name: key for key, value in tables["gguf"].items() for name in (value["model_type"],)}
     rows: list[dict[str, Any]] = [
-        {"type": name, "opens": True, "gguf": files.get(name), "missing": None} for name in model_types()
+        {"type": name, "opens": True, "gguf": list(serving(name)), "missing": None} for name in model_types()
     ]
-    outside = sorted(tables["outside"].items())
-    rows += [{"type": name, "opens": False, "gguf": None, "missing": missing} for name, missing in outside]
+    outside = sorted(built_in()["outside"].items())
+    rows += [{"type": name, "opens": False, "gguf": [], "missing": missing} for name, missing in outside]
     opening = len(rows) - len(outside)
     summary = {"open": opening, "do_not": len(outside)}
     shown: list[Any] = [
-        Table("model types that open", [{"type": r["type"], "GGUF": r["gguf"]} for r in rows[:opening]])
+        Table(
+            "model types that open", [{"type": r["type"], "GGUF": ", ".join(r["gguf"]) or None} for r in rows[:opening]]
+        )
     ]
     shown += [Table("model types that do not", [{"type": name, "because": why} for name, why in outside])]
     Answer(header_of("types", {}), rows, summary, shown).give(None, as_json)

@@ -59,7 +59,9 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
         changes = _logit_changes(evidence.run, evidence.seed)
         if not isinstance(changes, str):
             normed = any(norm is not None for norm in stream.spec.norms)
-            return _by_logits(changes, exactness_bound(accumulate) * stream.states, condition if normed else None, figures)
+            return _by_logits(
+                changes, exactness_bound(accumulate) * stream.states, condition if normed else None, figures
+            )
         figures["logits"] = changes
     folded = max(float(figures[n] or 0) for n in ("virtual_weights_folded", "norm_scalar_orthogonal_centred"))
     plain = max(float(figures[n] or 0) for n in ("virtual_weights_gains_left_in_place", "norm_scalar_orthogonal"))

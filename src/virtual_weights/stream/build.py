@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from virtual_weights.architecture import Tables, resolve
+from virtual_weights.architecture.gguf import LONG, SHORT
 from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.mapping_source import NnsightModel
 from virtual_weights.errors import ArchitectureError
@@ -57,6 +58,7 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
     """
     source = open_source(reference, config=config, offline=offline, allow_non_finite=allow_non_finite)
     read = config if config is not None and isinstance(reference, Source) else source.config
+    read = {**read, **_told(source)}
     model = resolve(
         read,
         {name: info.shape for name, info in source.tensors.items()},
@@ -68,6 +70,13 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         tables=None if table is None else read_tables(table),
     )
     return Stream(source, model, fold)
+
+
+def _told(source: Source) -> dict[str, list[float]]:
+    """What a GGUF file has as small tensors and transformers in its configuration, by the tensor's name."""
+    names = (SHORT, LONG) if source.dialect == "gguf" else ()
+    stored = {name: source.tensors[name].shape for name in names if name in source.tensors}
+    return {name: source.read(name).tolist() for name, shape in stored.items() if len(shape) == 1 and shape[0] < 10**5}
 
 
 def read_tables(path: str | Path) -> Tables:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Attention, Norm
+from virtual_weights.architecture import Attention, ModelSpec, Norm
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream.group import READINGS, WRITINGS, Group, Port, group_id, ports_of
 from virtual_weights.stream.norm import constant, fold, normed, scale, without_mean
@@ -89,22 +89,55 @@ def as_logits(stream: Stream, read: Read) -> Read:
 def _inner(stream: Stream, read: Read, port: Port, group: str) -> Read:
     """Read maps of queries or keys with what is linear in a norm on them, and with what scales turning planes."""
     attention = _attention(stream, group)
-    maps, constants, shift = read.maps, read.constants, None
-    if attention.rotary is not None and attention.rotary.factor != 1.0:
-        weights = torch.ones(attention.width, dtype=maps.dtype)
-        weights[: attention.rotary.dim] = attention.rotary.factor
-        maps, constants = maps * weights[:, None], None if constants is None else constants * weights
-    if attention.port_norm is None:
-        return Read(maps, constants)
-    norm, heads = attention.port_norm.norm, maps.shape[0]
-    if norm.kind == "layer":
-        maps = without_mean(maps, 1)
-        constants = None if constants is None else without_mean(constants, 1)
-    gain, shift = _port_gain(stream, port, group, heads)
-    if gain is not None:
-        maps = maps * gain[..., None]
-        constants = None if constants is None else constants * gain
+    maps = _along(stream, port, group, read.maps)
+    constants = None if read.constants is None else _along(stream, port, group, read.constants[..., None])[..., 0]
+    shift = None if attention.port_norm is None else _port_shift(stream, port, group, len(maps))
     return Read(maps, constants, shift)
+
+
+def received(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
+    """Queries or keys (..., m, k) as read maps give them, of what the port's own map gives.
+
+    Of a norm on them: ``g (P) q / s + shift``; where it stands behind rotary without what turning changes in it.
+    """
+    site = group_id(group)
+    inner = _along(stream, port, site, values[..., None])[..., 0] / port_scale(stream, port, site, values)[..., None]
+    shift = _port_shift(stream, port, site, values.shape[-2])
+    return inner if shift is None else inner + shift.to(inner)
+
+
+def _along(stream: Stream, port: Port, group: str, columns: Tensor) -> Tensor:
+    """Vectors inside heads, (..., m, k, n), through what is linear in their norm and in what scales turning planes."""
+    attention = _attention(stream, group)
+    norm, weights = attention.port_norm, turning_weights(attention, stream.dtype)
+    gain = None if norm is None else _port_gain(stream, port, group, columns.shape[-3])
+    if norm is not None and norm.norm.kind == "layer":
+        columns = without_mean(columns, -2)
+    for factor in (gain, weights):
+        columns = columns if factor is None else columns * factor.to(columns.device)[..., None]
+    return columns
+
+
+def _port_shift(stream: Stream, port: Port, group: str, heads: int) -> Tensor | None:
+    """What a norm on queries or keys adds behind its scalar, (heads, k)."""
+    attention = _attention(stream, group)
+    shift, weights = stream.weight(f"{READINGS[port]}_norm_bias", group), turning_weights(attention, stream.dtype)
+    if shift is None:
+        return None
+    turned = weights is not None and attention.port_norm is not None and not attention.port_norm.after_rotary
+    return (_least(stream, shift) * weights if turned and weights is not None else _least(stream, shift)).expand(
+        heads, -1
+    )
+
+
+def turning_weights(attention: Attention, dtype: torch.dtype) -> Tensor | None:
+    """What a rotary scaling multiplies a head's dimensions by, (k,); None where it is 1."""
+    rotary = attention.rotary
+    if rotary is None or rotary.factor == 1.0:
+        return None
+    weights = torch.ones(attention.width, dtype=dtype)
+    weights[: rotary.dim] = rotary.factor
+    return weights
 
 
 def _attention(stream: Stream, group: str) -> Attention:
@@ -113,22 +146,19 @@ def _attention(stream: Stream, group: str) -> Attention:
     return branch.part
 
 
-def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm on queries or keys, (heads, k) each; before rotary each its own.
+def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> Tensor | None:
+    """Gain of a norm on queries or keys, (heads, k); before rotary each its own.
 
     Behind it both gains stand in the keys' maps: ``(R_m q)^T diag(g_q g_k) R_n k``, for a key at place 0.
     """
     norm = _attention(stream, group).port_norm
     assert norm is not None
-    role = READINGS[port]
-    shift = stream.weight(f"{role}_norm_bias", group)
-    shift = None if shift is None else _least(stream, shift).expand(heads, -1)
     if not norm.after_rotary:
-        return _own_gain(stream, role, group, heads), shift
+        return _own_gain(stream, READINGS[port], group, heads)
     both = [_own_gain(stream, "q", group, 1), _own_gain(stream, "k", group, 1)]
     if port == "Q" or both[0] is None or both[1] is None:
-        return None, shift
-    return (both[0] * both[1]).expand(heads, -1), shift
+        return None
+    return (both[0] * both[1]).expand(heads, -1)
 
 
 def _own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None:
@@ -148,11 +178,28 @@ def writer(stream: Stream, group: Group | str) -> Tensor:
     kind = stream.groups[id].kind
     if kind not in WRITINGS:
         raise UsageError(f"{id} does not write", expected="a writer such as L3.mlp or embed", do="name a writer")
+    if kind == "pos" and stream.spec.sinusoidal:
+        return sinusoidal(stream.spec).to(stream.dtype).T[None]
     maps = _needed(stream, WRITINGS[kind], id)
     if kind in ("embed", "pos"):
         return embedded(stream, kind, maps[stream.spec.unnumbered :] if kind == "pos" else maps).T[None]
     maps = maps if maps.ndim == 3 else maps[None] if maps.ndim == 2 else maps[None, :, None]
-    return _weighed(stream, maps, stream.groups[id]) if stream.folded else maps
+    if not stream.folded:
+        return maps
+    gain = norm_gain(stream, "inner", id, stream.groups[id].inner)
+    maps = maps if gain is None else _least(stream, maps) * gain.reshape(len(maps), 1, -1)
+    return _weighed(stream, maps, stream.groups[id])
+
+
+def sinusoidal(spec: ModelSpec) -> Tensor:
+    """Computed position embeddings, (positions, d) float64, see ``ModelSpec.sinusoidal``."""
+    assert spec.sinusoidal is not None and spec.n_positions is not None
+    half = spec.d_model // 2
+    frequencies = 10000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / spec.sinusoidal)
+    angles = (
+        torch.arange(spec.unnumbered, spec.unnumbered + spec.n_positions, dtype=torch.float64)[:, None] * frequencies
+    )
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _weighed(stream: Stream, maps: Tensor, group: Group) -> Tensor:
@@ -202,7 +249,7 @@ def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
 def as_stored(stream: Stream, role: str, group: str) -> Tensor | None:
     """A role's tensor as transformers stores it; what it adds to a gain may be in another format's already."""
     weight = stream.weight(role, group)
-    trait = {"norm": "plus", "after": "plus", "q_norm": "qk_plus", "k_norm": "qk_plus"}.get(role)
+    trait = {"norm": "plus", "after": "plus", "inner": "plus", "q_norm": "qk_plus", "k_norm": "qk_plus"}.get(role)
     if weight is None or trait is None:
         return weight
     added = stream.model.entry.values[trait] - stream.model.hf.values[trait]
@@ -235,13 +282,13 @@ def compared(stream: Stream, port: Port, group: Group, values: Tensor) -> Tensor
     if rotary is not None:
         rotations = [stream.rotation(place, group) for place in range(len(values))]
         turn = torch.stack([turn for turn in rotations if turn is not None]).to(values.dtype)
-        weights = values.new_ones(attention.width)
-        weights[: rotary.dim] = rotary.factor
+        weights = turning_weights(attention, values.dtype)
     else:
         turn, weights = None, None
 
     def turned(x: Tensor) -> Tensor:
-        return x if turn is None or weights is None else torch.einsum("tij,tmj->tmi", turn, x * weights)
+        x = x if weights is None else x * weights
+        return x if turn is None else torch.einsum("tij,tmj->tmi", turn, x)
 
     if norm is None:
         return turned(values)
@@ -260,6 +307,11 @@ def after_scale(stream: Stream, given: Tensor, group: Group | str) -> Tensor:
     return scale(given, stream.groups[group_id(group)].after)
 
 
+def inner_scale(stream: Stream, z: Tensor, group: Group | str) -> Tensor:
+    """The scalar of the norm on a part's inner activations (..., m, k), all together, (...); 1 without one."""
+    return scale(z.flatten(-2), stream.groups[group_id(group)].inner)
+
+
 def port_scale(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
     """The scalar of a norm on queries or keys, of what the port's own map gives (..., m, k), see ``projection``.
 
@@ -268,6 +320,9 @@ def port_scale(stream: Stream, port: Port, group: Group | str, values: Tensor) -
     """
     attention = stream.groups[group_id(group)].attention
     norm = attention.port_norm if attention is not None and port in ("Q", "K") else None
+    if norm is not None and norm.after_rotary and attention is not None:
+        weights = turning_weights(attention, values.dtype)
+        values = values if weights is None else values * weights
     if norm is None or norm.over == "head":
         return scale(values, None if norm is None else norm.norm)
     return scale(values.flatten(-2), norm.norm)[..., None].expand(values.shape[:-1])

@@ -106,14 +106,14 @@ class Group:
         return self.branch.part if self.branch is not None and isinstance(self.branch.part, Attention) else None
 
     @property
-    def mlp(self) -> Mlp | None:
-        """The MLP that it is; None of anything else."""
-        return self.branch.part if self.branch is not None and isinstance(self.branch.part, Mlp) else None
-
-    @property
     def after(self) -> Norm | None:
         """The norm on what it writes; None where there is none."""
         return None if self.branch is None else self.branch.after
+
+    @property
+    def inner(self) -> Norm | None:
+        """The norm on its inner activations, all together; None where there is none."""
+        return None if self.branch is None else self.branch.inner
 
     @property
     def rotary(self) -> Rotary | None:
@@ -124,6 +124,15 @@ class Group:
     def sharing(self) -> int:
         """How many query heads share one key/value head."""
         return 1 if self.attention is None else self.attention.sharing
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where it has a norm scalar: where it reads, and in its branch, as ``"L3.attn"`` and ``"L3.attn.after"``."""
+        sites = [self.id]
+        sites += [f"{self.id}.{name}" for name, norm in (("after", self.after), ("inner", self.inner)) if norm]
+        if self.attention is not None and self.attention.port_norm is not None:
+            sites += [f"{self.id}.Q", f"{self.id}.K"]
+        return tuple(sites)
 
     @property
     def layer(self) -> int | None:
@@ -311,7 +320,7 @@ def groups(model: Model) -> Groups:
 
 def _groups(model: Model) -> Iterator[Group]:
     for kind in ("embed", "pos"):
-        if model.has(kind, kind):
+        if model.has(kind, kind) or (kind == "pos" and model.spec.sinusoidal):
             yield Group(kind, kind, (Component(Label(kind), None, 0),), writes=(0,))
     for branch in model.spec.branches:
         if isinstance(branch.part, Attention) and model.has("o", branch.id):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -15,7 +15,7 @@ from virtual_weights.record.axes import one_line
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights moments 3"
+FORMAT = "virtual-weights moments 4"
 
 
 @final
@@ -41,8 +41,11 @@ class Moments:
         second: group to (P, m, k, k), ``E[z z^T/s_p^2]``, uncentred.
         mean: group to (P, m, k), ``E[z/s_p]``.
         energy: group to (states from w on, m), ``E[|O z|^2/s_p^2]``, always at every state.
-        ports: ``"L3.attn.Q"``, ``.K``, ``.V`` to (heads or shared heads, k, k), ``E[q q^T]`` before rotary.
+        ports: ``"L3.attn.Q"``, ``.K``, ``.V`` to (heads or shared heads, k, k), ``E[q q^T]`` before rotary, of queries
+            and keys as read maps give them, behind a norm on them.
         port_means: the same to (heads, k), ``E[q]``.
+        port_scales: where queries and keys have a norm, ``"L3.attn.Q"`` to (heads or shared heads, 2), E[1/s] and
+            E[1/s^2] of its scalar.
         attention: group to (heads, 3), mean attention to self, previous and first token, of all tokens but the first.
         neurons: group to (3, d_mlp), mean, mean square and share above 0 of the activations that the MLP writes with.
 
@@ -61,6 +64,7 @@ class Moments:
     port_means: Mapping[str, Tensor]
     attention: Mapping[str, Tensor]
     neurons: Mapping[str, Tensor]
+    port_scales: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     text: str = ""
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
-FORMAT = "virtual-weights operating point 3"
+FORMAT = "virtual-weights operating point 4"
 
 _NONE = torch.empty(0)
 
@@ -27,8 +27,10 @@ class OperatingPoint:
     Attributes:
         fingerprint: of the checkpoint that ran (``stream.source.fingerprint``).
         tokens: (T,) token ids.
-        scalars: the norm scalar s > 0 with which every group reads, by its id, (T,) each: ``"L3.attn"``, ``"L3.mlp"``
-            (both in a parallel block too, where both norms see the same state) and ``"unembed"``.
+        scalars: norm scalars > 0, (T,) each: of every group that reads by its id, ``"L3.attn"``, ``"L3.mlp"`` (both in
+            a parallel block too, where both norms see the same state) and ``"unembed"``; where a branch has such norms,
+            ``"L3.attn.after"`` of what it gives, ``"L3.attn.inner"`` of its inner activations, and ``"L3.attn.Q"`` and
+            ``.K`` (T, heads or shared heads) of queries and keys.
         patterns: attention's group to (heads, T, T) probabilities, ``[head, query token, key token]``.
         gates: MLP's group to (T, d_mlp), the factor by which a neuron's pre-activation, constants included, becomes its
             activation. Gated MLP: ``act(gate)``, on the up pre-activation. Ungated: ``act(pre) / pre``, and where
@@ -50,7 +52,7 @@ class OperatingPoint:
     def __post_init__(self) -> None:
         n = len(self.tokens) if self.tokens.ndim == 1 else -1
         wrong = [] if n > 0 and not self.tokens.is_floating_point() else ["tokens"]
-        wrong += [group for group, s in self.scalars.items() if s.shape != (n,) or not bool((s > 0).all())]
+        wrong += [site for site, s in self.scalars.items() if s.shape[:1] != (n,) or not bool((s > 0).all())]
         wrong += [f"pattern {group}" for group, p in self.patterns.items() if p.ndim != 3 or p.shape[1:] != (n, n)]
         wrong += [f"gates {group}" for group, g in self.gates.items() if g.ndim != 2 or len(g) != n]
         floats = [*self.scalars.values(), *self.patterns.values(), *self.gates.values()]
@@ -77,7 +79,7 @@ class OperatingPoint:
                 do="open the checkpoint that ran, without fold=False, or run this one",
             )
         groups = stream.groups
-        missing = {group.id for group in groups if group.ports} - self.scalars.keys()
+        missing = {site for group in groups if group.ports for site in group.sites} - self.scalars.keys()
         missing |= {f"pattern {g.id}" for g in groups.heads if len(self.patterns.get(g.id, ())) != len(g.components)}
         missing |= {f"gates {g.id}" for g in groups.mlps if self.gates.get(g.id, _NONE).shape[-1] != g.width}
         if missing:

@@ -79,7 +79,9 @@ class Turned:
     @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
-        changes = ["norm gains are folded into the readers and are 1"] if self.fold and any(self.stream.spec.norms) else []
+        changes = (
+            ["norm gains are folded into the readers and are 1"] if self.fold and any(self.stream.spec.norms) else []
+        )
         if self.stream.spec.centring:
             changes.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:

@@ -57,7 +57,8 @@ Point = OperatingPoint | Convention
 class FrozenGroup:
     """The attention or the MLP of one layer, frozen.
 
-    ``T x`` at token t is ``sum_h O_h sum_u p_h[t,u] g[t] (R~_h x_u / s_u)``; all in float64.
+    ``T x`` at token t is ``sum_h O_h sum_u p_h[t,u] g[t] (R~_h x_u / s_u)``, over the scalars at t of a norm on
+    inner activations or on what they become; all in float64.
 
     Attributes:
         group: which attention or MLP; m counts its components.
@@ -67,6 +68,7 @@ class FrozenGroup:
         read_constant: (m, k) or None; write_constant: (d,) or None.
         pattern: (m, T, T), None in an MLP, where no token reads another.
         gate: (T, k) or (1, 1), None in attention.
+        outer: (T,) 1/s of a norm on inner activations or on what they become, None where there is neither.
     """
 
     group: Group
@@ -77,6 +79,7 @@ class FrozenGroup:
     write_constant: Tensor | None
     pattern: Tensor | None
     gate: Tensor | None
+    outer: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -111,13 +114,16 @@ class FrozenGroup:
             return weight.new_zeros(weight.shape[1], weight.shape[1])
         if self.gate is not None:
             weight = weight * self.gate[target]
+        if self.outer is not None:
+            weight = weight * self.outer[target]
         return (weight.transpose(0, 1).flatten(1) @ self.read.flatten(0, 1)) * self.inverse[source]
 
     def _mixed(self, z: Tensor) -> Tensor:
         """Inner activations (..., T, m, k) after attention between tokens, or after the gate."""
         if self.pattern is not None:
             z = torch.einsum("mtu,...umk->...tmk", self.pattern, z)
-        return z if self.gate is None else z * self.gate[:, None, :]
+        z = z if self.gate is None else z * self.gate[:, None, :]
+        return z if self.outer is None else z * self.outer[:, None, None]
 
 
 @final
@@ -216,7 +222,16 @@ def freeze(stream: Stream, group: Group, point: Point) -> FrozenGroup:
         write_constant=_accumulated(stream.write(bias)[0, :, 0] if bias in stream.groups else None),
         pattern=None if pattern is None else pattern.to(device, accumulate),
         gate=None if gate is None else gate.to(device, accumulate),
+        outer=_outer(point, group),
     )
+
+
+def _outer(point: Point, group: Group) -> Tensor | None:
+    """What multiplies a group's inner activations besides, (T,) float64."""
+    sites = [site for site in (f"{group.id}.after", f"{group.id}.inner") if site in group.sites]
+    if isinstance(point, Convention) or not sites:
+        return None
+    return 1 / torch.stack([point.scalars[site].to(accumulate) for site in sites]).prod(0)
 
 
 def _accumulated(tensor: Tensor | None, repeats: int = 1) -> Tensor | None:

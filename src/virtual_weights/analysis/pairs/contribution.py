@@ -50,6 +50,9 @@ class Contribution(Question[Stream]):
     ``activity`` is the baseline that any predictor of what flows should be held against: the root mean square of
     ``O z/s``, what the writer alone puts on the stream as the reader's norm shows it. No map of the reader is in it.
 
+    Where queries and keys have a norm of their own, its scalar enters by its mean square alone, as if independent of
+    what is contributed, and the energy of all that the port receives holds constants of the model too.
+
     C is exact or factorised by the kind of writer, as the moments hold it: the stamp says which under ``held``, see
     ``Moments``. Biases are exact.
 
@@ -153,12 +156,14 @@ class Contribution(Question[Stream]):
             gram = partial(read_gram, stream, self.port, group)
             return MapSide(axis, position, None, (gram,), stream.d_model), torch.full((1,), float("nan"))
         read, shared, metric = stream.read(self.port, group), group.shared(self.port), self._metric(stream, group)
-        stack = MapStack(read.maps, torch.arange(len(position)) // shared, metric, position)
         id = f"{group.id}.{self.port}"
+        scales = self.moments.port_scales.get(id)  # the scalar of a norm on the port, as if independent of the rest
+        factor = 1.0 if scales is None else scales[:, 1].double().repeat_interleave(shared)[:, None, None]
+        stack = MapStack(read.maps, torch.arange(len(position)) // shared, metric * factor, position)
         second, mean = self.moments.ports[id].double(), self.moments.port_means[id].double()
         if self.centred:
             second = second - _outer_product(mean, mean)
-        elif read.constants is not None:
+        elif read.constants is not None and id not in self.moments.port_scales:
             c = read.constants.double()
             cross = _outer_product(mean, c)
             second = second - cross - cross.mT + _outer_product(c, c)
@@ -221,6 +226,8 @@ class Contribution(Question[Stream]):
         attention = group.attention
         assert attention is not None
         keys = stream.read("K", group).maps.double() @ means  # (shared heads, k, writers)
+        scales = self.moments.port_scales.get(f"{group.id}.K")
+        keys = keys if scales is None else keys * scales[:, :1, None].double()
         keys = (self._mean_turn(stream, group).mT @ keys).repeat_interleave(group.shared("K"), 0)
         queries = self.moments.ports[f"{group.id}.Q"].double() * attention.scale**2
         return (keys * (queries @ keys)).sum(1)

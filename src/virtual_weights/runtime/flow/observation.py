@@ -16,7 +16,8 @@ from virtual_weights.runtime.running.hooks import Signal, activation, forward, p
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
 from virtual_weights.stream import OperatingPoint, Question, Stream, through_norm
-from virtual_weights.stream.group import Group
+from virtual_weights.stream.effective import port_scale, received
+from virtual_weights.stream.group import Group, Port
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.operating_point import gate_factor
 
@@ -137,13 +138,19 @@ def operating_point(run: Run) -> OperatingPoint:
         values = wide(tensor[0]).cpu()
         if signal == "pattern":
             patterns[where] = values
+        elif signal in ("after", "within"):
+            scalars[f"{where}.{'after' if signal == 'after' else 'inner'}"] = values
+        elif signal in ("Q", "K"):
+            if f"{where}.{signal}" in stream.groups[where].sites:
+                scalars[f"{where}.{signal}"] = port_scale(stream, signal, where, values)
         elif signal == "state":
             scalars.update({group.id: stream.scale(values, group) for group in stream.groups.sited(where)})
         else:
             function = activation(stream, stream.groups[where])
             gates[where] = function(values) if signal == "gate" else gate_factor(function, values)
 
-    with watching(run.module, stream, places(stream, "state", "pattern", "gate", "in"), see):
+    signals: list[Signal] = ["state", "pattern", "gate", "in", "after", "within", "Q", "K"]
+    with watching(run.module, stream, places(stream, *signals), see):
         forward(run.module, tokens[None])
     return OperatingPoint(stream.source.fingerprint, tokens, scalars, patterns, gates)
 
@@ -196,6 +203,7 @@ class _MomentSums:
         if signal == "state":
             self._state(where, values)
         elif signal in ("Q", "K", "V"):
+            values = self._through_norm(signal, where, values)
             self._add(f"ports/{where}.{signal}", torch.einsum("nmk,nml->mkl", values, values))
             self._add(f"port_means/{where}.{signal}", values.sum(0))
         elif signal == "written":
@@ -254,6 +262,14 @@ class _MomentSums:
         variance = centred.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
         kurtosis = (centred.square().square().mean(-1) / variance.square()).nan_to_num(1.0)  # of a state that is zero
         self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
+
+    def _through_norm(self, port: Port, group: str, values: Tensor) -> Tensor:
+        """Queries or keys behind the norm on them, (n, m, k), whose scalar is noted."""
+        if f"{group}.{port}" not in self.stream.groups[group].sites:
+            return values
+        inverse = 1 / port_scale(self.stream, port, group, values)
+        self._add(f"port_scales/{group}.{port}", torch.stack([inverse, inverse.square()], 2).sum(0))
+        return received(self.stream, port, group, values)
 
     def _attention(self, group: str, pattern: Tensor) -> None:
         """To self, previous and first token; the first token of a chunk has no previous one and is left out."""

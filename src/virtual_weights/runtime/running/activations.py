@@ -15,7 +15,7 @@ from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.linalg import accumulate, random_generator
 from virtual_weights.runtime.running.hooks import Place, Signal, activation, places, watched, wide
 from virtual_weights.stream import Group, Stream, centred
-from virtual_weights.stream.effective import after_scale, compared, embedded, norm_gain, projection
+from virtual_weights.stream.effective import after_scale, compared, embedded, inner_scale, norm_gain, projection
 from virtual_weights.stream.group import WRITINGS
 from virtual_weights.stream.norm import constant, fold
 
@@ -248,7 +248,9 @@ class _Step:
         yield Exactness(_distance(mean, self.signals["inner", group.id]), f"the values of {group.id}", "values")
 
     def _over_scalar(self, group: Group, z: Tensor) -> Tensor:
-        """Inner activations (T, m, k) over the scalar of a norm on what they become."""
+        """Inner activations (T, m, k) over the scalar of a norm on them or on what they become."""
+        if group.inner is not None:
+            return z / inner_scale(self.stream, z, group)[:, None, None]
         if group.after is None:
             return z
         maps = self.stream.weight(WRITINGS[group.kind], group)
@@ -259,11 +261,12 @@ class _Step:
     def _written(self, group: Group) -> Tensor:
         """What a group writes, (T, d)."""
         stream = self.stream
-        if group.kind in ("embed", "pos"):
+        if group.kind == "pos":
+            return stream.write(group)[0].T[: len(self.tokens)].float()
+        if group.kind == "embed":
             name = stream.model.placements[group.kind, group.id].tensor
-            places = range(stream.spec.unnumbered, stream.spec.unnumbered + len(self.tokens))
-            rows = self.tokens.tolist() if group.kind == "embed" else places
-            table = torch.cat([stream.source.read(name, slice(row, row + 1)).float() for row in rows])
+            rows = [stream.source.read(name, slice(row, row + 1)).float() for row in self.tokens.tolist()]
+            table = torch.cat(rows)
             return centred(stream, embedded(stream, group.kind, table))
         maps = stream.write(group).float()
         if group.constant:

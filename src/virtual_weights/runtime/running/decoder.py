@@ -21,7 +21,6 @@ from virtual_weights.runtime.running.hooks import activation, block_name, norm_m
 from virtual_weights.stream import Stream
 from virtual_weights.stream.layout import unpacked
 from virtual_weights.stream.norm import normed
-from virtual_weights.stream.rotary import rotation
 
 Weights = Callable[[str, str], Tensor | None]
 """A role's tensor in canonical axes, by role and group."""

@@ -11,27 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from virtual_weights.architecture import Attention, layer_of
+from virtual_weights.architecture import Attention, Mlp, layer_of
 from virtual_weights.errors import MissingTensorError, UsageError
 from virtual_weights.stream import Group, Stream, centred
-from virtual_weights.stream.effective import added, after_scale, embedded
+from virtual_weights.stream.effective import added, after_scale, embedded, inner_scale
 from virtual_weights.stream.group import HEAD_PORTS, READINGS, WRITINGS, Port
 from virtual_weights.stream.layout import columns
 from virtual_weights.stream.names import Kind
 
-Signal = Literal["state", "inner", "written", "pattern"] | Port
+Signal = Literal["state", "inner", "written", "pattern", "after", "within"] | Port
 """What can be seen, B prompts of T tokens:
 
 =============  =============================================================================================
 state          (B, T, d) what a norm receives; its place is the number of the state, ``stream.states - 1`` last
 inner          (B, T, m, k) what the output map of attention (m heads) or of an MLP (m = 1) receives, over the scalar
-               of a norm after the part where there is one
+               of a norm on that or after the part where there is one
 written        (B, T, d) what an MLP writes, without its bias, which is a writer of its own; what embeddings write;
                centred as their maps are, see ``Stream.write``
 Q, K, V        (B, T, heads or shared heads, k) before rotary turns them, constants included
 gate, up, in   (B, T, n) pre-activations, constants included
 unembed        (B, T, V) the logits
 pattern        (B, heads, T, T) attention probabilities, [query, key]
+after, within  (B, T) the scalar of the norm on what a part gives, and of the norm on its inner activations
 =============  =============================================================================================
 """
 
@@ -182,6 +183,8 @@ def _wheres(stream: Stream, signal: Signal) -> list[str] | range:
         "inner": ("head", "mlp"),
         "pattern": ("head",),
     }
+    if signal in ("after", "within"):
+        return [g.id for g in (*groups.heads, *groups.mlps) if (g.after if signal == "after" else g.inner) is not None]
     emitters = groups.kind(*kinds[signal]) if signal in kinds else [group for group in groups if signal in group.ports]
     return [group.id for group in emitters]
 
@@ -194,8 +197,19 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
     group = stream.groups[str(where)]
     if signal == "pattern":
         return _pattern(module, stream, group.id, partial(see, signal, where))
+    shape = len(group.components), group.width
+    if signal == "after":
+        output = module_of(module, stream, WRITINGS[group.kind], group.id)
+        return _after(output, lambda tensor: see(signal, where, after_scale(stream, tensor, group)))
+    if group.inner is not None and signal in ("inner", "within"):
+
+        def normed(z: Tensor) -> None:
+            z = z.unflatten(-1, shape)
+            scalar = inner_scale(stream, z, group)
+            see(signal, where, scalar if signal == "within" else z / scalar[..., None, None])
+
+        return _before(module_of(module, stream, "inner", group.id), normed)
     if signal == "inner":
-        shape = len(group.components), group.width
 
         def inner(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             z = given[0].detach().unflatten(-1, shape)
@@ -205,12 +219,17 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
         return module_of(module, stream, WRITINGS[group.kind], group.id).register_forward_hook(inner)
     if signal == "written":
         return _written(module, stream, group, partial(see, signal, where))
+    assert signal != "within"
     reader = module_of(module, stream, READINGS[signal], group.id)
     return _after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
 
 
 def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Tensor], None]) -> Hook:
     """What an MLP or an embedding writes, as the write maps say it."""
+    if group.kind == "pos" and stream.spec.sinusoidal:
+        table = stream.write("pos")[0].T
+        tokens = module_of(module, stream, "embed", "embed")
+        return _after(tokens, lambda tensor: see(table[None, : tensor.shape[1]].to(tensor)))
     output = module_of(module, stream, WRITINGS[group.kind], group.id)
     if group.kind == "embed" and (stream.spec.embedding.factor != 1 or stream.spec.embedding.norm is not None):
 
@@ -275,12 +294,12 @@ def forward(module: nn.Module, tokens: Tensor) -> None:
 
 def activation(stream: Stream, group: Group) -> nn.Module:
     """The nonlinearity of an MLP, by transformers' name for it, with the numbers of its own that it may have."""
-    assert group.mlp is not None
+    assert group.branch is not None and isinstance(group.branch.part, Mlp)
     if stream.model.hf.values["runs"] == "here":
-        return _ACTIVATIONS[group.mlp.activation]
+        return _ACTIVATIONS[group.branch.part.activation]
     from transformers.activations import ACT2FN
 
-    module = ACT2FN[group.mlp.activation]
+    module = ACT2FN[group.branch.part.activation]
     for role, name in (("act.p", "alpha_p"), ("act.n", "alpha_n"), ("act.beta", "beta"), ("act.eps", "eps")):
         number = stream.weight(role, group)
         if number is not None:

@@ -379,10 +379,13 @@ def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
 
 
 def _positions(stream: Stream) -> int | None:
-    """How many positions the model has embeddings for; None where it has no such table."""
-    places = stream.model.placements
+    """How many positions the model has embeddings, or rotary frequencies, for; None where it has no such bound."""
+    places, spec = stream.model.placements, stream.spec
     place = places.get(("pos", "pos"), places.get(("positions", "positions")))
-    return None if place is None else stream.source.tensors[place.tensor].shape[0]
+    bounds = [part.rotary.longest for part in spec.attentions if part.rotary and part.rotary.longest]
+    bounds += [stream.source.tensors[place.tensor].shape[0] - spec.unnumbered] if place else []
+    bounds += [spec.n_positions] if spec.sinusoidal and spec.n_positions else []
+    return min(bounds, default=None)
 
 
 def _within(stream: Stream, length: int) -> int:
