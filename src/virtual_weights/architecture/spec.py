@@ -84,7 +84,7 @@ class Attention:
         port_norm: norm on queries and keys; None where there is none.
         cap: scores pass ``cap tanh(score / cap)``; None where they do not.
         outside: what else decides where a head attends, outside the maps: ``"alibi"``, ``"sinks"``, ``"positions"``
-            (shortformer: queries and keys get what their maps give of a learned position; values and the stream do not).
+            (shortformer: queries and keys get what their maps give of learned positions; values and stream do not).
     """
 
     heads: int

@@ -61,7 +61,8 @@ class Labels(Question[Run]):
             score is above the threshold).
 
         Raises:
-            UsageError: there is no head, the tokens do not repeat, transformers is missing, or the model's attention keeps no pattern.
+            UsageError: there is no head, the tokens do not repeat, transformers is missing, or the model's attention
+                keeps no pattern.
         """
         tokens, stream = run.sequences(), run.stream
         if not stream.heads:
