@@ -17,6 +17,7 @@ from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from
 from virtual_weights.errors import ArchitectureError, CheckpointError, MissingTensorError, UsageError
 from virtual_weights.linalg.numerics import accumulate, exactness_bound
 from virtual_weights.runtime.running.activations import Exactness, exactness, vocabulary
+from virtual_weights.runtime.running.decoder import decoder
 from virtual_weights.stream import Stream
 from virtual_weights.stream.effective import as_stored
 from virtual_weights.stream.layout import packed
@@ -153,7 +154,12 @@ def turned_module(turned: Turned) -> nn.Module:
 def built(
     stream: Stream, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None, *, tied: bool | None = None
 ) -> nn.Module:
-    """A transformers module of a stream's sizes with its tensors or others, one copy of each in memory; not checked."""
+    """A module of a stream's sizes with its tensors or others, one copy of each in memory; not checked.
+
+    It is transformers', or our own decoder where the model's table says so.
+    """
+    if stream.model.hf.values["runs"] == "here":
+        return decoder(stream, dict(_parameters(stream, dtype)) if tensors is None else tensors)
     if find_spec("transformers") is None:
         raise UsageError(
             "running a model needs transformers",
