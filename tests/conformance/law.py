@@ -82,7 +82,8 @@ def judge(
             (part.rotary.longest or len(tokens) for part in stream.spec.attentions if part.rotary), default=12
         )
         tokens = tokens[:longest]  # other frequencies hold beyond, as the spec says
-        return _verdict(name, list(errors(stream, tokens, run(model, tokens))))
+        with torch.no_grad():
+            return _verdict(name, list(errors(stream, tokens, run(model, tokens))))
     except Exception:  # noqa: BLE001
         return Verdict(name, "crashed", text=traceback.format_exc())
 
@@ -172,7 +173,6 @@ def errors(stream: Any, tokens: Tensor, trace: Trace) -> Iterator[tuple[str, flo
 
 
 def _relative(ours: Tensor, theirs: Tensor, centred: bool) -> float:
-    ours = ours.detach()
     if centred:
         ours, theirs = (x - x.mean(-1, keepdim=True) for x in (ours, theirs))
     return float((ours - theirs).norm() / theirs.norm())

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from conformance.checkpoints import Flavour, flavours
+from conformance.checkpoints import model_types as conformance_types
 from conformance.law import judge
 
 from virtual_weights.architecture import model_types
 
-TYPES = model_types()
+TYPES = sorted(set(model_types()) & set(conformance_types()))
 
 
 def some(model_type: str) -> list[Flavour]:
