@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
-from torch import nn
 
 import virtual_weights as vw
 from virtual_weights.runtime.flow.observation import operating_point
@@ -14,20 +13,20 @@ from virtual_weights.stream import Question
 
 TOKENS = torch.tensor([[3, 17, 5, 5, 30, 1, 22, 9], [8, 2, 30, 36, 11, 0, 4, 12]])
 KINDS = ("pairs", "contribution", "channels", "crowding", "memory", "flow", "ablation", "fate", "statements")
-EDGES = [("L0H1", "L1H2.K"), ("L0.mlp", "L1H1.V"), ("embed", "unembed")]
+EDGES = [("L0H1", "L1H2.K"), ("L0H0", "L1H1.V"), ("embed", "unembed")]
 
 
 class Subject:
     """A model in float64, its stream, runs of it and its moments.
 
     Args:
-        model: in float64.
+        model: in float64; a module, or tensors with their ``config``, of which what runs is made.
         how: how runs run, as in ``Run.on_tokens``; by default the model itself.
     """
 
-    def __init__(self, model: nn.Module, **how: Any) -> None:
-        how = how or {"model": model}
-        self.stream = vw.open(model).to(torch.float64)
+    def __init__(self, model: Any, config: Mapping[str, Any] | None = None, **how: Any) -> None:
+        how = how or ({"model": model} if config is None else {"dtype": torch.float64})
+        self.stream = vw.open(model, config=config).to(torch.float64)
         self.run = vw.Run.on_tokens(self.stream, TOKENS, **how)
         self.prompt = vw.Run.on_prompt(self.stream, TOKENS[0], **how)
         self.repeats = vw.Run.on_repeats(self.stream, 32, 16, **how)
@@ -51,7 +50,8 @@ class Subject:
 
 
 def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
-    """Public questions of the weights and of a run, by ``KINDS``."""
+    """Public questions of the weights and of a run, by ``KINDS``; of MLPs where the model has them."""
+    mlps = bool(subject.stream.groups.mlps)
     ports, moments, point = subject.stream.groups.ports, subject.moments, subject.point
     neurons: list[Any] = [port for port in ports if port in ("gate", "up", "in")]
     asked: dict[str, list[Question[Any]]] = {
@@ -59,20 +59,28 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(question for port in ports for question in (vw.Composition(port, None, "all"), vw.Overlap(port, "all"))),
             *(question for port in neurons for question in (vw.NeuronNeuron(port), vw.NeuronReaders(port))),
             *(question for port in neurons for question in (vw.NeuronCosines(port), vw.HeadNeuron(port))),
-            *(vw.NeuronHead("V"), vw.NeuronHead("K"), vw.Subspaces("O", "K"), vw.Subspaces("O", "O")),
+            *([vw.NeuronHead("V"), vw.NeuronHead("K")] if mlps else []),
+            *(vw.Subspaces("O", "K"), vw.Subspaces("O", "O")),
             *(vw.ComponentComposition("L0H1"), vw.ComponentComposition("L0H1", "unembed")),
         ],
         "contribution": [vw.Contribution(port, moments, c, "all") for port in ports for c in (False, True)],
         "channels": [
-            *(vw.Circuit("L0H1.ov"), vw.Circuit("L1H1.qk"), vw.Channel("L0.mlp", "L1H1.K")),
+            *(vw.Circuit("L0H1.ov"), vw.Circuit("L1H1.qk"), vw.Channel("L0.mlp" if mlps else "L0H2", "L1H1.K")),
             *(vw.Channel("embed", "unembed"), vw.ChannelTokens("L0H1", "L1H2.V"), vw.OffsetProfile("L0H1", "L1H2.K")),
             *(vw.MeanCircuit("L1H2"), vw.LinearComposition(), vw.Paths("L0H1", "unembed")),
             *(vw.LinearComposition(point), vw.Paths("L0H1", "unembed", point=point)),
         ],
-        "crowding": [vw.Coherence(), vw.Interference(), vw.Recovery(), vw.Bandwidth(), vw.Basis()],
-        "memory": [vw.Clearing("L0H1"), vw.Clearing("L0.mlp"), vw.Erasure(), vw.HeadErasers(), vw.Neurons()],
+        "crowding": [
+            *([vw.Coherence(), vw.Interference(), vw.Recovery()] if mlps else [vw.Coherence("ov")]),
+            *(vw.Bandwidth(), vw.Basis()),
+        ],
+        "memory": [
+            *(vw.Clearing("L0H1"), vw.Erasure(), vw.HeadErasers()),
+            *([vw.Clearing("L0.mlp"), vw.Neurons()] if mlps else []),
+        ],
         "flow": [
-            *(vw.Lens(), vw.Trace(token=3), vw.Trace(f"L1.mlp.{neurons[0]}"), vw.Route("L1H1", 3), vw.Labels()),
+            *(vw.Lens(), vw.Trace(token=3), vw.Trace(f"L1.mlp.{neurons[0]}" if mlps else "L1H1.K")),
+            *(vw.Route("L1H1", 3), vw.Labels()),
             *(vw.Observation(), vw.Attribution("K", "all"), vw.Attribution("unembed", "all")),
             *(vw.Attribution("unembed", "all", vw.LogitDifference(3)), vw.EdgeAblation("L0H1", "L1H2.K")),
         ],

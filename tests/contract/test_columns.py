@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from every_question import KINDS, Subject, questions
+from research_models import research
 from tiny_models import tiny
 
 import virtual_weights as vw
@@ -16,10 +17,17 @@ def subject() -> Subject:
     return Subject(tiny("llama-grouped-untied", seed=1, dtype=torch.float64))
 
 
+@pytest.fixture(scope="module")
+def bare() -> Subject:
+    """Attention alone, without norms."""
+    return Subject(*research("attention-only", dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_columns_have_a_meaning_and_numbers_a_unit(subject: Subject, kind: str) -> None:
+def test_columns_have_a_meaning_and_numbers_a_unit(subject: Subject, bare: Subject, kind: str) -> None:
     silent = [
         f"{answer.question}.{column.name}"
+        for subject in (subject, bare)
         for question in questions(subject)[kind]
         for answer in subject.answers(question)
         for column in answer.columns

@@ -151,7 +151,7 @@ def test_more_bytes_than_promised_are_not_even_written(tmp_path: Path) -> None:
 
 def test_the_catalogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VWEIGHTS_CACHE", str(tmp_path))
-    assert [model.name for model in built_in()] == ["smollm2-135m", "gemma3-270m"]
+    assert [model.name for model in built_in()] == ["smollm2-135m", "gemma3-270m", "attn-only-2l"]
     with pytest.raises(UsageError, match="no built-in"):
         locate("smollm3")
     monkeypatch.delenv("VWEIGHTS_CACHE")

@@ -140,9 +140,3 @@ def test_a_bridge_with_processed_weights_is_refused() -> None:
     processed.__dict__["_weights_processed"] = True
     with pytest.raises(CheckpointError, match="folded or centred"):
         open_source(processed)
-
-
-def test_a_hooked_transformer_is_refused() -> None:
-    hooked = type("HookedTransformer", (nn.Module,), {"__module__": "transformer_lens.HookedTransformer"})()
-    with pytest.raises(CheckpointError, match="HookedTransformer"):
-        open_source(hooked)

@@ -25,6 +25,7 @@ PAGES = (
     "basis.md",
     "linear.md",
     "ablation.md",
+    "checkpoints.md",
     "interoperate.md",
     "add-an-architecture.md",
 )

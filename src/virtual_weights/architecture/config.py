@@ -106,9 +106,9 @@ class Reading:
         """The value of a key of the configuration, and where it is not there what transformers takes for it."""
         return looked_up(self.config, key, self.entry["defaults"].get(key))
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        return checked_integer(self._named(name), self.value(name), default)
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number, of at least 1 where nothing else is said."""
+        return checked_integer(self._named(name), self.value(name), default, least=least)
 
     def number(self, name: str) -> float | None:
         """A positive number; None where there is none, or 0."""

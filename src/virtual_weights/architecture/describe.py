@@ -48,7 +48,7 @@ class _Description:
 
     def spec(self, most_layers: int) -> ModelSpec:
         read = self.read
-        layers = read.integer("layers")
+        layers = read.integer("layers", least=0)
         if layers > most_layers:
             raise ArchitectureError(
                 f"the configuration names {layers} layers, the checkpoint holds {most_layers} tensors",
@@ -59,6 +59,7 @@ class _Description:
         computed = read.value("sinusoidal")
         vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") or computed else None
         last = norm if read.entry["final_eps"] == "" else replace(norm, eps=read.number("final_eps") or 0.0)
+        outcomes = read.value("vocab_out")
         branches = [branch for layer in range(layers) for branch in self._layer(layer, d_model, norm)]
         return ModelSpec(
             self.entry.model_type,
@@ -74,6 +75,7 @@ class _Description:
             tied=read.flag("tied"),
             n_positions=None if positions is None else checked_integer("positions", positions),
             unnumbered=int(read.value("pos_offset") or 0),
+            outcomes=None if outcomes is None else checked_integer("vocab_out", outcomes),
             sinusoidal={None: None, "d": d_model, "d - 2": d_model - 2}[computed],
         )
 
@@ -199,6 +201,7 @@ def axes_of(spec: ModelSpec, group: str) -> Axes:
     branch = spec.branch(group.removesuffix(".bias"))
     part = branch.part if branch else next(iter(spec.attentions), None)
     axes: dict[str, int | None] = {"d": spec.d_model, "t": spec.vocab, "three": 3, "two": 2, "one": 1}
+    axes["y"] = spec.outcomes or spec.vocab
     axes["p"] = None if spec.n_positions is None else spec.n_positions + spec.unnumbered
     if isinstance(part, Attention):
         h, g, k = part.heads, part.kv_heads, part.width
@@ -240,16 +243,18 @@ class _Rows:
         read = self.read
         yield self._row(("embed",), ("embed",), "embed", "t d -> t d")
         if read.flag("pos"):
-            yield self._row(("pos",), ("pos",), "pos", "p d -> p d")
+            role = "positions" if "positions" in read.value("outside") else "pos"
+            yield self._row((role,), (role,), "pos", "p d -> p d")
         if read.flag("embed_norm"):
             yield from self._norm(("embed",), "embed_norm", "norm")
         for branch in self.spec.branches:
             yield from self._branch(branch)
         yield from self._norm(("unembed",), "final", "norm")
         if self.entry.has("unembed"):
-            yield self._row(("unembed",), ("unembed",), "unembed", "t d -> t d", when=UNTIED)
-            if read.flag("head_bias"):
-                yield self._row(("unembed",), ("unembed_bias",), "unembed", "t -> t", leaf="bias")
+            layout = self._layout("unembed", "y d -> y d")
+            yield self._row(("unembed",), ("unembed",), "unembed", layout, when=UNTIED)
+            if (when := self._on("head_bias")) is not None:
+                yield self._row(("unembed",), ("unembed_bias",), "unembed", "y -> y", leaf="bias", when=when)
 
     def _branch(self, branch: Branch) -> Iterator[Row]:
         kind = branch.id.rpartition(".")[2]
@@ -332,12 +337,11 @@ class _Rows:
         self, id: str, roles: tuple[str, ...], leaf: str, layout: str, bias: str | None, parts: tuple[Slot, ...] = ()
     ) -> Iterator[Row]:
         """A weight and its bias."""
-        output = leaf in ("o", "down")
-        if bias:
+        output, layout = leaf in ("o", "down"), self._layout(leaf, layout)
+        if bias and self.entry.names.get(f"{leaf}_bias") != "-":
             left, right = (" ".join(x for x in side.split() if x != "d") for side in layout.split("->"))
             if output:
-                named = f"{leaf}_bias" if self.entry.has(f"{leaf}_bias") else leaf
-                yield self._row((f"{id}.bias",), ("bias",), named, "d -> d", leaf="bias", when=bias)
+                yield self._row((f"{id}.bias",), ("bias",), leaf, "d -> d", leaf="bias", when=bias)
             else:
                 named = tuple(f"{role}_bias" for role in roles)
                 yield self._row((id,), named, leaf, f"{left} -> {right}", parts, leaf="bias", when=bias)
@@ -353,6 +357,10 @@ class _Rows:
         yield self._row(groups, (role,), leaf, layout)
         if self.read.flag("shift"):
             yield self._row(groups, (f"{role}_bias",), leaf, layout, leaf="bias")
+
+    def _layout(self, leaf: str, usual: str) -> str:
+        """How a weight is stored, where the entry says so of its own."""
+        return self.read.entry["layouts"].get(leaf, usual)
 
     def _on(self, name: str) -> str | None:
         """When a bias is there."""
@@ -374,9 +382,10 @@ class _Rows:
         layer = groups[0].partition(".")[0].removeprefix("L")
         begin = str(self.entry.names["layer"]).format(l=layer) if groups[0].startswith("L") else ""
         names: list[str] = []
-        for path in str(self.entry.names[name]).split("|"):
+        own = f"{name}_bias" if leaf == "bias" and self.entry.has(f"{name}_bias") else name
+        for path in str(self.entry.names[own]).split("|"):
             path = path.replace("{h}", str(head))
-            full = path[1:] if path.startswith("=") else f"{path}.{leaf}"
+            full = path[1:] if path.startswith("=") else f"{path}.{self.entry.names['leaves'][leaf]}"
             prefixes = ("",) if path.startswith("/") else self.entry.names["prefixes"]
             names += [f"{prefix}{begin}{full}" if not path.startswith("/") else full[1:] for prefix in prefixes]
         return Row(groups, roles, names[0], layout, tuple(names[1:]), slots, when)

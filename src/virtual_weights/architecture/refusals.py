@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from virtual_weights.architecture.config import Reading, admits
@@ -112,10 +112,24 @@ def refuse_untold(spec: ModelSpec, rows: Collection[Row]) -> None:
         )
 
 
-def refuse_unknown(expected: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], entry: Entry) -> None:
-    """Refuse tensors that no row accounts for."""
+def refuse_unknown(
+    expected: Mapping[str, Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    entry: Entry,
+    zero: Callable[[str], bool] | None = None,
+) -> None:
+    """Refuse tensors that no row accounts for, and those that would be accounted for if they were zero."""
     ignored = re.compile("|".join(entry.values["ignored"]) or r"(?!)")
+    vanishing = re.compile("|".join(entry.values["zero"]) or r"(?!)")
     unknown = [name for name in shapes if name not in expected and not ignored.fullmatch(name)]
+    filled = [name for name in unknown if vanishing.fullmatch(name) and not (zero is None or zero(name))]
+    if filled:
+        raise ArchitectureError(
+            f"{len(filled)} tensors are not zero: {_listed(filled)}",
+            expected="zeros: a type of this kind adds them where no map of this package adds anything",
+            do="open a model without them",
+        )
+    unknown = [name for name in unknown if not vanishing.fullmatch(name)]
     for pattern, (known_as, do) in CONVERTED_TENSORS.items():
         recognised = [name for name in unknown if re.fullmatch(pattern, name)]
         if recognised:

@@ -31,6 +31,7 @@ from virtual_weights.architecture.table import (
     built_in,
     entry_of,
     model_types,
+    named_by_keys,
 )
 from virtual_weights.errors import ArchitectureError
 
@@ -106,6 +107,17 @@ class Model:
         return self._by_role.get((role, group))
 
     @property
+    def outside(self) -> list[str]:
+        """What acts outside the maps: on where heads attend, on attention scores, on logits."""
+        words = [word for part in self.spec.attentions for word in part.outside]
+        words += ["cap on attention scores" for part in self.spec.attentions if part.cap is not None]
+        words += ["cap on logits"] if self.spec.head.cap is not None else []
+        window, used = self.config.get("sliding_window"), self.config.get("use_sliding_window", True)
+        local = "local" in str(self.config.get("attention_types"))
+        words += ["windows"] if local or (window is not None and used is not False) else []
+        return list(dict.fromkeys(words))
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         """Sizes of attention by the keys of the configuration in which they may be null."""
         part = next(iter(self.spec.attentions), None)
@@ -126,6 +138,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     partial: bool = False,
     dtypes: Mapping[str, str] | None = None,
     equal: Callable[[str, str], bool] | None = None,
+    zero: Callable[[str], bool] | None = None,
     tables: Tables | None = None,
 ) -> Model:
     """Account for every tensor and every configuration key of a checkpoint.
@@ -139,6 +152,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
         equal: whether two tensors hold the same values, asked only where the configuration ties an unembedding to the
             embedding and both are stored. As in transformers, one with values of its own is not tied. None trusts
             the configuration.
+        zero: whether a tensor is zero, asked only of those that must be; None trusts them.
         tables: a user's own.
 
     Returns:
@@ -164,7 +178,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     if dialect == "gguf":
         expected["rope_freqs.weight"] = Row(("rotary",), ("factors",), "rope_freqs.weight", "f -> f", when=OPTIONAL)
     told = (gguf.SHORT, gguf.LONG) if dialect == "gguf" and gguf.SHORT in config else ()  # read as configuration
-    refuse_unknown(expected, {name: shape for name, shape in shapes.items() if name not in told}, entry)
+    refuse_unknown(expected, {name: shape for name, shape in shapes.items() if name not in told}, entry, zero)
     spec = _tied(expected, shapes, spec, equal)
     refuse_missing(expected, shapes, spec, partial=partial)
     placements: dict[tuple[str, str], Placement] = {}
@@ -204,6 +218,8 @@ def _entry(config: Mapping[str, Any], dialect: str, tables: Tables | None) -> En
     """The entry of a configuration's model type, in transformers' names."""
     key = "general.architecture" if dialect == "gguf" else "model_type"
     name = config.get(key)
+    if name is None and dialect == "hf":
+        name = named_by_keys(config, {} if tables is None else tables.content)
     known = gguf.architectures() if dialect == "gguf" else model_types()
     entry = None
     if isinstance(name, str):

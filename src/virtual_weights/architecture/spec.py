@@ -83,7 +83,8 @@ class Attention:
         rotary: how queries and keys turn; None where they do not.
         port_norm: norm on queries and keys; None where there is none.
         cap: scores pass ``cap tanh(score / cap)``; None where they do not.
-        outside: what else decides where a head attends, outside the maps: ``"alibi"``, ``"sinks"``.
+        outside: what else decides where a head attends, outside the maps: ``"alibi"``, ``"sinks"``, ``"positions"``
+            (shortformer: queries and keys get what their maps give of learned positions; values and stream do not).
     """
 
     heads: int
@@ -193,6 +194,7 @@ class ModelSpec:
         tied: whether the unembedding is the embedding.
         n_positions: rows of the learned position embedding that serve a position; None without one.
         unnumbered: rows of it before that of the first position.
+        outcomes: tokens that logits are of, where they are others than can be read; None where they are the same.
         sinusoidal: positions are computed, not stored: row n is ``(sin(n f_i))_i, (cos(n f_i))_i`` with
             ``f_i = 10000^(-2i/sinusoidal)``; None where they are stored.
     """
@@ -206,6 +208,7 @@ class ModelSpec:
     tied: bool = False
     n_positions: int | None = None
     unnumbered: int = 0
+    outcomes: int | None = None
     sinusoidal: int | None = None
 
     @property

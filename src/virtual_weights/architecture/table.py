@@ -4,7 +4,7 @@ Axes in layouts are single letters, the same everywhere:
 
 ====  =====================================  ====  ==============================
 d     d_model, the width of the stream       n     d_mlp, neurons of one MLP
-h     query heads                            t     tokens of the vocabulary
+h     query heads                            t     tokens of the vocabulary; y of logits
 g     key/value heads                        p     rows of learned positions
 k     d_head, width inside a head            s     h + 2g; u is h/g + 2, f rotary planes
 ====  =====================================  ====  ==============================
@@ -92,8 +92,8 @@ class Row:
 
     @property
     def module(self) -> str:
-        """The dotted path of the module whose tensor it is."""
-        return self.name.rpartition(".")[0]
+        """The dotted path of the module whose tensor it is: a name without its last word, where that is usual."""
+        return re.sub(r"\.(weight|bias|w|b)$", "", self.name)
 
 
 @final
@@ -164,6 +164,14 @@ _ADDED = ("neutral", "ignored")
 def model_types() -> tuple[str, ...]:
     """The model types that the tables have an entry for."""
     return tuple(sorted(set(built_in()) - set(_RESERVED)))
+
+
+def named_by_keys(config: Mapping[str, Any], tables: Mapping[str, Any]) -> str | None:
+    """The model type of a configuration that names none, by the keys that only its type has."""
+    marks = {
+        name: entry.get("known_by", ()) for name, entry in {**built_in(), **tables}.items() if name not in _RESERVED
+    }
+    return next((name for name, keys in marks.items() if keys and all(key in config for key in keys)), None)
 
 
 def entry_of(model_type: str, tables: Mapping[str, Any] | None = None, origin: str = "") -> Entry | None:

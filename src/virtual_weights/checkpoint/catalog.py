@@ -1,4 +1,4 @@
-"""The models that come built in: installed as a package, else in the cache, else fetched once."""
+"""The models that come built in: installed as a package, else in the cache, else fetched, or made, once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import final
 
+from virtual_weights.checkpoint.making import Recipe, make
 from virtual_weights.checkpoint.pinned_file import cache_folder
 from virtual_weights.errors import MalformedCheckpointError, OfflineError, ResourceError, UsageError, write_error
 from virtual_weights.progress import Progress, silent
@@ -69,7 +70,23 @@ class BuiltIn:
         return ", ".join(wheel.requirement for wheel in self.wheels)
 
 
-_BUILT_IN = (
+@final
+@dataclass(frozen=True)
+class Made:
+    """A model that is trained here on demand, and kept.
+
+    Attributes:
+        name, about, licence: as of ``BuiltIn``.
+        recipe: how it is trained; another recipe is another model.
+    """
+
+    name: str
+    about: str
+    licence: str
+    recipe: Recipe
+
+
+_BUILT_IN: tuple[BuiltIn | Made, ...] = (
     BuiltIn(
         name="smollm2-135m",
         about="SmolLM2-135M-Instruct, Llama family, 30 layers of 9 heads, Q4_1 (98 MB)",
@@ -108,21 +125,29 @@ _BUILT_IN = (
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         size=253_113_024,
     ),
+    Made(
+        name="attn-only-2l",
+        about="two layers of 8 heads, no MLPs, no norms; trained here in some minutes (4 MB)",
+        licence="Apache-2.0",
+        recipe=Recipe(),
+    ),
 )
 
 
-def built_in() -> tuple[BuiltIn, ...]:
+def built_in() -> tuple[BuiltIn | Made, ...]:
     """Every built-in model."""
     return _BUILT_IN
 
 
 def is_cached(name: str) -> bool:
-    """Whether a built-in model is on this machine (by file and size; ``locate`` checks the content).
+    """Whether a built-in model is on this machine (by file and size; ``locate`` checks the content of what is fetched).
 
     Raises:
         UsageError: there is no such model.
     """
     model = _named(name)
+    if isinstance(model, Made):
+        return _folder(model).is_dir()
     return any(_has_size(path, model) for path in _candidates(model))
 
 
@@ -131,11 +156,12 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
 
     Args:
         name: of a built-in model.
-        offline: never fetch.
-        progress: called with (bytes done, bytes in all), first of the download, then of unpacking it.
+        offline: never fetch; what is made here needs no network.
+        progress: called with (bytes done, bytes in all), first of the download, then of unpacking it; or with steps of
+            training.
 
     Returns:
-        The path of a file with exactly the published content.
+        The path of a file with exactly the published content; of what is made here a folder.
 
     Raises:
         UsageError: there is no such model.
@@ -144,6 +170,8 @@ def locate(name: str, *, offline: bool = False, progress: Progress | None = None
         ResourceError: the disk is full.
     """
     model = _named(name)
+    if isinstance(model, Made):
+        return _folder(model) if is_cached(name) else _make(model, progress or silent)
     for path in _candidates(model):
         if _has_size(path, model) and _file_sha256(path) == model.sha256:
             return path
@@ -180,7 +208,7 @@ def store(path: Path, chunks: Iterable[bytes], size: int, digest: str) -> None:
             )
 
 
-def _named(name: str) -> BuiltIn:
+def _named(name: str) -> BuiltIn | Made:
     for model in _BUILT_IN:
         if model.name == name:
             return model
@@ -211,6 +239,24 @@ def _has_size(path: Path, model: BuiltIn) -> bool:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+def _folder(model: Made) -> Path:
+    return cache_folder() / model.name / model.recipe.identity
+
+
+def _make(model: Made, progress: Progress) -> Path:
+    """Train a model; the folder is there whole or not at all."""
+    target = _folder(model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".make-", dir=target.parent) as scratch:
+            make(Path(scratch) / "model", model.recipe, progress)
+            (Path(scratch) / "model").rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was faster
+            raise write_error(target.parent, error) from error
+    return target
 
 
 def _fetch(model: BuiltIn, progress: Progress) -> Path:

@@ -117,7 +117,7 @@ def _info(tensor: Tensor) -> TensorInfo:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as it would come back from a file."""
     try:
-        return json.loads(json.dumps(dict(config), default=_name_of_dtype))
+        return json.loads(json.dumps(dict(config), default=_name))
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"the configuration is not plain JSON: {error!s:.200}",
@@ -126,8 +126,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _name_of_dtype(value: Any) -> str:
-    if isinstance(value, torch.dtype):
+def _name(value: Any) -> str:
+    if isinstance(value, torch.dtype | torch.device):
         return str(value).removeprefix("torch.")
     raise TypeError(f"a {type(value).__name__}")
 
@@ -150,8 +150,9 @@ def open_module(
     """See a live module as a source, without copying a tensor.
 
     Args:
-        module: a transformers model, a TransformerLens ``TransformerBridge``, an nnsight ``LanguageModel``, or, with
-            ``config``, any module with Hugging Face's tensor names.
+        module: a transformers model, a TransformerLens ``TransformerBridge`` or ``HookedTransformer`` (as its weights
+            are now, folded or not), an nnsight ``LanguageModel``, or, with ``config``, any module with the tensor names
+            of a table.
         config: replaces the module's own configuration.
         allow_non_finite: do not refuse NaN and infinity.
 
@@ -160,6 +161,10 @@ def open_module(
         CheckpointError: a TransformerLens model whose weights are no longer those of the checkpoint.
     """
     reference = f"<{type(module).__name__} in memory>"
+    if isinstance(module, nn.Module) and derives_from(module, "transformer_lens", "HookedTransformer"):
+        hooked: Any = module
+        settings = hooked.cfg.to_dict() if config is None else config
+        return MappingSource(module.state_dict(), settings, reference=reference, allow_non_finite=allow_non_finite)
     module = unwrapped(module)
     config = _transformers_config(module) if config is None else config
     return MappingSource(module.state_dict(), config, reference=reference, allow_non_finite=allow_non_finite)
@@ -205,7 +210,11 @@ def unwrapped(model: nn.Module | NnsightModel) -> nn.Module:
             do="merge the adapter first: model.merge_and_unload()",
         )
     if derives_from(model, "transformer_lens", "HookedTransformer"):
-        raise _changed_by_transformer_lens(model, "keeps weights in its own names, folded and rearranged")
+        raise CheckpointError(
+            f"a TransformerLens {type(model).__name__} runs by modules of its own",
+            expected="a transformers model, or what nnsight or a TransformerBridge wraps around one",
+            do="open it and leave model= out: what was opened runs",
+        )
     return _unbridged(model) if derives_from(model, "transformer_lens", "TransformerBridge") else model
 
 

@@ -72,8 +72,9 @@ def open_source(
         )
     if isinstance(reference, str) and reference in {model.name for model in built_in()}:
         path = locate(reference, offline=offline, progress=progress)
+        opening = Opening(reference, config, allow_non_finite)
         # its content is known by its hash, so a link may lead to it, as some installers make them
-        return open_gguf(path.resolve(), Opening(reference, config, allow_non_finite))
+        return _open_folder(path, opening) if path.is_dir() else open_gguf(path.resolve(), opening)
     if isinstance(reference, str) and reference.startswith("hf:"):
         model = parse_hub_reference(reference)
         folder = fetch_snapshot(model, offline=offline, progress=progress)

@@ -261,6 +261,10 @@ class Source(ABC):
                 return False
         return True
 
+    def zero(self, name: str) -> bool:
+        """Whether a tensor holds nothing but zeros."""
+        return not bool(self.read(name).any())
+
     @property
     @abstractmethod
     def at_rest(self) -> AtRest:

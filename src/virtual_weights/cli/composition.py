@@ -59,7 +59,7 @@ def composition(
     if text is None:
         o.refuse_unused(context, "without --text", "tokens")
     else:
-        need_runtime()
+        need_runtime(session)
     if port.value not in ("Q", "K"):
         o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
     memory, observed = memory_mb or 256, moments is not None or text is not None

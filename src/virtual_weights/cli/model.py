@@ -33,13 +33,30 @@ def fetch(
     as_json: o.AsJson = False,
     progress: o.Progress = o.ProgressMode.auto,
 ) -> None:
-    """Fetch a built-in model, check its sha256 and keep it in the cache."""
+    """Fetch a built-in model, check its sha256 and keep it in the cache; or make it here, where it is made on demand."""
     from virtual_weights.checkpoint import locate
 
     with steps(progress) as step:
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
-    answer = Answer(header_of("fetch", {"offline": offline}), (), {"path": str(path)}, [f"{name} is at {path}"])
-    answer.give(name, as_json)
+    summary, shown = {"path": str(path)}, [f"{name} is at {path}"]
+    if path.is_dir():
+        made, told = _checked(path)
+        summary, shown = summary | made, [*shown, told]
+    Answer(header_of("fetch", {"offline": offline}), (), summary, shown).give(name, as_json)
+
+
+def _checked(path: Path) -> tuple[dict[str, Any], str]:
+    """How a model was made, and what the exactness law says of it now."""
+    import virtual_weights as vw
+    from virtual_weights.runtime.running import load
+
+    stream = vw.open(str(path))
+    load(stream)  # raises where it is not what its maps say
+    made = stream.source.config["made"]
+    told = (
+        "trained in {steps} steps to {loss_on_text:.2f} nats a token of text, {loss_on_repeats:.2f} of repeats; exact"
+    )
+    return {"made": made}, told.format(**made)
 
 
 @model_commands.command("types", cls=o.Command)

@@ -171,13 +171,15 @@ def running_verb(
     )
 
 
-def need_runtime() -> None:
+def need_runtime(session: Session) -> None:
     """Refuse to begin what will run a model where the packages for it are not installed.
 
     Raises:
-        UsageError: transformers or tokenizers is missing.
+        UsageError: tokenizers is missing, or transformers, where the model is not one that runs without it.
     """
     missing = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
+    if missing == ["transformers"] and session.stream.model.hf.values["runs"] == "here":
+        return
     if missing:
         raise UsageError(
             f"this runs the model, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
@@ -224,6 +226,8 @@ def _command(
                 values["context"] = context
             with steps(progress) as step:
                 session = Session(model, step, options)
+                if runs or session.runs:
+                    need_runtime(session)
                 answer = function(session, **values)
                 if json:
                     session.stream.source.identify(step("fingerprint"))
@@ -246,9 +250,7 @@ def _check_text(context: typer.Context, options: Mapping[str, Any], always: bool
             expected="one of --text, --repeated, --prompt and --prompt-ids",
             do="choose one of them",
         )
-    if always or kinds:
-        need_runtime()
-    elif "tokens" in options:
+    if not (always or kinds) and "tokens" in options:
         o.refuse_unused(context, "without a text to run on", "tokens", "length", "batch", "dtype", "bos")
     if kinds and kinds[0].startswith("--prompt"):
         o.refuse_unused(context, f"with {kinds[0]}", "tokens", "length")

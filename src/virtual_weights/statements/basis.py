@@ -58,7 +58,10 @@ def no_privileged_basis(evidence: Evidence) -> Finding:
     if evidence.run is not None:
         changes = _logit_changes(evidence.run, evidence.seed)
         if not isinstance(changes, str):
-            return _by_logits(changes, exactness_bound(accumulate) * stream.states, condition, figures)
+            normed = any(norm is not None for norm in stream.spec.norms)
+            return _by_logits(
+                changes, exactness_bound(accumulate) * stream.states, condition if normed else None, figures
+            )
         figures["logits"] = changes
     folded = max(float(figures[n] or 0) for n in ("virtual_weights_folded", "norm_scalar_orthogonal_centred"))
     plain = max(float(figures[n] or 0) for n in ("virtual_weights_gains_left_in_place", "norm_scalar_orthogonal"))
@@ -103,13 +106,17 @@ def _logit_changes(run: Run, seed: int) -> dict[str, float] | str:
     return changes if changes["logits_not_orthogonal"] > 0 else "they do not depend on the stream"
 
 
-def _by_logits(changes: dict[str, float], bound: float, condition: str, figures: dict[str, Figure]) -> Finding:
+def _by_logits(changes: dict[str, float], bound: float, condition: str | None, figures: dict[str, Figure]) -> Finding:
+    """The verdict by the logits; without norms there is no condition, and any invertible map may turn the stream."""
     folded, plain, skewed = (changes[f"logits_{name}"] for name in _TURNS)
     figures |= changes
     figures["largest_change_that_is_rounding"] = bound
     if not folded <= bound:
         why = f"the rotated model's logits differ by {folded:.2g} of their size, although the norm is folded"
         return Finding("fails", why, None, figures)
+    if skewed <= bound and condition is None:
+        why = f"without norms any invertible map leaves logits as they are: a random one changes them by {skewed:.1g}"
+        return Finding("holds", why, None, figures)
     if skewed <= bound:
         return replace(cannot_tell("even a map that is not orthogonal leaves the logits as they are"), figures=figures)
     if plain <= bound:

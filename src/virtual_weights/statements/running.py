@@ -98,6 +98,8 @@ def _relative(values: Tensor, recorded: Tensor) -> float:
 
 def conditional_clearing(evidence: Evidence) -> Finding:
     """T7: over the tokens of a text or a prompt, on how many does each weakening neuron erase what it reads?"""
+    if not evidence.stream.groups.mlps:
+        return cannot_tell("the checkpoint holds no MLP")
     tokens = 0 if evidence.point is None else len(evidence.point.tokens)
     if evidence.run is not None:
         tokens = evidence.run.count
@@ -105,8 +107,8 @@ def conditional_clearing(evidence: Evidence) -> Finding:
         return cannot_tell(_NO_RUN)
     if tokens < _FEWEST:
         return cannot_tell(f"{tokens} tokens are too few to show a spread; {_FEWEST} are needed")
-    clearing = _clearing(evidence) if evidence.stream.groups.mlps else None
-    if clearing is None or not clearing.names:
+    clearing = _clearing(evidence)
+    if not clearing.names:
         return cannot_tell(f"no neuron has a cosine below -{Neurons().threshold} between what it reads and writes")
     names, share, limits = clearing.names, clearing.share, Erased()
     conditional = (share >= limits.seldom) & (share < limits.always)

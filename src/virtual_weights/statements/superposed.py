@@ -78,6 +78,8 @@ def trade_off(evidence: Evidence) -> Finding:
 
 def growth(evidence: Evidence) -> Finding:
     """L10: powers of n with which the total over pairs, and the squared error of one signal, grow."""
+    if not evidence.stream.groups.mlps:
+        return cannot_tell("the checkpoint holds no MLP")
     if _neurons(evidence) < 4 * FEWEST:
         return cannot_tell(f"fewer than {4 * FEWEST} neurons, too few to fit a power")
     exponents = evidence.ask(Interference(_KIND, seed=evidence.seed)).stamp["exponents"]

@@ -66,6 +66,7 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         partial=partial,
         dtypes={name: info.dtype for name, info in source.tensors.items()},
         equal=source.equal,
+        zero=source.zero,
         tables=None if table is None else read_tables(table),
     )
     return Stream(source, model, fold)

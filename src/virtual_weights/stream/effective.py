@@ -275,6 +275,10 @@ def compared(stream: Stream, port: Port, group: Group, values: Tensor) -> Tensor
     attention = group.attention
     assert attention is not None
     rotary, norm = attention.rotary, attention.port_norm
+    if "positions" in attention.outside:
+        role = READINGS[port]
+        table, maps = (_needed(stream, *place).to(values) for place in (("positions", "positions"), (role, group.id)))
+        values = values + torch.einsum("mkd,td->tmk", maps, table[: len(values)])
     if rotary is not None:
         rotations = [stream.rotation(place, group) for place in range(len(values))]
         turn = torch.stack([turn for turn in rotations if turn is not None]).to(values.dtype)

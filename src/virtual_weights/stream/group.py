@@ -243,6 +243,8 @@ class Groups:
             return readers
         if port in HEAD_PORTS:
             raise no_heads()
+        if port in NEURON_PORTS and not self.mlps:
+            raise no_mlps()
         raise UsageError(
             f"this model has no port {port!r}", expected=f"one of {', '.join(self.ports)}", do="choose one of these"
         )
@@ -298,6 +300,15 @@ def no_heads() -> UsageError:
         "this checkpoint holds no attention head",
         expected="at least one layer with an output projection",
         do="open a checkpoint with its attention tensors",
+    )
+
+
+def no_mlps() -> UsageError:
+    """What is said where a question needs MLPs and the checkpoint holds none."""
+    return UsageError(
+        "this checkpoint holds no MLP",
+        expected="at least one layer with a map back from its neurons",
+        do="ask about heads; or open a checkpoint with its MLP tensors",
     )
 
 

@@ -31,7 +31,9 @@ def packed(roles: Sequence[Tensor], row: Row, axes: Mapping[str, int | None]) ->
 def columns(row: Row, role: str, axes: Mapping[str, int | None]) -> Tensor:
     """Which features of what a row's module gives are a role's: (heads, k) or (n,), whole numbers."""
     # the weight's layout without the stream's axis is that of the output: "d (three h k)" gives "(three h k)"
+    # in one axis, whatever axes the weight is stored in
     stored, canonical = (" ".join(x for x in side.split() if x != "d") for side in row.layout.split("->"))
+    stored = f"({stored.translate({ord('('): None, ord(')'): None})})"
     sizes = _sizes(f"{stored} {canonical}", axes)
     width = prod(sizes[name] for name in letters(stored))
     features = einops.rearrange(torch.arange(width), f"{stored} -> {canonical}", **sizes)

@@ -55,11 +55,12 @@ class Stream:
         neurons = " or ".join(str(n) for n in dict.fromkeys(part.width for part in spec.mlps))
         parts = [f"{heads} heads each"] * bool(heads) + [f"width {spec.d_model}"]
         parts += [f"{neurons} neurons per MLP"] * bool(neurons)
+        mlp = ', stream["L1.mlp"]' * bool(neurons)
         return (
             f"Stream of {self.source.reference} ({self.model.family})\n"
             f"  {spec.n_layers} layers, {', '.join(parts)}\n"
             f"  norm: {self.norm_stamp}\n"
-            '  stream["L1H0"], stream["L1H0.K"], stream["L1.mlp"]; .heads, .groups; Composition("K")(stream)'
+            f'  stream["L1H0"], stream["L1H0.K"]{mlp}; .heads, .groups; Composition("K")(stream)'
         )
 
     def to(self, dtype: torch.dtype) -> Stream:
@@ -101,7 +102,13 @@ class Stream:
         """How results say what was done with the norm."""
         if not self.folded:
             return "left out"
+        if not any(self.spec.norms) and self.spec.head.cap is None:
+            return "no norm, unembedding centred"
+        also = ["after parts"] * any(branch.after for branch in self.spec.branches)
+        also += ["on inner activations"] * any(branch.inner for branch in self.spec.branches)
+        also += ["on queries and keys"] * any(part.port_norm for part in self.spec.attentions)
         said = ["gain and centring folded" if self.spec.centring else "gain folded"]
+        said[0] += f" (of norms {' and '.join(also)} too)" if also else ""
         if self.spec.head.cap is None:
             said.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
         return ", ".join(said)
@@ -117,6 +124,8 @@ class Stream:
         A figure of the stamp that is not finite, such as a ratio to a map that is zero, is absent: None.
         """
         stamp = {"norm": self.norm_stamp, **finite(stamp)}
+        if self.model.outside:
+            stamp["outside_the_maps"] = self.model.outside
         if "rotary_offset" in stamp:
             offset = stamp["rotary_offset"]
             turning = any(part.rotary for part in self.spec.attentions)

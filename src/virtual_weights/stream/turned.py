@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Row, stored_shape
+from virtual_weights.architecture.config import references
 from virtual_weights.checkpoint.writing import Planned
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.linalg import accumulate, haar_orthogonal, random_generator
@@ -21,7 +22,7 @@ from virtual_weights.stream.norm import fold
 from virtual_weights.stream.stream import Stream
 
 _READS = frozenset(READINGS.values())
-_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "o": 1, "down": 0, "bias": 0}
+_WRITES: Mapping[str, int] = {"embed": 1, "pos": 1, "positions": 1, "o": 1, "down": 0, "bias": 0}
 """Writers, and which of their canonical axes is the stream."""
 
 
@@ -78,7 +79,9 @@ class Turned:
     @property
     def changed(self) -> list[str]:
         """What is otherwise in this checkpoint than in its source, besides the basis."""
-        changes = ["norm gains are folded into the readers and are 1"] if self.fold else []
+        changes = (
+            ["norm gains are folded into the readers and are 1"] if self.fold and any(self.stream.spec.norms) else []
+        )
         if self.stream.spec.centring:
             changes.append("the direction (1, ..., 1) stays, the rest is turned; it carries norm shifts, which are 1")
         if self.unties:
@@ -146,6 +149,12 @@ class Turned:
                 expected="norms before parts, whose gains can be folded into what reads",
                 do="turn another model: on a turned stream such a gain is a dense map, which no norm holds",
             )
+        if model.has("positions", "positions") and any(model.spec.norms[:-1]):
+            raise ArchitectureError(
+                "learned positions are added behind a norm, to what queries and keys read",
+                expected="positions on the stream, or no norm before attention",
+                do="turn another model: on a turned stream each layer would need positions of its own",
+            )
         if self.stream.source.dialect == "gguf":
             missing = [row.name for row in model.rows if not all(model.has(role, row.groups[0]) for role in row.roles)]
             partly = [group.id for group in self.stream.groups.heads if group.rotary and group.rotary.apart]
@@ -200,8 +209,9 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
     source, spec = turned.stream.source, turned.stream.spec
     model = turned.stream.model
     config = dict(source.config if source.dialect == "hf" else {**model.config, **model.sizes})
-    if config.get("vocab_size") is None:
-        config["vocab_size"] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
+    size = references(model.hf.values["vocab"])[0]
+    if config.get(size) is None:
+        config[size] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]
     if turned.unties or not spec.tied:
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)

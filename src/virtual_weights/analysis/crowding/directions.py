@@ -11,6 +11,7 @@ from virtual_weights.analysis.maps.circuits import head_circuits
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import random_generator
 from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.group import no_mlps
 
 DirectionKind = Literal["out", "in", "gate", "ov"]
 
@@ -46,6 +47,8 @@ def directions(
     check_kind(kind)
     groups = stream.groups.heads if kind == "ov" else stream.groups.mlps
     groups = tuple(group for group in groups if kind != "gate" or "gate" in group.ports)
+    if not groups and not stream.groups.mlps and kind != "ov":
+        raise no_mlps()
     if not groups:
         raise UsageError(
             f"this model has no directions of kind {kind!r}",

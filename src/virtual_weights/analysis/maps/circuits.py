@@ -16,7 +16,7 @@ from virtual_weights.linalg import ROUNDINGS, STORED_ROUNDINGS, WORKSPACE_BYTES,
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream
-from virtual_weights.stream.group import HEAD_PORTS, HeadPort
+from virtual_weights.stream.group import HEAD_PORTS, HeadPort, no_heads
 
 HeadRole = Literal["Q", "K", "V", "O"]
 
@@ -242,7 +242,9 @@ def subspace_axis(stream: Stream, name: str, role: HeadRole) -> tuple[Axis, Tens
 
 
 def heads_per_group(stream: Stream, role: HeadRole) -> int:
-    """How many subspaces of this role one attention has."""
+    """How many subspaces of this role one attention has; UsageError where there is none."""
+    if not stream.groups.heads:
+        raise no_heads()
     group = stream.groups.heads[0]
     return len(group.components) // group.shared(role)
 

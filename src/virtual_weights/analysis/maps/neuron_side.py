@@ -12,7 +12,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, Stream
-from virtual_weights.stream.group import NEURON_PORTS, NeuronPort
+from virtual_weights.stream.group import NEURON_PORTS, NeuronPort, no_mlps
 
 
 @final
@@ -96,7 +96,7 @@ def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | N
     """
     mlps = stream.groups.mlps if port == "out" else stream.groups.readers(port)
     if not mlps:
-        raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
+        raise no_mlps()
     end = "" if port == "out" else f".{port}"
     only = None if only is None else only.removesuffix(end)
     ranges: list[NeuronRange] = []

@@ -152,13 +152,16 @@ def token_circuit(stream: Stream) -> Tensor | None:
     """``W_E W_U``, (d, d) float64: through which the eigenvalues of tokens-by-tokens circuits are taken.
 
     ``W_E`` (d, tokens) writes embeddings, ``W_U`` (tokens, d) reads them with the final norm folded as the stream says;
-    their product is summed over chunks of tokens. None where a partial checkpoint lacks one of them.
+    their product is summed over chunks of tokens. None where a partial checkpoint lacks one of them, or where logits
+    are of other tokens than those that can be read.
 
     ``W_U A W_E`` and ``A W_E W_U`` have the same eigenvalues but zeros, for any A on the stream.
     """
     try:
         embed, unembed = stream.write("embed")[0], stream.read("unembed").maps[0]
     except MissingTensorError:
+        return None
+    if embed.shape[1] != len(unembed):
         return None
     step = max(1, WORKSPACE_BYTES // (8 * stream.d_model))
     circuit = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate)

@@ -16,6 +16,7 @@ from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream
+from virtual_weights.stream.group import no_mlps
 
 _COLUMNS = {
     "cosine": ("1, in [-1, 1]", "cos(w_in, w_out); w_in is the up row where the MLP is gated"),
@@ -84,7 +85,7 @@ class Neurons(Question[Stream]):
         """
         groups = stream.groups.mlps
         if not groups:
-            raise UsageError("this checkpoint holds no MLP", expected="at least one", do="open the complete checkpoint")
+            raise no_mlps()
         generator = random_generator(self.seed)
         blocks: list[dict[str, Tensor]] = []
         counts: list[Tensor] = []

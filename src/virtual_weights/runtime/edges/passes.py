@@ -73,8 +73,9 @@ def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> 
     before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
     blocks: list[Any] = [block_of(model, stream, earlier) for earlier in before]
     overrides = [block.__dict__.get("forward") for block in blocks]
+    given = (state, None) if stream.model.hf.values["block"] == "pair" else state
     for block in blocks:
-        block.forward = lambda *_, **__: state
+        block.forward = lambda *_, **__: given
     try:
         yield
     finally:
@@ -178,7 +179,8 @@ class _Passes:
         first, effect = self.run.first, self.metric(logits, self.tokens).double() - self.value
         pattern = output = torch.full_like(effect, torch.nan)
         top = (logits.argmax(-1) != self.top)[:, first - 1 : -1].double().mean(1)
-        loss = ((token_losses(logits, self.tokens, first) - self.losses).abs() > CHANGED).double().mean(1)
+        change = (token_losses(logits, self.tokens, first) - self.losses).abs()
+        loss = (change > CHANGED).double().masked_fill(change.isnan(), torch.nan).mean(1)
         if (edge := edges.single) is not None:
             write = affected(self.run.stream, edge)
             before, after = (

@@ -78,7 +78,7 @@ class Erased(Question[Run]):
             None. An eraser that has a coefficient on no token is absent.
 
         Raises:
-            UsageError: the stream leaves norm gains out.
+            UsageError: the stream leaves norm gains out, or has no parts.
         """
         stream = run.stream
         if not stream.folded:
@@ -86,6 +86,12 @@ class Erased(Question[Run]):
                 "this stream leaves norm gains out",
                 expected="norm gains folded into the readers",
                 do="open the model without fold=False (--no-fold)",
+            )
+        if not stream.groups.kind(*_ERASERS):
+            raise UsageError(
+                "this model has neither heads nor MLPs",
+                expected="a part that reads the stream and writes to it",
+                do="open a model with layers",
             )
         coefficients, done = _Coefficients(run, self), 0
         wanted: list[Place] = [("inner", group.id) for group in stream.groups.heads]

@@ -15,6 +15,7 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.running.hooks import Signal, forward, places, watching
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Question
+from virtual_weights.stream.group import no_heads
 
 BEHAVIOURS = {
     "previous_token": "attention of a token to the one before it",
@@ -60,9 +61,12 @@ class Labels(Question[Run]):
             score is above the threshold).
 
         Raises:
-            UsageError: the tokens do not repeat, transformers is missing, or the model's attention keeps no pattern.
+            UsageError: there is no head, the tokens do not repeat, transformers is missing, or the model's attention
+                keeps no pattern.
         """
         tokens, stream = run.sequences(), run.stream
+        if not stream.heads:
+            raise no_heads()
         half = tokens.shape[1] // 2
         if half < 2 or not torch.equal(*tokens.tensor_split(2, 1)):
             raise UsageError(

@@ -242,7 +242,8 @@ class _MomentSums:
                 expected="chunks of more than one token",
                 do="pass longer chunks, or keep the sinks",
             )
-        averages: dict[str, dict[str, Tensor]] = {name: {} for name in ("second", "mean", "neurons")}
+        kinds = ("second", "mean", "energy", "ports", "port_means", "attention", "neurons")
+        averages: dict[str, dict[str, Tensor]] = {name: {} for name in kinds}
         for name, total in self.sums.items():
             kind, _, key = name.partition("/")
             count = max(self.later, 1) if kind == "attention" else self.tokens

@@ -241,7 +241,7 @@ class _Step:
         if "sinks" in attention.outside:
             return
         pattern = self.signals["pattern", group.id]
-        if not attention.outside:
+        if "alibi" not in attention.outside:
             yield Exactness(_distance(self._pattern(group), pattern), f"the pattern of {group.id}", "pattern")
         values = self.signals["V", group.id].repeat_interleave(group.sharing, 1)
         mean = self._over_scalar(group, torch.einsum("htu,uhk->thk", pattern, values))
@@ -294,15 +294,15 @@ class _Step:
 
     def _unembedding(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Some rows of the unembedding in one piece: maps (1, n, d), constants (1, n), and their logits (T, 1, n)."""
-        stream, name = self.stream, self.stream.model.placements["unembed", "unembed"].tensor
-        count = stream.source.tensors[name].shape[0]
+        stream, place = self.stream, self.stream.model.placements["unembed", "unembed"]
+        count = self.logits.shape[-1]
         begin = max(0, count - _VOCABULARY) // 2
         rows = slice(begin, min(count, begin + _VOCABULARY))
-        maps, norm, bias = (
-            stream.source.read(name, rows)[None],
-            stream.spec.head.norm,
-            stream.weight("unembed_bias", "unembed"),
-        )
+        by_token = not place.layout.startswith("d")
+        maps = stream.source.read(place.tensor, rows) if by_token else stream.weight("unembed", "unembed")
+        assert maps is not None
+        maps = maps[None] if by_token else maps[None, rows]
+        norm, bias = stream.spec.head.norm, stream.weight("unembed_bias", "unembed")
         gain = norm_gain(stream, "norm", "unembed", norm)
         shift = stream.weight("norm_bias", "unembed")
         constants = constant(maps, shift, None if bias is None else bias[None, rows], stream.dtype)

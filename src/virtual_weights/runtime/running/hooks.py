@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -123,8 +123,13 @@ def norm_module(stream: Stream, group: str) -> str:
 
 def block_of(model: nn.Module, stream: Stream, group: Group) -> nn.Module:
     """The module of the layer that a group is a part of."""
+    return module_named(model, stream, block_name(stream, group.id))
+
+
+def block_name(stream: Stream, group: str) -> str:
+    """The dotted path of the layer that a group is a part of."""
     names = stream.model.hf.names
-    return module_named(model, stream, f"{names['prefixes'][0]}{names['layer'].format(l=group.layer)}".rstrip("."))
+    return f"{names['prefixes'][0]}{names['layer'].format(l=layer_of(group))}".rstrip(".")
 
 
 def state_module(model: nn.Module, stream: Stream, state: int) -> nn.Module:
@@ -289,15 +294,26 @@ def forward(module: nn.Module, tokens: Tensor) -> None:
 
 def activation(stream: Stream, group: Group) -> nn.Module:
     """The nonlinearity of an MLP, by transformers' name for it, with the numbers of its own that it may have."""
+    assert group.branch is not None and isinstance(group.branch.part, Mlp)
+    if stream.model.hf.values["runs"] == "here":
+        return _ACTIVATIONS[group.branch.part.activation]
     from transformers.activations import ACT2FN
 
-    assert group.branch is not None and isinstance(group.branch.part, Mlp)
     module = ACT2FN[group.branch.part.activation]
     for role, name in (("act.p", "alpha_p"), ("act.n", "alpha_n"), ("act.beta", "beta"), ("act.eps", "eps")):
         number = stream.weight(role, group)
         if number is not None:
             getattr(module, name).data = number
     return module
+
+
+_ACTIVATIONS: Mapping[str, nn.Module] = {
+    "relu": nn.ReLU(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), nn.GELU("tanh")),
+}
+"""The nonlinearities of what runs here."""
 
 
 def leaf(_module: nn.Module, _given: object, output: Tensor) -> Tensor:

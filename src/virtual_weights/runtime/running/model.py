@@ -17,6 +17,7 @@ from virtual_weights.checkpoint.mapping_source import NnsightModel, derives_from
 from virtual_weights.errors import ArchitectureError, CheckpointError, MissingTensorError, UsageError
 from virtual_weights.linalg.numerics import accumulate, exactness_bound
 from virtual_weights.runtime.running.activations import Exactness, exactness, vocabulary
+from virtual_weights.runtime.running.decoder import decoder
 from virtual_weights.stream import Stream
 from virtual_weights.stream.effective import as_stored
 from virtual_weights.stream.layout import packed
@@ -153,7 +154,12 @@ def turned_module(turned: Turned) -> nn.Module:
 def built(
     stream: Stream, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None, *, tied: bool | None = None
 ) -> nn.Module:
-    """A transformers module of a stream's sizes with its tensors or others, one copy of each in memory; not checked."""
+    """A module of a stream's sizes with its tensors or others, one copy of each in memory; not checked.
+
+    It is transformers', or our own decoder where the model's table says so.
+    """
+    if stream.model.hf.values["runs"] == "here":
+        return decoder(stream, dict(_parameters(stream, dtype)) if tensors is None else tensors)
     if find_spec("transformers") is None:
         raise UsageError(
             "running a model needs transformers",
@@ -207,7 +213,7 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
             do="ask questions of the weights alone",
         )
     kind = next((name for name in model.hf.bases if name in CONFIG_MAPPING), None)
-    settings = {key: value for key, value in model.config.items() if key not in _OF_FILES and not key.startswith("_")}
+    settings = {key: _plain(value) for key, value in model.config.items() if key not in _OF_FILES and key[:1] != "_"}
     for trait, size in model.sizes.items():  # not every class fills in what is null
         if settings.get(trait) is None:
             settings[trait] = size
@@ -228,6 +234,14 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
             expected="settings that its class accepts",
             do="correct config.json, or pass config= with the right values",
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json, in which transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    infinite = isinstance(value, dict) and value.keys() == {"__float__"}
+    return float(value["__float__"]) if infinite else value
 
 
 _OF_FILES = frozenset(

@@ -380,7 +380,8 @@ def _prompt(stream: Stream, prompt: Prompt, bos: bool | None = None) -> Tensor:
 
 def _positions(stream: Stream) -> int | None:
     """How many positions the model has embeddings, or rotary frequencies, for; None where it has no such bound."""
-    place, spec = stream.model.placements.get(("pos", "pos")), stream.spec
+    places, spec = stream.model.placements, stream.spec
+    place = places.get(("pos", "pos"), places.get(("positions", "positions")))
     bounds = [part.rotary.longest for part in spec.attentions if part.rotary and part.rotary.longest]
     bounds += [stream.source.tensors[place.tensor].shape[0] - spec.unnumbered] if place else []
     bounds += [spec.n_positions] if spec.sinusoidal and spec.n_positions else []
