@@ -64,9 +64,7 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
 }
 _FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", "null"), "split.count": (0, 1, "null")}
 """A whole model: no adapter, and not the first of several files."""
-_OWN = frozenset(
-    """model_type types also set choose keys needs required neutral name full_every window local_theta wide_layers""".split()
-)
+_OWN = "model_type types also set choose keys needs required neutral name full_every window local_theta wide_layers"
 """What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
 
 _PLAIN = re.compile(r"(1/)?\$[\w.]+")
@@ -142,7 +140,7 @@ class _File:
 
     def traits(self) -> dict[str, Any]:
         """What the converter changes in a type's traits."""
-        changed = {key: value for key, value in self.table.items() if key not in _OWN}
+        changed = {key: value for key, value in self.table.items() if key not in _OWN.split()}
         if not changed.get("permuted"):  # llama.cpp takes them in one tensor or in three
             changed["fused"] = "blocks" if self.holds("attn_qkv") else ""
         return changed
