@@ -205,7 +205,7 @@ def test_every_architecture_is_tried() -> None:
     assert tried == set(architectures())
     assert {case.kind for case in CASES.values()} == set(CONVERTERS)
     assert all(serving(kind) for kind in CONVERTERS)
-    assert serving("mistral") == serving("ministral3") == ("mistral3",)
+    assert (serving("mistral"), serving("ministral3")) == (("llama", "mistral3"), ("mistral3",))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,7 @@ def test_every_architecture_is_tried() -> None:
         ("qwen3", {"rope.scaling.type": "longrope"}, ["'longrope'", "rope_factors_short.weight"]),
         ("qwen3", {"rope.scaling.attn_factor": 1.5}, ["attn_factor 1.5"]),
         ("qwen3", {"rope.scaling.yarn_ext_factor": 0.5}, ["yarn_ext_factor = 0.5"]),
+        ("qwen3", {"rope.scaling.factor": [4, 4]}, ["factor = [4, 4]", "a positive number"]),
         ("gemma", {"embedding_scale": 2.0}, ["gemma.embedding_scale = 2.0"]),
         ("gemma", {"final_logit_softcapping": 30.0}, ["gemma.final_logit_softcapping"]),
         ("gemma3", {"attention.sliding_window_pattern": [True, False]}, ["sliding_window_pattern"]),

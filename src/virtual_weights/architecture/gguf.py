@@ -41,7 +41,7 @@ _SIZES = {
 }
 """Keys of GGUF, less the architecture, and what the entry of a table calls the same."""
 _NEVER_BY_DEFAULT = ("layers", "d_model", "heads", "kv_heads", "d_head", "d_mlp", "vocab", "eps")
-"""What a file that does not say it does not leave to the defaults of a class in transformers."""
+"""What a file without it does not leave to the defaults of a class in transformers."""
 _PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 """Sizes that GGUF may give layer by layer."""
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
@@ -63,10 +63,8 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": ("null", 1.0, -1.0),
 }
 _FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", "null"), "split.count": (0, 1, "null")}
-"""What kind of GGUF file holds a whole model: no adapter, and not the first of several files."""
-_OWN = frozenset(
-    """model_type types set choose keys needs required neutral name full_every window local_theta wide_layers""".split()
-)
+"""A whole model: no adapter, and not the first of several files."""
+_OWN = "model_type types also set choose keys needs required neutral name full_every window local_theta wide_layers"
 """What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
 
 _PLAIN = re.compile(r"(1/)?\$[\w.]+")
@@ -82,7 +80,9 @@ def architectures() -> tuple[str, ...]:
 
 def serving(model_type: str) -> tuple[str, ...]:
     """The architectures under which models of a type are stored."""
-    kinds = {name: (said["model_type"], *said.get("types", {}).values()) for name, said in built_in()["gguf"].items()}
+    kinds = {
+        k: [t["model_type"], *t.get("types", {}).values(), *t.get("also", ())] for k, t in built_in()["gguf"].items()
+    }
     return tuple(sorted(name for name in kinds if model_type in kinds[name]))
 
 
@@ -140,7 +140,7 @@ class _File:
 
     def traits(self) -> dict[str, Any]:
         """What the converter changes in a type's traits."""
-        changed = {key: value for key, value in self.table.items() if key not in _OWN}
+        changed = {key: value for key, value in self.table.items() if key not in _OWN.split()}
         if not changed.get("permuted"):  # llama.cpp takes them in one tensor or in three
             changed["fused"] = "blocks" if self.holds("attn_qkv") else ""
         return changed
@@ -207,11 +207,7 @@ class _File:
         if isinstance(pattern, int) and not isinstance(pattern, bool):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
         if not isinstance(pattern, list) or len(pattern) < layers:
-            raise wrong(
-                f"{self.name}.attention.sliding_window_pattern",
-                pattern,
-                "a flag per layer, or after how many one is full",
-            )
+            raise wrong("attention.sliding_window_pattern", pattern, "a flag per layer, or after how many one is full")
         return ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
 
     @property
@@ -296,24 +292,26 @@ class _File:
     def _scaling(self, settings: dict[str, Any], entry: Entry) -> dict[str, Any]:
         """How frequencies are scaled, in transformers' words."""
         own = {key.removeprefix("rope.scaling."): value for key, value in self.own.items() if value is not None}
-        factors = {key: own[key] for key in ("factor", "rope.scale_linear") if own.get(key)}
+        factors = {key: checked_number(key, own[key]) for key in ("factor", "rope.scale_linear") if own.get(key)}
         if len(set(factors.values())) > 1:
             raise ArchitectureError(
                 f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
                 expected="one factor, under one of these names",
                 do="make the file again from the checkpoint that it was converted from",
             )
-        factor, length = next(iter(factors.values()), None), own.get("original_context_length")
+        factor, length = next(iter(factors.values()), None), own.get("original_context_length") or None
+        length = None if length is None else checked_integer("rope.scaling.original_context_length", length)
         short, long = self.config.get(SHORT), self.config.get(LONG)
         kind = own.get("type", "longrope" if short else "linear" if factor else "none")
-        attention = own.get("attn_factor", 1.0)
+        attention = checked_number("rope.scaling.attn_factor", own.get("attn_factor", 1.0))
         if "original_max_position_embeddings" in entry.values["defaults"] and length:
             settings["original_max_position_embeddings"] = length
-        if kind == "none" and factor in (None, 1.0) and not short and attention == 1.0:
+        plain = not short and attention == 1.0
+        if plain and (kind, factor) in (("none", None), ("none", 1.0), ("linear", None)):
             return {}
-        if kind == "linear" and not short and attention == 1.0:
-            return {"rope_type": "linear", "factor": factor} if factor else {}
-        if kind == "yarn" and factor and length and not short and attention == 1.0:
+        if kind == "linear" and plain:
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn" and factor and length and plain:
             given = {named: own[key] for key, named in _YARN.items() if key in own}
             if "yarn_log_multiplier" in own:  # llama.cpp, too, takes the other one for 1
                 given |= {"mscale": 1.0, "mscale_all_dim": own["yarn_log_multiplier"]}
@@ -321,9 +319,9 @@ class _File:
         longest = self.own.get("context_length")
         if kind == "longrope" and short and long and length and longest:
             given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
-            ratio = checked_number("context_length", longest) / checked_number("original_context_length", length)
+            ratio = checked_number("context_length", longest) / length
             usual = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 and length > 1 else 1.0
-            if not math.isclose(checked_number("attn_factor", attention), usual, rel_tol=1e-6):
+            if not math.isclose(attention, usual, rel_tol=1e-6):
                 given["attention_factor"] = attention
             return {"rope_type": "longrope", **given}
         raise ArchitectureError(

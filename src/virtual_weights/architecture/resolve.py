@@ -165,8 +165,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     hf = _entry(config, dialect, tables)
     if dialect == "gguf":
         entry, settings = gguf.translated(config, shapes, hf)
-        hf = hf.settled(settings)
-        hf = replace(hf, values={**hf.values, "not_run": entry.values["not_run"]})
+        hf = replace(hf, values={**hf.values, "not_run": entry.values["not_run"]}).settled(settings)
     else:
         settings = _canonical(config, hf)
         entry = hf = hf.settled(settings)
