@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -124,7 +124,7 @@ def _tokenizer(text: str, size: int) -> Tokenizer:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None]:
     """Sums in one order, and other work undisturbed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
