@@ -344,7 +344,20 @@ def _tensors(kind: str, config: Config, stored: Mapping[str, Tensor]) -> Iterato
         yield "rope_factors_short.weight", torch.tensor(rope["short_factor"])
 
 
-def write_twin(folder: Path, file: Path, **changes: Any) -> Path:
+def _merged(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Queries, keys and values of a layer in one tensor, as older files of several architectures have them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, weight in tensors:
+        layer, _, leaf = name.rpartition(".attn_")
+        if leaf.split(".")[0] not in ("q", "k", "v"):
+            yield name, weight
+            continue
+        parts.setdefault(f"{layer}.attn_qkv.{leaf[2:]}", {})[leaf[0]] = weight
+    for name, each in parts.items():
+        yield name, torch.cat([each[role] for role in "qkv"])
+
+
+def write_twin(folder: Path, file: Path, *, merged: bool = False, **changes: Any) -> Path:
     """Write the checkpoint of a folder as GGUF; ``changes`` are keys less the architecture, None takes one away."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
@@ -357,8 +370,8 @@ def write_twin(folder: Path, file: Path, **changes: Any) -> Path:
         adding = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
         if value is not None:
             adding.get(type(value), writer.add_string)(f"{name}.{key}", value)  # type: ignore[operator]
-    # in one order, which safetensors does not keep for heads beyond the ninth
-    for key, weight in _tensors(kind, config, load_file(folder / "model.safetensors")):
+    tensors = _tensors(kind, config, load_file(folder / "model.safetensors"))
+    for key, weight in _merged(tensors) if merged else tensors:
         writer.add_tensor(key, weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

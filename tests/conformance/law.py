@@ -57,9 +57,11 @@ class Trace:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def judge(model_type: str, flavour: Flavour, folder: Path, run_refused: bool = True) -> Verdict:
+def judge(
+    model_type: str, flavour: Flavour, folder: Path, run_refused: bool = True, table: Path | None = None
+) -> Verdict:
     """Build a checkpoint in a folder, open it, and compare; what is refused is run too, unless nobody wants to know
-    whether transformers could."""
+    whether transformers could. A table goes before the one built in."""
     name = f"{model_type}/{flavour.name}"
     try:
         model = build(model_type, flavour, folder)
@@ -67,7 +69,7 @@ def judge(model_type: str, flavour: Flavour, folder: Path, run_refused: bool = T
     except NotBuildable as reason:
         return Verdict(name, "not buildable", text=str(reason))
     try:
-        stream = vw.open(folder).to(torch.float64)
+        stream = vw.open(folder, table=table).to(torch.float64)
     except vw.VirtualWeightsError as refusal:
         reason = _fails(model, tokens) if run_refused else ""
         return Verdict(name, "not buildable", text=reason) if reason else Verdict(name, "refused", text=str(refusal))
@@ -80,7 +82,8 @@ def judge(model_type: str, flavour: Flavour, folder: Path, run_refused: bool = T
             (part.rotary.longest or len(tokens) for part in stream.spec.attentions if part.rotary), default=12
         )
         tokens = tokens[:longest]  # other frequencies hold beyond, as the spec says
-        return _verdict(name, list(errors(stream, tokens, run(model, tokens))))
+        with torch.no_grad():
+            return _verdict(name, list(errors(stream, tokens, run(model, tokens))))
     except Exception:  # noqa: BLE001
         return Verdict(name, "crashed", text=traceback.format_exc())
 

@@ -91,6 +91,7 @@ VERBS = (
     "validate",
     "ablate",
     "attribute",
+    "check",
     "model",
 )
 

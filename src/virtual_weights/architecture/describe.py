@@ -385,7 +385,7 @@ class _Rows:
         own = f"{name}_bias" if leaf == "bias" and self.entry.has(f"{name}_bias") else name
         for path in str(self.entry.names[own]).split("|"):
             path = path.replace("{h}", str(head))
-            full = path[1:] if path.startswith("=") else f"{path}.{self.entry.names['leaves'][leaf]}"
+            full = path[1:] if path.startswith("=") else f"{path}.{self.entry.names.get('leaves', {}).get(leaf, leaf)}"
             prefixes = ("",) if path.startswith("/") else self.entry.names["prefixes"]
             names += [f"{prefix}{begin}{full}" if not path.startswith("/") else full[1:] for prefix in prefixes]
         return Row(groups, roles, names[0], layout, tuple(names[1:]), slots, when)

@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from virtual_weights.architecture.config import Reading, admits, references, wrong
+from virtual_weights.architecture.config import (
+    Reading,
+    admits,
+    checked_integer,
+    checked_number,
+    divided,
+    references,
+    wrong,
+)
 from virtual_weights.architecture.table import Entry, built_in
 from virtual_weights.errors import ArchitectureError
 
@@ -33,7 +41,7 @@ _SIZES = {
 }
 """Keys of GGUF, less the architecture, and what the entry of a table calls the same."""
 _NEVER_BY_DEFAULT = ("layers", "d_model", "heads", "kv_heads", "d_head", "d_mlp", "vocab", "eps")
-"""What a file that does not say it does not leave to the defaults of a class in transformers."""
+"""What a file without it does not leave to the defaults of a class in transformers."""
 _PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 """Sizes that GGUF may give layer by layer."""
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
@@ -55,11 +63,12 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": ("null", 1.0, -1.0),
 }
 _FILE: Mapping[str, tuple[Any, ...]] = {"general.type": ("model", "null"), "split.count": (0, 1, "null")}
-"""What kind of GGUF file holds a whole model: no adapter, and not the first of several files."""
-_OWN = ("model_type", "types", "set", "choose", "keys", "needs", "required", "neutral", "name")
-_OWN += ("full_every", "window", "local_theta", "wide_layers")
+"""A whole model: no adapter, and not the first of several files."""
+_OWN = "model_type types also set choose keys needs required neutral name full_every window local_theta wide_layers"
 """What an architecture's entry says of the format; everything else in it is a trait, as in the entry of a type."""
 
+_PLAIN = re.compile(r"(1/)?\$[\w.]+")
+"""What an entry reads from a key of its own."""
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 """Tensors that transformers has in its configuration: factors of the frequencies, of shape (dim/2,)."""
 
@@ -71,10 +80,10 @@ def architectures() -> tuple[str, ...]:
 
 def serving(model_type: str) -> tuple[str, ...]:
     """The architectures under which models of a type are stored."""
-    tables = built_in()["gguf"].items()
-    return tuple(
-        sorted(name for name, said in tables if model_type in (said["model_type"], *said.get("types", {}).values()))
-    )
+    kinds = {
+        k: [t["model_type"], *t.get("types", {}).values(), *t.get("also", ())] for k, t in built_in()["gguf"].items()
+    }
+    return tuple(sorted(name for name in kinds if model_type in kinds[name]))
 
 
 def model_type_of(config: Mapping[str, Any]) -> str | None:
@@ -83,8 +92,9 @@ def model_type_of(config: Mapping[str, Any]) -> str | None:
     table = built_in()["gguf"].get(name) if isinstance(name, str) else None
     if table is None:
         return None
-    told = (kind for key, kind in table.get("types", {}).items() if config.get(f"{name}.{key}"))
-    return str(next(told, table["model_type"]))
+    return str(
+        next((t for key, t in table.get("types", {}).items() if config.get(f"{name}.{key}")), table["model_type"])
+    )
 
 
 def translated(
@@ -130,7 +140,7 @@ class _File:
 
     def traits(self) -> dict[str, Any]:
         """What the converter changes in a type's traits."""
-        changed = {key: value for key, value in self.table.items() if key not in _OWN}
+        changed = {key: value for key, value in self.table.items() if key not in _OWN.split()}
         if not changed.get("permuted"):  # llama.cpp takes them in one tensor or in three
             changed["fused"] = "blocks" if self.holds("attn_qkv") else ""
         return changed
@@ -152,8 +162,11 @@ class _File:
         settings: dict[str, Any] = {**table.get("set", {}), "model_type": entry.model_type}
         for key, (leaf, there, absent) in table.get("choose", {}).items():
             settings[key] = there if self.holds(leaf) else absent
+        window = own.get("attention.sliding_window", table.get("window")) or None
+        if window or "sliding_window" in entry.values["defaults"]:
+            settings["sliding_window"] = window
         if "full_every" in table:
-            settings |= self._windows()
+            settings["layer_types"] = self._kinds(window)
         entry = entry.settled(settings)
         for key, role in self._roles(entry):
             self._put(settings, entry, role, own.get(key))
@@ -163,13 +176,13 @@ class _File:
                 _set(settings, str(entry.values["positions"]), own["context_length"])
         _set(settings, str(entry.values["tied"]), "output.weight" not in self.shapes)
         for trait, leaf in (("o_bias", "attn_output"), ("qkv_bias", "attn_q|attn_qkv"), ("mlp_bias", "ffn_up")):
-            key = next(iter(references(entry.values[trait])), "")
-            if key:
+            for key in references(entry.values[trait]):
                 settings[key] = settings.get(key, False) or self.holds(rf"({leaf})\.bias")
         if entry.values["rotary"] != "none":
             self._rotary(settings, entry)
         for key, place in table.get("keys", {}).items():
-            _set(settings, place, own.get(key))
+            if own.get(key) is not None:
+                _set(settings, place, own[key])
         self._scale(settings, entry)
         self._compare(settings, entry)
         return settings
@@ -183,26 +196,19 @@ class _File:
     def _put(self, settings: dict[str, Any], entry: Entry, role: str, value: Any) -> None:
         """Say a value where the entry reads it from a key of its own; of another form it is compared later."""
         said = entry.values[role]
-        if not isinstance(said, str) or not re.fullmatch(r"(1/)?\$[\w.]+", said):
-            return
-        if value is not None or role in _NEVER_BY_DEFAULT:
+        if _PLAIN.fullmatch(str(said)) and (value is not None or role in _NEVER_BY_DEFAULT):
             # llama.cpp's logit_scale, too, is what transformers divides by where it divides
             _set(settings, said, 1e-5 if value is None and role == "eps" else value)
 
-    def _windows(self) -> dict[str, Any]:
+    def _kinds(self, window: Any) -> list[str]:
         """Which layers attend within a window; where that decides how they turn, it must be right."""
-        layers, window = self.own.get("block_count"), self.own.get("attention.sliding_window", self.table.get("window"))
-        if not isinstance(layers, int) or not window:
-            return {"sliding_window": None, "layer_types": ["full_attention"] * (layers or 0)}
-        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"])
+        layers = checked_integer(f"{self.name}.block_count", self.own.get("block_count"))
+        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"]) if window else 1
         if isinstance(pattern, int) and not isinstance(pattern, bool):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
         if not isinstance(pattern, list) or len(pattern) < layers:
-            raise wrong(
-                "attention.sliding_window_pattern", pattern, "one value per layer, or after how many one is full"
-            )
-        kinds = ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
-        return {"sliding_window": window, "layer_types": kinds}
+            raise wrong("attention.sliding_window_pattern", pattern, "a flag per layer, or after how many one is full")
+        return ["sliding_attention" if flag else "full_attention" for flag in pattern[:layers]]
 
     @property
     def _width(self) -> int:
@@ -220,30 +226,25 @@ class _File:
         if said == "$d_head^-0.5" or not references(said):
             return
         width = self._width
-        if self.own["block_count"] in self.table.get("wide_layers", ()):  # known to llama.cpp by that alone
-            width = self.own["embedding_length"] // self.own["attention.head_count"]
+        if self.own.get("block_count") in self.table.get("wide_layers", ()):  # llama.cpp knows them by that alone
+            wide, heads = (checked_integer(k, self.own.get(k)) for k in ("embedding_length", "attention.head_count"))
+            width = divided(wide, heads, "width by heads")
+        scale = width**-0.5 if given is None else checked_number(f"{self.name}.attention.scale", given)
         if said.endswith("^-0.5"):
-            _set(settings, said.partition("^")[0], width if given is None else given**-2)
+            _set(settings, said.partition("^")[0], width if given is None else scale**-2)
         else:
-            _set(settings, said, width**-0.5 if given is None else given)
+            _set(settings, said, scale)
 
     def _compare(self, settings: Mapping[str, Any], entry: Entry) -> None:
         """Refuse a key whose value the type does not read, where it is not what the type has."""
-        reading = Reading(settings, entry.values)
         for key, role in self._roles(entry):
             value, said = self.own.get(key), entry.values[role]
-            if value is None or said == "":
+            if value is None or said == "" or _PLAIN.fullmatch(str(said)) or (role == "scale" and value == 0):
                 continue
-            if said == "$d_head^-0.5":
-                taken: Any = self._width**-0.5
-                value = value or taken
-            else:
-                taken = reading.value(role)
-                taken = 1 / taken if isinstance(said, str) and said.startswith("1/") and taken else taken
-            if not isinstance(value, int | float) or not isinstance(taken, int | float):
-                if value == taken:
-                    continue
-            elif math.isclose(value, taken, rel_tol=1e-6):
+            by_width = said == "$d_head^-0.5"
+            taken = self._width**-0.5 if by_width else Reading(settings, entry.values).value(role)
+            numbers = isinstance(value, int | float) and isinstance(taken, int | float)
+            if math.isclose(value, taken, rel_tol=1e-6) if numbers else value == taken:
                 continue
             raise ArchitectureError(
                 f"the file has {self.name}.{key} = {value!r:.100}, which changes the function",
@@ -291,25 +292,26 @@ class _File:
     def _scaling(self, settings: dict[str, Any], entry: Entry) -> dict[str, Any]:
         """How frequencies are scaled, in transformers' words."""
         own = {key.removeprefix("rope.scaling."): value for key, value in self.own.items() if value is not None}
-        factors = {key: own[key] for key in ("factor", "rope.scale_linear") if own.get(key)}
+        factors = {key: checked_number(key, own[key]) for key in ("factor", "rope.scale_linear") if own.get(key)}
         if len(set(factors.values())) > 1:
             raise ArchitectureError(
-                f"the file has rope.scaling.factor = {own['factor']!r:.50} and "
-                f"rope.scale_linear = {own['rope.scale_linear']!r:.50}",
+                f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
                 expected="one factor, under one of these names",
                 do="make the file again from the checkpoint that it was converted from",
             )
-        factor, length = next(iter(factors.values()), None), own.get("original_context_length")
+        factor, length = next(iter(factors.values()), None), own.get("original_context_length") or None
+        length = None if length is None else checked_integer("rope.scaling.original_context_length", length)
         short, long = self.config.get(SHORT), self.config.get(LONG)
         kind = own.get("type", "longrope" if short else "linear" if factor else "none")
-        attention = own.get("attn_factor", 1.0)
+        attention = checked_number("rope.scaling.attn_factor", own.get("attn_factor", 1.0))
         if "original_max_position_embeddings" in entry.values["defaults"] and length:
             settings["original_max_position_embeddings"] = length
-        if kind == "none" and factor in (None, 1.0) and not short and attention == 1.0:
+        plain = not short and attention == 1.0
+        if plain and (kind, factor) in (("none", None), ("none", 1.0), ("linear", None)):
             return {}
-        if kind == "linear" and not short and attention == 1.0:
-            return {"rope_type": "linear", "factor": factor} if factor else {}
-        if kind == "yarn" and factor and length and not short and attention == 1.0:
+        if kind == "linear" and plain:
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn" and factor and length and plain:
             given = {named: own[key] for key, named in _YARN.items() if key in own}
             if "yarn_log_multiplier" in own:  # llama.cpp, too, takes the other one for 1
                 given |= {"mscale": 1.0, "mscale_all_dim": own["yarn_log_multiplier"]}
@@ -317,10 +319,11 @@ class _File:
         longest = self.own.get("context_length")
         if kind == "longrope" and short and long and length and longest:
             given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
-            ratio = longest / length
+            ratio = checked_number("context_length", longest) / length
             usual = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 and length > 1 else 1.0
-            own_factor = {} if math.isclose(attention, usual, rel_tol=1e-6) else {"attention_factor": attention}
-            return {"rope_type": "longrope", **given, **own_factor}
+            if not math.isclose(attention, usual, rel_tol=1e-6):
+                given["attention_factor"] = attention
+            return {"rope_type": "longrope", **given}
         raise ArchitectureError(
             f"the file asks for rotary scaling {kind!r:.50}, with factor {factor!r:.50}, original_context_length "
             f"{length!r:.50}, attn_factor {attention!r:.50}{', and stored short factors' if short else ''}",
@@ -359,8 +362,8 @@ def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, table:
 
 
 def _known(table: Mapping[str, Any]) -> set[str]:
-    read = {*table.get("keys", ()), *table.get("required", ()), *table.get("types", ()), *table.get("neutral", ())}
-    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *read}
+    own = (key for part in ("keys", "required", "types", "neutral") for key in table.get(part, ()))
+    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *own}
 
 
 def is_known(key: str, name: str) -> bool:

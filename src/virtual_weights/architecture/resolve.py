@@ -107,6 +107,17 @@ class Model:
         return self._by_role.get((role, group))
 
     @property
+    def outside(self) -> list[str]:
+        """What acts outside the maps: on where heads attend, on attention scores, on logits."""
+        words = [word for part in self.spec.attentions for word in part.outside]
+        words += ["cap on attention scores" for part in self.spec.attentions if part.cap is not None]
+        words += ["cap on logits"] if self.spec.head.cap is not None else []
+        window, used = self.config.get("sliding_window"), self.config.get("use_sliding_window", True)
+        local = "local" in str(self.config.get("attention_types"))
+        words += ["windows"] if local or (window is not None and used is not False) else []
+        return list(dict.fromkeys(words))
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         """Sizes of attention by the keys of the configuration in which they may be null."""
         part = next(iter(self.spec.attentions), None)
@@ -154,8 +165,7 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     hf = _entry(config, dialect, tables)
     if dialect == "gguf":
         entry, settings = gguf.translated(config, shapes, hf)
-        hf = hf.settled(settings)
-        hf = replace(hf, values={**hf.values, "not_run": entry.values["not_run"]})
+        hf = replace(hf, values={**hf.values, "not_run": entry.values["not_run"]}).settled(settings)
     else:
         settings = _canonical(config, hf)
         entry = hf = hf.settled(settings)

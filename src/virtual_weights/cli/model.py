@@ -33,7 +33,7 @@ def fetch(
     as_json: o.AsJson = False,
     progress: o.Progress = o.ProgressMode.auto,
 ) -> None:
-    """Fetch a built-in model, check its sha256 and keep it in the cache; or train one that is made here."""
+    """Fetch a built-in model, check its sha256 and keep it in the cache; one that is made on demand is made here."""
     from virtual_weights.checkpoint import locate
 
     with steps(progress) as step:

@@ -104,7 +104,11 @@ class Stream:
             return "left out"
         if not any(self.spec.norms) and self.spec.head.cap is None:
             return "no norm, unembedding centred"
+        also = ["after parts"] * any(branch.after for branch in self.spec.branches)
+        also += ["on inner activations"] * any(branch.inner for branch in self.spec.branches)
+        also += ["on queries and keys"] * any(part.port_norm for part in self.spec.attentions)
         said = ["gain and centring folded" if self.spec.centring else "gain folded"]
+        said[0] += f" (of norms {' and '.join(also)} too)" if also else ""
         if self.spec.head.cap is None:
             said.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
         return ", ".join(said)
@@ -120,6 +124,8 @@ class Stream:
         A figure of the stamp that is not finite, such as a ratio to a map that is zero, is absent: None.
         """
         stamp = {"norm": self.norm_stamp, **finite(stamp)}
+        if self.model.outside:
+            stamp["outside_the_maps"] = self.model.outside
         if "rotary_offset" in stamp:
             offset = stamp["rotary_offset"]
             turning = any(part.rotary for part in self.spec.attentions)

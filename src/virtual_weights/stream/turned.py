@@ -209,9 +209,6 @@ def config_of(turned: Turned, dtype: torch.dtype) -> dict[str, Any]:
     source, spec = turned.stream.source, turned.stream.spec
     model = turned.stream.model
     config = dict(source.config if source.dialect == "hf" else {**model.config, **model.sizes})
-    context = source.config.get(f"{spec.model_type}.context_length")
-    if source.dialect == "gguf" and spec.n_positions is None and context is not None:
-        config["max_position_embeddings"] = context
     size = references(model.hf.values["vocab"])[0]
     if config.get(size) is None:
         config[size] = source.tensors[turned.stream.model.placements["embed", "embed"].tensor].shape[0]

@@ -73,8 +73,9 @@ def restarted(model: nn.Module, stream: Stream, group: Group, state: Tensor) -> 
     before = takewhile(lambda earlier: earlier != group, stream.groups.heads)
     blocks: list[Any] = [block_of(model, stream, earlier) for earlier in before]
     overrides = [block.__dict__.get("forward") for block in blocks]
+    given = (state, None) if stream.model.hf.values["block"] == "pair" else state
     for block in blocks:
-        block.forward = lambda *_, **__: state
+        block.forward = lambda *_, **__: given
     try:
         yield
     finally:

@@ -213,7 +213,7 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
             do="ask questions of the weights alone",
         )
     kind = next((name for name in model.hf.bases if name in CONFIG_MAPPING), None)
-    settings = {key: value for key, value in model.config.items() if key not in _OF_FILES and not key.startswith("_")}
+    settings = {key: _plain(value) for key, value in model.config.items() if key not in _OF_FILES and key[:1] != "_"}
     for trait, size in model.sizes.items():  # not every class fills in what is null
         if settings.get(trait) is None:
             settings[trait] = size
@@ -234,6 +234,14 @@ def _empty(stream: Stream, tied: bool | None = None) -> Any:
             expected="settings that its class accepts",
             do="correct config.json, or pass config= with the right values",
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json, in which transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    infinite = isinstance(value, dict) and value.keys() == {"__float__"}
+    return float(value["__float__"]) if infinite else value
 
 
 _OF_FILES = frozenset(
