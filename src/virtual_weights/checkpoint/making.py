@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_DECAY = 0.01  # of weights before pruning
+
+
 @final
 @dataclass(frozen=True)
 class Recipe:
@@ -38,7 +41,9 @@ class Recipe:
         length: tokens of a sequence, and positions.
         batch: sequences of a step, half of them text and half repeats.
         steps: of AdamW.
-        rate, decay: its learning rate and weight decay.
+        rate: its learning rate.
+        pruning: steps from which weights decay, so that few heads do what many had learned.
+        decay: of weights, from then on.
         shortest: tokens after which random tokens repeat, at least; at most half a sequence.
         seed: of everything random.
     """
@@ -50,14 +55,15 @@ class Recipe:
     batch: int = 64
     steps: int = 1000
     rate: float = 3e-3
-    decay: float = 0.3
+    pruning: int = 400
+    decay: float = 1.0
     shortest: int = 4
     seed: int = 0
 
     @property
     def identity(self) -> str:
         """A short name of these numbers."""
-        return sha256(json.dumps([2, asdict(self)]).encode()).hexdigest()[:16]
+        return sha256(json.dumps([1, asdict(self)]).encode()).hexdigest()[:16]
 
 
 def make(folder: Path, recipe: Recipe | None = None, progress: Progress = silent) -> None:
@@ -139,12 +145,13 @@ def _trained(recipe: Recipe, ids: Tensor, progress: Progress) -> tuple[dict[str,
     """The weights, and the losses of the last steps, in nats a token."""
     generator = torch.Generator().manual_seed(recipe.seed)
     weights = _initial(recipe, generator)
-    optimiser = torch.optim.AdamW(weights.values(), lr=recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(weights.values(), lr=recipe.rate, betas=(0.9, 0.98))
     half, last = recipe.batch // 2, list[Tensor]()
     for step in range(recipe.steps):
         warm, cool = (step + 1) / 50, (recipe.steps - step) / (0.3 * recipe.steps)
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate * min(1.0, warm, cool)
+            group["weight_decay"] = recipe.decay if step >= recipe.pruning else _DECAY
         starts = torch.randint(len(ids) - recipe.length, (recipe.batch - half,), generator=generator)
         text = torch.stack([ids[start : start + recipe.length] for start in starts.tolist()])
         repeats, period = _repeats(recipe, half, generator)
