@@ -96,7 +96,7 @@ def check(session: Session, dtype: o.RunDtype = o.StoredDtype.float32) -> Answer
     from virtual_weights.stream.stream import checked_table
 
     stream, worst = session.stream, dict[str, Any]()
-    for step in exactness_steps(stream, built(stream, dtype.torch), 2**62):
+    for step in exactness_steps(stream, built(stream, dtype.torch).eval(), 2**62):
         if step.kind not in worst or not step.error <= worst[step.kind].error:
             worst[step.kind] = step
     bound = exactness_bound(dtype.torch)
