@@ -103,7 +103,7 @@ class Stream:
         if not self.folded:
             return "left out"
         if not any(self.spec.norms) and self.spec.head.cap is None:
-            return "no norm, unembedding centred"
+            return "none, unembedding centred"
         also = ["after parts"] * any(branch.after for branch in self.spec.branches)
         also += ["on inner activations"] * any(branch.inner for branch in self.spec.branches)
         also += ["on queries and keys"] * any(part.port_norm for part in self.spec.attentions)
