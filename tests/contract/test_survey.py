@@ -318,7 +318,7 @@ def test_stored_edges_of_every_question_have_the_one_shape(question: str, every:
 def test_what_opens_no_model_has_the_one_shape(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("virtual_weights.checkpoint.locate", lambda *_, **__: tmp_path)
+    monkeypatch.setattr("virtual_weights.checkpoint.locate", lambda *_, **__: tmp_path / "model.gguf")
     assert command(["model", *arguments, "--json"]) == 0
     check_shape(json.loads(capsys.readouterr().out))
 

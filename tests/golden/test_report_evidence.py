@@ -24,7 +24,7 @@ HEADS = tuple(f"L{layer}H{head}" for layer in range(3) for head in range(2))
 GROUPS = tuple(f"L{layer}.kv0" for layer in range(3) for _ in range(2))
 MANIFEST: dict[str, Any] = {
     "model": "planted", "reference": "planted", "fingerprint": "f00d", "version": "0", "family": None, "norm": "none",
-    "sizes": {"n_layers": 3, "n_heads": 2, "d_model": 16}, "components": [{"kind": "head", "label": h} for h in HEADS],
+    "sizes": {"n_layers": 3, "d_model": 16}, "components": [{"kind": "head", "label": h} for h in HEADS],
 }  # fmt: skip
 
 

@@ -116,6 +116,10 @@ class Reading:
         zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
         return None if value is None or zero else checked_number(self._named(name), value)
 
+    def positive(self, name: str) -> float:
+        """A positive number, which must be there."""
+        return checked_number(self._named(name), self.value(name))
+
     def text(self, name: str) -> str:
         """A name in quotes."""
         value = self.value(name)

@@ -58,7 +58,7 @@ class _Description:
         d_model, norm = read.integer("d_model"), self._norm()
         computed = read.value("sinusoidal")
         vocab, positions = read.value("vocab"), read.value("positions") if read.flag("pos") or computed else None
-        last = norm if read.entry["final_eps"] == "" else replace(norm, eps=read.number("final_eps") or 0.0)
+        last = norm if read.entry["final_eps"] == "" else replace(norm, eps=read.positive("final_eps"))
         outcomes = read.value("vocab_out")
         branches = [branch for layer in range(layers) for branch in self._layer(layer, d_model, norm)]
         return ModelSpec(
@@ -102,8 +102,7 @@ class _Description:
             yield replace(branch, reads=reads, writes=state)
 
     def _norm(self) -> Norm:
-        kind, eps = self.read.value("norm"), self.read.number("eps")
-        return Norm(kind, 0.0 if eps is None else eps, float(self.read.entry["plus"]))
+        return Norm(self.read.value("norm"), self.read.positive("eps"), float(self.read.entry["plus"]))
 
     def _attention(self, layer: int, d_model: int) -> Attention:
         read = self.read
@@ -175,8 +174,8 @@ class _Description:
         over = read.value("qk_norm")
         if over is None or not read.flag("qk_when"):
             return None
-        eps = read.number("qk_eps") if read.entry["qk_eps"] != "" else read.number("eps")
-        norm = Norm(read.entry["qk_kind"], eps or 0.0, float(read.entry["qk_plus"]))
+        eps = read.positive("qk_eps" if read.entry["qk_eps"] != "" else "eps")
+        norm = Norm(read.entry["qk_kind"], eps, float(read.entry["qk_plus"]))
         return PortNorm(norm, over, bool(read.entry["qk_after_rotary"]))
 
     def _mlp(self, d_model: int) -> Mlp:

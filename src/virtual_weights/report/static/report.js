@@ -7,11 +7,12 @@ function header() {
     document.dispatchEvent(new Event("theme"));
   } }, "Light / dark");
   const fact = (name, value) => (value === null || value === undefined ? null : make("li", {}, make("b", {}, String(value)), ` ${name}`));
+  const all = (name) => [...new Set((sizes.groups ?? []).map((group) => group[name]).filter(isNumber))].join(" or ") || null;
   return make("div", {},
     make("header", {}, make("h1", {}, `Virtual weights of ${model}`), theme),
     make("p", { class: "lede" }, "Which components can communicate over the residual stream, computed from the weights", data.evidence || data.labels.length ? ", and which of them do on text." : data.statements.some((s) => s.run && s.run !== "weights alone") ? "." : " alone. The model was not run."),
-    make("ul", { class: "facts" }, fact("family", family), fact("layers", sizes.n_layers), fact("heads a layer", sizes.n_heads),
-      fact("key/value heads", sizes.n_kv_heads), fact("d_model", sizes.d_model), fact("d_head", sizes.d_head), make("li", {}, "norm: ", make("b", {}, norm))));
+    make("ul", { class: "facts" }, fact("family", family), fact("layers", sizes.n_layers), fact("heads a layer", all("heads")),
+      fact("key/value heads", all("kv_heads")), fact("d_model", sizes.d_model), fact("d_head", all("d_head")), make("li", {}, "norm: ", make("b", {}, norm))));
 }
 
 // Records that the page has no picture for: as they are, so that nothing computed is lost.

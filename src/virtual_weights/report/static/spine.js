@@ -26,7 +26,7 @@ const facts = (edge) => [
 function spine() {
   if (!data.edges.length) return null;
   const heads = data.model.components.filter((c) => c.kind === "head");
-  const layers = data.model.sizes.n_layers, perLayer = data.model.sizes.n_heads;
+  const layers = data.model.sizes.n_layers, perLayer = Math.max(1, ...heads.map((c) => headOf(c.label) + 1));
   const W = Math.max(760, Math.min(1128, layers * 40)), side = 46, step = (W - 2 * side) / Math.max(layers, 1);
   const H = 420, base = 330;
   // Within a layer: heads first, then what attention always adds, the MLP, and what it always adds.
