@@ -127,7 +127,7 @@ _BUILT_IN: tuple[BuiltIn | Made, ...] = (
     ),
     Made(
         name="attn-only-2l",
-        about="two layers of 8 heads, no MLPs, no norms; trained here in some minutes (4 MB)",
+        about="two layers of 8 heads, no MLPs, no norms; trained here in some minutes (3 MB)",
         licence="Apache-2.0",
         recipe=Recipe(),
     ),
