@@ -111,10 +111,9 @@ class Reading:
         return checked_integer(self._named(name), self.value(name), default, least=least)
 
     def number(self, name: str) -> float | None:
-        """A positive number; None where there is none, or 0."""
-        value = self.value(name)
-        zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-        return None if value is None or zero else checked_number(self._named(name), value)
+        """A positive number; None where there is none, as 0 in a table says; 0 in a configuration is refused."""
+        said, value = self.entry[name], self.value(name)
+        return None if value is None or said == 0 else checked_number(self._named(name), value)
 
     def positive(self, name: str) -> float:
         """A positive number, which must be there."""
