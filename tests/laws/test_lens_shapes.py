@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conformance.checkpoints import build, flavours
 from tiny_models import SHAPES, tiny
 from torch import Tensor
 from uniform import sizes
@@ -125,3 +127,16 @@ def test_what_a_checkpoint_lacks_has_no_key() -> None:
 def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
     with pytest.raises(UsageError, match=f"no layer {layer}"):
         in_lens_shapes(vw.open(tiny("gpt2")), [layer])
+
+
+def test_norms_around_parts_and_on_queries_and_keys_have_their_names(tmp_path: Path) -> None:
+    build("gemma3_text", flavours("gemma3_text")[0], tmp_path)
+    stream = vw.open(tmp_path)
+    unfolded, folded = in_lens_shapes(stream, [1]), in_lens_shapes(stream, [1], folded=True)
+    gains = {f"blocks.1.{name}.w" for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")}
+    assert unfolded.keys() - folded.keys() == gains
+    post = stream.weight("after", "L1.attn")
+    assert post is not None
+    torch.testing.assert_close(unfolded["blocks.1.ln1_post.w"], post + 1)  # stored less 1
+    whole = unfolded["blocks.1.ln1_post.w"] * unfolded["blocks.1.attn.W_O"].flatten(0, 1)
+    torch.testing.assert_close(folded["blocks.1.attn.W_O"].flatten(0, 1), whole)

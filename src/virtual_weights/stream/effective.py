@@ -154,14 +154,14 @@ def _port_gain(stream: Stream, port: Port, group: str, heads: int) -> Tensor | N
     norm = _attention(stream, group).port_norm
     assert norm is not None
     if not norm.after_rotary:
-        return _own_gain(stream, READINGS[port], group, heads)
-    both = [_own_gain(stream, "q", group, 1), _own_gain(stream, "k", group, 1)]
+        return own_gain(stream, READINGS[port], group, heads)
+    both = [own_gain(stream, "q", group, 1), own_gain(stream, "k", group, 1)]
     if port == "Q" or both[0] is None or both[1] is None:
         return None
     return (both[0] * both[1]).expand(heads, -1)
 
 
-def _own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None:
+def own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None:
     """The gain of the norm on queries or keys, (heads, k); None where it has none."""
     norm = _attention(stream, group).port_norm
     weight = stream.weight(f"{role}_norm", group)
@@ -292,7 +292,7 @@ def compared(stream: Stream, port: Port, group: Group, values: Tensor) -> Tensor
 
     if norm is None:
         return turned(values)
-    gains = _own_gain(stream, READINGS[port], group.id, values.shape[1])
+    gains = own_gain(stream, READINGS[port], group.id, values.shape[1])
     shift = stream.weight(f"{READINGS[port]}_norm_bias", group)
     values = turned(values) if norm.after_rotary else values
     centre = values - values.mean(-1, keepdim=True) if norm.norm.kind == "layer" else values

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from virtual_weights.architecture import Attention, Norm
 from virtual_weights.errors import UsageError
+from virtual_weights.stream.effective import norm_gain, own_gain
 from virtual_weights.stream.group import READINGS, Port
 from virtual_weights.stream.stream import Stream, centred
 
@@ -31,6 +33,8 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
     ``blocks.3.mlp.W_gate``       (d_model, d_mlp)            gated MLPs
     ``blocks.3.mlp.W_out``        (d_mlp, d_model)
     ``blocks.3.ln1.w``, ``ln2.w`` (d_model,)                  gains, ``.b`` shifts; not where folded
+    ``blocks.3.ln1_post.w``, ...  (d_model,)                  the same of norms after parts
+    ``blocks.3.attn.q_norm.w``, k (d_head,)                   and of norms on queries and keys
     ``ln_final.w``                (d_model,)
     ``unembed.W_U``               (d_model, d_vocab)
     ============================  ==========================  ======================================
@@ -67,7 +71,9 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
     for layer in blocks:
         tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in _block(view, layer).items()}
     if layers is None:
-        tensors |= _norm(view, "ln_final", "unembed") | _read(view, "unembed", "U", "unembed", "unembed")
+        tensors |= _norm(view, "ln_final", "norm", "unembed", view.spec.head.norm) | _read(
+            view, "unembed", "U", "unembed", "unembed"
+        )
     return tensors
 
 
@@ -80,7 +86,7 @@ def _block(stream: Stream, layer: int) -> dict[str, Tensor]:
     ):
         for name, port in ports.items():
             tensors |= _read(stream, module, name, port, group)
-        tensors |= _norm(stream, _NORMS[module], group)
+        tensors |= _norms(stream, module, group)
     tensors |= _written(stream, {"attn.W_O": ("o", attn), "mlp.W_out": ("down", mlp)})
     return tensors | _written(stream, {"attn.b_O": ("bias", f"{attn}.bias"), "mlp.b_out": ("bias", f"{mlp}.bias")})
 
@@ -96,9 +102,26 @@ def _read(stream: Stream, module: str, name: str, port: Port, group: str) -> dic
     return tensors if module == "attn" else {key: tensor[0] for key, tensor in tensors.items()}
 
 
-def _norm(stream: Stream, name: str, group: str) -> dict[str, Tensor]:
-    """The gain and shift of the norm before a group, where they are not folded."""
-    return {} if stream.folded else _present(stream, {f"{name}.w": ("norm", group), f"{name}.b": ("norm_bias", group)})
+def _norms(stream: Stream, module: str, group: str) -> dict[str, Tensor]:
+    """Gains and shifts of the norms around a part and on its queries and keys, where they are not folded."""
+    branch = stream.spec.branch(group)
+    if branch is None:
+        return {}
+    tensors = _norm(stream, _NORMS[module], "norm", group, branch.before)
+    tensors |= _norm(stream, f"{_NORMS[module]}_post", "after", group, branch.after)
+    if stream.folded or not isinstance(branch.part, Attention) or branch.part.port_norm is None:
+        return tensors
+    gains = {f"attn.{role}_norm.w": own_gain(stream, role, group, 1) for role in ("q", "k")}
+    shifts = {f"attn.{role}_norm.b": stream.weight(f"{role}_norm_bias", group) for role in ("q", "k")}
+    return tensors | {name: x.squeeze(0) for name, x in {**gains, **shifts}.items() if x is not None}
+
+
+def _norm(stream: Stream, name: str, role: str, group: str, norm: Norm | None) -> dict[str, Tensor]:
+    """The gain, what is added to it included, and the shift of a norm, where they are not folded."""
+    if stream.folded or norm is None:
+        return {}
+    tensors = {f"{name}.w": norm_gain(stream, role, group, norm), f"{name}.b": stream.weight(f"{role}_bias", group)}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
 def _written(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
