@@ -11,7 +11,7 @@ from virtual_weights.architecture import Attention, Norm
 from virtual_weights.errors import UsageError
 from virtual_weights.stream.effective import norm_gain, own_gain
 from virtual_weights.stream.group import READINGS, Port
-from virtual_weights.stream.stream import Stream, centred
+from virtual_weights.stream.stream import Stream
 
 _HEADS: dict[str, Port] = {"Q": "Q", "K": "K", "V": "V"}
 _GATED: dict[str, Port] = {"gate": "gate", "in": "up"}
@@ -67,13 +67,12 @@ def in_lens_shapes(stream: Stream, layers: Iterable[int] | None = None, *, folde
         raise UsageError(f"no layer {wrong[0]}", expected=f"layers 0 to {count - 1}", do="name one of these")
     tensors: dict[str, Tensor] = {}
     if layers is None:
-        tensors |= _written(view, {"embed.W_E": ("embed", "embed"), "pos_embed.W_pos": ("pos", "pos")})
+        tensors |= _written(view, {"embed.W_E": "embed", "pos_embed.W_pos": "pos"})
     for layer in blocks:
         tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in _block(view, layer).items()}
     if layers is None:
-        tensors |= _norm(view, "ln_final", "norm", "unembed", view.spec.head.norm) | _read(
-            view, "unembed", "U", "unembed", "unembed"
-        )
+        tensors |= _norm(view, "ln_final", "norm", "unembed", view.spec.head.norm)
+        tensors |= _read(view, "unembed", "U", "unembed", "unembed")
     return tensors
 
 
@@ -87,8 +86,8 @@ def _block(stream: Stream, layer: int) -> dict[str, Tensor]:
         for name, port in ports.items():
             tensors |= _read(stream, module, name, port, group)
         tensors |= _norms(stream, module, group)
-    tensors |= _written(stream, {"attn.W_O": ("o", attn), "mlp.W_out": ("down", mlp)})
-    return tensors | _written(stream, {"attn.b_O": ("bias", f"{attn}.bias"), "mlp.b_out": ("bias", f"{mlp}.bias")})
+    written = {"attn.W_O": attn, "mlp.W_out": mlp, "attn.b_O": f"{attn}.bias", "mlp.b_out": f"{mlp}.bias"}
+    return tensors | _written(stream, written)
 
 
 def _read(stream: Stream, module: str, name: str, port: Port, group: str) -> dict[str, Tensor]:
@@ -124,14 +123,9 @@ def _norm(stream: Stream, name: str, role: str, group: str, norm: Norm | None) -
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
-def _written(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
-    """Writers, the stream's axis last."""
-    tensors = _present(stream, places)
-    turned = {name: x.mT if places[name][0] in ("o", "down") else x for name, x in tensors.items()}
-    return {name: centred(stream, x, -1, stream.dtype) for name, x in turned.items()}
-
-
-def _present(stream: Stream, places: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
-    """Weights as they are, where the model has them."""
-    tensors = {name: stream.weight(*place) for name, place in places.items()}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def _written(stream: Stream, places: dict[str, str]) -> dict[str, Tensor]:
+    """Writers by their groups, the stream's axis last, (heads, k, d); without the first axis outside attention."""
+    maps = {name: stream.write(group).mT for name, group in places.items() if group in stream.groups}
+    heads = {name for name in maps if stream.groups[places[name]].kind == "head"}
+    tensors = {name: tensor if name in heads else tensor[0] for name, tensor in maps.items()}
+    return {name: tensor[0] if stream.groups[places[name]].constant else tensor for name, tensor in tensors.items()}
