@@ -87,10 +87,10 @@ class Reading:
 
     def value(self, name: str) -> Any:
         """What the entry says under a name, its reference to the configuration followed; None where it is nothing."""
-        said = self.entry[name]
-        if not isinstance(said, str) or "$" not in said:
-            return None if said == "" else said
-        form, key, power, other = self._parsed(said)
+        trait = self.entry[name]
+        if not isinstance(trait, str) or "$" not in trait:
+            return None if trait == "" else trait
+        form, key, power, other = self._parsed(trait)
         assert key is not None
         value = self.key(key)
         if form == "!":
@@ -112,8 +112,8 @@ class Reading:
 
     def number(self, name: str) -> float | None:
         """A positive number; None where there is none, as 0 in a table says; 0 in a configuration is refused."""
-        said, value = self.entry[name], self.value(name)
-        return None if value is None or said == 0 else checked_number(self._named(name), value)
+        trait, value = self.entry[name], self.value(name)
+        return None if value is None or trait == 0 else checked_number(self._named(name), value)
 
     def positive(self, name: str) -> float:
         """A positive number, which must be there."""
@@ -130,19 +130,19 @@ class Reading:
         """A truth value; null, 0 and "true" are refused, as transformers refuses them."""
         return checked_flag(self._named(name), self.value(name))
 
-    def _parsed(self, said: str) -> tuple[str | None, ...]:
-        reference = _REFERENCE.fullmatch(said)
+    def _parsed(self, trait: str) -> tuple[str | None, ...]:
+        reference = _REFERENCE.fullmatch(trait)
         if reference is None:
             raise ArchitectureError(
-                f"the table says {said!r}",
+                f"the table says {trait!r}",
                 expected='a reference such as "$key", "1/$key", "!$key", "$key^-0.5" or "$key*$other"',
                 do="correct the table",
             )
         return reference.groups()
 
     def _named(self, name: str) -> str:
-        said = self.entry[name]
-        return str(self._parsed(said)[1]) if isinstance(said, str) and "$" in said else name
+        trait = self.entry[name]
+        return str(self._parsed(trait)[1]) if isinstance(trait, str) and "$" in trait else name
 
 
 def checked_integer(key: str, value: Any, default: int | None = None, *, least: int = 1) -> int:

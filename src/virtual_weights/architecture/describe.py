@@ -112,8 +112,7 @@ class _Description:
         given = read.value("d_head")
         width = divided(d_model, heads, "width by heads") if given is None else read.integer("d_head")
         turning, factor = self._rotary(layer, width)
-        scale = read.entry["scale"]
-        scale = None if scale == "$d_head^-0.5" else read.number("scale")
+        scale = None if read.entry["scale"] == "$d_head^-0.5" else read.number("scale")
         norm = self._port_norm()
         if turning is not None and norm is not None and norm.after_rotary:
             turning, factor = replace(turning, factor=math.sqrt(factor) * turning.factor), 1.0  # the norm takes it away
@@ -153,21 +152,21 @@ class _Description:
 
     def _unturned(self, layer: int) -> bool:
         """Whether a layer has no rotary embedding where others have one."""
-        said = str(self.read.entry["no_rotary"])
-        if not said and self.read.entry["local_theta"] == "nested":
+        trait = str(self.read.entry["no_rotary"])
+        if not trait and self.read.entry["local_theta"] == "nested":
             settings = self.read.key("rope_parameters")
             kind = self._kind(layer)
             return kind not in self.read.entry["thetas"] and not (isinstance(settings, dict) and settings.get(kind))
-        if not said:
+        if not trait:
             return self._theta(layer) == 0
-        if "$" not in said:
-            return self._kind(layer) == said
-        key = said.lstrip("!$")
+        if "$" not in trait:
+            return self._kind(layer) == trait
+        key = trait.lstrip("!$")
         flags = self.read.key(key)
         if flags is None:
             every = checked_integer("no_rope_layer_interval", self.read.key("no_rope_layer_interval"))
             return (layer + 1) % every == 0
-        return bool(_listed(key, flags, layer, 1)) != said.startswith("!")
+        return bool(_listed(key, flags, layer, 1)) != trait.startswith("!")
 
     def _port_norm(self) -> PortNorm | None:
         read = self.read
@@ -281,9 +280,10 @@ class _Rows:
                 yield from self._weights(
                     id, (role,), role, self._permuted(role, f"({letter} k) d -> {letter} k d"), bias
                 )
-        last = id == self.spec.attention_ids[-1]
-        o_bias = ALWAYS if self.read.entry["o_bias"] == "last" and last else None
-        o_bias = self._on("o_bias") if self.read.entry["o_bias"] != "last" else o_bias
+        if self.read.entry["o_bias"] == "last":
+            o_bias = ALWAYS if id == self.spec.attention_ids[-1] else None
+        else:
+            o_bias = self._on("o_bias")
         yield from self._weights(id, ("o",), "o", "d (h k) -> h d k", o_bias)
         if self.entry.has("sinks"):
             yield self._row((id,), ("sinks",), "sinks", "h -> h")
@@ -363,8 +363,8 @@ class _Rows:
 
     def _on(self, name: str) -> str | None:
         """When a bias is there."""
-        said = self.read.value(name)
-        return OPTIONAL if said == OPTIONAL else ALWAYS if self.read.flag(name) else None
+        trait = self.read.value(name)
+        return OPTIONAL if trait == OPTIONAL else ALWAYS if self.read.flag(name) else None
 
     def _row(  # noqa: PLR0913 - a row, spelled out
         self,

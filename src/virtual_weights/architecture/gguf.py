@@ -113,10 +113,10 @@ def translated(
     name = str(config["general.architecture"])
     table = built_in()["gguf"][name]
     begin = f"{name}."
-    own = {key.removeprefix(begin): _decimal(value) for key, value in config.items() if key.startswith(begin)}
-    _refuse(config, own, name, table)
-    own |= {key: _uniform(own, key) for key in _PER_LAYER if key in own}
-    file = _File(name, own, shapes, table, config)
+    keys = {key.removeprefix(begin): _decimal(value) for key, value in config.items() if key.startswith(begin)}
+    _refuse(config, keys, name, table)
+    keys |= {key: _uniform(keys, key) for key in _PER_LAYER if key in keys}
+    file = _File(name, keys, shapes, table, config)
     settings = file.settings(entry)
     hf = entry.settled(settings)
     changed = {"plus": 0.0, "qk_plus": 0.0, "transposed": False, "permuted": False, **file.traits()}
@@ -128,7 +128,7 @@ def translated(
 @dataclass(frozen=True)
 class _File:
     name: str
-    own: Mapping[str, Any]
+    keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     table: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -158,22 +158,22 @@ class _File:
 
     def settings(self, entry: Entry) -> dict[str, Any]:
         """The file's keys in transformers' vocabulary."""
-        own, table = self.own, self.table
+        keys, table = self.keys, self.table
         settings: dict[str, Any] = {**table.get("set", {}), "model_type": entry.model_type}
         for key, (leaf, there, absent) in table.get("choose", {}).items():
             settings[key] = there if self.holds(leaf) else absent
-        window = own.get("attention.sliding_window", table.get("window")) or None
+        window = keys.get("attention.sliding_window", table.get("window")) or None
         if window or "sliding_window" in entry.values["defaults"]:
             settings["sliding_window"] = window
         if "full_every" in table:
             settings["layer_types"] = self._kinds(window)
         entry = entry.settled(settings)
         for key, role in self._roles(entry):
-            self._put(settings, entry, role, own.get(key))
-        if "context_length" in own:
-            settings["max_position_embeddings"] = own["context_length"]
+            self._put(settings, entry, role, keys.get(key))
+        if "context_length" in keys:
+            settings["max_position_embeddings"] = keys["context_length"]
             if entry.values["pos"]:
-                _set(settings, str(entry.values["positions"]), own["context_length"])
+                _set(settings, str(entry.values["positions"]), keys["context_length"])
         _set(settings, str(entry.values["tied"]), "output.weight" not in self.shapes)
         for trait, leaf in (("o_bias", "attn_output"), ("qkv_bias", "attn_q|attn_qkv"), ("mlp_bias", "ffn_up")):
             for key in references(entry.values[trait]):
@@ -181,8 +181,8 @@ class _File:
         if entry.values["rotary"] != "none":
             self._rotary(settings, entry)
         for key, place in table.get("keys", {}).items():
-            if own.get(key) is not None:
-                _set(settings, place, own[key])
+            if keys.get(key) is not None:
+                _set(settings, place, keys[key])
         self._scale(settings, entry)
         self._compare(settings, entry)
         return settings
@@ -195,15 +195,15 @@ class _File:
 
     def _put(self, settings: dict[str, Any], entry: Entry, role: str, value: Any) -> None:
         """Say a value where the entry reads it from a key of its own; of another form it is compared later."""
-        said = entry.values[role]
-        if _PLAIN.fullmatch(str(said)) and (value is not None or role in _NEVER_BY_DEFAULT):
+        trait = entry.values[role]
+        if _PLAIN.fullmatch(str(trait)) and (value is not None or role in _NEVER_BY_DEFAULT):
             # llama.cpp's logit_scale, too, is what transformers divides by where it divides
-            _set(settings, said, 1e-5 if value is None and role == "eps" else value)
+            _set(settings, trait, 1e-5 if value is None and role == "eps" else value)
 
     def _kinds(self, window: Any) -> list[str]:
         """Which layers attend within a window; where that decides how they turn, it must be right."""
-        layers = checked_integer(f"{self.name}.block_count", self.own.get("block_count"))
-        pattern = self.own.get("attention.sliding_window_pattern", self.table["full_every"]) if window else 1
+        layers = checked_integer(f"{self.name}.block_count", self.keys.get("block_count"))
+        pattern = self.keys.get("attention.sliding_window_pattern", self.table["full_every"]) if window else 1
         if isinstance(pattern, int) and not isinstance(pattern, bool):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
         if not isinstance(pattern, list) or len(pattern) < layers:
@@ -213,35 +213,35 @@ class _File:
     @property
     def _width(self) -> int:
         """Of a head."""
-        width, sizes = self.own.get("attention.key_length"), ("embedding_length", "attention.head_count")
-        if width is None and all(isinstance(self.own.get(key), int) and self.own[key] > 0 for key in sizes):
-            width = self.own[sizes[0]] // self.own[sizes[1]]
+        width, sizes = self.keys.get("attention.key_length"), ("embedding_length", "attention.head_count")
+        if width is None and all(isinstance(self.keys.get(key), int) and self.keys[key] > 0 for key in sizes):
+            width = self.keys[sizes[0]] // self.keys[sizes[1]]
         if not isinstance(width, int) or width < 1:
             raise wrong(f"{self.name}.attention.key_length", width, "a whole number, or the sizes that it follows from")
         return width
 
     def _scale(self, settings: dict[str, Any], entry: Entry) -> None:
         """The factor on scores: of a file without it, 1/sqrt(d_head), whatever a class in transformers takes."""
-        said, given = str(entry.values["scale"]), self.own.get("attention.scale") or None
-        if said == "$d_head^-0.5" or not references(said):
+        trait, given = str(entry.values["scale"]), self.keys.get("attention.scale") or None
+        if trait == "$d_head^-0.5" or not references(trait):
             return
         width = self._width
-        if self.own.get("block_count") in self.table.get("wide_layers", ()):  # llama.cpp knows them by that alone
-            wide, heads = (checked_integer(k, self.own.get(k)) for k in ("embedding_length", "attention.head_count"))
+        if self.keys.get("block_count") in self.table.get("wide_layers", ()):  # llama.cpp knows them by that alone
+            wide, heads = (checked_integer(k, self.keys.get(k)) for k in ("embedding_length", "attention.head_count"))
             width = divided(wide, heads, "width by heads")
         scale = width**-0.5 if given is None else checked_number(f"{self.name}.attention.scale", given)
-        if said.endswith("^-0.5"):
-            _set(settings, said.partition("^")[0], width if given is None else scale**-2)
+        if trait.endswith("^-0.5"):
+            _set(settings, trait.partition("^")[0], width if given is None else scale**-2)
         else:
-            _set(settings, said, scale)
+            _set(settings, trait, scale)
 
     def _compare(self, settings: Mapping[str, Any], entry: Entry) -> None:
         """Refuse a key whose value the type does not read, where it is not what the type has."""
         for key, role in self._roles(entry):
-            value, said = self.own.get(key), entry.values[role]
-            if value is None or said == "" or _PLAIN.fullmatch(str(said)) or (role == "scale" and value == 0):
+            value, trait = self.keys.get(key), entry.values[role]
+            if value is None or trait == "" or _PLAIN.fullmatch(str(trait)) or (role == "scale" and value == 0):
                 continue
-            by_width = said == "$d_head^-0.5"
+            by_width = trait == "$d_head^-0.5"
             taken = self._width**-0.5 if by_width else Reading(settings, entry.values).value(role)
             numbers = isinstance(value, int | float) and isinstance(taken, int | float)
             if math.isclose(value, taken, rel_tol=1e-6) if numbers else value == taken:
@@ -254,11 +254,11 @@ class _File:
 
     def _rotary(self, settings: dict[str, Any], entry: Entry) -> None:
         """Rotary settings as llama.cpp reads them: a factor without a type is linear, 0 is none."""
-        own = self.own
-        base = own.get("rope.freq_base", 10000.0)
-        local = own.get("rope.freq_base_swa", self.table.get("local_theta", base))
+        keys = self.keys
+        base = keys.get("rope.freq_base", 10000.0)
+        local = keys.get("rope.freq_base_swa", self.table.get("local_theta", base))
         full = {"rope_type": "default", "rope_theta": base, **self._scaling(settings, entry)}
-        turned, width = own.get("rope.dimension_count"), self._width
+        turned, width = keys.get("rope.dimension_count"), self._width
         nested = entry.values["local_theta"] == "nested"
         if turned is not None and (
             not isinstance(turned, int) or turned % 2 or not 2 <= turned <= width or (nested and turned < width)
@@ -291,19 +291,19 @@ class _File:
 
     def _scaling(self, settings: dict[str, Any], entry: Entry) -> dict[str, Any]:
         """How frequencies are scaled, in transformers' words."""
-        own = {key.removeprefix("rope.scaling."): value for key, value in self.own.items() if value is not None}
-        factors = {key: checked_number(key, own[key]) for key in ("factor", "rope.scale_linear") if own.get(key)}
+        keys = {key.removeprefix("rope.scaling."): value for key, value in self.keys.items() if value is not None}
+        factors = {key: checked_number(key, keys[key]) for key in ("factor", "rope.scale_linear") if keys.get(key)}
         if len(set(factors.values())) > 1:
             raise ArchitectureError(
                 f"the file has {' and '.join(f'{key} = {value!r:.50}' for key, value in factors.items())}",
                 expected="one factor, under one of these names",
                 do="make the file again from the checkpoint that it was converted from",
             )
-        factor, length = next(iter(factors.values()), None), own.get("original_context_length") or None
+        factor, length = next(iter(factors.values()), None), keys.get("original_context_length") or None
         length = None if length is None else checked_integer("rope.scaling.original_context_length", length)
         short, long = self.config.get(SHORT), self.config.get(LONG)
-        kind = own.get("type", "longrope" if short else "linear" if factor else "none")
-        attention = checked_number("rope.scaling.attn_factor", own.get("attn_factor", 1.0))
+        kind = keys.get("type", "longrope" if short else "linear" if factor else "none")
+        attention = checked_number("rope.scaling.attn_factor", keys.get("attn_factor", 1.0))
         if "original_max_position_embeddings" in entry.values["defaults"] and length:
             settings["original_max_position_embeddings"] = length
         plain = not short and attention == 1.0
@@ -312,11 +312,11 @@ class _File:
         if kind == "linear" and plain:
             return {"rope_type": "linear", "factor": factor}
         if kind == "yarn" and factor and length and plain:
-            given = {named: own[key] for key, named in _YARN.items() if key in own}
-            if "yarn_log_multiplier" in own:  # llama.cpp, too, takes the other one for 1
-                given |= {"mscale": 1.0, "mscale_all_dim": own["yarn_log_multiplier"]}
+            given = {named: keys[key] for key, named in _YARN.items() if key in keys}
+            if "yarn_log_multiplier" in keys:  # llama.cpp, too, takes the other one for 1
+                given |= {"mscale": 1.0, "mscale_all_dim": keys["yarn_log_multiplier"]}
             return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length, **given}
-        longest = self.own.get("context_length")
+        longest = self.keys.get("context_length")
         if kind == "longrope" and short and long and length and longest:
             given = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
             ratio = checked_number("context_length", longest) / length
@@ -333,17 +333,17 @@ class _File:
         )
 
 
-def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, table: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], keys: Mapping[str, Any], name: str, table: Mapping[str, Any]) -> None:
     """Refuse keys that nobody reads, and values that no type has."""
     known = _known(table)
-    unknown = [f"{name}.{key}" for key, value in own.items() if value is not None and key not in known]
+    unknown = [f"{name}.{key}" for key, value in keys.items() if value is not None and key not in known]
     if unknown:
         raise ArchitectureError(
             f"keys of the file that no table accounts for: {', '.join(sorted(unknown)[:6])}",
             expected="only keys whose effect on the function is known",
             do="if they change nothing, pass config= without them, or name each with --ignore-config",
         )
-    absent = [f"{name}.{key}" for key in table.get("needs", ()) if own.get(key) is None]
+    absent = [f"{name}.{key}" for key in table.get("needs", ()) if keys.get(key) is None]
     if absent:
         raise ArchitectureError(
             f"the file lacks {', '.join(absent)}",
@@ -362,14 +362,14 @@ def _refuse(config: Mapping[str, Any], own: Mapping[str, Any], name: str, table:
 
 
 def _known(table: Mapping[str, Any]) -> set[str]:
-    own = (key for part in ("keys", "required", "types", "neutral") for key in table.get(part, ()))
-    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *own}
+    keys = (key for part in ("keys", "required", "types", "neutral") for key in table.get(part, ()))
+    return {*_SIZES, *_READ, *_NEUTRAL, *_REQUIRED, *keys}
 
 
 def is_known(key: str, name: str) -> bool:
     """Whether a key of a GGUF file is read, or known to change nothing."""
-    own = key.removeprefix(f"{name}.")
-    return own == key or own in _known(built_in()["gguf"].get(name, {}))
+    keys = key.removeprefix(f"{name}.")
+    return keys == key or keys in _known(built_in()["gguf"].get(name, {}))
 
 
 def _set(settings: dict[str, Any], reference: str, value: Any) -> None:
@@ -387,9 +387,9 @@ def _decimal(value: Any) -> Any:
     return short if struct.unpack("f", struct.pack("f", short))[0] == value else value
 
 
-def _uniform(own: Mapping[str, Any], key: str) -> Any:
+def _uniform(keys: Mapping[str, Any], key: str) -> Any:
     """A setting that may be given once or as a list with one value per layer; a list of equal values is that value."""
-    value = own.get(key)
+    value = keys.get(key)
     if isinstance(value, list) and value and all(type(item) is type(value[0]) and item == value[0] for item in value):
         return value[0]
     if isinstance(value, list):

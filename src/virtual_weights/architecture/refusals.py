@@ -65,12 +65,12 @@ def refuse_keys(config: Mapping[str, Any], entry: Entry) -> None:
             do="if they change nothing, pass config= without them, or name each with --ignore-config",
         )
     null = [key for key in entry.values["needs"] if Reading(config, entry.values).key(key) is None]
-    each = entry.values["each"].items()
-    strange = [key for key, allowed in each if not _all_among(Reading(config, entry.values).key(key), allowed)]
+    lists = entry.values["each"].items()
+    strange = [key for key, allowed in lists if not _all_among(Reading(config, entry.values).key(key), allowed)]
     if null or strange:
         raise ArchitectureError(
             f"the configuration has {', '.join(f'{key} = {config.get(key)!r:.100}' for key in (*null, *strange))}",
-            expected=", ".join([f"{key} given" for key in null] + [f"{key} of {allowed}" for key, allowed in each]),
+            expected=", ".join([f"{key} given" for key in null] + [f"{key} of {allowed}" for key, allowed in lists]),
             do="open a model with that; others are not carried",
         )
     for key, allowed in entry.values["required"].items():

@@ -176,8 +176,8 @@ def resolve(  # noqa: PLR0913 - what is opened and how, by keyword only
     expected = {_stored_name(row, shapes): row for row in rows}
     if dialect == "gguf":
         expected["rope_freqs.weight"] = Row(("rotary",), ("factors",), "rope_freqs.weight", "f -> f", when=OPTIONAL)
-    told = (gguf.SHORT, gguf.LONG) if dialect == "gguf" and gguf.SHORT in config else ()  # read as configuration
-    refuse_unknown(expected, {name: shape for name, shape in shapes.items() if name not in told}, entry, zero)
+    factors = (gguf.SHORT, gguf.LONG) if dialect == "gguf" and gguf.SHORT in config else ()  # read as configuration
+    refuse_unknown(expected, {name: shape for name, shape in shapes.items() if name not in factors}, entry, zero)
     spec = _tied(expected, shapes, spec, equal)
     refuse_missing(expected, shapes, spec, partial=partial)
     placements: dict[tuple[str, str], Placement] = {}
@@ -222,9 +222,9 @@ def _entry(config: Mapping[str, Any], dialect: str, tables: Tables | None) -> En
     known = gguf.architectures() if dialect == "gguf" else model_types()
     entry = None
     if isinstance(name, str):
-        own = tables or Tables({}, "")
+        users = tables or Tables({}, "")
         kind = gguf.model_type_of(config) if dialect == "gguf" else name
-        entry = entry_of(kind, own.content, own.origin) if isinstance(kind, str) else None
+        entry = entry_of(kind, users.content, users.origin) if isinstance(kind, str) else None
     if entry is not None:
         return entry
     for mark in CONVERTED_KEYS:

@@ -185,40 +185,40 @@ def entry_of(model_type: str, tables: Mapping[str, Any] | None = None, origin: s
     Raises:
         ArchitectureError: a table says what no table can say, or inherits from what is not there.
     """
-    own = dict(tables or {})
-    if model_type not in {*built_in(), *own} - set(_RESERVED):
+    users = dict(tables or {})
+    if model_type not in {*built_in(), *users} - set(_RESERVED):
         return None
     values: dict[str, Any] = {}
-    chain = _chain(model_type, own)
+    chain = _chain(model_type, users)
     for _, entry in reversed(chain):
         merged = {key: {**values.get(key, {}), **entry.get(key, {})} for key in (*_MERGED, "name")}
         if "names" in entry:
             merged["name"] = entry.get("name", {})
         added = {key: [*values.get(key, []), *entry.get(key, [])] for key in _ADDED}
         values |= {**entry, **merged, **added}
-    names = {**_style(str(values["names"]), own), **values["name"]}
+    names = {**_style(str(values["names"]), users), **values["name"]}
     bases = tuple(dict.fromkeys(name for name, _ in chain))
-    return Entry(model_type, values, names, bases, origin if model_type in own else "built in")
+    return Entry(model_type, values, names, bases, origin if model_type in users else "built in")
 
 
-def _chain(model_type: str, own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _chain(model_type: str, users: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The entry of a type, that which it is like, and so on to the complete one."""
     chain: list[tuple[str, Mapping[str, Any]]] = []
     name: str | None = model_type
-    seen: set[tuple[str, bool]] = set()
+    visited: set[tuple[str, bool]] = set()
     while name is not None:
-        mine = name in own and (name, True) not in seen
-        entry = (own if mine else built_in()).get(name)
-        if not isinstance(entry, Mapping) or (name, mine) in seen or name in _RESERVED:
+        by_user = name in users and (name, True) not in visited
+        entry = (users if by_user else built_in()).get(name)
+        if not isinstance(entry, Mapping) or (name, by_user) in visited or name in _RESERVED:
             raise ArchitectureError(
                 f"the table of {model_type!r} is like {name!r}, of which there is no other entry",
                 expected=f"one of {', '.join(model_types())}",
                 do="correct the table",
             )
-        seen.add((name, mine))
+        visited.add((name, by_user))
         _check_entry(name, entry)
         chain.append((name, entry))
-        name = entry.get("like", None if name == "llama" and not mine else "llama")
+        name = entry.get("like", None if name == "llama" and not by_user else "llama")
     return chain
 
 
@@ -236,14 +236,14 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _style(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+def _style(name: str, users: Mapping[str, Any]) -> dict[str, Any]:
     """The names of a style, with those that it inherits."""
-    style = own.get("names", {}).get(name) or built_in()["names"].get(name)
+    style = users.get("names", {}).get(name) or built_in()["names"].get(name)
     if style is None:
         raise ArchitectureError(
             f"there are no names {name!r}", expected=", ".join(built_in()["names"]), do="correct the table"
         )
-    inherited = _style(style["like"], own) if "like" in style else {}
+    inherited = _style(style["like"], users) if "like" in style else {}
     return {**inherited, **{key: value for key, value in style.items() if key != "like"}}
 
 

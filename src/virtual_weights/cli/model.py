@@ -41,8 +41,8 @@ def fetch(
         path = locate(name, offline=offline, progress=step(f"fetch {name}"))
     summary, shown = {"path": str(path)}, [f"{name} is at {path}"]
     if path.is_dir():
-        made, told = _checked(path)
-        summary, shown = summary | made, [*shown, told]
+        made, sentence = _checked(path)
+        summary, shown = summary | made, [*shown, sentence]
     Answer(header_of("fetch", {"offline": offline}), (), summary, shown).give(name, as_json)
 
 
@@ -54,10 +54,10 @@ def _checked(path: Path) -> tuple[dict[str, Any], str]:
     stream = vw.open(str(path))
     load(stream)  # raises where it is not what its maps say
     made = stream.source.config["made"]
-    told = (
+    sentence = (
         "trained in {steps} steps to {loss_on_text:.2f} nats a token of text, {loss_on_repeats:.2f} of repeats; exact"
     )
-    return {"made": made}, told.format(**made)
+    return {"made": made}, sentence.format(**made)
 
 
 @model_commands.command("types", cls=o.Command)

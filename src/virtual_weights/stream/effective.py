@@ -88,11 +88,9 @@ def as_logits(stream: Stream, read: Read) -> Read:
 
 def _inner(stream: Stream, read: Read, port: Port, group: str) -> Read:
     """Read maps of queries or keys with what is linear in a norm on them, and with what scales turning planes."""
-    attention = _attention(stream, group)
     maps = _along(stream, port, group, read.maps)
     constants = None if read.constants is None else _along(stream, port, group, read.constants[..., None])[..., 0]
-    shift = None if attention.port_norm is None else _port_shift(stream, port, group, len(maps))
-    return Read(maps, constants, shift)
+    return Read(maps, constants, _port_shift(stream, port, group, len(maps)))
 
 
 def received(stream: Stream, port: Port, group: Group | str, values: Tensor) -> Tensor:
@@ -120,14 +118,13 @@ def _along(stream: Stream, port: Port, group: str, columns: Tensor) -> Tensor:
 
 def _port_shift(stream: Stream, port: Port, group: str, heads: int) -> Tensor | None:
     """What a norm on queries or keys adds behind its scalar, (heads, k)."""
-    attention = _attention(stream, group)
-    shift, weights = stream.weight(f"{READINGS[port]}_norm_bias", group), turning_weights(attention, stream.dtype)
-    if shift is None:
+    attention, shift = _attention(stream, group), stream.weight(f"{READINGS[port]}_norm_bias", group)
+    if shift is None or attention.port_norm is None:
         return None
-    turned = weights is not None and attention.port_norm is not None and not attention.port_norm.after_rotary
-    return (_least(stream, shift) * weights if turned and weights is not None else _least(stream, shift)).expand(
-        heads, -1
-    )
+    # what stands before rotary is scaled with the planes that turn
+    weights = None if attention.port_norm.after_rotary else turning_weights(attention, stream.dtype)
+    shift = _least(stream, shift)
+    return (shift if weights is None else shift * weights).expand(heads, -1)
 
 
 def turning_weights(attention: Attention, dtype: torch.dtype) -> Tensor | None:
@@ -196,9 +193,8 @@ def sinusoidal(spec: ModelSpec) -> Tensor:
     assert spec.sinusoidal is not None and spec.n_positions is not None
     half = spec.d_model // 2
     frequencies = 10000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / spec.sinusoidal)
-    angles = (
-        torch.arange(spec.unnumbered, spec.unnumbered + spec.n_positions, dtype=torch.float64)[:, None] * frequencies
-    )
+    rows = torch.arange(spec.unnumbered, spec.unnumbered + spec.n_positions, dtype=torch.float64)
+    angles = rows[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

@@ -26,16 +26,11 @@ def fold(maps: Tensor, gain: Tensor | None, norm: Norm | None, least: torch.dtyp
         norm: which norm stands before the reader; None leaves the maps as they are.
         least: the product is formed and kept in this dtype, or the operands' if that is wider.
     """
-    scaled = weighed(maps, gain, least)
+    dtype = torch.promote_types(maps.dtype, least)
+    if gain is not None:
+        dtype = torch.promote_types(dtype, gain.dtype)
+    scaled = maps.to(dtype) if gain is None else maps.to(dtype) * gain.to(dtype)
     return without_mean(scaled, -1) if norm is not None and norm.kind == "layer" else scaled
-
-
-def weighed(maps: Tensor, weights: Tensor | None, least: torch.dtype = torch.float32) -> Tensor:
-    """``maps diag(weights)``, None standing for the identity, in ``least`` precision or the operands' wider one."""
-    if weights is None:
-        return maps.to(torch.promote_types(maps.dtype, least))
-    dtype = torch.promote_types(torch.promote_types(maps.dtype, weights.dtype), least)
-    return maps.to(dtype) * weights.to(dtype)
 
 
 def without_mean(vectors: Tensor, axis: int) -> Tensor:

@@ -107,11 +107,11 @@ class Stream:
         also = ["after parts"] * any(branch.after for branch in self.spec.branches)
         also += ["on inner activations"] * any(branch.inner for branch in self.spec.branches)
         also += ["on queries and keys"] * any(part.port_norm for part in self.spec.attentions)
-        said = ["gain and centring folded" if self.spec.centring else "gain folded"]
-        said[0] += f" (of norms {' and '.join(also)} too)" if also else ""
+        words = ["gain and centring folded" if self.spec.centring else "gain folded"]
+        words[0] += f" (of norms {' and '.join(also)} too)" if also else ""
         if self.spec.head.cap is None:
-            said.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
-        return ", ".join(said)
+            words.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
+        return ", ".join(words)
 
     @property
     def provenance(self) -> Mapping[str, Any]:

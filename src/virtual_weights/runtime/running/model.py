@@ -191,12 +191,12 @@ def built(
 def _retune(stream: Stream, module: Any) -> None:
     """Frequencies that no configuration can say: those divided by stored factors, and those of a part of each head."""
     turning = next((group.rotary for group in stream.groups.heads if group.rotary), None)
-    own = dict(module.named_buffers()).get("model.rotary_emb.inv_freq")
+    buffer = dict(module.named_buffers()).get("model.rotary_emb.inv_freq")
     factors = stream.weight("factors", "rotary")
-    if turning is None or own is None or (factors is None and not turning.apart):
+    if turning is None or buffer is None or (factors is None and not turning.apart):
         return
     values = frequencies(turning, factors).float()
-    own.copy_(torch.cat([values, own.new_zeros(len(own) - len(values))]))
+    buffer.copy_(torch.cat([values, buffer.new_zeros(len(buffer) - len(values))]))
 
 
 def _empty(stream: Stream, tied: bool | None = None) -> Any:
