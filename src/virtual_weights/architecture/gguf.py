@@ -368,8 +368,8 @@ def _known(table: Mapping[str, Any]) -> set[str]:
 
 def is_known(key: str, name: str) -> bool:
     """Whether a key of a GGUF file is read, or known to change nothing."""
-    keys = key.removeprefix(f"{name}.")
-    return keys == key or keys in _known(built_in()["gguf"].get(name, {}))
+    bare = key.removeprefix(f"{name}.")
+    return bare == key or bare in _known(built_in()["gguf"].get(name, {}))
 
 
 def _set(settings: dict[str, Any], reference: str, value: Any) -> None:

@@ -69,6 +69,11 @@ def scale(vectors: Tensor, norm: Norm | None) -> Tensor:
     return (centred.square().mean(-1) + norm.eps).sqrt()
 
 
+def capped(values: Tensor, cap: float | None) -> Tensor:
+    """``cap tanh(values / cap)``; the values themselves without a cap."""
+    return values if cap is None else cap * (values / cap).tanh()
+
+
 def normed(vectors: Tensor, gain: Tensor | None, shift: Tensor | None, norm: Norm) -> Tensor:
     """``gamma (P x) / s + beta`` of every vector, same shape (..., d)."""
     centred = vectors - vectors.mean(-1, keepdim=True) if norm.kind == "layer" else vectors

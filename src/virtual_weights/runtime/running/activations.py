@@ -17,7 +17,7 @@ from virtual_weights.runtime.running.hooks import Place, Signal, activation, pla
 from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.effective import after_scale, compared, embedded, inner_scale, norm_gain, projection
 from virtual_weights.stream.group import WRITINGS
-from virtual_weights.stream.norm import constant, fold
+from virtual_weights.stream.norm import capped, constant, fold
 
 if TYPE_CHECKING:
     from virtual_weights.runtime.running.run import Run
@@ -164,7 +164,7 @@ def vocabulary(stream: Stream) -> int:
     """
     place = stream.model.placements.get(("embed", "embed"))
     if place is None:
-        raise _incomplete(["embed"])
+        raise incomplete(["embed"])
     return stream.source.tensors[place.tensor].shape[0]
 
 
@@ -188,10 +188,11 @@ def _whole(stream: Stream) -> None:
     blocks = [branch.id for branch in stream.spec.branches]
     missing = [group for group in ("embed", *blocks, "unembed") if group not in stream.groups]
     if missing:
-        raise _incomplete(missing)
+        raise incomplete(missing)
 
 
-def _incomplete(missing: list[str]) -> MissingTensorError:
+def incomplete(missing: list[str]) -> MissingTensorError:
+    """The error of a checkpoint that lacks what a run needs."""
     return MissingTensorError(
         f"this checkpoint has no {', '.join(missing[:6])}",
         expected="a complete model to run",
@@ -313,9 +314,7 @@ class _Step:
         queries, keys = (compared(self.stream, port, group, self.signals[port, group.id]) for port in ("Q", "K"))
         scores = torch.einsum("tmk,umk->mtu", queries, keys.repeat_interleave(group.sharing, 1))
         assert group.attention is not None
-        scores = scores * group.attention.scale
-        if group.attention.cap is not None:
-            scores = group.attention.cap * (scores / group.attention.cap).tanh()
+        scores = capped(scores * group.attention.scale, group.attention.cap)
         return scores.masked_fill(self.signals["pattern", group.id] == 0, -math.inf).softmax(-1)
 
     def _neurons(self, group: Group) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from virtual_weights.architecture import Attention, Branch, Mlp, Norm, Placement
-from virtual_weights.errors import MissingTensorError, UsageError
+from virtual_weights.errors import UsageError
+from virtual_weights.runtime.running.activations import incomplete
 from virtual_weights.runtime.running.hooks import activation, block_name, norm_module, wide
 from virtual_weights.stream import Stream
 from virtual_weights.stream.layout import unpacked
-from virtual_weights.stream.norm import normed
+from virtual_weights.stream.norm import capped, normed
 
 Weights = Callable[[str, str], Tensor | None]
 """A role's tensor in canonical axes, by role and group."""
@@ -81,7 +82,7 @@ class _Decoder(nn.Module):
         for block in self._blocks:
             x = block(x)
         logits = self._unembed(x if self._norm is None else self._norm(x)) * self._head.factor
-        return Output(logits if self._head.cap is None else self._head.cap * (logits / self._head.cap).tanh())
+        return Output(capped(logits, self._head.cap))
 
 
 @final
@@ -142,9 +143,7 @@ class _Attention(nn.Module):
             turns = torch.stack([turn for t in range(length) if (turn := self._rotation(t)) is not None]).to(x)
             q, k = (torch.einsum("tij,bhtj->bhti", turns, y) for y in (q, k))
         k, v = (y.repeat_interleave(part.sharing, 1) for y in (k, v))
-        scores = q @ k.mT * part.scale
-        if part.cap is not None:
-            scores = part.cap * (scores / part.cap).tanh()
+        scores = capped(q @ k.mT * part.scale, part.cap)
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         pattern = wide(scores).masked_fill(later, -math.inf).softmax(-1).to(x.dtype)
         return self._maps["o"]((pattern @ v).transpose(1, 2).flatten(2)), pattern
@@ -213,7 +212,7 @@ class _Table(nn.Module):
 def _path(stream: Stream, role: str, group: str) -> str:
     row = stream.model.row(role, group)
     if row is None:
-        raise _missing(role, group)
+        raise incomplete([f"{role} of {group}"])
     return row.module
 
 
@@ -239,13 +238,5 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 def _needed(weight: Weights, role: str, group: str) -> Tensor:
     tensor = weight(role, group)
     if tensor is None:
-        raise _missing(role, group)
+        raise incomplete([f"{role} of {group}"])
     return tensor
-
-
-def _missing(role: str, group: str) -> MissingTensorError:
-    return MissingTensorError(
-        f"this checkpoint has no {role} of {group}",
-        expected="a complete model to run",
-        do="open the complete checkpoint",
-    )
