@@ -5,16 +5,19 @@ A part of ``make conformance``, which runs all variants.
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.checkpoints import Flavour, flavours
+from conformance.checkpoints import Flavour, build, flavours
 from conformance.checkpoints import model_types as conformance_types
 from conformance.law import judge
 
+import virtual_weights as vw
 from virtual_weights.architecture import model_types
+from virtual_weights.errors import ArchitectureError
 
 TYPES = sorted(set(model_types()) & set(conformance_types()))
 
@@ -111,3 +114,14 @@ def test_a_fault_in_a_table_is_found(model_type: str, fault: dict[str, Any], tmp
     table.write_text("\n".join([f'["{model_type}"]', f'like = "{model_type}"', *lines]))
     verdict = judge(model_type, flavours(model_type)[0], tmp_path / "model", table=table)
     assert verdict.verdict in ("wrong", "refused"), verdict
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [("granite", "residual_multiplier"), ("granite", "attention_multiplier"), ("gemma2", "final_logit_softcapping")],
+)
+def test_a_factor_of_zero_is_not_taken_for_none(model_type: str, key: str, tmp_path: Path) -> None:
+    build(model_type, flavours(model_type)[0], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ArchitectureError, match=f"{key} = 0"):
+        vw.open(tmp_path, config={**config, key: 0})
