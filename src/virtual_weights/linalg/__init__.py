@@ -43,6 +43,7 @@ from virtual_weights.linalg.numerics import (
     ZERO,
     accumulate,
     beyond_rounding,
+    one_thread,
     random_generator,
     tolerance,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "haar_orthogonal",
     "haar_tail",
     "intersection",
+    "one_thread",
     "overlap",
     "overlap_moments",
     "power_traces",

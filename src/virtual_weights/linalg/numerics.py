@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -88,6 +89,21 @@ def beyond_rounding(values: Tensor, size: Tensor | float, eps: float = torch.fin
         tensor([0.0000, 0.5000], dtype=torch.float64)
     """
     return values.masked_fill(values.abs() <= ROUNDINGS * eps * size, 0.0)
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Compute on one thread, for what would otherwise give other bits on another number of threads.
+
+    Batched products and decompositions of small matrices do not need it. Products and decompositions of single matrices
+    do: there the library divides one sum among its threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def random_generator(seed: int) -> torch.Generator:

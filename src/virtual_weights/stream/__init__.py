@@ -5,12 +5,14 @@ from virtual_weights.stream.group import Component, Group, Groups
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale
 from virtual_weights.stream.operating_point import OperatingPoint
-from virtual_weights.stream.question import Composite, Question, cost
+from virtual_weights.stream.question import Block, Blocked, Composite, Question, Work, cost
 from virtual_weights.stream.stream import Read, Stream, centred, through_norm
 from virtual_weights.stream.views import Head, Mlp
 from virtual_weights.stream.virtual import virtual_weight
 
 __all__ = [
+    "Block",
+    "Blocked",
     "Component",
     "Composite",
     "Group",
@@ -22,6 +24,7 @@ __all__ = [
     "Question",
     "Read",
     "Stream",
+    "Work",
     "centred",
     "cost",
     "open_stream",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from hashlib import sha256
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
+
+from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Progress, silent
@@ -90,6 +92,62 @@ class Composite(Question[Subject]):
         """
 
 
+Work = Sequence[tuple[Any, str]]
+"""Blocks to compute: the question under which each is kept, and its name."""
+Block = Mapping[str, Tensor]
+"""What was computed of one block."""
+
+
+class Blocked(Question[Subject]):
+    """A question about very many pairs, answered block by block.
+
+    A block is a pure function of subject, question and name. Subject and question fix the blocks; what else is computed
+    beside one, by whom, on how many threads and within which memory changes no bit of it.
+    """
+
+    @property
+    def basis(self) -> Blocked[Subject]:
+        """The question under which the blocks are kept: one that several share, or this one."""
+        return self
+
+    @abstractmethod
+    def blocks(self, subject: Subject) -> tuple[str, ...]:
+        """The names of the blocks, which can be names of files, in the order in which ``answer`` takes them."""
+
+    @classmethod
+    @abstractmethod
+    def compute(cls, work: Work, subject: Any, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:
+        """Some blocks, each as soon as it is done, in any order.
+
+        Args:
+            work: the blocks; their questions are of this class, and each is its own basis.
+            subject: what is asked.
+            progress: called with (done, total).
+        """
+
+    @abstractmethod
+    def answer(self, subject: Subject, blocks: Iterable[Block]) -> Record:
+        """The answer, put together from all blocks in their order."""
+
+    def __call__(self, subject: Subject, progress: Progress = silent) -> Record:
+        """The answer, from blocks that are computed here and now."""
+        ((_, record),) = self.together([self], subject, progress)
+        return record
+
+    @classmethod
+    def together(
+        cls, questions: Sequence[Question[Any]], subject: Any, progress: Progress = silent
+    ) -> Iterator[tuple[Question[Any], Record]]:
+        """Answer several questions of this class, whose blocks are computed together."""
+        asked = [question for question in questions if isinstance(question, Blocked)]
+        bases = dict.fromkeys(question.basis for question in asked)
+        work = [(basis, name) for basis in bases for name in basis.blocks(subject)]
+        done = {(basis, name): block for basis, name, block in cls.compute(work, subject, progress)}
+        for question in asked:
+            basis = question.basis
+            yield question, question.answer(subject, [done[basis, name] for name in basis.blocks(subject)])
+
+
 def plain(value: Any) -> Any:
     """A parameter as JSON can hold it: sequences as lists, and whatever has an ``identity`` by that.
 
@@ -156,6 +214,9 @@ def batched(questions: Iterable[Question[Any]]) -> list[list[Question[Any]]]:
     """Questions divided into those that are answered together, each question once."""
     batches: dict[Any, list[Question[Any]]] = {}
     for question in dict.fromkeys(questions):
+        if isinstance(question, Blocked):
+            batches.setdefault(type(question.basis), []).append(question)
+            continue
         together = type(question).together.__func__  # pyright: ignore[reportFunctionMemberAccess]
         alone = together is Question.together.__func__  # pyright: ignore[reportFunctionMemberAccess]
         batches.setdefault(question if alone else together, []).append(question)
