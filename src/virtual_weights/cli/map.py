@@ -49,7 +49,7 @@ def map_model(
         int, typer.Option("--edges", metavar="N", min=0, help="with --text or --repeated: how many edges to remove")
     ] = 16,
     top: o.Top = 10,
-    compute_dtype: o.ComputeDtype = "float64",
+    compute_dtype: o.ComputeDtype = "float32",
     memory_mb: o.Memory = None,
 ) -> Answer:
     """Compute every connection of a model from its weights and write a report. Resumes where it stopped.

@@ -276,7 +276,7 @@ ComputeDtype = Annotated[
     typer.Option(
         "--compute-dtype",
         metavar="DTYPE",
-        help="precision of the products, float64 or float32; sums are in float64 either way",
+        help="precision of the products, float32 or float64; sums are in float64 either way",
     ),
 ]
 Device = Annotated[
