@@ -287,6 +287,15 @@ Memory = Annotated[
     int | None,
     typer.Option("--memory", metavar="SIZE", parser=mebibytes, help="memory limit for intermediate results, e.g. 4GB"),
 ]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="WHO",
+        help="who computes pairs: local (this process), local:N (N processes), dask (a cluster on this machine), "
+        "dask:tls://host:port",
+    ),
+]
 Save = Annotated[
     Path | None,
     typer.Option("--save", metavar="FILE.safetensors", callback=checked_file, help="write the full matrices"),
