@@ -219,10 +219,9 @@ class WideBlock(GramBlock):
         for part in parts:
             for rows in part.split(_ROWS):
                 outer, scales = _scaled(rows[None].to(self.device), self.dtype)
-                height = -(-len(rows) // _SLICES)
-                padded = outer.new_zeros(_SLICES * height, self.width)
-                padded[: len(rows)] = outer[0]
-                yield padded.view(_SLICES, height, self.width), float(scales[0])
+                missing = -len(rows) % _SLICES
+                whole = torch.nn.functional.pad(outer[0], (0, 0, 0, missing)) if missing else outer[0]
+                yield whole.contiguous().view(_SLICES, -1, self.width), float(scales[0])
 
     def begin(self, rows: slice) -> None:
         self._strip, self._start = self.strips[rows.start // _BAND], rows.start
@@ -342,7 +341,7 @@ def _completed(total: Tensor, reader: GramBlock, writer: GramBlock, wanted: bool
 
 def _scaled(outer: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(m, k, d) in a dtype, and (m,) float64 powers of two that were taken out of maps of extreme scale."""
-    sizes = torch.linalg.vector_norm(outer.flatten(1), ord=torch.inf, dim=1, dtype=accumulate)
+    sizes = torch.linalg.vector_norm(outer.flatten(1), ord=torch.inf, dim=1).to(accumulate)
     powers = torch.where(sizes > 0, torch.exp2(torch.floor(torch.log2(sizes))), 1.0)
     powers = torch.where(powers.log2().abs() > _EXTREME, powers, 1.0)
     if bool((powers != 1.0).any()):
