@@ -65,6 +65,11 @@ def tile_entries(d: int) -> int:
     return min(d, _BAND) * min(d, _PANEL)
 
 
+def triangle(d: int) -> int:
+    """Entries of (d, d) that are computed: the upper triangle, and the rest of the tiles on the diagonal."""
+    return sum(tile.area for band in bands(d) for tile in band)
+
+
 class GramBlock(ABC):
     """Some maps of one side, ready to have their Grams formed.
 
@@ -264,7 +269,7 @@ def gram_products(
     ]
     blocks = (*readers, *writers)
     buffers = [torch.empty(block.workspace, dtype=block.dtype, device=block.device) for block in blocks]
-    done, total = 0.0, float(sum(tile.area for band in bands(blocks[0].width) for tile in band))
+    done, total = 0.0, float(triangle(blocks[0].width))
     for band in bands(blocks[0].width):
         for block in blocks:
             block.begin(band[0].rows)

@@ -32,6 +32,7 @@ class Piece:
         position: (n,) the state that each reads, or in which its write first appears.
         load: makes the maps ready, for a dtype and a device.
         entries: numbers held while it is in use, working tiles included.
+        rows: of all its maps together: forming their Grams takes ``rows d^2`` multiplications and additions.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Piece:
     position: Tensor
     load: Callable[[torch.dtype, str], GramBlock]
     entries: int
+    rows: int
 
     @property
     def count(self) -> int:
@@ -101,6 +103,7 @@ def thin_pieces(
                 position[start * each : start * each + count],
                 partial(_thin, stack, some),
                 count * (some[0].width * width + tile_entries(width)),
+                count * some[0].width,
             )
         )
     return tuple(made)
@@ -116,15 +119,18 @@ Rows = Callable[[Group], Tensor]
 """The rows (m, d) of one group's map on the stream."""
 
 
-def wide_pieces(groups: Sequence[Group], position: Sequence[int | None], rows: Rows, width: int) -> tuple[Piece, ...]:
+def wide_pieces(
+    stream: Stream, groups: Sequence[Group], position: Sequence[int | None], rows: Rows
+) -> tuple[Piece, ...]:
     """Maps about as wide as the stream or wider, those of one kind together as far as their Grams are small.
 
     Args:
+        stream: the model.
         groups: one map each.
         position: of each.
         rows: makes the map of one.
-        width: d.
     """
+    width = stream.d_model
     step = max(1, min(_MOST_WIDE, _WIDE_BYTES // (2 * width**2)))
     made: list[Piece] = []
     for kind in dict.fromkeys(group.kind for group in groups):
@@ -133,8 +139,16 @@ def wide_pieces(groups: Sequence[Group], position: Sequence[int | None], rows: R
             some = tuple(groups[i] for i in at[start : start + step])
             states = torch.tensor([position[i] for i in at[start : start + step]], dtype=torch.int64)
             load = partial(_constant, rows, some) if some[0].constant else partial(_wide, rows, some, width)
-            made.append(Piece(_named(some), kind, states, load, len(some) * (width**2 // 2 + tile_entries(width))))
+            entries = len(some) * (width**2 // 2 + tile_entries(width))
+            made.append(Piece(_named(some), kind, states, load, entries, sum(height(stream, group) for group in some)))
     return tuple(made)
+
+
+def height(stream: Stream, group: Group) -> int:
+    """Rows of the map of a group other than an attention: neurons, tokens or positions."""
+    if group.kind == "pos":
+        return stream.spec.n_positions or 0
+    return (stream.spec.vocab or 0) if group.kind in ("embed", "unembed") else group.width
 
 
 def _wide(rows: Rows, groups: Sequence[Group], width: int, dtype: torch.dtype, device: str) -> WideBlock:
@@ -173,7 +187,7 @@ def wide_readers(stream: Stream, port: Port, rows: Rows | None = None) -> MapSid
     """
     groups = stream.groups.readers(port)
     made = rows or (lambda group: stream.read(port, group).maps[0])
-    pieces = wide_pieces(groups, [group.reads for group in groups], made, stream.d_model)
+    pieces = wide_pieces(stream, groups, [group.reads for group in groups], made)
     return MapSide(component_axis("reader", groups, port), pieces, stream.d_model)
 
 
@@ -191,7 +205,7 @@ def writing_side(stream: Stream, writers: Writers, heads: Sequence[Piece], rows:
         return MapSide(axis, tuple(heads), stream.d_model)
     groups = [group for group in stream.groups.writers if group.kind != "head"]
     made = rows or (lambda group: stream.write(group)[0].T)
-    pieces = wide_pieces(groups, [group.first for group in groups], made, stream.d_model)
+    pieces = wide_pieces(stream, groups, [group.first for group in groups], made)
     order = [group.id for kind in dict.fromkeys(g.kind for g in groups) for group in groups if group.kind == kind]
     return MapSide(Axis("writer", (*axis.labels, *order)), (*heads, *pieces), stream.d_model)
 
