@@ -20,7 +20,7 @@ from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
 from virtual_weights.stream.group import Component, Group, Groups, Port, group_id, groups
-from virtual_weights.stream.layout import unpacked
+from virtual_weights.stream.layout import in_order, unpacked
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale, without_mean
 from virtual_weights.stream.question import Question
@@ -142,17 +142,23 @@ class Stream:
             stamp["rotary_offset"] = offset or 0 if turning else "no rotary embedding"
         return Record(question.question, tuple(axes), tuple(columns), question.parameters, stamp, self.provenance)
 
-    def weight(self, role: str, group: Group | str) -> Tensor | None:
+    def weight(self, role: str, group: Group | str, rows: slice | None = None) -> Tensor | None:
         """One role's tensor in canonical axes and storage dtype, None where the model has none.
 
         Args:
             role: a role of the tables, e.g. ``"q"``, ``"o"``, ``"norm"``, ``"bias"``.
             group: whose, e.g. ``"L3.attn"``, ``"L3.attn.bias"``, ``"unembed"`` (the last norm too).
+            rows: only these of its first axis; where it is stored so, no others are read.
         """
         place = self.model.placements.get((role, group_id(group)))
         if place is None:
             return None
-        return unpacked(self.source.read(place.tensor), place, self.model.axes(group_id(group)))
+        axes = self.model.axes(group_id(group))
+        if rows is None:
+            return unpacked(self.source.read(place.tensor), place, axes)
+        if in_order(place):
+            return self.source.read(place.tensor, rows)
+        return unpacked(self.source.read(place.tensor), place, axes)[rows]
 
     def read(self, port: Port, group: Group | str = "unembed") -> Read:
         """The effective read maps of one port: ``R~ = diag(g) R diag(gamma) (P)`` and ``g (R beta + c)``.

@@ -14,11 +14,13 @@ from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate
 from virtual_weights.linalg.gram_blocks import GramBlock, ThinBlock, WideBlock, tile_entries
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.effective import token_parts
 from virtual_weights.stream.group import Port, Writers
 
 _THIN = 256  # heads of a piece: fewer make thin products, more leave less to skip where writers come too late
 _WIDE_BYTES = 128 * 2**20  # Grams of a piece of wide maps
 _MOST_WIDE = 32
+_ROWS = 8192  # rows of a wide map that are worked on at once
 
 
 @final
@@ -32,6 +34,7 @@ class Piece:
         position: (n,) the state that each reads, or in which its write first appears.
         load: makes the maps ready, for a dtype and a device.
         entries: numbers held while it is in use, working tiles included.
+        loading: numbers held beside that while it is made ready.
         rows: of all its maps together: forming their Grams takes ``rows d^2`` multiplications and additions.
     """
 
@@ -40,6 +43,7 @@ class Piece:
     position: Tensor
     load: Callable[[torch.dtype, str], GramBlock]
     entries: int
+    loading: int
     rows: int
 
     @property
@@ -103,6 +107,7 @@ def thin_pieces(
                 position[start * each : start * each + count],
                 partial(_thin, stack, some),
                 count * (some[0].width * width + tile_entries(width)),
+                2 * count * some[0].width * width,
                 count * some[0].width,
             )
         )
@@ -115,8 +120,8 @@ def _thin(
     return ThinBlock(stack(groups), dtype, device)
 
 
-Rows = Callable[[Group], Tensor]
-"""The rows (m, d) of one group's map on the stream."""
+Rows = Callable[[Group], Iterable[Tensor]]
+"""The rows (m, d) of one group's map on the stream, in parts."""
 
 
 def wide_pieces(
@@ -140,7 +145,10 @@ def wide_pieces(
             states = torch.tensor([position[i] for i in at[start : start + step]], dtype=torch.int64)
             load = partial(_constant, rows, some) if some[0].constant else partial(_wide, rows, some, width)
             entries = len(some) * (width**2 // 2 + tile_entries(width))
-            made.append(Piece(_named(some), kind, states, load, entries, sum(height(stream, group) for group in some)))
+            heights = [height(stream, group) for group in some]
+            at_once = max(heights) if kind == "mlp" else min(max(heights), _ROWS)
+            loading = width**2 + (at_once + 3 * min(at_once, _ROWS)) * width
+            made.append(Piece(_named(some), kind, states, load, entries, loading, sum(heights)))
     return tuple(made)
 
 
@@ -157,7 +165,7 @@ def _wide(rows: Rows, groups: Sequence[Group], width: int, dtype: torch.dtype, d
 
 def _constant(rows: Rows, groups: Sequence[Group], dtype: torch.dtype, device: str) -> ThinBlock:
     """Maps of one row each."""
-    outer = torch.stack([rows(group) for group in groups])
+    outer = torch.stack([torch.cat(list(rows(group))) for group in groups])
     return ThinBlock(
         MapStack(outer, torch.arange(len(outer)), None, torch.zeros(len(outer), dtype=torch.int64)), dtype, device
     )
@@ -167,11 +175,11 @@ def _constant(rows: Rows, groups: Sequence[Group], dtype: torch.dtype, device: s
 class _Again:
     """A map that is read anew whenever it is gone through."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    def __init__(self, make: Callable[[], Iterable[Tensor]]) -> None:
         self._make = make
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield self._make()
+        return iter(self._make())
 
 
 def wide_readers(stream: Stream, port: Port, rows: Rows | None = None) -> MapSide:
@@ -186,7 +194,7 @@ def wide_readers(stream: Stream, port: Port, rows: Rows | None = None) -> MapSid
         UsageError: the model has no such port.
     """
     groups = stream.groups.readers(port)
-    made = rows or (lambda group: stream.read(port, group).maps[0])
+    made = rows or partial(read_rows, stream, port)
     pieces = wide_pieces(stream, groups, [group.reads for group in groups], made)
     return MapSide(component_axis("reader", groups, port), pieces, stream.d_model)
 
@@ -204,28 +212,45 @@ def writing_side(stream: Stream, writers: Writers, heads: Sequence[Piece], rows:
     if writers == "heads":
         return MapSide(axis, tuple(heads), stream.d_model)
     groups = [group for group in stream.groups.writers if group.kind != "head"]
-    made = rows or (lambda group: stream.write(group)[0].T)
+    made = rows or partial(write_rows, stream)
     pieces = wide_pieces(stream, groups, [group.first for group in groups], made)
     order = [group.id for kind in dict.fromkeys(g.kind for g in groups) for group in groups if group.kind == kind]
     return MapSide(Axis("writer", (*axis.labels, *order)), (*heads, *pieces), stream.d_model)
 
 
+def read_rows(stream: Stream, port: Port, group: Group) -> Iterator[Tensor]:
+    """The read map of an MLP's port or the unembedding, in parts."""
+    if group.kind == "unembed":
+        yield from token_parts(stream, "unembed")
+    else:
+        yield stream.read(port, group).maps[0]
+
+
+def write_rows(stream: Stream, group: Group) -> Iterator[Tensor]:
+    """The transposed write map of an MLP, an embedding or a bias, in parts."""
+    if group.kind == "embed":
+        yield from token_parts(stream, "embed")
+    else:
+        yield stream.write(group)[0].T
+
+
 def read_gram(stream: Stream, port: Port, group: Group) -> Tensor:
     """``R~^T R~`` of an MLP's port or the unembedding, (d, d) float64."""
-    return gram_of(stream.read(port, group).maps[0])
+    return gram_of(read_rows(stream, port, group), stream.d_model)
 
 
 def write_gram(stream: Stream, group: Group) -> Tensor:
     """``O O^T`` of an MLP, an embedding or a bias, (d, d) float64."""
-    return gram_of(stream.write(group)[0].T)
+    return gram_of(write_rows(stream, group), stream.d_model)
 
 
-def gram_of(rows: Tensor) -> Tensor:
-    """``rows^T rows``, (d, d) float64, of (m, d) in any dtype."""
-    gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=accumulate)
-    for chunk in rows.split(max(1, WORKSPACE_BYTES // (8 * rows.shape[1]))):
-        chunk = chunk.to(accumulate)
-        gram.addmm_(chunk.T, chunk)
+def gram_of(parts: Iterable[Tensor], d: int) -> Tensor:
+    """``rows^T rows``, (d, d) float64, of rows (m, d) in any dtype, in parts."""
+    gram = torch.zeros(d, d, dtype=accumulate)
+    for part in parts:
+        for chunk in part.split(max(1, WORKSPACE_BYTES // (8 * d))):
+            chunk = chunk.to(accumulate)
+            gram.addmm_(chunk.T, chunk)
     return gram
 
 

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.map_side import MapSide
+from virtual_weights.analysis.maps.map_side import MapSide, Piece
 from virtual_weights.errors import ResourceError
 from virtual_weights.linalg import accumulate, beyond_rounding
 from virtual_weights.linalg.gram_blocks import GramBlock, gram_products
@@ -135,9 +135,7 @@ def piece_products(
         ResourceError: not even one piece of each side fits.
     """
     wanted = [(name, i, side.pieces[i]) for name, side, numbers in readers for i in numbers]
-    sets = _sets(
-        [piece.entries for _, _, piece in wanted], [p.entries for p in writers.pieces], memory // dtype.itemsize
-    )
+    sets = _sets([piece for _, _, piece in wanted], writers.pieces, memory // dtype.itemsize)
     done, total = 0, len(sets[0]) * len(sets[1])
     loaded: dict[int, list[GramBlock]] = {}
     for reading in sets[0]:
@@ -174,19 +172,20 @@ def _block(readers: Tensor, writers: Tensor, products: list[Tensor]) -> Block:
     }
 
 
-def _sets(readers: Sequence[int], writers: Sequence[int], budget: int) -> tuple[list[slice], list[slice]]:
-    """Which pieces are in use together: few sets of readers with, if they fit, all writers."""
-    least = max(readers, default=0) + max(writers, default=0)
-    if least > budget:
+def _sets(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> tuple[list[slice], list[slice]]:
+    """Which pieces are in use together, for so many numbers: few sets of readers with, if they fit, all writers."""
+    reading, writing = ([piece.entries for piece in side] for side in (readers, writers))
+    loading = max((piece.loading for piece in (*readers, *writers)), default=0)
+    largest, room = max(reading, default=0), budget - loading
+    least = largest + max(writing, default=0)
+    if least > room:
         raise ResourceError(
             f"{budget * 4 >> 20} MiB for pairs of maps",
-            expected=f"at least {-(-least * 4 >> 20) + 1} MiB, for one piece of each side",
+            expected=f"at least {((least + loading) * 4 >> 20) + 1} MiB, for one piece of each side",
             do="raise the memory budget",
         )
-    most = max(budget - max(readers, default=0), budget // 2) if sum(writers) > budget // 2 else sum(writers)
-    writing = _filled(writers, min(most, budget - max(readers, default=0)))
-    largest = max((sum(writers[cut]) for cut in writing), default=0)
-    return _filled(readers, budget - largest), writing
+    together = _filled(writing, min(room - largest, max(sum(writing) if 2 * sum(writing) <= room else 0, room // 2)))
+    return _filled(reading, room - max((sum(writing[cut]) for cut in together), default=0)), together
 
 
 def _filled(sizes: Sequence[int], room: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import HeadRole, check_energy, rank_cut, subspace_axis, subspace_bases
-from virtual_weights.analysis.maps.map_side import MapSide, Piece, gram_of, thin_pieces, wide_readers, writing_side
+from virtual_weights.analysis.maps.map_side import (
+    MapSide,
+    Piece,
+    Rows,
+    gram_of,
+    read_rows,
+    thin_pieces,
+    wide_readers,
+    write_rows,
+    writing_side,
+)
 from virtual_weights.analysis.maps.pair_products import AllPairs, lift_columns
 from virtual_weights.linalg import MapStack, Spectrum, one_thread, overlap_moments, standardised
 from virtual_weights.record import Column, Record
@@ -87,12 +97,12 @@ class Overlap(AllPairs):
         if self.port in HEAD_PORTS:
             axis, _ = subspace_axis(stream, "reader", self.port)
             return MapSide(axis, self._heads(stream, self.port), stream.d_model)
-        rows = partial(self._basis, stream, lambda group: stream.read(self.port, group).maps[0])
+        rows = partial(self._basis, stream, partial(read_rows, stream, self.port))
         return wide_readers(stream, self.port, rows)
 
     def written(self, stream: Stream) -> MapSide:
         """What writes."""
-        rows = partial(self._basis, stream, lambda group: stream.write(group)[0].T)
+        rows = partial(self._basis, stream, partial(write_rows, stream))
         return writing_side(stream, self.writers, self._heads(stream, "O"), rows)
 
     def _heads(self, stream: Stream, role: HeadRole) -> tuple[Piece, ...]:
@@ -105,11 +115,11 @@ class Overlap(AllPairs):
             basis = subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis
         return MapStack(basis, torch.arange(len(basis)), None, torch.zeros(len(basis), dtype=torch.int64))
 
-    def _basis(self, stream: Stream, rows: Callable[[Group], Tensor], group: Group) -> Tensor:
+    def _basis(self, stream: Stream, rows: Rows, group: Group) -> Iterable[Tensor]:
         """(r, d): the leading directions of a wide map, orthonormal."""
         with one_thread():
-            values, vectors = torch.linalg.eigh(gram_of(rows(group)))
+            values, vectors = torch.linalg.eigh(gram_of(rows(group), stream.d_model))
         gains = values.flip(0).clamp_min(0).sqrt()
         rank = int((gains > rank_cut(stream) * gains[0]).sum())
         rank = rank if self.energy is None else Spectrum(gains).energy_rank(self.energy)
-        return vectors[:, len(gains) - rank :].T
+        return [vectors[:, len(gains) - rank :].T]
