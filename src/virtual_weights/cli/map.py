@@ -63,7 +63,7 @@ def map_model(
 
     if not session.runs:
         o.refuse_unused(context, "without a text to run on", "edge_count")
-    began, parts, model = time.monotonic(), _parts(only), session.name
+    began, parts, model = time.monotonic(), parts_of(only), session.name
     if moments is not None and session.runs:
         raise UsageError("a run and a file of moments", expected="a text, or --moments", do="keep one of them")
     folder = output or Path(f"{_named(model)}.atlas")
@@ -190,7 +190,7 @@ def _convention(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parts(only: str | None) -> tuple[vw.Part, ...]:
+def parts_of(only: str | None) -> tuple[vw.Part, ...]:
     """The parts asked for, in the order of the report."""
     wanted = list(vw.Part) if only is None else o.listed("--only", only, expected=PARTS)
     unknown = [name for name in wanted if name not in tuple(vw.Part)]

@@ -92,7 +92,7 @@ class Plan:
         """Ask everything; statements last, since they ask what the rest has answered."""
         for part in self.parts:
             if part is not Part.statements:
-                yield from survey.answers(list(self._questions(part, survey)))
+                yield from survey.answers(self.questions(part, survey.stream))
                 if part is Part.composition and survey.stream.heads:
                     yield from survey.answers(list(self._spectra(survey)))
         if survey.run is not None:
@@ -102,9 +102,11 @@ class Plan:
         if Part.statements in self.parts and survey.stream.folded:
             yield survey.ask(Statements())
 
-    def _questions(self, part: Part, survey: Survey) -> Iterator[Question[Any]]:
-        """The questions of one part of the weights' side."""
-        groups = survey.stream.groups
+    def questions(self, part: Part, stream: Stream) -> list[Question[Any]]:
+        """The questions of one part of the weights' side, as far as they are known beforehand."""
+        if part is Part.statements:
+            return [Statements()] if stream.folded else []
+        groups = stream.groups
         of_heads: dict[Part, Callable[[], list[Question[Any]]]] = {
             Part.overlap: lambda: [Overlap(port) for port in HEAD_PORTS],
             Part.subspaces: lambda: [Subspaces("O", "K"), Subspaces("O", "V")],
@@ -120,9 +122,8 @@ class Plan:
             Part.bandwidth: lambda: [Bandwidth()],
             Part.basis: lambda: [Basis()],
         }
-        for table, present in ((of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))):
-            if present and part in table:
-                yield from table[part]()
+        tables = (of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))
+        return [question for table, present in tables if present and part in table for question in table[part]()]
 
     def _composition(self, port: Any) -> Composition:
         return Composition(port, self.rotary_offset, "all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -107,7 +107,7 @@ class Survey:
 
     def answers(self, questions: Sequence[Question[Any]], subject: Run | None = None) -> list[Record]:
         """The answers to several questions, in order; those that one pass serves are computed together."""
-        adapted = [self._adapted(question) for question in questions]
+        adapted = self.adapted(questions)
         subjects = (subject or self.run, self.stream)
         keys = [self._key(question, subject_of(question, subjects)) for question in adapted]
         missing = {key: question for key, question in zip(keys, adapted, strict=True) if not self._known(key)}
@@ -150,6 +150,10 @@ class Survey:
         run = {"run": subject.identity} if isinstance(subject, Run) else {}
         conventions = {"norm": self.stream.norm_stamp, **run}
         return task_key(fingerprint, question.question, question.parameters, conventions)
+
+    def adapted(self, questions: Iterable[Question[Any]]) -> list[Question[Any]]:
+        """Questions with the survey's own cost fields and dtype, as they are asked."""
+        return [self._adapted(question) for question in questions]
 
     def _adapted(self, question: Question[Any]) -> Question[Any]:
         """The question with the survey's own cost fields and dtype, which change no answer, or that of all alike."""
