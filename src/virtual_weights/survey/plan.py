@@ -28,7 +28,7 @@ from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas
 from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
-from virtual_weights.progress import Step
+from virtual_weights.progress import Step, quiet
 from virtual_weights.record import Header, Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
@@ -39,6 +39,7 @@ from virtual_weights.statements import Statements
 from virtual_weights.stream import Component, Group, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
+from virtual_weights.survey.estimate import Machine, estimates
 from virtual_weights.survey.survey import ENDS, Survey, bars
 from virtual_weights.version import VERSION
 
@@ -90,6 +91,8 @@ class Plan:
 
     def records(self, survey: Survey) -> Iterator[Record]:
         """Ask everything; statements last, since they ask what the rest has answered."""
+        if survey.step is not quiet:
+            survey.expect(self._seconds(survey))
         for part in self.parts:
             if part is not Part.statements:
                 yield from survey.answers(self.questions(part, survey.stream))
@@ -124,6 +127,12 @@ class Plan:
         }
         tables = (of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))
         return [question for table, present in tables if present and part in table for question in table[part]()]
+
+    def _seconds(self, survey: Survey) -> dict[Question[Any], float]:
+        """How long each question about the weights is expected to take on this machine."""
+        asked = [question for part in self.parts for question in self.questions(part, survey.stream)]
+        found = estimates(survey.adapted(asked), survey.stream, Machine.measured())
+        return {question: e.seconds / len(e.questions) for e in found for question in e.questions}
 
     def _composition(self, port: Any) -> Composition:
         return Composition(port, self.rotary_offset, "all")
