@@ -169,12 +169,7 @@ class Pairs:
 
         if top < 1:
             raise UsageError(f"top={top}", expected="1 or more", do="pass for example top=20")
-        numeric = list(dict.fromkeys(name for h in self.headers.values() for name in numeric_columns(h.columns)))
-        first = next(iter(self.headers.values())).columns
-        by = by or next(column.name for column in first if column.kind.startswith("torch"))
-        if by not in numeric:
-            what = f"edges have no column of numbers {by!r}"
-            raise UsageError(what, expected=f"one of {numeric}", do="sort by one of these")
+        by = self.column(by)
         parts = [(folder, part) for folder, part in self._parts() if by in part.largest]
         if len(parts) > _FEW and not self._repeated:
             parts.sort(key=lambda item: item[1].reach(by), reverse=True)
@@ -186,6 +181,20 @@ class Pairs:
             return None
         present = self._once(self._read(parts).filter(Col(by).isnotnull()))
         return present.sort(Col(by).desc(), Col("key"), Col(ROW)).limit(top)
+
+    def column(self, by: str | None) -> str:
+        """The column to order by, the first of the question's columns by default.
+
+        Raises:
+            UsageError: there is no such column of numbers.
+        """
+        numeric = list(dict.fromkeys(name for h in self.headers.values() for name in numeric_columns(h.columns)))
+        first = next(iter(self.headers.values())).columns
+        by = by or next(column.name for column in first if column.kind.startswith("torch"))
+        if by not in numeric:
+            what = f"edges have no column of numbers {by!r}"
+            raise UsageError(what, expected=f"one of {numeric}", do="sort by one of these")
+        return by
 
     def all(self) -> DuckDBPyRelation | None:
         """Every edge, in no order; None where nothing fits."""
@@ -283,6 +292,12 @@ def pairs_of(atlas: Atlas, question: str, where: Mapping[str, Any], ends: Mappin
             expected="Parquet files as this package writes them",
             do="remove the record's folder and run the question again",
         ) from error
+
+
+def common_stamp(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several stamps say alike."""
+    first, *rest = stamps or [{}]
+    return {name: value for name, value in first.items() if all(name in s and s[name] == value for s in rest)}
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
