@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from virtual_weights.atlas import Atlas, edges
+from virtual_weights.atlas import Atlas, edges, export, status
 from virtual_weights.record import Axis, Column, Record
 
 
@@ -64,7 +64,14 @@ def many_edges(folder: Path, side: int) -> dict[str, Any]:
     asked = {"reader": lambda: edges(store, reader), "writer": lambda: edges(store, writer=writer)}
     asked |= {"both": lambda: edges(store, reader, writer), "all": lambda: edges(store)}
     asked |= {"all_by_z": lambda: edges(store, by="z")}
-    return {**written, **{name: timed(call) for name, call in asked.items()}}
+    figures = {**written, **{name: timed(call) for name, call in asked.items()}, "peak_mb": peak_mb()}
+    whole = {"status": lambda: status(store), "check": lambda: status(store, check=True)}
+    whole |= {f"export_{kind}": lambda kind=kind: export(store, folder / f"all.{kind}") for kind in ("parquet", "csv")}
+    for name, call in whole.items():
+        began = time.perf_counter()
+        call()
+        figures[f"{name}_s"] = time.perf_counter() - began
+    return {**figures, "peak_mb_at_the_end": peak_mb()}
 
 
 def many_records(folder: Path, counts: list[int]) -> dict[str, Any]:

@@ -64,9 +64,9 @@ def export(  # noqa: PLR0913 - which edges, by keyword only
     Args:
         atlas: the atlas.
         path: the file; an existing one is replaced, whole or not at all.
-        reader: as in ``edges``.
-        writer: as in ``edges``.
-        question: as in ``edges``.
+        reader: as in ``edges``, and so are writer and question.
+        writer: a label; None for all.
+        question: name of a question whose records are over pairs.
         by: with ``top``: the column to order by; None takes the first of the question's columns.
         top: only so many of the largest, largest first; None writes all, in no order.
         where: as in ``edges``.
@@ -90,11 +90,8 @@ def export(  # noqa: PLR0913 - which edges, by keyword only
         chosen = pairs.all() if top is None else pairs.strongest(by, top)
         if chosen is None or not chosen.limit(1).fetchall():
             pairs.check_known()
-            raise UsageError(
-                f"this atlas has no edges of {question!r} between these ends",
-                expected="a reader that the writer reaches",
-                do="name another reader or writer, or leave one out",
-            )
+            expected, do = "a reader that the writer reaches", "name other ends, or leave one out"
+            raise UsageError(f"there are no edges of {question!r} between these ends", expected=expected, do=do)
         ordered = None if top is None else pairs.column(by)
         rows = _labelled(pairs, chosen, ordered)
         rows.create_view("exported")
