@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz_stored import make_atlas, make_moments
 
 import virtual_weights as vw
+from virtual_weights.atlas.blocks import BlockStore, at_work
 from virtual_weights.cli import run
 from virtual_weights.errors import RecordError
 
@@ -39,21 +42,28 @@ def test_records_are_counted_by_question(atlas: vw.Atlas):
         "question": "composition", "records": 1, "edges": 24, "bytes": size(folder), "seconds": 1.5
     }  # fmt: skip
     assert labels["edges"] is None
-    assert (found.unfinished, found.at_work, found.checked, found.faults) == ((), False, None, ())
+    assert (found.unfinished, found.at_work, found.checked, found.faults) == ((), None, None, ())
+
+
+def begin(atlas: vw.Atlas, *names: str, answers: tuple[str, ...] = (KEY,)) -> Path:
+    """Some finished blocks of an overlap of nine."""
+    store = BlockStore(atlas.path / "blocks")
+    store.begin(KEY, vw.Overlap("K"), [str(i) for i in range(9)], answers)
+    for name in names:
+        store.put(KEY, name, {"x": torch.ones(2)})
+    return store.folder / KEY
 
 
 def test_what_is_unfinished_is_counted_block_by_block(atlas: vw.Atlas):
-    folder = atlas.path / "blocks" / KEY
-    folder.mkdir(parents=True)
-    described = {"question": "overlap", "parameters": {"port": "K"}, "blocks": 9}
-    (folder / "question.json").write_text(json.dumps(described))
-    for name in ("a.safetensors", "b.safetensors", ".tmp-c"):
-        (folder / name).write_bytes(b"12345")
+    folder = begin(atlas, "3", "8")
+    (folder / ".tmp-c").write_bytes(b"12345")
     (atlas.path / "blocks" / "not a key").mkdir()
-    assert vw.status(atlas).unfinished == ({**described, "done": 2, "bytes": size(folder), "key": KEY},)
+    (row,) = vw.status(atlas).unfinished
+    about = {"question": "overlap", "parameters": vw.Overlap("K").parameters, "blocks": 9}
+    assert row == {**about, "done": 2, "bytes": size(folder), "key": KEY}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"question": 1, "blocks": "x"}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", '{"question": 1, "blocks": 3, "answers": {}}', "[" * 100_000])
 def test_unfinished_work_of_which_nobody_says_what_it_is_is_listed(atlas: vw.Atlas, text: str):
     (atlas.path / "blocks" / KEY).mkdir(parents=True)
     (atlas.path / "blocks" / KEY / "question.json").write_text(text)
@@ -62,23 +72,25 @@ def test_unfinished_work_of_which_nobody_says_what_it_is_is_listed(atlas: vw.Atl
     assert run(["status", str(atlas.path)]) == 0
 
 
-def test_blocks_of_an_answer_that_is_there_and_blocks_elsewhere_do_not_count(atlas: vw.Atlas, tmp_path: Path):
-    (tmp_path / "away" / KEY).mkdir(parents=True)
+def test_blocks_of_answers_that_are_there_and_blocks_elsewhere_do_not_count(atlas: vw.Atlas, tmp_path: Path):
+    keys = atlas.keys()
+    begin(atlas, answers=keys[:2])
+    assert vw.status(atlas).unfinished == ()
+    begin(atlas, answers=(*keys[:2], KEY))
+    assert len(vw.status(atlas).unfinished) == 1
+    (atlas.path / "blocks").rename(tmp_path / "away")
     (atlas.path / "blocks").symlink_to(tmp_path / "away")
     assert vw.status(atlas).unfinished == ()
-    (atlas.path / "blocks").unlink()
-    (atlas.path / "blocks" / atlas.keys()[0]).mkdir(parents=True)
-    assert vw.status(atlas).unfinished == ()
 
 
-def test_a_run_at_work_is_seen_by_its_lock(atlas: vw.Atlas):
-    assert not vw.status(atlas).at_work
-    with (atlas.path / ".lock").open("w") as file:
-        assert not vw.status(atlas).at_work
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert vw.status(atlas).at_work
-        assert vw.status(atlas).at_work, "asking takes no lock away"
-    assert not vw.status(atlas).at_work
+def test_who_is_at_work_is_seen_by_the_lock(atlas: vw.Atlas, capsys: pytest.CaptureFixture[str]):
+    assert vw.status(atlas).at_work is None
+    with at_work(atlas.path, pytest.fail):
+        for _ in range(2):  # asking takes no lock away
+            assert f"process {os.getpid()} on " in str(vw.status(atlas).at_work)
+        assert run(["status", str(atlas.path)]) == 0
+        assert "is at work on it" in capsys.readouterr().out
+    assert vw.status(atlas).at_work is None
 
 
 def test_a_sound_atlas_has_no_faults(atlas: vw.Atlas):
@@ -131,11 +143,9 @@ def test_without_a_check_a_ledger_that_cannot_be_used_is_an_error(atlas: vw.Atla
 
 
 def test_people_see_a_table(atlas: vw.Atlas, capsys: pytest.CaptureFixture[str]):
-    (atlas.path / "blocks" / KEY).mkdir(parents=True)
-    described = {"question": "overlap", "parameters": {"port": "K", "dtype": None}, "blocks": 9}
-    (atlas.path / "blocks" / KEY / "question.json").write_text(json.dumps(described))
+    begin(atlas, "1")
     assert run(["status", str(atlas.path)]) == 0
     out = capsys.readouterr().out
     assert "3 records" in out
-    assert "overlap   port=K" in out
-    assert "no run is at work" in out
+    assert re.search(r"overlap +port=K.* 1 +9 ", out)
+    assert "nobody is at work" in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any, final
 
 from virtual_weights.atlas.atlas import RECORDS, Atlas
+from virtual_weights.atlas.blocks import BLOCKS, DESCRIPTION, BlockStore, holder_of
 from virtual_weights.atlas.ledger import Entry
-from virtual_weights.atlas.stored import KEY, parsed
+from virtual_weights.atlas.stored import KEY, MAX_HEADER, parsed
 from virtual_weights.errors import RecordError
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record.durable import reading, sha256_of
 from virtual_weights.stream.moments import Moments
-
-BLOCKS, LOCK, QUESTION = "blocks", ".lock", "question.json"
-"""Beside the records: blocks of unfinished questions, and the file that a run at work holds locked."""
-_MAX_QUESTION = 1 << 20
 
 
 @final
@@ -32,14 +28,14 @@ class Status:
             ledger says that they took.
         unfinished: a row per question of which some blocks are computed: its parameters, how many blocks are done and
             how many there will be, and their bytes. None where that cannot be read.
-        at_work: whether a run is at work on the atlas.
+        at_work: who is at work on the atlas; None where nobody is.
         checked: how many files were compared with their checksums; None where none were to be.
         faults: what was found to be wrong with them, in a sentence each.
     """
 
     records: tuple[Mapping[str, Any], ...]
     unfinished: tuple[Mapping[str, Any], ...]
-    at_work: bool
+    at_work: str | None
     checked: int | None
     faults: tuple[str, ...]
 
@@ -60,7 +56,9 @@ def status(atlas: Atlas, *, check: bool = False, progress: Progress = silent) ->
         ()
     """
     if not check:
-        return Status(tuple(_by_question(atlas, atlas.entries())), tuple(_unfinished(atlas)), _locked(atlas), None, ())
+        return Status(
+            tuple(_by_question(atlas, atlas.entries())), tuple(_unfinished(atlas)), holder_of(atlas.path), None, ()
+        )
     entries, faults, checked = list[Entry](), list[str](), 1  # the manifest was checked when the atlas was opened
     names = sorted(path.name for path in (atlas.path / RECORDS).glob("*") if KEY.fullmatch(path.name))
     for done, key in enumerate(names):
@@ -79,7 +77,7 @@ def status(atlas: Atlas, *, check: bool = False, progress: Progress = silent) ->
     faults += unusable or _fault(lambda: [e.confirm(atlas.header(e.key)) for e in atlas.entries()])
     progress(len(names), len(names))
     rows = _by_question(atlas, entries, seconds=not unusable)
-    return Status(tuple(rows), tuple(_unfinished(atlas)), _locked(atlas), checked, tuple(dict.fromkeys(faults)))
+    return Status(tuple(rows), tuple(_unfinished(atlas)), holder_of(atlas.path), checked, tuple(dict.fromkeys(faults)))
 
 
 def _fault(use: Any) -> list[str]:
@@ -117,26 +115,27 @@ def _by_question(atlas: Atlas, entries: Any, seconds: bool = True) -> Iterator[d
 
 
 def _unfinished(atlas: Atlas) -> Iterator[dict[str, Any]]:
-    """A row per question of which blocks are there and the answer is not."""
-    folder = atlas.path / BLOCKS
+    """A row per question whose blocks are kept, since not all answers that need them are there."""
+    folder, store = atlas.path / BLOCKS, BlockStore(atlas.path / BLOCKS)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
     for key in names:
-        if KEY.fullmatch(key) and not atlas.finished(key) and not (folder / key).is_symlink():
-            blocks = len(list((folder / key).glob("*.safetensors")))
-            described = _described(atlas.path, key)
-            yield {**described, "done": blocks, "bytes": _size(folder / key), "key": key}
+        if not KEY.fullmatch(key) or (folder / key).is_symlink():
+            continue
+        question, parameters, blocks, answers = _described(folder / key)
+        if answers is None or not all(KEY.fullmatch(str(answer)) and atlas.finished(answer) for answer in answers):
+            row = {"question": question, "parameters": parameters, "blocks": None if blocks is None else len(blocks)}
+            yield {**row, "done": len(store.finished(key)), "bytes": _size(folder / key), "key": key}
 
 
-def _described(path: Path, key: str) -> dict[str, Any]:
-    """Question, parameters and number of blocks; None each where the file that says so cannot be read."""
-    names = ("question", "parameters", "blocks")
+def _described(folder: Path) -> list[Any]:
+    """Question, parameters, names of blocks and keys of answers; None each where the file that says so does not."""
+    kinds = {"question": str, "parameters": dict, "blocks": list, "answers": list}
     try:
-        with reading(path, BLOCKS, key, QUESTION) as file:
-            fields = parsed(file.read(_MAX_QUESTION))
+        with reading(folder, DESCRIPTION) as file:
+            fields = parsed(file.read(MAX_HEADER + 1))
     except (OSError, ValueError):
-        return dict.fromkeys(names)
-    kinds = (str, dict, int)
-    return {n: fields.get(n) if isinstance(fields.get(n), kind) else None for n, kind in zip(names, kinds, strict=True)}
+        fields = {}
+    return [fields[name] if isinstance(fields.get(name), kind) else None for name, kind in kinds.items()]
 
 
 def _size(folder: Path) -> int:
@@ -146,15 +145,3 @@ def _size(folder: Path) -> int:
             return sum(file.stat(follow_symlinks=False).st_size for file in files)
     except OSError:  # another process has just removed it
         return 0
-
-
-def _locked(atlas: Atlas) -> bool:
-    """Whether a run holds the lock of the atlas."""
-    try:
-        with reading(atlas.path, LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none
-        return False
-    return False

@@ -43,7 +43,7 @@ def status(
             {**row, "megabytes": row["bytes"] / 1e6, "about": _about(row["parameters"])} for row in found.unfinished
         ]
         shown.append(Table("unfinished: blocks that are done, of all", rows, _UNFINISHED))
-    shown.append("a run is at work on it" if found.at_work else "no run is at work on it")
+    shown.append(f"{found.at_work or 'nobody'} is at work on it")
     if found.checked is not None:
         shown.append(f"checked: {found.checked} files, {len(found.faults)} faults")
         shown += [f"fault: {fault}" for fault in found.faults]

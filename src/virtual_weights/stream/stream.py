@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Attention, Entry, Model, ModelSpec
-from virtual_weights.checkpoint import Source
+from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.pinned_file import recall, remember
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
@@ -62,6 +62,16 @@ class Stream:
             f"  norm: {self.norm_stamp}\n"
             f'  stream["L1H0"], stream["L1H0.K"]{mlp}; .heads, .groups; Composition("K")(stream)'
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: they open the checkpoint by its reference, and refuse one of other content."""
+        if not self.source.files:
+            raise UsageError(
+                "a model in memory cannot be sent to another process",
+                expected="a checkpoint in files",
+                do="save the model and open the folder",
+            )
+        return _opened_again, (self.source.recipe, self.source.fingerprint, self.model, self.folded, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""
@@ -290,6 +300,17 @@ class Stream:
                 do='name it, such as "L3.attn"',
             )
         return first
+
+
+def _opened_again(recipe: dict[str, Any], fingerprint: str, *rest: Any) -> Stream:
+    source = open_source(**recipe)
+    if source.fingerprint != fingerprint:
+        raise UsageError(
+            f"{source.reference} holds another checkpoint here than where the work was divided",
+            expected=f"the checkpoint of fingerprint {fingerprint}",
+            do="give all machines the same files",
+        )
+    return Stream(source, *rest)
 
 
 class _Provenance(Mapping[str, Any]):

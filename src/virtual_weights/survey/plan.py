@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +25,7 @@ from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNe
 from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas, Entry
+from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Step
 from virtual_weights.record import Record
@@ -170,7 +173,10 @@ def map_model(
         name: what to call the model; None takes its reference.
         progress: whether to draw progress bars, on stderr; None draws them on a terminal and in a notebook. Or what
             begins a step of the progress by name.
-        manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them.
+        manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them; and ``executor``, who
+            computes pairs, block by block: ``"local"``, this process; ``"local:N"``, N processes; ``"dask"``, a cluster
+            of our own on this machine; ``"dask:tls://host:port"``, one that is there. The answers are the same to the
+            last bit.
 
     Raises:
         UsageError: the folder holds something else, or the run is of another model.
@@ -181,9 +187,10 @@ def map_model(
     """
     stream = model if isinstance(model, Stream) else open_stream(model) if run is None else run.stream
     with bars(progress) as step:
-        survey = survey_into(path, stream, run, name or (model if isinstance(model, str) else None), step, **manner)
-        for _ in (plan or Plan()).records(survey):
-            pass
+        called = name or (model if isinstance(model, str) else None)
+        with filling(path, stream, run, called, step, **manner) as survey:
+            for _ in (plan or Plan()).records(survey):
+                pass
     assert survey.atlas is not None
     return survey.atlas
 
@@ -192,10 +199,16 @@ map = map_model  # its public name, virtual_weights.map, by which help() calls i
 map.__name__ = map.__qualname__ = "map"
 
 
-def survey_into(
-    path: str | Path, stream: Stream, run: Run | None, name: str | None, step: Step, **manner: Any
-) -> Survey:
-    """A survey that fills the atlas in a folder.
+@contextmanager
+def filling(
+    path: str | Path,
+    stream: Stream,
+    run: Run | None,
+    name: str | None,
+    step: Step,
+    **manner: Any,
+) -> Generator[Survey]:
+    """A survey that fills the atlas in a folder; another one of that atlas waits until this one is done.
 
     Raises:
         UsageError: as ``map_model``.
@@ -208,7 +221,13 @@ def survey_into(
             expected=f"a run of {stream.source.reference}",
             do="make a run of this model",
         )
-    return Survey(stream, Atlas.create(path, manifest_of(stream, name)), run, step, **manner)
+    atlas = Atlas.create(path, manifest_of(stream, name))
+    survey = Survey(stream, atlas, run, step, **manner)
+    with at_work(atlas.path, lambda text: sys.stderr.write(f"{text}\n")):
+        store = BlockStore(atlas.path / BLOCKS)
+        store.sweep(atlas.finished)
+        yield survey
+        store.sweep(atlas.finished)
 
 
 def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:
