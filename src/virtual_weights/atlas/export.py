@@ -92,8 +92,9 @@ def export(  # noqa: PLR0913 - which edges, by keyword only
             pairs.check_known()
             expected, do = "a reader that the writer reaches", "name other ends, or leave one out"
             raise UsageError(f"there are no edges of {question!r} between these ends", expected=expected, do=do)
-        ordered = None if top is None else pairs.column(by)
-        rows = _labelled(pairs, chosen, ordered)
+        if top is None:  # in order, much of a large file would wait in memory
+            pairs.database.execute("SET preserve_insertion_order = false")
+        rows = _labelled(pairs, chosen, None if top is None else pairs.column(by))
         rows.create_view("exported")
         with replacing(Path(path)) as aside, disk_errors():
             if kind is not Format.graph:
