@@ -40,9 +40,9 @@ def atlas(tmp_path: Path) -> vw.Atlas:
         atlas.put(
             Record("composition", axes, (Column("score", torch.tensor(scores)),), {"port": port}, {"norm": "folded"})
         )
-    ends = Column("reader", ("L1N3.in", "unembed")), Column("writer", ("L0N'1", "L0H0"))
-    neurons = Column("score", torch.tensor([1.0, 2.0])), Column("target", ("x", None))
-    atlas.put(Record("neuron_edges", (Axis("edge", ("1", "2")),), (*ends, *neurons)))
+    ends = Column("reader", ("L1N3.in", "unembed", "L1.mlp")), Column("writer", ("L0N'1", "L0H0", "L0H0"))
+    neurons = Column("score", torch.tensor([1.0, 2.0, 3.0])), Column("target", ("x", None, None))
+    atlas.put(Record("neuron_edges", (Axis("edge", ("1", "2", "3")),), (*ends, *neurons)))
     for kind in ("random", "asked"):
         row = (Column("reader", ("L1H0.K",)), Column("writer", ("L0H0",)), Column("kind", (kind,)))
         numbers = Column("effect_nats", torch.tensor([1.0])), Column("rank", torch.tensor([1.0]))
@@ -102,6 +102,7 @@ def test_what_the_model_does_not_list_is_a_node_all_the_same(atlas: vw.Atlas, tm
     graph = json.loads((tmp_path / "g").read_text())
     assert [(node["id"], node["kind"], node["layer"]) for node in graph["nodes"]] == [
         ("L0H0", "head", 0),
+        ("L1.mlp", "mlp", 1),
         ("L0N'1", None, None),
         ("L1N3", "neuron", 1),
         ("unembed", "unembed", None),
