@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,11 @@ from virtual_weights.analysis.pairs.contribution import Contribution
 from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
 from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
-from virtual_weights.atlas import Atlas
+from virtual_weights.atlas import Atlas, Entry
 from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Step, quiet
-from virtual_weights.record import Header, Record
+from virtual_weights.record import Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
 from virtual_weights.runtime.edges.edge import Edge
@@ -252,15 +251,15 @@ def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:
         records: answers that come before the stored ones.
     """
     seen = {_about(record) for record in records}
-    keys = atlas.keys()  # oldest first
-    headers = {key: header for key in keys if (header := atlas.header(key)).question in _ASKED}
-    chosen = dict[Any, str]()
-    for key in sorted(headers, key=lambda key: math.prod(headers[key].shape)):
-        chosen[_about(headers[key])] = key
-    return [*records, *(atlas.get(key) for key in keys if key in chosen.values() and _about(headers[key]) not in seen)]
+    entries = [entry for entry in atlas.entries() if entry.question in _ASKED]  # oldest first
+    chosen = {_about(entry): entry for entry in sorted(entries, key=lambda entry: entry.size)}
+    return [
+        *records,
+        *(atlas.get(entry.key) for entry in entries if chosen[_about(entry)] is entry and _about(entry) not in seen),
+    ]
 
 
-def _about(answer: Record | Header) -> tuple[Any, ...]:
+def _about(answer: Record | Entry) -> tuple[Any, ...]:
     """A question and what it is about."""
     return answer.question, *(str(answer.parameters.get(name)) for name in ENDS)
 
