@@ -22,6 +22,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 
 def printable(text: str, keep: str = "\n") -> str:
@@ -54,6 +56,10 @@ class VirtualWeightsError(Exception):
     def __init__(self, what: str, *, expected: str, do: str) -> None:
         self.what, self.expected, self.do = printable(what), printable(expected), printable(do)
         super().__init__(f"{self.what}\n  expected: {self.expected}\n  to do: {self.do}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes, which make it of its three parts."""
+        return partial(type(self), expected=self.expected, do=self.do), (self.what,)
 
 
 class UsageError(VirtualWeightsError):

@@ -158,6 +158,13 @@ def test_the_second_run_of_an_atlas_waits_and_says_for_whom(tmp_path: Path) -> N
     assert holder_of(tmp_path) is None
 
 
+def test_what_a_worker_cannot_do_is_said_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtual_weights.survey.executors._lean", lambda question, workers: question)
+    with pytest.raises(vw.ResourceError, match="MiB for pairs of maps") as caught:
+        vw.Survey(vw.open(folder), executor="local:2").ask(vw.Composition("K", memory_mb=0))
+    assert "raise the memory budget" in caught.value.do
+
+
 def test_what_a_killed_run_left_is_swept_when_its_answers_are_there(folder: Path, tmp_path: Path) -> None:
     stream = vw.open(folder)
     atlas = vw.Atlas.create(tmp_path / "atlas", {"fingerprint": stream.source.fingerprint})

@@ -242,6 +242,7 @@ SHAPE = ["model", "question", "parameters", "stamp", "provenance", "summary", "r
 RUNS = ("--repeated", "--tokens", "32", "--length", "16")
 VERBS: dict[str, tuple[str, ...]] = {
     "map": ("MODEL", "-o", "NEW", "--only", "composition,neurons,bandwidth"),
+    "plan": ("MODEL", "--only", "composition,neurons,bandwidth"),
     "edges": ("ATLAS", "--top", "3"),
     "status": ("ATLAS", "--check"),
     "export": ("ATLAS", "-o", "NEW", "--format", "graph"),

@@ -6,16 +6,16 @@ import os
 import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, final
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any, cast, final
 
 import torch
 
@@ -113,6 +113,8 @@ def _lean(question: Any, workers: int) -> Any:
 class Processes(Executor):
     """Several processes on this machine, each with its share of memory and cores.
 
+    They share nothing but the folder of the store, so that one that is killed, whenever that is, stops no other.
+
     Args:
         workers: how many.
     """
@@ -126,30 +128,58 @@ class Processes(Executor):
         Raises:
             ResourceError: workers die again and again.
         """
-        threads = max(1, torch.get_num_threads() // self.workers)
-        remaining = tasks(work, stream, store, keys, self.workers, threads)
-        done = 0
-        for attempt in range(_TRIES):
-            with ProcessPoolExecutor(self.workers, get_context("spawn")) as pool:
-                futures = {pool.submit(task): task for task in remaining}
-                try:
-                    for future in as_completed(futures):
-                        done += future.result()
-                        remaining.remove(futures[future])
-                        progress(done, len(work))
-                except BrokenProcessPool as error:
-                    if attempt == _TRIES - 1:
-                        raise _died(len(remaining)) from error
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                else:
-                    return
+        threads, done = max(1, torch.get_num_threads() // self.workers), 0
+        for _ in range(_TRIES):
+            finished = {key: store.finished(key) for key in set(keys.values())}
+            work = [(question, name) for question, name in work if name not in finished[keys[question]]]
+            if not work:
+                return
+            total = done + len(work)
+            for count in self._run(tasks(work, stream, store, keys, self.workers, threads)):
+                done += count
+                progress(done, total)
+        if any(name not in store.finished(keys[question]) for question, name in work):
+            raise _died()
+
+    def _run(self, parts: Sequence[Task]) -> Iterator[int]:
+        """Run tasks in processes until each has ended; what every finished task gives."""
+        context, workers = get_context("spawn"), dict[Any, Any]()
+        try:
+            for shares in (parts[first :: self.workers] for first in range(min(self.workers, len(parts)))):
+                receiver, sender = context.Pipe(duplex=False)
+                workers[receiver] = context.Process(target=_work, args=(shares, sender), daemon=True)
+                workers[receiver].start()
+                sender.close()  # so that the death of the only one who holds it ends what is received
+            running = list(workers)
+            while running:
+                for receiver in wait(running):
+                    try:
+                        message = cast("Any", receiver).recv()
+                    except EOFError:
+                        running.remove(receiver)
+                        continue
+                    if isinstance(message, BaseException):
+                        raise message
+                    yield message
+        finally:
+            for worker in workers.values():
+                worker.terminate()
+                worker.join()
 
 
-def _died(tasks: int) -> ResourceError:
+def _work(parts: Sequence[Task], sender: Connection) -> None:
+    """What a worker does: it reports every task, or why it cannot go on."""
+    signal(SIGINT, SIG_IGN)  # the process that started it says when to stop
+    try:
+        for part in parts:
+            sender.send(part())
+    except Exception as error:  # noqa: BLE001 - it is raised where the answer was asked for
+        sender.send(error)
+
+
+def _died() -> ResourceError:
     return ResourceError(
-        f"a worker process was killed {_TRIES} times; {tasks} tasks are left",
+        f"worker processes were killed {_TRIES} times",
         expected="enough memory for all workers together",
         do="give fewer workers or less --memory, and run the command again: finished blocks are kept",
     )
