@@ -190,11 +190,11 @@ class Dask(Executor):
     """Workers of Dask distributed: a cluster of our own on this machine, or one that is there already.
 
     Args:
-        address: of a scheduler, ``tls://host:port``, or ``tcp://127.0.0.1:port`` on this machine; None starts workers
-            here, which are stopped with this process.
+        address: of a scheduler, ``tls://host:port``, or ``tcp://127.0.0.1:port`` on this machine; or a cluster as
+            Dask has it, such as dask-jobqueue makes; None starts workers here, which are stopped with this process.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: Any = None) -> None:
         self.address = address
         if find_spec("distributed") is None:
             raise UsageError(
@@ -202,7 +202,7 @@ class Dask(Executor):
                 expected="the packages of the extra 'cluster'",
                 do="pip install -c constraints.txt '.[cluster]' in a clone of this project",
             )
-        if address is not None and not address.startswith("tls://") and not _LOOPBACK.match(address):
+        if isinstance(address, str) and not address.startswith("tls://") and not _LOOPBACK.match(address):
             raise UsageError(
                 f"the scheduler {address}",
                 expected="tls://host:port, since Dask has no passwords, or tcp://127.0.0.1:port on this machine",
@@ -232,7 +232,7 @@ _LOOPBACK = re.compile(r"(tcp://)?(127\.0\.0\.1|localhost|\[::1\]):\d+$")
 
 
 @contextmanager
-def _client(address: str | None) -> Generator[Any]:
+def _client(address: Any) -> Generator[Any]:
     """A client of a scheduler; of one on this machine alone where no address is given."""
     from dask.config import set as configured
     from distributed import Client, LocalCluster
@@ -254,7 +254,8 @@ def _client(address: str | None) -> Generator[Any]:
             yield client
         return
     try:
-        client = Client(address, security=Security() if address.startswith("tls://") else None, timeout="10s")
+        security = Security() if isinstance(address, str) and address.startswith("tls://") else None
+        client = Client(address, security=security, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(
             f"no Dask scheduler answers at {address}: {error}",
