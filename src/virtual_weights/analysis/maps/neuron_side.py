@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -14,11 +13,13 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, Stream
 from virtual_weights.stream.group import NEURON_PORTS, NeuronPort, no_mlps
 
+_PIECE = 8192  # neurons at once, of MLPs that have more
+
 
 @final
 @dataclass(frozen=True, eq=False)
 class NeuronRows:
-    """The neurons of one MLP.
+    """The neurons of one range.
 
     Attributes:
         number: (n,) where each stands among the neurons of its side.
@@ -43,6 +44,7 @@ class NeuronRows:
 class NeuronRange:
     """Some neurons of one MLP: a slice of them, numbered from ``first`` among all of their side."""
 
+    name: str
     mlp: Group
     position: int
     neurons: slice
@@ -52,6 +54,11 @@ class NeuronRange:
     def count(self) -> int:
         """How many neurons."""
         return self.neurons.stop - self.neurons.start
+
+    @property
+    def numbers(self) -> slice:
+        """Their numbers."""
+        return slice(self.first, self.first + self.count)
 
 
 @final
@@ -63,7 +70,7 @@ class NeuronSide:
         stream: the model.
         port: ``"in"``, ``"up"``, ``"gate"`` or ``"out"``.
         labels: their names, in order of depth; of readers with the port.
-        ranges: their MLPs, in order of depth.
+        ranges: their MLPs, in order of depth, wide ones in several pieces.
     """
 
     stream: Stream
@@ -72,20 +79,15 @@ class NeuronSide:
     ranges: tuple[NeuronRange, ...]
 
     def load(self, part: NeuronRange, device: str) -> NeuronRows:
-        """The neurons of one MLP, read anew each time."""
+        """The neurons of one range, read anew each time."""
         if self.port == "out":
             rows = self.stream.write(part.mlp)[0].T[part.neurons]
         else:
             rows = self.stream.read(self.port, part.mlp).maps[0, part.neurons]
-        rows = rows.to(device)
+        rows = rows.to(device).contiguous()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulate)
         number = torch.arange(part.first, part.first + len(rows), device=device)
         return NeuronRows(number, part.position, rows.float() / norms[:, None].float(), norms)
-
-    def batches(self, memory: int) -> Iterator[tuple[NeuronRange, ...]]:
-        """Consecutive MLPs whose directions fit into so many bytes together, at least one at a time."""
-        step = max(1, memory // (4 * self.stream.d_model * max(1, *(group.width for group in self.stream.groups.mlps))))
-        return (self.ranges[i : i + step] for i in range(0, len(self.ranges), step))
 
 
 def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | None = None) -> NeuronSide:
@@ -106,8 +108,12 @@ def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | N
         assert position is not None
         if only in mlp.neurons:
             i = mlp.neurons.index(only)
-            return NeuronSide(stream, port, (f"{only}{end}",), (NeuronRange(mlp, position, slice(i, i + 1), 0),))
-        ranges.append(NeuronRange(mlp, position, slice(0, mlp.width), len(labels)))
+            part = NeuronRange(mlp.id, mlp, position, slice(i, i + 1), 0)
+            return NeuronSide(stream, port, (f"{only}{end}",), (part,))
+        for start in range(0, mlp.width, _PIECE):
+            neurons = slice(start, min(start + _PIECE, mlp.width))
+            name = mlp.id if mlp.width <= _PIECE else f"{mlp.id}.{start}"
+            ranges.append(NeuronRange(name, mlp, position, neurons, len(labels) + start))
         labels += (f"{neuron}{end}" for neuron in mlp.neurons)
     if only is not None:
         raise UsageError(
