@@ -169,7 +169,7 @@ def main() -> None:
         MODELS[options.make[0]](Path(options.make[1]))
         return
     rates = {name: matrix_rate(getattr(torch, name)) for name in ("float32", "float64")}
-    options.rate = rates["float64"]
+    options.rate = rates["float32"]
     print(json.dumps({"matrix_rate": rates}), flush=True)
     rows = []
     for name in MODELS if options.model == "all" else [options.model]:

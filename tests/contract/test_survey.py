@@ -26,7 +26,7 @@ from virtual_weights.runtime.fate.erased import Erased
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.survey import Part, Plan, Survey, map_model
-from virtual_weights.survey.plan import survey_into
+from virtual_weights.survey.plan import filling
 
 Capture = pytest.CaptureFixture[str]
 PARTS = (Part.composition, Part.bandwidth)
@@ -85,7 +85,7 @@ def test_an_interrupted_map_goes_on_where_it_stopped(folder: Path, tmp_path: Pat
 
     def stopping(name: str) -> Progress:
         def report(done: float, total: float) -> None:
-            if len(computed) == 3 or name.startswith("attribution"):
+            if name.startswith("bandwidth"):
                 raise KeyboardInterrupt
 
         return report
@@ -93,11 +93,11 @@ def test_an_interrupted_map_goes_on_where_it_stopped(folder: Path, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         mapped(folder, path, plan, progress=stopping)
     first = Atlas.open(path).keys()
-    assert len(first) == len(computed) == 3
+    assert len(first) == len(computed) >= 6
     mapped(folder, path, plan)
     whole = mapped(folder, tmp_path / "whole", plan).keys()
     assert set(Atlas.open(path).keys()) == set(whole) > set(first)
-    assert len(computed) == 2 * len(whole), "none of the first three again"
+    assert len(computed) == 2 * len(whole), "none of the first again"
 
 
 def test_a_map_draws_bars_where_they_can_be_watched(folder: Path, tmp_path: Path, capfd: Capture) -> None:
@@ -140,16 +140,16 @@ def test_a_metric_that_cannot_be_named_is_answered_but_not_stored(folder: Path, 
         return factor * last_logit(logits, tokens)
 
     run = Run.on_repeats(stream, 32, 16)
-    survey = survey_into(tmp_path / "atlas", stream, run, None, quiet)
-    record = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled))
-    assert survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled)) is record
-    assert survey.atlas is not None
-    assert not survey.atlas.keys()
-    plain = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit))
-    assert len(survey.atlas.keys()) == 1
+    with filling(tmp_path / "atlas", stream, run, None, quiet) as survey:
+        record = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled))
+        assert survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=scaled)) is record
+        assert survey.atlas is not None
+        assert not survey.atlas.keys()
+        plain = survey.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit))
+        assert len(survey.atlas.keys()) == 1
     assert torch.allclose(record["effect_nats"], factor * plain["effect_nats"])  # type: ignore[operator,arg-type]
-    again = survey_into(tmp_path / "atlas", stream, run, None, quiet)
-    assert again.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit)) == plain
+    with filling(tmp_path / "atlas", stream, run, None, quiet) as again:
+        assert again.ask(vw.EdgeAblation("L0H1", "L2H3.K", metric=last_logit)) == plain
 
 
 def last_logit(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -136,6 +136,12 @@ class Source(ABC):
         return self._reference
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What ``open_source`` takes to open it again, of files alone."""
+        config = dict(self._config) if self._dialect == "hf" else None
+        return {"reference": self._reference, "config": config, "allow_non_finite": self._allow_non_finite}
+
+    @property
     def dialect(self) -> str:
         """Whose tensor names these are: ``"hf"``, ``"gguf"`` or ``"transformer_lens"``."""
         return self._dialect

@@ -27,6 +27,7 @@ from virtual_weights.cli.model import check, model_commands, rotate
 from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.observe import labels, observe
 from virtual_weights.cli.options import Command, Group
+from virtual_weights.cli.plan import plan
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.trace import trace
 from virtual_weights.cli.validate import validate
@@ -59,6 +60,7 @@ _M = "smollm2-135m"
 _PROMPT = '--prompt "The capital of France is"'
 VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("map", map_model, START, "2 min", EITHER, f"{_M} -o atlas"),
+    ("plan", plan, START, "4 s", WEIGHTS, f"{_M}"),
     ("edges", edges, START, "4 s", "reads an atlas", "atlas --reader L18H6.K --top 10"),
     ("composition", composition, START, "4 s", EITHER, f"{_M} --port K --top 10"),
     ("trace", trace, START, "10 s", RUN, f"{_M} {_PROMPT}"),

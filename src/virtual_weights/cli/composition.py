@@ -41,7 +41,7 @@ def composition(
     tokens: o.Tokens = 4096,
     top: o.Top = 20,
     save: o.Save = None,
-    compute_dtype: o.ComputeDtype = "float64",
+    compute_dtype: o.ComputeDtype = "float32",
     device: o.Device = "cpu",
     memory_mb: o.Memory = None,
 ) -> Answer:
@@ -62,11 +62,11 @@ def composition(
         need_runtime(session)
     if port.value not in ("Q", "K"):
         o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
-    memory, observed = memory_mb or 256, moments is not None or text is not None
+    memory, observed = memory_mb or 1024, moments is not None or text is not None
     by = by or ("contribution" if observed else "score")
     o.checked_column(by, columns(port.value, observed=observed))
     averages = _moments(session, moments, text, tokens, device)  # first: a file that is not there is refused at once
-    question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device, memory)
+    question = vw.Composition(port.value, rotary_offset, writers.value, compute_dtype, device=device, memory_mb=memory)
     record = question(session.stream, session.step(f"composition {port.value}"))
     if averages is not None:
         flow = vw.Contribution(port.value, averages, False, writers.value, rotary_offset, device, memory)

@@ -49,8 +49,9 @@ def map_model(
         int, typer.Option("--edges", metavar="N", min=0, help="with --text or --repeated: how many edges to remove")
     ] = 16,
     top: o.Top = 10,
-    compute_dtype: o.ComputeDtype = "float64",
+    compute_dtype: o.ComputeDtype = "float32",
     memory_mb: o.Memory = None,
+    executor: o.Executor = "local",
 ) -> Answer:
     """Compute every connection of a model from its weights and write a report. Resumes where it stopped.
 
@@ -58,22 +59,24 @@ def map_model(
     and what removing the strongest ones costs.
     """
     from virtual_weights.report import report
-    from virtual_weights.survey.plan import survey_into
+    from virtual_weights.survey.plan import filling
 
     if not session.runs:
         o.refuse_unused(context, "without a text to run on", "edge_count")
-    began, parts, model = time.monotonic(), _parts(only), session.name
+    began, parts, model = time.monotonic(), parts_of(only), session.name
     if moments is not None and session.runs:
         raise UsageError("a run and a file of moments", expected="a text, or --moments", do="keep one of them")
     folder = output or Path(f"{_named(model)}.atlas")
     o.checked_folder(folder)
     manner = {"compute_dtype": compute_dtype, "device": session.options["device"], "memory_mb": memory_mb}
+    manner["executor"] = executor
     stream = session.stream
     plan = vw.Plan(parts, rotary_offset, edge_count, None if moments is None else vw.Moments.load(moments, stream))
-    survey = survey_into(folder, stream, session.run if session.runs else None, model, session.step, **manner)
-    records = list(plan.records(survey))
-    assert survey.atlas is not None
-    page = report(survey.atlas, records=records)
+    run = session.run if session.runs else None
+    with filling(folder, stream, run, model, session.step, **manner) as survey:
+        records = list(plan.records(survey))
+        assert survey.atlas is not None
+        page = report(survey.atlas, records=records)
     seconds, figures = time.monotonic() - began, _summary(stream, records, top)
     parameters = {"parts": list(parts), "rotary_offset": rotary_offset, "edges": edge_count}
     header = header_of("map", parameters, stream)
@@ -187,7 +190,7 @@ def _convention(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parts(only: str | None) -> tuple[vw.Part, ...]:
+def parts_of(only: str | None) -> tuple[vw.Part, ...]:
     """The parts asked for, in the order of the report."""
     wanted = list(vw.Part) if only is None else o.listed("--only", only, expected=PARTS)
     unknown = [name for name in wanted if name not in tuple(vw.Part)]

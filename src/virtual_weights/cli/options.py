@@ -276,7 +276,7 @@ ComputeDtype = Annotated[
     typer.Option(
         "--compute-dtype",
         metavar="DTYPE",
-        help="precision of the products, float64 or float32; sums are in float64 either way",
+        help="precision of the products, float32 or float64; sums are in float64 either way",
     ),
 ]
 Device = Annotated[
@@ -286,6 +286,15 @@ Device = Annotated[
 Memory = Annotated[
     int | None,
     typer.Option("--memory", metavar="SIZE", parser=mebibytes, help="memory limit for intermediate results, e.g. 4GB"),
+]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="WHO",
+        help="who computes pairs: local (this process), local:N (N processes), dask (a cluster on this machine), "
+        "dask:tls://host:port",
+    ),
 ]
 Save = Annotated[
     Path | None,

@@ -74,7 +74,7 @@ class MapStack:
 
 def self_moments(stack: MapStack) -> tuple[Tensor, Tensor]:
     """``tr G_i`` and ``tr G_i^2`` of every map: the first two of :func:`power_traces`."""
-    trace, square = _traces(stack, 2)
+    trace, square = traces_through(stack, inner_grams(stack), 2)
     return trace, square
 
 
@@ -91,23 +91,29 @@ def power_traces(stack: MapStack) -> tuple[Tensor, Tensor, Tensor]:
         0 where ``tr G`` is rounding of ``||M|| ||W||``. Invariant under rotation of the stream and re-basing inside the
         map.
     """
-    trace, square, cube = _traces(stack, 3)
+    trace, square, cube = traces_through(stack, inner_grams(stack), 3)
     return trace, square, cube
 
 
-def _traces(stack: MapStack, powers: int) -> list[Tensor]:
-    """``tr G_i^p`` for p up to 2 or 3."""
+def inner_grams(stack: MapStack) -> Tensor:
+    """``W = outer outer^T`` of every outer factor, (m, k, k) float64."""
+    k = stack.inner
+    grams = torch.empty((stack.outer.shape[0], k, k), dtype=accumulate, device=stack.outer.device)
+    step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
+    for start in range(0, len(grams), step):
+        block = stack.outer[start : start + step].to(accumulate)
+        torch.bmm(block, block.mT, out=grams[start : start + step])
+    return grams
+
+
+def traces_through(stack: MapStack, grams: Tensor, powers: int) -> list[Tensor]:
+    """``tr G_i^p`` for p up to 2 or 3, from the ``inner_grams`` of the stack."""
     k, device = stack.inner, stack.outer.device
     step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
-    cuts = [slice(i, i + step) for i in range(0, stack.outer.shape[0], step)]
-    gram = torch.empty((stack.outer.shape[0], k, k), dtype=accumulate, device=device)
-    for cut in cuts:
-        block = stack.outer[cut].to(accumulate)
-        torch.bmm(block, block.mT, out=gram[cut])
     traces = [torch.empty(stack.count, dtype=accumulate, device=device) for _ in range(powers)]
     for start in range(0, stack.count, step):
         cut = slice(start, start + step)
-        product = gram[stack.index[cut].to(device)]
+        product = grams[stack.index[cut].to(device)]
         size = torch.linalg.matrix_norm(product)
         if stack.metric is not None:
             metric = stack.metric[cut].to(device=device, dtype=accumulate)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -240,6 +241,48 @@ def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
         expected=f"a {stream.spec.model_type} model with that part",
         do="open the complete checkpoint, or ask about a part it holds",
     )
+
+
+def token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int = 8192) -> Iterator[Tensor]:
+    """Tokens as rows (t, d) of the embedding or the unembedding, as ``write`` and ``read`` give them, in parts.
+
+    What is taken from all tokens alike, the mean of the unembedding, is summed in float64 in a pass of its own.
+
+    Args:
+        stream: the model.
+        side: which.
+        rows: how many tokens at most in one part.
+
+    Raises:
+        MissingTensorError: a partial checkpoint lacks it.
+    """
+    mean = None
+    if side == "unembed" and stream.folded and stream.spec.head.cap is None:
+        total, count = 0.0, 0
+        for part in _token_parts(stream, side, rows):
+            total, count = total + part.sum(0, dtype=torch.float64), count + len(part)
+        mean = total / count
+    for part in _token_parts(stream, side, rows):
+        if mean is not None:
+            rest = part - mean
+            part = rest.masked_fill(rest.abs() <= torch.finfo(part.dtype).eps * part.abs(), 0.0).to(part.dtype)
+        yield part
+
+
+def _token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int) -> Iterator[Tensor]:
+    role = READINGS[side] if side == "unembed" else WRITINGS[side]
+    count = stream.spec.vocab or len(_needed(stream, role, side))
+    gain = norm_gain(stream, "norm", side, stream.spec.head.norm) if side == "unembed" else None
+    for start in range(0, count, rows):
+        part = stream.weight(role, side, slice(start, min(start + rows, count)))
+        if part is None:
+            raise _missing(stream, role, side)
+        if side == "embed":
+            part = embedded(stream, side, part)
+            yield without_mean(_least(stream, part), -1) if stream.folded and stream.spec.centring else part
+        else:
+            folded = fold(part, gain, stream.spec.head.norm, stream.dtype) if stream.folded else part
+            yield folded * stream.spec.head.factor if stream.folded and stream.spec.head.factor != 1.0 else folded
 
 
 def as_stored(stream: Stream, role: str, group: str) -> Tensor | None:

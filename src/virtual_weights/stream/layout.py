@@ -17,6 +17,12 @@ def unpacked(tensor: Tensor, place: Placement, axes: Mapping[str, int | None]) -
     return _taken(einops.rearrange(tensor, place.layout, **_sizes(place.layout, axes)), place.slot)
 
 
+def in_order(place: Placement) -> bool:
+    """Whether a role's tensor is stored alone and in canonical axes."""
+    stored, canonical = (side.strip() for side in place.layout.split("->"))
+    return place.slot is None and stored == canonical
+
+
 def packed(roles: Sequence[Tensor], row: Row, axes: Mapping[str, int | None]) -> Tensor:
     """The stored tensor of a row, of its roles in canonical axes."""
     stored, canonical = (side.strip() for side in row.layout.split("->"))

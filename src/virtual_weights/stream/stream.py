@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from virtual_weights.architecture import Attention, Entry, Model, ModelSpec
-from virtual_weights.checkpoint import Source
+from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.pinned_file import recall, remember
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
 from virtual_weights.stream.group import Component, Group, Groups, Port, group_id, groups
-from virtual_weights.stream.layout import unpacked
+from virtual_weights.stream.layout import in_order, unpacked
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale, without_mean
 from virtual_weights.stream.question import Question
@@ -62,6 +62,16 @@ class Stream:
             f"  norm: {self.norm_stamp}\n"
             f'  stream["L1H0"], stream["L1H0.K"]{mlp}; .heads, .groups; Composition("K")(stream)'
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: they open the checkpoint by its reference, and refuse one of other content."""
+        if not self.source.files:
+            raise UsageError(
+                "a model in memory cannot be sent to another process",
+                expected="a checkpoint in files",
+                do="save the model and open the folder",
+            )
+        return _opened_again, (self.source.recipe, self.source.fingerprint, self.model, self.folded, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""
@@ -132,17 +142,23 @@ class Stream:
             stamp["rotary_offset"] = offset or 0 if turning else "no rotary embedding"
         return Record(question.question, tuple(axes), tuple(columns), question.parameters, stamp, self.provenance)
 
-    def weight(self, role: str, group: Group | str) -> Tensor | None:
+    def weight(self, role: str, group: Group | str, rows: slice | None = None) -> Tensor | None:
         """One role's tensor in canonical axes and storage dtype, None where the model has none.
 
         Args:
             role: a role of the tables, e.g. ``"q"``, ``"o"``, ``"norm"``, ``"bias"``.
             group: whose, e.g. ``"L3.attn"``, ``"L3.attn.bias"``, ``"unembed"`` (the last norm too).
+            rows: only these of its first axis; where it is stored so, no others are read.
         """
         place = self.model.placements.get((role, group_id(group)))
         if place is None:
             return None
-        return unpacked(self.source.read(place.tensor), place, self.model.axes(group_id(group)))
+        axes = self.model.axes(group_id(group))
+        if rows is None:
+            return unpacked(self.source.read(place.tensor), place, axes)
+        if in_order(place):
+            return self.source.read(place.tensor, rows)
+        return unpacked(self.source.read(place.tensor), place, axes)[rows]
 
     def read(self, port: Port, group: Group | str = "unembed") -> Read:
         """The effective read maps of one port: ``R~ = diag(g) R diag(gamma) (P)`` and ``g (R beta + c)``.
@@ -290,6 +306,17 @@ class Stream:
                 do='name it, such as "L3.attn"',
             )
         return first
+
+
+def _opened_again(recipe: dict[str, Any], fingerprint: str, *rest: Any) -> Stream:
+    source = open_source(**recipe)
+    if source.fingerprint != fingerprint:
+        raise UsageError(
+            f"{source.reference} holds another checkpoint here than where the work was divided",
+            expected=f"the checkpoint of fingerprint {fingerprint}",
+            do="give all machines the same files",
+        )
+    return Stream(source, *rest)
 
 
 class _Provenance(Mapping[str, Any]):

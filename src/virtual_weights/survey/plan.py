@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +26,7 @@ from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNe
 from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.atlas import Atlas
+from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
 from virtual_weights.progress import Step
 from virtual_weights.record import Header, Record
@@ -89,7 +92,7 @@ class Plan:
         """Ask everything; statements last, since they ask what the rest has answered."""
         for part in self.parts:
             if part is not Part.statements:
-                yield from survey.answers(list(self._questions(part, survey)))
+                yield from survey.answers(self.questions(part, survey.stream))
                 if part is Part.composition and survey.stream.heads:
                     yield from survey.answers(list(self._spectra(survey)))
         if survey.run is not None:
@@ -99,9 +102,11 @@ class Plan:
         if Part.statements in self.parts and survey.stream.folded:
             yield survey.ask(Statements())
 
-    def _questions(self, part: Part, survey: Survey) -> Iterator[Question[Any]]:
-        """The questions of one part of the weights' side."""
-        groups = survey.stream.groups
+    def questions(self, part: Part, stream: Stream) -> list[Question[Any]]:
+        """The questions of one part of the weights' side, as far as they are known beforehand."""
+        if part is Part.statements:
+            return [Statements()] if stream.folded else []
+        groups = stream.groups
         of_heads: dict[Part, Callable[[], list[Question[Any]]]] = {
             Part.overlap: lambda: [Overlap(port) for port in HEAD_PORTS],
             Part.subspaces: lambda: [Subspaces("O", "K"), Subspaces("O", "V")],
@@ -117,9 +122,8 @@ class Plan:
             Part.bandwidth: lambda: [Bandwidth()],
             Part.basis: lambda: [Basis()],
         }
-        for table, present in ((of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))):
-            if present and part in table:
-                yield from table[part]()
+        tables = (of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))
+        return [question for table, present in tables if present and part in table for question in table[part]()]
 
     def _composition(self, port: Any) -> Composition:
         return Composition(port, self.rotary_offset, "all")
@@ -171,7 +175,10 @@ def map_model(
         name: what to call the model; None takes its reference.
         progress: whether to draw progress bars, on stderr; None draws them on a terminal and in a notebook. Or what
             begins a step of the progress by name.
-        manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them.
+        manner: ``device``, ``memory_mb`` and ``compute_dtype`` for every question that has them; and ``executor``, who
+            computes pairs, block by block: ``"local"``, this process; ``"local:N"``, N processes; ``"dask"``, a cluster
+            of our own on this machine; ``"dask:tls://host:port"``, one that is there. The answers are the same to the
+            last bit.
 
     Raises:
         UsageError: the folder holds something else, or the run is of another model.
@@ -182,9 +189,10 @@ def map_model(
     """
     stream = model if isinstance(model, Stream) else open_stream(model) if run is None else run.stream
     with bars(progress) as step:
-        survey = survey_into(path, stream, run, name or (model if isinstance(model, str) else None), step, **manner)
-        for _ in (plan or Plan()).records(survey):
-            pass
+        called = name or (model if isinstance(model, str) else None)
+        with filling(path, stream, run, called, step, **manner) as survey:
+            for _ in (plan or Plan()).records(survey):
+                pass
     assert survey.atlas is not None
     return survey.atlas
 
@@ -193,10 +201,16 @@ map = map_model  # its public name, virtual_weights.map, by which help() calls i
 map.__name__ = map.__qualname__ = "map"
 
 
-def survey_into(
-    path: str | Path, stream: Stream, run: Run | None, name: str | None, step: Step, **manner: Any
-) -> Survey:
-    """A survey that fills the atlas in a folder.
+@contextmanager
+def filling(
+    path: str | Path,
+    stream: Stream,
+    run: Run | None,
+    name: str | None,
+    step: Step,
+    **manner: Any,
+) -> Generator[Survey]:
+    """A survey that fills the atlas in a folder; another one of that atlas waits until this one is done.
 
     Raises:
         UsageError: as ``map_model``.
@@ -209,7 +223,13 @@ def survey_into(
             expected=f"a run of {stream.source.reference}",
             do="make a run of this model",
         )
-    return Survey(stream, Atlas.create(path, manifest_of(stream, name)), run, step, **manner)
+    atlas = Atlas.create(path, manifest_of(stream, name))
+    survey = Survey(stream, atlas, run, step, **manner)
+    with at_work(atlas.path, lambda text: sys.stderr.write(f"{text}\n")):
+        store = BlockStore(atlas.path / BLOCKS)
+        store.sweep(atlas.finished)
+        yield survey
+        store.sweep(atlas.finished)
 
 
 def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 from virtual_weights.atlas import Atlas, task_key
-from virtual_weights.errors import RecordError
+from virtual_weights.atlas.blocks import BLOCKS, BlockStore
+from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.progress import Progress, Step, quiet
 from virtual_weights.record import Record
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Composite, Question, Stream
+from virtual_weights.stream import Blocked, Composite, Question, Stream
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.question import batched, subject_of
+from virtual_weights.survey.executors import Executor, Here, executor_of
 
 ENDS = ("port", "role_a", "role_b", "writer", "reader", "kind")
 """Parameters by which questions of one kind are told apart: what they are about, not how it is computed."""
@@ -64,6 +68,7 @@ class Survey:
         atlas: where answers are stored and looked up; None keeps them in memory.
         run: what questions of a run are asked of; None refuses them.
         step: begins a step of the progress by name.
+        executor: who computes blocks: ``"local"``, ``"local:N"`` processes, ``"dask"``, ``"dask:tls://host:port"``.
         manner: values of cost fields (``device``, ``memory_mb``, ``batch``) and of ``compute_dtype`` for every question
             that has such a field, those that statements ask among them.
 
@@ -73,9 +78,22 @@ class Survey:
     """
 
     def __init__(
-        self, stream: Stream, atlas: Atlas | None = None, run: Run | None = None, step: Step = quiet, **manner: Any
+        self,
+        stream: Stream,
+        atlas: Atlas | None = None,
+        run: Run | None = None,
+        step: Step = quiet,
+        executor: str | Executor = "local",
+        **manner: Any,
     ) -> None:
         self.stream, self.atlas, self.run, self.step = stream, atlas, run, step
+        self.executor = executor_of(executor)
+        if not isinstance(self.executor, Here) and not stream.source.files:
+            raise UsageError(
+                "a model in memory cannot be sent to other processes",
+                expected="a checkpoint in files, which each of them opens",
+                do="save the model and open the folder, or use the executor local",
+            )
         self._manner = manner
         self._records: dict[str, Record] = {}
 
@@ -89,7 +107,7 @@ class Survey:
 
     def answers(self, questions: Sequence[Question[Any]], subject: Run | None = None) -> list[Record]:
         """The answers to several questions, in order; those that one pass serves are computed together."""
-        adapted = [self._adapted(question) for question in questions]
+        adapted = self.adapted(questions)
         subjects = (subject or self.run, self.stream)
         keys = [self._key(question, subject_of(question, subjects)) for question in adapted]
         missing = {key: question for key, question in zip(keys, adapted, strict=True) if not self._known(key)}
@@ -133,6 +151,10 @@ class Survey:
         conventions = {"norm": self.stream.norm_stamp, **run}
         return task_key(fingerprint, question.question, question.parameters, conventions)
 
+    def adapted(self, questions: Iterable[Question[Any]]) -> list[Question[Any]]:
+        """Questions with the survey's own cost fields and dtype, as they are asked."""
+        return [self._adapted(question) for question in questions]
+
     def _adapted(self, question: Question[Any]) -> Question[Any]:
         """The question with the survey's own cost fields and dtype, which change no answer, or that of all alike."""
         names = {f.name for f in fields(question) if f.metadata.get("cost") or f.name == "compute_dtype"}  # pyright: ignore[reportArgumentType]
@@ -150,11 +172,36 @@ class Survey:
         if isinstance(batch[0], Composite):
             ask = partial(self.answers, subject=subjects[0])
             answers = ((question, question(subject, progress, ask)) for question in batch)  # pyright: ignore[reportCallIssue]
+        elif isinstance(batch[0], Blocked) and isinstance(subject, Stream):
+            answers = self._from_blocks([q for q in batch if isinstance(q, Blocked)], progress)
         else:
             answers = type(batch[0]).together(batch, subject, progress)
         for question, record in answers:
             self._store(self._key(question, subject), question, record, time.monotonic() - began)
             began = time.monotonic()
+
+    def _from_blocks(self, batch: Sequence[Blocked[Any]], progress: Progress) -> Iterator[tuple[Blocked[Any], Record]]:
+        """Answers from blocks, those that an earlier run finished among them."""
+        if self.atlas is None and isinstance(self.executor, Here):
+            yield from type(batch[0]).together(batch, self.stream, progress)  # pyright: ignore[reportReturnType]
+            return
+        with ExitStack() as stack:
+            folder = stack.enter_context(TemporaryDirectory()) if self.atlas is None else self.atlas.path / BLOCKS
+            store = BlockStore(Path(folder))
+            names = {basis: basis.blocks(self.stream) for basis in dict.fromkeys(q.basis for q in batch)}
+            keys = {basis: self.key(basis, self.stream) for basis in names}
+            answers = {basis: [self.key(q, self.stream) for q in batch if q.basis == basis] for basis in names}
+            for basis, key in keys.items():
+                store.begin(key, basis, names[basis], answers[basis])
+            finished = {basis: store.finished(key) for basis, key in keys.items()}
+            work = [(basis, name) for basis, all in names.items() for name in all if name not in finished[basis]]
+            if work:
+                self.executor.compute(work, self.stream, store, keys, progress)
+            for question in batch:
+                basis = question.basis
+                yield question, question.answer(self.stream, (store.get(keys[basis], name) for name in names[basis]))
+            for key in keys.values():
+                store.drop(key)
 
     def _store(self, key: str, question: Question[Any], record: Record, seconds: float) -> None:
         if self.atlas is not None and question.stored and question.addressable:

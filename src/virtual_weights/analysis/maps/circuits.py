@@ -126,7 +126,9 @@ def _computed(stream: Stream) -> torch.dtype:
     return torch.float64 if all(tensor.dtype == "F64" for tensor in _tensors(stream)) else stream.dtype
 
 
-def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStack:
+def reading_circuits(
+    stream: Stream, port: HeadPort, offset: int = 0, groups: Sequence[Group] | None = None
+) -> MapStack:
     """Every head's circuit as seen from one port, one map per query head.
 
     With the outer factor replaced by its metric, ``||A W||_F^2 = tr(W^T (A^T A) W)``:
@@ -143,6 +145,7 @@ def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStac
         stream: the model.
         port: the reading port.
         offset: rotary offset, for ports Q and K.
+        groups: some attentions; None takes all.
 
     Returns:
         The stack; shared keys and values are held once.
@@ -150,12 +153,12 @@ def reading_circuits(stream: Stream, port: HeadPort, offset: int = 0) -> MapStac
     Raises:
         UsageError: the checkpoint holds no attention head.
     """
-    return _stack(stream, port, offset if port != "V" else 0)
+    return _stack(stream, port, offset if port != "V" else 0, groups)
 
 
-def writing_circuits(stream: Stream) -> MapStack:
-    """Every head's OV circuit as a writer: thin factor ``W_O^T``, metric ``W_V W_V^T``; errors as for readers."""
-    return _stack(stream, "O", 0)
+def writing_circuits(stream: Stream, groups: Sequence[Group] | None = None) -> MapStack:
+    """Every head's OV circuit as a writer: thin factor ``W_O^T``, metric ``W_V W_V^T``; the rest as for readers."""
+    return _stack(stream, "O", 0, groups)
 
 
 def _writers_into(stream: Stream, state: int) -> list[Group]:
@@ -182,8 +185,8 @@ def _factors(stream: Stream, role: HeadRole, group: Group, turn: Tensor | None =
     return maps(role), metric.repeat_interleave(group.shared(opposite[role]), 0)
 
 
-def _stack(stream: Stream, role: HeadRole, offset: int) -> MapStack:
-    groups = stream.groups.readers("Q")
+def _stack(stream: Stream, role: HeadRole, offset: int, groups: Sequence[Group] | None) -> MapStack:
+    groups = stream.groups.readers("Q") if groups is None else groups
     outer: Tensor | None = None
     metrics: list[Tensor] = []
     for i, group in enumerate(groups):
@@ -194,9 +197,13 @@ def _stack(stream: Stream, role: HeadRole, offset: int) -> MapStack:
         outer[i] = thin  # a copy at once: the stack of a large model is not held twice
         metrics.append(metric)
     assert outer is not None
-    heads = len(metrics[0])
-    index = torch.arange(len(groups) * heads) // groups[0].shared(role)
-    return MapStack(outer.flatten(0, 1), index, torch.cat(metrics), _positions(groups, role).repeat_interleave(heads))
+    index = torch.arange(len(groups) * len(metrics[0])) // groups[0].shared(role)
+    return MapStack(outer.flatten(0, 1), index, torch.cat(metrics), head_positions(groups, role))
+
+
+def head_positions(groups: Sequence[Group], role: HeadRole) -> Tensor:
+    """The state that every head of some attentions reads, or in which it first writes."""
+    return torch.cat([_positions([group], role).repeat_interleave(len(group.components)) for group in groups])
 
 
 def _positions(groups: Sequence[Group], role: HeadRole) -> Tensor:

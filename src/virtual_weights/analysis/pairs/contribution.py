@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, final
@@ -10,20 +10,16 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.map_side import (
-    Gram,
-    MapSide,
-    component_axis,
-    pair_products,
-    read_gram,
-    write_gram,
-)
-from virtual_weights.linalg import MapStack, accumulate
+from virtual_weights.analysis.maps.map_side import component_axis, read_gram, write_gram
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, beyond_rounding, self_moments
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.moments import Moments
+
+Gram = Callable[[], Tensor]
+"""Makes the (d, d) float64 Gram of one map when it is needed."""
 
 
 @final
@@ -111,8 +107,8 @@ class Contribution(Question[Stream]):
             reaching = [writer for writer in writers if writer.reaches(group.reads)]
             if reaching:
                 sources = self._writing(stream, reaching, group, outer)
-                products = pair_products(side, sources, device=self.device, memory=self.memory_mb * 2**20)
-                block["energy"][:, [place[label] for label in products.axes[1].labels]] = products.squared
+                energy = _energies(side, sources, self.device, self.memory_mb * 2**20)
+                block["energy"][:, [place[label] for label in sources.labels]] = energy
                 columns = [place[label] for writer in reaching for label in writer.labels]
                 energies = torch.cat([self._written(stream, writer, group) for writer in reaching])
                 if self.centred:
@@ -148,18 +144,16 @@ class Contribution(Question[Stream]):
             gauge="free of heads' inner bases",
         )
 
-    def _reading(self, stream: Stream, group: Group) -> tuple[MapSide, Tensor]:
+    def _reading(self, stream: Stream, group: Group) -> tuple[_Maps, Tensor]:
         """The readers of one group, weighted by A, and the energy of all that they receive."""
-        axis = component_axis("reader", (group,), self.port)
-        position = torch.tensor([component.reads for component in group.components])
         if self.port not in HEAD_PORTS:
             gram = partial(read_gram, stream, self.port, group)
-            return MapSide(axis, position, None, (gram,), stream.d_model), torch.full((1,), float("nan"))
+            return _Maps(group.labels, None, (gram,)), torch.full((1,), float("nan"))
         read, shared, metric = stream.read(self.port, group), group.shared(self.port), self._metric(stream, group)
         id = f"{group.id}.{self.port}"
         scales = self.moments.port_scales.get(id)  # the scalar of a norm on the port, as if independent of the rest
         factor = 1.0 if scales is None else scales[:, 1].double().repeat_interleave(shared)[:, None, None]
-        stack = MapStack(read.maps, torch.arange(len(position)) // shared, metric * factor, position)
+        stack = _stack(read.maps, metric * factor)
         second, mean = self.moments.ports[id].double(), self.moments.port_means[id].double()
         if self.centred:
             second = second - _outer_product(mean, mean)
@@ -168,7 +162,7 @@ class Contribution(Question[Stream]):
             cross = _outer_product(mean, c)
             second = second - cross - cross.mT + _outer_product(c, c)
         energy = (metric * second.repeat_interleave(shared, 0)).sum((1, 2))
-        return MapSide(axis, position, stack, (), stream.d_model), energy
+        return _Maps(group.labels, stack, ()), energy
 
     def _metric(self, stream: Stream, group: Group) -> Tensor:
         """``A^T A`` of every head, (heads, k, k) float64."""
@@ -238,19 +232,17 @@ class Contribution(Question[Stream]):
             return stream.groups.readers("Q")
         return [g for g in stream.groups.writers if g.kind == "head" or g.constant or g.id in self.moments.second]
 
-    def _writing(self, stream: Stream, writers: Sequence[Group], reader: Group, outer: Mapping[str, Tensor]) -> MapSide:
+    def _writing(self, stream: Stream, writers: Sequence[Group], reader: Group, outer: Mapping[str, Tensor]) -> _Maps:
         """Writers as a reader receives them: maps O, weighted by ``C^(1/2)``; heads first."""
         assert reader.reads is not None
         heads = [group for group in writers if group.kind == "head"]
         wide = [group for group in writers if group.kind != "head"]
-        position = torch.tensor([c.writes for group in (*heads, *wide) for c in group.components])
         thin = None
         if heads:
             metric = torch.cat([self._second(group, reader.reads) for group in heads])
-            maps = torch.cat([outer[group.id] for group in heads])
-            thin = MapStack(maps, torch.arange(len(maps)), metric, position[: len(maps)])
+            thin = _stack(torch.cat([outer[group.id] for group in heads]), metric)
         grams = tuple(self._wide(stream, group, reader.reads) for group in wide)
-        return MapSide(component_axis("writer", (*heads, *wide)), position, thin, grams, stream.d_model)
+        return _Maps(tuple(label for group in (*heads, *wide) for label in group.labels), thin, grams)
 
     def _wide(self, stream: Stream, group: Group, state: int) -> Gram:
         if not group.constant:
@@ -263,6 +255,60 @@ class Contribution(Question[Stream]):
         """C of a group as a state receives it."""
         second, mean = self.moments.held_at(group.id, state - group.first)
         return second - _outer_product(mean, mean) if self.centred else second
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """Maps on one side, all of which meet all of the other: heads in thin factors, then the others by their Grams."""
+
+    labels: tuple[str, ...]
+    thin: MapStack | None
+    grams: tuple[Gram, ...]
+
+    @property
+    def heads(self) -> int:
+        """How many are thin."""
+        return 0 if self.thin is None else self.thin.count
+
+
+def _stack(outer: Tensor, metric: Tensor) -> MapStack:
+    shared = len(metric) // len(outer)
+    return MapStack(outer, torch.arange(len(metric)) // shared, metric, torch.zeros(len(metric), dtype=torch.int64))
+
+
+def _energies(readers: _Maps, writers: _Maps, device: str, memory: int) -> Tensor:
+    """``<G_r, G_w>`` of all pairs, (n_r, n_w) float64; 0 where it is rounding of ``||G_r|| ||G_w||``."""
+    energy = torch.empty(len(readers.labels), len(writers.labels), dtype=accumulate)
+    sizes = [torch.empty(len(side.labels), dtype=accumulate) for side in (readers, writers)]
+    for side, size in zip((readers, writers), sizes, strict=True):
+        if side.thin is not None:
+            size[: side.heads] = self_moments(side.thin)[1].cpu()
+    r, w = readers.heads, writers.heads
+    if readers.thin is not None and writers.thin is not None:
+        pairs = all_pairs(readers.thin, writers.thin, device=torch.device(device), memory=memory)
+        energy[:r, :w] = pairs.squared.cpu()
+    reading = [make().to(device) for make in readers.grams]
+    for i, gram in enumerate(reading, r):
+        sizes[0][i] = gram.square().sum()
+        energy[i, :w] = _through(writers.thin, gram)
+    for j, make in enumerate(writers.grams, w):
+        gram = make().to(device)
+        sizes[1][j] = gram.square().sum()
+        energy[:r, j] = _through(readers.thin, gram)
+        energy[r:, j] = torch.stack([(gram * other).sum() for other in reading]).cpu() if reading else energy[r:, j]
+    return beyond_rounding(energy, (sizes[0][:, None] * sizes[1]).sqrt()).clamp_(min=0.0)
+
+
+def _through(heads: MapStack | None, gram: Tensor) -> Tensor:
+    """``<G_i, S> = tr(metric_i outer S outer^T)`` of thin maps with one (d, d) Gram S."""
+    if heads is None:
+        return torch.empty(0, dtype=accumulate)
+    step = max(1, WORKSPACE_BYTES // (16 * heads.inner * heads.width))
+    outers = (outer.to(device=gram.device, dtype=accumulate) for outer in heads.outer.split(step))
+    cores = torch.cat([outer @ gram @ outer.mT for outer in outers])[heads.index]
+    assert heads.metric is not None
+    return (heads.metric.to(device=gram.device, dtype=accumulate) * cores).sum((1, 2)).cpu()
 
 
 def _outer_product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -11,22 +12,25 @@ from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import HeadRole, check_energy, rank_cut, subspace_axis, subspace_bases
 from virtual_weights.analysis.maps.map_side import (
-    Gram,
     MapSide,
-    lift_columns,
-    pair_products,
+    Piece,
+    Rows,
+    gram_of,
+    read_rows,
+    thin_pieces,
     wide_readers,
+    write_rows,
     writing_side,
 )
-from virtual_weights.linalg import MapStack, Spectrum, overlap_moments, standardised
-from virtual_weights.progress import Progress, silent
+from virtual_weights.analysis.maps.pair_products import AllPairs, lift_columns
+from virtual_weights.linalg import MapStack, Spectrum, one_thread, overlap_moments, standardised
 from virtual_weights.record import Column, Record
-from virtual_weights.stream import Question, Stream, cost
+from virtual_weights.stream import Block, Group, Stream
 from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 
 
 @dataclass(frozen=True)
-class Overlap(Question[Stream]):
+class Overlap(AllPairs):
     """Mean squared cosine of the principal angles between what each writer can write and what a port can read.
 
     With orthonormal bases ``Q_w`` of a writer's column space (dimension r_w) and ``Q_r`` of a reader's row space
@@ -46,7 +50,7 @@ class Overlap(Question[Stream]):
         energy: keep of each map the fewest leading directions with this share of its squared gains, in (0, 1]; None
             keeps its whole numerical rank.
         device: any torch device.
-        memory_mb: workspace of the kernel in MiB.
+        memory_mb: MiB for maps and Grams that are in use together.
 
     Reference: Hamm and Lee 2008, "Grassmann discriminant analysis" (projection kernel).
     """
@@ -55,34 +59,27 @@ class Overlap(Question[Stream]):
     port: Port = "K"
     writers: Writers = "heads"
     energy: float | None = None
-    device: str = cost("cpu")
-    memory_mb: int = cost(256)
 
     def __post_init__(self) -> None:
         check_port(self.port)
         check_writers(self.writers)
         check_energy(self.energy)
 
-    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
-        """Compute all pairs.
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which pairs are multiplied."""
+        return torch.float32
+
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
+        """All pairs.
 
         Returns:
             A Record over (reader, writer), both in order of depth; of Q, K and V the distinct read maps of the port.
-
-        Raises:
-            UsageError: the model has no such port, or the checkpoint holds no reader or no writer.
         """
-        products = pair_products(
-            self._readers(stream),
-            self._projected(stream, writing_side(stream, self.writers, lambda: self._heads(stream, "writer", "O"))),
-            device=self.device,
-            memory=self.memory_mb * 2**20,
-            averaged=True,
-            progress=progress,
-        )
+        products = self.products(subject, blocks)
         r, w = products.readers[0].round()[:, None], products.writers[0].round()[None, :]  # the trace of a projector
-        overlap = products.squared / torch.minimum(r, w)
-        mean, variance = overlap_moments(r, w, stream.d_model)
+        overlap = (products.squared / torch.minimum(r, w)).clamp(max=1.0)
+        mean, variance = overlap_moments(r, w, subject.d_model)
         # a map that spans the stream has no deviation, and so no z
         z = standardised(overlap, mean, variance)
         least = torch.minimum(r, w).expand_as(overlap).masked_fill(products.squared.isnan(), torch.nan)
@@ -91,32 +88,38 @@ class Overlap(Question[Stream]):
             Column("null_ratio", overlap / mean, "1 (ratio)", "over the Haar mean max(r_r, r_w)/d"),
             Column("z", z, "standard deviations", "against the Haar moments"),
             Column("dimensions", least, "dimensions", "min(r_r, r_w): 0 where one reads or writes nothing"),
-            *lift_columns(products, stream.d_model),
+            *lift_columns(products, subject.d_model, torch.finfo(self.dtype).eps),
         )
-        return stream.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")
+        return subject.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")
 
-    def _readers(self, stream: Stream) -> MapSide:
+    def readers(self, stream: Stream) -> MapSide:
+        """What reads through the port."""
         if self.port in HEAD_PORTS:
-            return self._heads(stream, "reader", self.port)
-        return self._projected(stream, wide_readers(stream, self.port))
+            axis, _ = subspace_axis(stream, "reader", self.port)
+            return MapSide(axis, self._heads(stream, self.port), stream.d_model)
+        rows = partial(self._basis, stream, partial(read_rows, stream, self.port))
+        return wide_readers(stream, self.port, rows)
 
-    def _heads(self, stream: Stream, name: str, role: HeadRole) -> MapSide:
+    def written(self, stream: Stream) -> MapSide:
+        """What writes."""
+        rows = partial(self._basis, stream, partial(write_rows, stream))
+        return writing_side(stream, self.writers, self._heads(stream, "O"), rows)
+
+    def _heads(self, stream: Stream, role: HeadRole) -> tuple[Piece, ...]:
         groups = stream.groups.readers("Q")
-        axis, position = subspace_axis(stream, name, role)
-        axis = replace(axis, labels=tuple(label.removesuffix(".O") for label in axis.labels))
-        basis = subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis
-        stack = MapStack(basis, torch.arange(len(basis)), None, position)
-        return MapSide(axis, position, stack, (), stream.d_model)
+        _, position = subspace_axis(stream, "", role)
+        return thin_pieces(groups, position, partial(self._bases, stream, role), stream.d_model)
 
-    def _projected(self, stream: Stream, side: MapSide) -> MapSide:
-        """Every Gram replaced by the projector on its leading eigenvectors."""
-        cut = rank_cut(stream)
-        return replace(side, wide=tuple(partial(_projector, gram, cut, self.energy) for gram in side.wide))
+    def _bases(self, stream: Stream, role: HeadRole, groups: Sequence[Group]) -> MapStack:
+        with one_thread():
+            basis = subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis
+        return MapStack(basis, torch.arange(len(basis)), None, torch.zeros(len(basis), dtype=torch.int64))
 
-
-def _projector(gram: Gram, cut: float, energy: float | None) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram())
-    gains = values.flip(0).clamp_min(0).sqrt()
-    rank = int((gains > cut * gains[0]).sum()) if energy is None else Spectrum(gains).energy_rank(energy)
-    basis = vectors[:, len(gains) - rank :]
-    return basis @ basis.T
+    def _basis(self, stream: Stream, rows: Rows, group: Group) -> Iterable[Tensor]:
+        """(r, d): the leading directions of a wide map, orthonormal."""
+        with one_thread():
+            values, vectors = torch.linalg.eigh(gram_of(rows(group), stream.d_model))
+        gains = values.flip(0).clamp_min(0).sqrt()
+        rank = int((gains > rank_cut(stream) * gains[0]).sum())
+        rank = rank if self.energy is None else Spectrum(gains).energy_rank(self.energy)
+        return [vectors[:, len(gains) - rank :].T]

@@ -1,0 +1,261 @@
+"""Every reader of a port with every writer that reaches it: products of Grams in blocks, and what is read off them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from virtual_weights.analysis.maps.map_side import MapSide, Piece
+from virtual_weights.errors import ResourceError
+from virtual_weights.linalg import accumulate, beyond_rounding
+from virtual_weights.linalg.gram_blocks import GramBlock, gram_products
+from virtual_weights.progress import Progress, silent
+from virtual_weights.record import Axis, Column
+from virtual_weights.stream import Block, Blocked, Stream, Work, cost
+from virtual_weights.stream.group import Port
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PairProducts:
+    """``<G_i, G_j>`` of readers with writers, both in order of depth.
+
+    Attributes:
+        axes: ``reader`` and ``writer``.
+        squared: (n_r, n_w) float64, ``||R_i O_j||_F^2 = <G_i, G_j>``; NaN where the writer cannot reach, 0 where it is
+            rounding of ``||G_i|| ||G_j||``, and where either map is 0.
+        readers, writers: (2, n), ``tr G`` and ``tr G^2`` of every map.
+        heard: (n_w,) ``<Gbar_r, G_w>``, where every G has trace 1 and Gbar is the mean over all maps of a side,
+            whether they reach or not, of writers over those of one kind. A map that is zero is in no mean and has NaN.
+        listening: (n_r, n_w) ``<G_r, Gbar_w>``, by the kind of w.
+        both: (n_w,) ``<Gbar_r, Gbar_w>``, by the kind of w.
+    """
+
+    axes: tuple[Axis, Axis]
+    squared: Tensor
+    readers: Tensor
+    writers: Tensor
+    heard: Tensor
+    listening: Tensor
+    both: Tensor
+
+
+@dataclass(frozen=True)
+class AllPairs(Blocked[Stream]):
+    """A question about every pair of a reader of a port with a writer that reaches it, in blocks of some readers."""
+
+    port: Port = "K"
+    _: KW_ONLY
+    device: str = cost("cpu")
+    memory_mb: int = cost(1024)
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """In which pairs are multiplied."""
+
+    @abstractmethod
+    def readers(self, stream: Stream) -> MapSide:
+        """What reads through the port.
+
+        Raises:
+            UsageError: the model has no such port, or the checkpoint holds no reader.
+        """
+
+    @abstractmethod
+    def written(self, stream: Stream) -> MapSide:
+        """What writes; questions that differ in the port alone have this in common."""
+
+    def blocks(self, subject: Stream) -> tuple[str, ...]:
+        """One for each piece of readers, with all writers."""
+        return tuple(piece.name for piece in self.readers(subject).pieces)
+
+    @classmethod
+    def compute(cls, work: Work, subject: Any, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:
+        """Products of pairs; questions that have their writers in common form the writers' Grams once."""
+        names: dict[AllPairs, list[str]] = {}
+        for question, name in work:
+            names.setdefault(question, []).append(name)
+        alike: dict[AllPairs, list[AllPairs]] = {}
+        for question in names:
+            alike.setdefault(replace(question, port="K"), []).append(question)
+        for questions in alike.values():
+            first = questions[0]
+            sides = {question: question.readers(subject) for question in questions}
+            yield from (
+                (question, sides[question].pieces[i].name, block)
+                for question, i, block in piece_products(
+                    [
+                        (question, side, [i for i, piece in enumerate(side.pieces) if piece.name in names[question]])
+                        for question, side in sides.items()
+                    ],
+                    first.written(subject),
+                    dtype=first.dtype,
+                    device=first.device,
+                    memory=first.memory_mb * 2**20,
+                    progress=progress,
+                )
+            )
+
+    def products(self, stream: Stream, blocks: Iterable[Block]) -> PairProducts:
+        """All pairs, from all blocks in order."""
+        return pair_products(self.readers(stream), self.written(stream), blocks)
+
+
+Wanted = Sequence[tuple[Any, MapSide, Sequence[int]]]
+"""Pieces of reading sides, by whatever names the side."""
+
+
+def piece_products(
+    readers: Wanted,
+    writers: MapSide,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    memory: int,
+    progress: Progress = silent,
+) -> Iterator[tuple[Any, int, Block]]:
+    """``<G_r, G_w>`` of pieces of readers with all writers, for ``pair_products``; each piece as soon as it is done.
+
+    Args:
+        readers: the pieces wanted.
+        writers: the writing side.
+        dtype: of the products.
+        device: any torch device.
+        memory: bytes that pieces may take together; more pieces at once form each Gram fewer times.
+        progress: called with (done, total).
+
+    Raises:
+        ResourceError: not even one piece of each side fits.
+    """
+    wanted = [(name, i, side.pieces[i]) for name, side, numbers in readers for i in numbers]
+    sets = _sets([piece for _, _, piece in wanted], writers.pieces, memory // dtype.itemsize)
+    done, total = 0, len(sets[0]) * len(sets[1])
+    loaded: dict[int, list[GramBlock]] = {}
+    for reading in sets[0]:
+        some = wanted[reading]
+        blocks = [piece.load(dtype, device) for _, _, piece in some]
+        columns: list[list[Tensor]] = [[] for _ in some]
+        moments: list[Tensor] = []
+        for k, writing in enumerate(sets[1]):
+            pieces = writers.pieces[writing]
+            if k not in loaded:
+                loaded = {k: [piece.load(dtype, device) for piece in pieces]}
+            reach = [[bool(w.position.min() <= r.position.max()) for w in pieces] for _, _, r in some]
+            step = partial(_step, progress, done, total)
+            for row, products in zip(columns, gram_products(blocks, loaded[k], reach, step), strict=True):
+                row.extend(products)
+            moments += [block.moments for block in loaded[k]]
+            done += 1
+        for (name, i, _), block, products in zip(some, blocks, columns, strict=True):
+            yield name, i, _block(block.moments, torch.cat(moments, 1), products)
+
+
+def _step(progress: Progress, before: int, total: int, done: float, whole: float) -> None:
+    progress(before + done / whole, total)
+
+
+def _block(readers: Tensor, writers: Tensor, products: list[Tensor]) -> Block:
+    return {
+        "products": torch.cat([product[:-1, :-1] for product in products], 1),
+        "heard": torch.cat([product[-1, :-1] for product in products]),
+        "listening": torch.stack([product[:-1, -1] for product in products], 1),
+        "both": torch.stack([product[-1, -1] for product in products]),
+        "readers": readers,
+        "writers": writers,
+    }
+
+
+def _sets(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> tuple[list[slice], list[slice]]:
+    """Which pieces are in use together, for so many numbers: few sets of readers with, if they fit, all writers."""
+    reading, writing = ([piece.entries for piece in side] for side in (readers, writers))
+    loading = max((piece.loading for piece in (*readers, *writers)), default=0)
+    largest, room = max(reading, default=0), budget - loading
+    least = largest + max(writing, default=0)
+    if least > room:
+        raise ResourceError(
+            f"{budget * 4 >> 20} MiB for pairs of maps",
+            expected=f"at least {((least + loading) * 4 >> 20) + 1} MiB, for one piece of each side",
+            do="raise the memory budget",
+        )
+    together = _filled(writing, min(room - largest, max(sum(writing) if 2 * sum(writing) <= room else 0, room // 2)))
+    return _filled(reading, room - max((sum(writing[cut]) for cut in together), default=0)), together
+
+
+def _filled(sizes: Sequence[int], room: int) -> list[slice]:
+    """Consecutive numbers whose sizes fit into a room together."""
+    cuts: list[slice] = []
+    first, used = 0, 0
+    for i, size in enumerate(sizes):
+        if used + size > room and i > first:
+            cuts.append(slice(first, i))
+            first, used = i, 0
+        used += size
+    return [*cuts, slice(first, len(sizes))] if sizes else []
+
+
+def pair_products(readers: MapSide, writers: MapSide, blocks: Iterable[Block]) -> PairProducts:
+    """All pairs of two sides from the products of every piece of readers, in order."""
+    pieces = list(blocks)
+    traces = torch.cat([block["readers"] for block in pieces], 1), pieces[0]["writers"]
+    trace_r, trace_w = traces[0][0], traces[1][0]
+    reach = writers.position[None, :] <= readers.position[:, None]
+    squared = torch.cat([block["products"] for block in pieces]) * trace_r[:, None] * trace_w
+    # what is faint was computed in float64, whatever the rest was computed in
+    squared = beyond_rounding(squared, (traces[0][1, :, None] * traces[1][1]).sqrt()).clamp_(min=0.0)
+    heard = sum((block["heard"] for block in pieces), torch.zeros(len(trace_w), dtype=accumulate))
+    kinds = [piece.kind for piece in writers.pieces]
+    index = torch.arange(len(kinds)).repeat_interleave(torch.tensor([piece.count for piece in writers.pieces]))
+    alike = torch.tensor([[a == b for a in kinds] for b in kinds], dtype=accumulate)
+    counts = alike @ torch.zeros(len(kinds), dtype=accumulate).index_add_(0, index, (trace_w > 0).to(accumulate))
+    listening = torch.cat([block["listening"] for block in pieces]) @ alike / counts
+    both = sum((block["both"] for block in pieces), torch.zeros(len(kinds), dtype=accumulate)) @ alike / counts
+    heard, both = (x / (trace_r > 0).sum() for x in (heard, both))
+    order = torch.argsort(writers.position, stable=True)
+    zero_r, zero_w = trace_r <= 0, trace_w <= 0
+    return PairProducts(
+        (readers.axis, replace(writers.axis, labels=tuple(writers.axis.labels[i] for i in order.tolist()))),
+        squared.masked_fill(~reach, torch.nan)[:, order],
+        traces[0],
+        traces[1][:, order],
+        heard.masked_fill(zero_w, torch.nan)[order],
+        listening.masked_fill(zero_r[:, None], torch.nan)[:, index][:, order],
+        both[index][order],
+    )
+
+
+def lift_columns(products: PairProducts, d: int, eps: float = torch.finfo(accumulate).eps) -> Iterator[Column]:
+    """The columns ``lift``, ``writer_effect`` and ``reader_effect``; absent where pairs are.
+
+    With G of trace 1::
+
+        lift = log2( <G_r, G_w> <Gbar_r, Gbar_w> / (<G_r, Gbar_w> <Gbar_r, G_w>) )
+        writer_effect = log2( d <Gbar_r, G_w> )      reader_effect = log2( d <G_r, Gbar_w> )
+
+    An effect is 0 where the other side is isotropic, G = I/d. All are undefined for a map that is zero, and lift for a
+    product that is; lift of the only writer of its kind, or of the only reader, is 0.
+
+    Args:
+        products: of a port.
+        d: width of the stream.
+        eps: relative rounding of the products.
+    """
+    product = products.squared / (products.readers[0][:, None] * products.writers[0])
+    lift = product * products.both / (products.listening * products.heard)
+    yield _log2("lift", lift, eps, "<G_r, G_w> beyond what both ends explain")
+    reachable = torch.where(products.squared.isnan(), torch.nan, 1.0)
+    yield _log2("writer_effect", reachable * products.heard * d, eps, "how widely the writer is heard, d <Gbar_r, G_w>")
+    yield _log2(
+        "reader_effect", reachable * products.listening * d, eps, "how widely the reader listens, d <G_r, Gbar_w>"
+    )
+
+
+def _log2(name: str, ratio: Tensor, eps: float, description: str) -> Column:
+    """Of a ratio that is 1 but for rounding the logarithm is 0."""
+    return Column(name, beyond_rounding(torch.where(ratio > 0, ratio, torch.nan).log2(), 1.0, eps), "log2", description)
