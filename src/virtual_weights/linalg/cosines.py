@@ -6,6 +6,7 @@ taken in batches, sums run along rows, and of equal cosines the one with the sma
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -25,6 +26,22 @@ _GROUP = 16
 _WIDEST = 8192
 """Columns of a tile at most: sums along longer rows might be divided among threads."""
 _LAST = 2**31 - 1
+
+
+@final
+class Workspace:
+    """Memory for one tile, used again and again: new pages for every tile would cost as much time as a pass over it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._tile, self._part = (torch.empty(size, device=device) for size in (_TILE, _CACHED))
+
+    def tile(self, *shape: int) -> Tensor:
+        """A tensor of this shape, until the next one."""
+        return _shaped(self._tile, shape)
+
+    def part(self, *shape: int) -> Tensor:
+        """The same for what is looked at together."""
+        return _shaped(self._part, shape)
 
 
 @final
@@ -55,12 +72,13 @@ class CosineTable:
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=rows.device)
         self.squares = 0.0
 
-    def add(self, columns: Tensor, numbers: Tensor) -> Tensor:
+    def add(self, columns: Tensor, numbers: Tensor, scratch: Workspace | None = None) -> Tensor:
         """Compare all rows with these columns.
 
         Args:
             columns: (m, d) float32.
             numbers: (m,) int64, names of the columns, ascending from call to call.
+            scratch: to be shared by several tables and calls.
 
         Returns:
             (m, top) int64: keys of every column's strongest rows.
@@ -68,26 +86,29 @@ class CosineTable:
         strongest = torch.full((len(columns), self._top), -1, device=columns.device)
         if not len(self.strongest):
             return strongest
+        scratch = Workspace(columns.device) if scratch is None else scratch
         widest = max(_GROUP, min(_WIDEST, _TILE // self._rows[..., 0].numel()))
         tiles = max(1, -(-len(columns) // widest))
         step = max(_GROUP, _padded(-(-len(columns) // tiles)))
         for start in range(0, len(columns), step):
             cut = slice(start, start + step)
-            self._tile(columns[cut], numbers[cut], strongest[cut])
+            self._tile(columns[cut], numbers[cut], strongest[cut], scratch)
         return strongest
 
-    def _tile(self, columns: Tensor, numbers: Tensor, strongest: Tensor) -> None:
+    def _tile(self, columns: Tensor, numbers: Tensor, strongest: Tensor, scratch: Workspace) -> None:
         n, m = len(self.strongest), len(columns)
         width = _padded(m)
-        columns = torch.nn.functional.pad(columns, (0, 0, 0, width - m))
-        cosine = torch.bmm(self._rows, columns.T.expand(len(self._rows), -1, -1)).flatten(0, 1)
-        of_rows, of_columns = [], []
-        for part in cosine.split(max(_GROUP, _CACHED // width // _GROUP * _GROUP)):
-            size = part.abs()
+        columns = columns if width == m else torch.nn.functional.pad(columns, (0, 0, 0, width - m))
+        tile = scratch.tile(len(self._rows), self._rows.shape[1], width)
+        cosine = torch.bmm(self._rows, columns.T.expand(len(self._rows), -1, -1), out=tile).flatten(0, 1)
+        of_rows, of_columns = list[Tensor](), list[Tensor]()
+        for start in range(0, len(cosine), height := max(_GROUP, _CACHED // width // _GROUP * _GROUP)):
+            part = cosine[start : start + height]
+            size = torch.abs(part, out=scratch.part(len(part), width))
             of_rows.append(size.unflatten(1, (_GROUP, -1)).amax(1))
             of_columns.append(size.unflatten(0, (-1, _GROUP)).amax(1))
             self.squares += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
-        self._count(cosine[:n, :m])
+            self._count(torch.mul(part, BINS / 2, out=size)[: max(0, n - start), :m].add_(BINS / 2))
         kept = self.strongest[:, -1]
         least = torch.where(kept < 0, 0.0, _sizes(kept).nextafter(torch.full_like(kept, 2, dtype=torch.float32)))
         best = torch.cat(of_rows)[:n]
@@ -95,20 +116,19 @@ class CosineTable:
             least = torch.maximum(least, _largest(best, self._top))
         row, place, group, value = _above(cosine[:n].unflatten(1, (_GROUP, -1)), best, least)
         column = place * best.shape[1] + group
-        there = column < m
-        _merge(self.strongest, row[there], _keys(value[there], numbers[column[there]]))
+        row, column, value = _inside(column < m, row, column, value)
+        _merge(self.strongest, row, _keys(value, numbers[column]))
         best = torch.cat(of_columns).T.contiguous()[:m]
         groups = cosine.unflatten(0, (-1, _GROUP)).permute(2, 1, 0)[:m]
         column, place, group, value = _above(groups, best, _largest(best, self._top))
         row = group * _GROUP + place
-        there = row < n
-        _merge(strongest, column[there], _keys(value[there], self._numbers[row[there]]))
+        row, column, value = _inside(row < n, row, column, value)
+        _merge(strongest, column, _keys(value, self._numbers[row]))
 
-    def _count(self, cosine: Tensor) -> None:
-        for part in cosine.split(max(1, _CACHED // cosine.shape[1])):
-            bins = part.mul(BINS / 2).add_(BINS / 2).to(torch.uint8).flatten().bincount(minlength=BINS + 1)
-            self.counts += bins[:BINS]
-            self.counts[-1] += bins[BINS]  # the last bin holds its upper end
+    def _count(self, places: Tensor) -> None:
+        bins = places.to(torch.uint8).flatten().bincount(minlength=BINS + 1)
+        self.counts += bins[:BINS]
+        self.counts[-1] += bins[BINS]  # the last bin holds its upper end
 
 
 def partners(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +140,11 @@ def partners(keys: Tensor) -> tuple[Tensor, Tensor]:
 def merged(keys: Tensor, more: Tensor) -> Tensor:
     """The strongest of two sets of partners of the same vectors, both (n, top)."""
     return torch.cat([keys, more], dim=1).topk(keys.shape[1], dim=1).values
+
+
+def _shaped(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    return (memory[:count] if count <= len(memory) else memory.new_empty(count)).view(shape)
 
 
 def _padded(count: int) -> int:
@@ -162,6 +187,11 @@ def _above(groups: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor,
     values = groups[row, :, group]
     found, place = (values.abs() >= least[row, None]).nonzero(as_tuple=True)
     return row[found], place, group[found], values[found, place]
+
+
+def _inside(there: Tensor, *entries: Tensor) -> tuple[Tensor, ...]:
+    """Entries without those of rows or columns that only fill a tile up."""
+    return entries if bool(there.all()) else tuple(entry[there] for entry in entries)
 
 
 def _merge(strongest: Tensor, row: Tensor, keys: Tensor) -> None:

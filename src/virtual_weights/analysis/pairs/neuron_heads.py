@@ -84,8 +84,8 @@ class _HeadPairs(Blocked[Stream]):
     def _score(self, stream: Stream, blocks: Iterable[Block]) -> tuple[NeuronSide, _Heads, Tensor, Tensor]:
         """Both sides, (heads, neurons) of scores, and the norms of the neurons' vectors."""
         neurons, heads = self.neurons(stream), self.heads(stream)
-        score = torch.empty(heads.stack.count, len(neurons.labels))
-        norms = torch.empty(len(neurons.labels), dtype=accumulate)
+        score = torch.empty(heads.stack.count, neurons.count)
+        norms = torch.empty(neurons.count, dtype=accumulate)
         for part, block in zip(neurons.ranges, blocks, strict=True):
             score[:, part.numbers], norms[part.numbers] = block["score"], block["norms"]
         return neurons, heads, score, norms

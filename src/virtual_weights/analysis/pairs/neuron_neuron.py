@@ -19,7 +19,7 @@ from virtual_weights.analysis.maps.neuron_side import (
 )
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
-from virtual_weights.linalg.cosines import BINS, CosineTable, merged, partners
+from virtual_weights.linalg.cosines import BINS, CosineTable, Workspace, merged, partners
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -87,7 +87,8 @@ class NeuronPairs(Blocked[Stream]):
         done, total, sides = 0, 0, dict[NeuronPairs, _Sides]()
         tasks: list[_Task] = []
         for question, name in work:
-            sides.setdefault(question, question._sides(subject))
+            if question not in sides:
+                sides[question] = question._sides(subject)
             read, writers = next(pair for pair in sides[question].reached() if pair[0].name == name)
             tasks.append(_Task(question, sides[question], read, writers))
             total += tasks[-1].pairs
@@ -106,8 +107,10 @@ class NeuronPairs(Blocked[Stream]):
         sides = self._sides(stream)
         labels = sides.readers.labels, sides.writers.labels
         # NaN never shows, since a neuron without direction has no edge
-        norm_in, norm_out = (torch.full((len(names),), torch.nan, dtype=accumulate) for names in labels)
-        keys = torch.full((len(labels[of == "writer"]), self.top), -1)
+        norm_in, norm_out = (
+            torch.full((side.count,), torch.nan, dtype=accumulate) for side in (sides.readers, sides.writers)
+        )
+        keys = torch.full((len(norm_in if of == "reader" else norm_out), self.top), -1)
         for (read, writers), block in zip(sides.reached(), blocks, strict=True):
             norm_in[read.numbers] = block["norm_in"]
             norm_out[_numbers(writers)] = block["norm_out"]
@@ -271,11 +274,11 @@ class _Comparison:
         self._table = CosineTable(self._readers.unit, self._readers.number, task.question.top)
         self._pairs, self._of_writers = 0, list[tuple[Tensor, Tensor]]()
 
-    def add(self, writers: NeuronRows) -> None:
+    def add(self, writers: NeuronRows, scratch: Workspace) -> None:
         """Compare all readers with these writers."""
         alive = writers.nonzero()
         keys = torch.full((len(writers.norms), self.task.question.top), -1)
-        keys[(alive.number - writers.number[0]).cpu()] = self._table.add(alive.unit, alive.number).cpu()
+        keys[(alive.number - writers.number[0]).cpu()] = self._table.add(alive.unit, alive.number, scratch).cpu()
         self._of_writers.append((keys, writers.norms.cpu()))
         self._pairs += len(alive.norms) * len(self._readers.norms)
 
@@ -297,14 +300,14 @@ class _Comparison:
 def _compare(tasks: Sequence[_Task]) -> Iterator[tuple[int, _Comparison, bool]]:
     """Blocks of equal writers side by side: pairs that were just compared, the block, and whether it is complete."""
     writers, device = tasks[0].sides.writers, tasks[0].question.device
-    active = [_Comparison(task) for task in tasks]
+    active, scratch = [_Comparison(task) for task in tasks], Workspace(torch.device(device))
     for part in writers.ranges:
         reached = [comparison for comparison in active if part.position <= comparison.task.read.position]
         if not reached:
             continue
         rows = writers.load(part, device)
         for comparison in reached:
-            comparison.add(rows)
+            comparison.add(rows, scratch)
             complete = part.first == comparison.task.writers[-1].first
             if complete:
                 active.remove(comparison)
