@@ -34,6 +34,8 @@ from .analysis.pairs.overlap import Overlap as Overlap
 from .analysis.pairs.subspaces import Subspaces as Subspaces
 from .atlas import Atlas as Atlas
 from .atlas import edges as edges
+from .atlas import export as export
+from .atlas import status as status
 from .errors import (
     ArchitectureError as ArchitectureError,
 )

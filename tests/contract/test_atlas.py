@@ -371,7 +371,7 @@ def test_a_broken_record_says_so_and_what_to_do(atlas: Atlas, record: Record, da
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 3, "fingerprint": "f00d"}', '{"format": 2, "fingerprint": 3}', "\x00"]
+    "text", ["", "[]", "{}", '{"format": 4, "fingerprint": "f00d"}', '{"format": 3, "fingerprint": 3}', "\x00"]
 )
 def test_a_broken_or_later_manifest_is_refused(atlas: Atlas, text: str):
     (atlas.path / "manifest.json").write_text(text)

@@ -123,8 +123,8 @@ def test_what_cannot_be_meant_is_refused_with_what_can(atlas: Atlas, asked: dict
 
 
 def test_a_broken_table_of_pairs_says_so(atlas: Atlas):
-    atlas.edge_table(atlas.keys("overlap")[0]).write_text("no parquet")
-    with pytest.raises(RecordError, match=r"edges\.parquet was changed"):
+    atlas.edge_tables(atlas.keys("overlap")[0])[0].write_text("no parquet")
+    with pytest.raises(RecordError, match=r"edges-00000\.parquet was changed"):
         edges(atlas, question="overlap")
 
 

@@ -79,9 +79,9 @@ def edit(field: str, value: object) -> Callable[[Path], None]:
     ("question", "name", "change"),
     [
         ("composition", "arrays.safetensors", double_arrays),
-        ("composition", "edges.parquet", double_table("score")),
+        ("composition", "edges-00000.parquet", double_table("score")),
         ("labels", "table.parquet", double_table("x")),
-        ("ablation", "edges.parquet", double_table("effect")),
+        ("ablation", "edges-00000.parquet", double_table("effect")),
         ("composition", "record.json", edit("parameters", {"port": "Q"})),
         ("labels", "record.json", edit("stamp", {"norm": "left out"})),
         ("ablation", "record.json", edit("checksum", "0" * 64)),
@@ -138,7 +138,7 @@ def test_moments_of_an_atlas_are_refused_if_changed_and_get_their_record(
     run, store = vw.Run.on_repeats(stream, 32, 16), Atlas.create(tmp_path, {"fingerprint": stream.source.fingerprint})
     moments = vw.Survey(stream, store, run).moments()
     (key,) = store.keys()
-    shutil.rmtree(store.edge_table(key).parent)  # as if the run had ended between the file and the record
+    shutil.rmtree(store.table(key).parent)  # as if the run had ended between the file and the record
     assert vw.Survey(stream, store, run).moments().identity == moments.identity
     assert store.keys() == (key,)
     (path,) = tmp_path.glob("moments-*.safetensors")

@@ -243,6 +243,8 @@ RUNS = ("--repeated", "--tokens", "32", "--length", "16")
 VERBS: dict[str, tuple[str, ...]] = {
     "map": ("MODEL", "-o", "NEW", "--only", "composition,neurons,bandwidth"),
     "edges": ("ATLAS", "--top", "3"),
+    "status": ("ATLAS", "--check"),
+    "export": ("ATLAS", "-o", "NEW", "--format", "graph"),
     "composition": ("MODEL", "--top", "3", "--moments", "MOMENTS"),
     "channel": ("MODEL", "L0H1", "L1H2.K", "--nearest", "2", "--singular-components", "--offsets", "0:2"),
     "neurons": ("MODEL", "--top", "3"),

@@ -70,6 +70,8 @@ def parse(line: str) -> None:
 VERBS = (
     "map",
     "edges",
+    "status",
+    "export",
     "composition",
     "channel",
     "neurons",

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import sqlite3
-import stat
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from datetime import UTC, datetime
-from hashlib import sha256
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from virtual_weights.atlas.ledger import Entry, enter, index, indexed, tasks
 from virtual_weights.atlas.stored import (
-    EDGES,
     HEADER,
     KEY,
     MAX_HEADER,
@@ -30,99 +25,12 @@ from virtual_weights.atlas.stored import (
     unsealed,
     write_record,
 )
-from virtual_weights.errors import RecordError, UsageError, write_error, writing
+from virtual_weights.errors import RecordError, ResourceError, UsageError, writing
 from virtual_weights.record import Record
 from virtual_weights.record.durable import is_vacant, reading, replacing, sweep_aside, write_folder
 from virtual_weights.version import VERSION
 
-_TABLE = """
-CREATE TABLE IF NOT EXISTS tasks (
-    key TEXT PRIMARY KEY, question TEXT NOT NULL, parameters TEXT NOT NULL, seconds REAL, finished TEXT NOT NULL,
-    checksum TEXT NOT NULL
-)
-"""
-_SCHEMA = [
-    ("index", "sqlite_autoindex_tasks_1", "tasks", None),
-    ("table", "tasks", "tasks", _TABLE.strip().replace("IF NOT EXISTS ", "")),
-]
-_PATIENCE = 60.0
-"""Seconds to wait for another writer; each holds the file for milliseconds."""
-
-
-def _enter(path: Path, key: str, question: str, parameters: Mapping[str, Any], seconds: float | None) -> None:
-    """Enter a finished task, once: the first entry of a key stays."""
-    now = datetime.now(UTC).isoformat(timespec="microseconds")
-    row = (key, question, canonical(parameters), None if seconds is None else float(seconds), now)
-    with _database(path) as database, database:
-        database.execute(_TABLE)
-        database.execute("INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(row)))
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """Every entry in order of time, parameters as JSON text; empty where nothing was entered yet."""
-    if not os.path.lexists(path):
-        return []
-    with _database(path) as database:
-        rows = database.execute("SELECT * FROM tasks ORDER BY finished, key").fetchall() if _tables(database) else []
-        if any(_checksum(row) != checksum for *row, checksum in rows):
-            raise _foreign(path, "an entry was changed after it was written")
-        names = ("key", "question", "parameters", "seconds", "finished")
-        return [dict(zip(names, row, strict=False)) for row in rows]
-
-
-def _checksum(row: Sequence[Any]) -> str:
-    return sha256(repr(tuple(row)).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _tables(database: sqlite3.Connection) -> list[Any]:
-    """What a database defines: the schema of a ledger, or nothing yet."""
-    return database.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type").fetchall()
-
-
-@contextmanager
-def _database(path: Path) -> Generator[sqlite3.Connection]:
-    """The ledger. A file in its place that defines anything else, or is a link, is not touched."""
-    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        raise _foreign(path, "it is not a regular file")
-    try:
-        with closing(sqlite3.connect(path, timeout=_PATIENCE)) as database:
-            database.execute("PRAGMA trusted_schema = OFF")
-            if _tables(database) not in ([], _SCHEMA):
-                raise _foreign(path, "it defines other tables, views or triggers")
-            yield database
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite quotes a schema that is no text
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in _OF_THE_SYSTEM:
-            raise write_error(path, OSError(_OF_THE_SYSTEM[code], str(error))) from error
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise RecordError(
-                f"the ledger {path.name} has been in use for {_PATIENCE:.0f} seconds",
-                expected="other writers that hold it for milliseconds",
-                do="wait for the other process, or end it, and run the command again",
-            ) from error
-        raise _foreign(path, str(error)) from error
-
-
-_OF_THE_SYSTEM = {
-    sqlite3.SQLITE_FULL: errno.ENOSPC,
-    sqlite3.SQLITE_NOMEM: errno.ENOMEM,
-    sqlite3.SQLITE_READONLY: errno.EROFS,
-    sqlite3.SQLITE_PERM: errno.EACCES,
-    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
-    sqlite3.SQLITE_IOERR: errno.EIO,
-}
-"""What SQLite reports of the disk, not of what is in the file."""
-
-
-def _foreign(path: Path, what: str) -> RecordError:
-    return RecordError(
-        f"the ledger {path.name} cannot be used: {what}",
-        expected="the SQLite file that this package writes",
-        do=f"remove {path}: it only keeps account of time, no result is lost",
-    )
-
-
-FORMAT = 3
+FORMAT = 4
 """Version of the folder's layout; it grows when an older reader could not read it."""
 
 MANIFEST, RECORDS, LEDGER = "manifest.json", "records", "ledger.sqlite"
@@ -269,12 +177,14 @@ class Atlas:
                 do="make another atlas for it; one atlas holds one checkpoint",
             )
         key = task_key(self.fingerprint, record.question, record.parameters, record.stamp) if key is None else key
-        target = self._folder(key)
+        target, entry = self._folder(key), None
         if not self.finished(key):
             with writing(target):
                 target.parent.mkdir(exist_ok=True)
-            write_folder(target, lambda folder: write_record(record, folder, key))
-        _enter(self._path / LEDGER, key, record.question, record.parameters, seconds)
+            headers = list[Header]()
+            if write_folder(target, lambda folder: headers.append(write_record(record, folder, key))):
+                entry = Entry.of(headers[0])
+        enter(self._path / LEDGER, key, record.question, record.parameters, seconds, entry)
         return key
 
     def get(self, key: str) -> Record:
@@ -299,8 +209,12 @@ class Atlas:
         Example:
             >>> atlas.find("composition", port="K")  # doctest: +SKIP
         """
-        keys = self.keys(question, **parameters)
-        return self.get(keys[-1]) if keys else None
+        entries = self.entries(question, **parameters)
+        if not entries:
+            return None
+        record = self.get(entries[-1].key)
+        entries[-1].confirm(record)
+        return record
 
     def keys(self, question: str | None = None, /, **parameters: Any) -> tuple[str, ...]:
         """Addresses of the stored records, oldest first.
@@ -309,14 +223,39 @@ class Atlas:
             question: only records of this question; None for all.
             parameters: only records that have these parameters, whatever their others are.
         """
+        return tuple(entry.key for entry in self.entries(question, **parameters))
+
+    def entries(self, question: str | None = None, /, **parameters: Any) -> tuple[Entry, ...]:
+        """What the stored records answer, oldest first; asked as ``keys``.
+
+        The ledger's index says it, so that the time grows with the records that fit and hardly with the others. Records
+        that it does not know yet, of a writer who was killed or copied into the folder, are found in the folder. Where
+        the ledger cannot be written, their headers are read each time.
+        """
+        path = self._path / LEDGER
+        try:
+            known, entries = indexed(path, question)
+        except (UsageError, ResourceError):  # the system does not let us read it
+            known, entries = (), []
+        names = self._names()  # after the index: what was entered in between is in both
+        new = [Entry.of(self.header(name)) for name in sorted(names.difference(known))]
+        gone = [key for key in known if key not in names]
+        if new or gone:
+            with suppress(UsageError, ResourceError):
+                index(path, new, gone)
+        fitting = [entry for entry in (*entries, *new) if entry.key in names and entry.fits(question, parameters)]
+        return tuple(sorted(fitting, key=lambda entry: (entry.written, entry.key)))
+
+    def _names(self) -> set[str]:
+        """The addresses that there are folders for."""
         records = self._path / RECORDS
         try:
-            names = sorted(path.name for path in records.iterdir()) if records.is_dir() else []
+            with os.scandir(records) as names:
+                return {item.name for item in names if KEY.fullmatch(item.name)}
+        except FileNotFoundError:
+            return set()
         except OSError as error:
             raise _unreadable(self._path, f"{RECORDS} cannot be listed ({error})", "check the permissions") from error
-        headers = {name: self.header(name) for name in names if KEY.fullmatch(name)}
-        fitting = [name for name, header in headers.items() if _fits(header, question, parameters)]
-        return tuple(sorted(fitting, key=lambda name: headers[name].written))
 
     def finished(self, key: str) -> bool:
         """Whether a record is stored at this address; nothing is read."""
@@ -324,7 +263,7 @@ class Atlas:
 
     def ledger(self) -> list[dict[str, Any]]:
         """The account of finished tasks in order of time: key, question, parameters, seconds, finished."""
-        return _entries(self._path / LEDGER)
+        return tasks(self._path / LEDGER)
 
     def header(self, key: str) -> Header:
         """What is known of a stored record without its values."""
@@ -334,20 +273,14 @@ class Atlas:
         """The Parquet file of a record over one axis; others have none."""
         return self._folder(key) / TABLE
 
-    def edge_table(self, key: str) -> Path:
-        """The Parquet file of a record's pairs; there for records over (reader, writer)."""
-        return self._folder(key) / EDGES
+    def edge_tables(self, key: str) -> tuple[Path, ...]:
+        """The Parquet files of a record's pairs; there for records over (reader, writer) and tables of such pairs."""
+        return tuple(self._folder(key) / part.name for part in self.header(key).parts)
 
     def _folder(self, key: str) -> Path:
         if not KEY.fullmatch(key):
             raise UsageError(f"{key!r} is not a key", expected="64 hex digits", do="list keys with atlas.keys()")
         return self._path / RECORDS / key
-
-
-def _fits(header: Header, question: str | None, parameters: Mapping[str, Any]) -> bool:
-    stored = header.parameters
-    same = all(name in stored and canonical(stored[name]) == canonical(value) for name, value in parameters.items())
-    return same and question in (None, header.question)
 
 
 def _unreadable(path: Path, what: str, do: str) -> RecordError:

@@ -25,7 +25,7 @@ from virtual_weights.record.durable import reading, replacing, sweep_aside
 from virtual_weights.stream import Block, Question
 
 BLOCKS, LOCK = "blocks", ".lock"
-_DESCRIPTION, _SUFFIX = "question.json", ".safetensors"
+DESCRIPTION, _SUFFIX = "question.json", ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 _PAUSE = 0.5  # seconds between two looks at a lock
 
@@ -63,7 +63,7 @@ class BlockStore:
             target.mkdir(parents=True, exist_ok=True)
         sweep_aside(target)
         described = {"question": question.question, "parameters": question.parameters, "blocks": list(names)}
-        with replacing(target / _DESCRIPTION) as aside:
+        with replacing(target / DESCRIPTION) as aside:
             aside.write_text(json.dumps({**described, "answers": sorted(answers)}, indent=1), encoding="utf-8")
 
     def finished(self, key: str) -> set[str]:
@@ -109,7 +109,7 @@ class BlockStore:
         for folder in self._folder.glob("*") if self._folder.is_dir() else ():
             if KEY.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
                 try:
-                    with reading(folder, _DESCRIPTION) as file:
+                    with reading(folder, DESCRIPTION) as file:
                         answers = parsed(file.read()).get("answers")
                 except (OSError, ValueError):
                     continue

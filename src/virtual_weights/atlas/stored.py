@@ -5,18 +5,16 @@
     record.json          question, parameters, stamp, provenance, axes, columns without their values
     arrays.safetensors   the columns of a record that is not over exactly one axis
     table.parquet        the labels and columns of a record over one axis
-    edges.parquet        of pairs (a record over reader and writer, or a table with these columns): a row per pair
+    edges-*.parquet      of pairs (a record over reader and writer, or a table with these columns): a row per pair
 
 The header holds the sha256 of every other file and of itself; a file is checked against it whenever it is read.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,13 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from virtual_weights.atlas.parts import PAIR, Part, disk_errors, write_parts
 from virtual_weights.checkpoint.writing import write_safetensors
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record import Record, Values
 from virtual_weights.record.axes import Header as RecordHeader
 from virtual_weights.record.durable import reading, sha256_of
 from virtual_weights.record.record import record_of
-from virtual_weights.record.table import Table, long_form, read_table, restore, write_parquet
+from virtual_weights.record.table import long_form, read_table, restore, write_parquet
 from virtual_weights.version import VERSION
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -101,8 +100,7 @@ def _refuse_other_names(value: Any) -> None:
             _refuse_other_names(inner)
 
 
-HEADER, ARRAYS, TABLE, EDGES = "record.json", "arrays.safetensors", "table.parquet", "edges.parquet"
-PAIR = ("reader", "writer")
+HEADER, ARRAYS, TABLE = "record.json", "arrays.safetensors", "table.parquet"
 MAX_HEADER = 64 << 20
 MAX_ITEMS = 4_000_000
 
@@ -158,11 +156,13 @@ class Header(RecordHeader):
         written: when it was stored, ISO 8601 in UTC: the order of the text is the order in time.
         key: the record's address.
         files: the sha256 of every other file by its name.
+        parts: the files of its edges, where it is about pairs.
     """
 
     written: str
     key: str
     files: Mapping[str, str]
+    parts: tuple[Part, ...]
 
     @property
     def is_pairs(self) -> bool:
@@ -170,32 +170,36 @@ class Header(RecordHeader):
         return tuple(axis.name for axis in self.axes) == PAIR or set(PAIR) <= {column.name for column in self.columns}
 
 
-def write_record(record: Record, folder: Path, key: str) -> None:
-    """Write a Record's files into an empty folder.
+def write_record(record: Record, folder: Path, key: str) -> Header:
+    """Write a Record's files into an empty folder, column by column and edges part by part.
 
     Args:
         record: the record.
         folder: an existing empty folder.
         key: the record's address, repeated in its header and in its edges.
 
+    Returns:
+        The header that was written.
+
     Raises:
         OSError: the disk is full or fails.
     """
     if len(record.axes) == 1:
-        _write_table(folder / TABLE, long_form(record.axes, record.columns, torch.arange(record.size)))
+        with disk_errors():
+            write_parquet(folder / TABLE, long_form(record.axes, record.columns, torch.arange(record.size)))
     else:
-        arrays = sorted(((c.name, _dense(c.values)) for c in record.columns), key=lambda item: -item[1].itemsize)
-        shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays}
-        write_safetensors(folder / ARRAYS, shapes, (array for _, array in arrays), {})
-    header = Header.of(record, written=datetime.now(UTC).isoformat(timespec="microseconds"), key=key, files={})
+        columns = sorted(((c.name, _tensor(c.values)) for c in record.columns), key=lambda item: -item[1].itemsize)
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in columns}
+        write_safetensors(folder / ARRAYS, shapes, (_dense(tensor) for _, tensor in columns), {})
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    header = Header.of(record, written=now, key=key, files={}, parts=())
     if header.is_pairs:
         port = record.parameters.get("port")
         origin = {"key": key, "question": record.question, "port": None if port is None else str(port)}
-        places = record.present().nonzero().flatten()
-        _write_table(folder / EDGES, long_form(record.axes, record.columns, places, origin))
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    text = sealed(json.loads(replace(header, files=files).to_json()))
-    (folder / HEADER).write_text(text, encoding="utf-8")
+        header = replace(header, parts=write_parts(record, folder, origin))
+    header = replace(header, files={path.name: sha256_of(path) for path in sorted(folder.iterdir())})
+    (folder / HEADER).write_text(sealed(json.loads(header.to_json())), encoding="utf-8")
+    return header
 
 
 def read_header(folder: Path) -> Header:
@@ -207,6 +211,7 @@ def read_header(folder: Path) -> Header:
     try:
         with reading(folder.parents[1], *folder.parts[-2:], HEADER) as file:
             header = Header.of_fields(unsealed(parsed(file.read(MAX_HEADER + 1))))
+        header = replace(header, parts=tuple(map(Part.of_fields, header.parts)))
         fault = "is of another record" if header.key != folder.name else _fault(header)
     except (OSError, ValueError) as error:
         raise broken(folder, f"{HEADER} cannot be used ({error})") from error
@@ -253,7 +258,7 @@ def checked_table(folder: Path, header: Header, name: str) -> str:
     Args:
         folder: the record's folder.
         header: its header.
-        name: ``TABLE`` or ``EDGES``.
+        name: ``TABLE``, or the name of a part of its edges.
 
     Raises:
         RecordError: it is missing, or was changed since it was stored.
@@ -302,20 +307,13 @@ def _table(folder: Path, header: Header) -> list[Values]:
         raise broken(folder, f"{TABLE} cannot be read ({error!r})") from error
 
 
-def _write_table(path: Path, table: Table) -> None:
-    """Write a table; a full disk is an OSError, as of any other file."""
-    import duckdb
-
-    try:
-        write_parquet(path, table)
-    except duckdb.IOException as error:  # says the reason in words alone
-        full = next((code for code in (errno.ENOSPC, errno.EDQUOT) if os.strerror(code) in str(error)), None)
-        raise OSError(full or errno.EIO, os.strerror(full) if full else str(error)) from error
-
-
-def _dense(values: Values) -> Tensor:
+def _tensor(values: Values) -> Tensor:
     assert isinstance(values, Tensor), "text columns are for records over one axis"
-    return values.detach().cpu().clone(memory_format=torch.contiguous_format)  # no two columns may share memory
+    return values
+
+
+def _dense(values: Tensor) -> Tensor:
+    return values.detach().cpu().contiguous()
 
 
 def _changed(folder: Path, name: str) -> RecordError:

@@ -16,6 +16,7 @@ import typer
 
 from virtual_weights.cli import INTERRUPTED
 from virtual_weights.cli.ablate import ablate, attribute
+from virtual_weights.cli.atlas import export, status
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition, subspaces
 from virtual_weights.cli.depth import linear, paths
@@ -62,6 +63,8 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("map", map_model, START, "2 min", EITHER, f"{_M} -o atlas"),
     ("plan", plan, START, "4 s", WEIGHTS, f"{_M}"),
     ("edges", edges, START, "4 s", "reads an atlas", "atlas --reader L18H6.K --top 10"),
+    ("status", status, START, "2 s", "reads an atlas", "atlas"),
+    ("export", export, START, "4 s", "reads an atlas", "atlas -o edges.parquet --question composition"),
     ("composition", composition, START, "4 s", EITHER, f"{_M} --port K --top 10"),
     ("trace", trace, START, "10 s", RUN, f"{_M} {_PROMPT}"),
     ("neurons", neurons, PAIRS, "3 s", WEIGHTS, f"{_M} --reader L18N5"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,37 +112,21 @@ def _shown(
 
 
 def edges(
-    atlas: Annotated[Path, typer.Argument(metavar="ATLAS", help="folder that vweights map has written")],
-    reader: Annotated[
-        str | None, typer.Option("--reader", metavar="NAME", help="only edges into it, e.g. L18H6.K, L18H6, L5.mlp.up")
-    ] = None,
-    writer: Annotated[
-        str | None, typer.Option("--writer", metavar="NAME", help="only edges out of it, e.g. L16H0, L3.mlp, embed")
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            "--question",
-            metavar="NAME",
-            help="which answers: composition, the default, or overlap, erasure, contribution, attribution, ablation, "
-            "neuron_edges",
-        ),
-    ] = None,
+    atlas: o.AtlasFolder,
+    reader: o.Reader = None,
+    writer: o.Writer = None,
+    question: o.EdgesOf = None,
     moments: o.Moments = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option("--where", metavar="NAME=VALUE", help="only results with this parameter, e.g. rotary_offset=2"),
-    ] = None,
-    by: Annotated[
-        str | None, typer.Option("--by", metavar="COLUMN", help="column to sort by; the first by default")
-    ] = None,
+    where: o.Where = None,
+    by: o.By = None,
     top: o.Top = 20,
     as_json: o.AsJson = False,
 ) -> None:
     """Show the strongest connections in an atlas: those of one reader, those of one writer, or all."""
+    from virtual_weights.atlas.edges import common_stamp
     from virtual_weights.record import Header
 
-    chosen = dict(_convention(text) for text in where or [])
+    chosen = dict(convention(text) for text in where or [])
     if moments is not None:
         chosen["moments"] = vw.Moments.load(moments).identity
     question = question or ("composition" if moments is None else "contribution")
@@ -152,16 +136,12 @@ def edges(
     rows = [_edge(headers[row["key"]].axes, row) for row in rows]
     parameters = {"reader": reader, "writer": writer, "by": by, "top": top, "where": chosen}
     provenance = {name: store.manifest.get(name) for name in ("reference", "fingerprint", "version")}
-    header = Header(question, (), (), parameters, _common([header.stamp for header in headers.values()]), provenance)
+    header = Header(
+        question, (), (), parameters, common_stamp([header.stamp for header in headers.values()]), provenance
+    )
     names = list(dict.fromkeys(name for row in rows for name in row if name not in _HIDDEN))
     table = Table(f"the {len(rows)} strongest edges · {question} · {atlas}", rows, names)
     Answer(header, rows, {"atlas": str(atlas)}, [table]).give(store.manifest.get("model"), as_json)
-
-
-def _common(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several stamps say alike."""
-    first, *rest = stamps or [{}]
-    return {name: value for name, value in first.items() if all(name in s and s[name] == value for s in rest)}
 
 
 def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +156,7 @@ def _edge(axes: Sequence[Axis], row: dict[str, Any]) -> dict[str, Any]:
     return edge
 
 
-def _convention(text: str) -> tuple[str, Any]:
+def convention(text: str) -> tuple[str, Any]:
     """``"rotary_offset=2"`` as a name and a plain value; ``none``, ``true`` and ``false`` are what they say."""
     name, equals, value = text.partition("=")
     if not equals:

@@ -61,6 +61,14 @@ class PortName(StrEnum):
     unembed = "unembed"
 
 
+class EdgeFormat(StrEnum):
+    """What a file of edges is; a graph is JSON."""
+
+    parquet = "parquet"
+    csv = "csv"
+    graph = "graph"
+
+
 class StoredDtype(StrEnum):
     """What tensors are written as, or what a model runs in."""
 
@@ -245,6 +253,27 @@ def _writable(folder: Path) -> None:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="built-in name, folder, .safetensors, .gguf or hf://org/name@revision")
 ]
+AtlasFolder = Annotated[Path, typer.Argument(metavar="ATLAS", help="folder that vweights map has written")]
+Reader = Annotated[
+    str | None, typer.Option("--reader", metavar="NAME", help="only edges into it, e.g. L18H6.K, L18H6, L5.mlp.up")
+]
+Writer = Annotated[
+    str | None, typer.Option("--writer", metavar="NAME", help="only edges out of it, e.g. L16H0, L3.mlp, embed")
+]
+EdgesOf = Annotated[
+    str | None,
+    typer.Option(
+        "--question",
+        metavar="NAME",
+        help="which answers: composition, the default, or overlap, erasure, contribution, attribution, ablation, "
+        "neuron_edges",
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", metavar="NAME=VALUE", help="only results with this parameter, e.g. rotary_offset=2"),
+]
+By = Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="column to sort by; the first by default")]
 NoFold = Annotated[bool, typer.Option("--no-fold", help="leave norm gains and all centring out of the maps")]
 Partial = Annotated[bool, typer.Option("--partial", help="accept a checkpoint in which tensors are missing")]
 Offline = Annotated[bool, typer.Option("--offline", help="never use the network")]

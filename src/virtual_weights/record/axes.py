@@ -104,6 +104,11 @@ class Described:
     unit: str
     meaning: str
 
+    @classmethod
+    def of(cls, column: Column) -> Described:
+        """What a column is without its values."""
+        return cls(column.name, column.kind, column.unit, column.meaning)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -128,7 +133,7 @@ class Header:
     @classmethod
     def of(cls, record: Record, **more: Any) -> Self:
         """The header of a Record; ``more`` are the fields that a subclass adds."""
-        columns = tuple(Described(c.name, c.kind, c.unit, c.meaning) for c in record.columns)
+        columns = tuple(map(Described.of, record.columns))
         plain = (dict(record.parameters), dict(record.stamp), dict(record.provenance))
         return cls(record.question, record.axes, columns, *plain, **more)
 

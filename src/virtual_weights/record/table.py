@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +43,20 @@ class FileHeader(Header):
     format: int = _FORMAT
 
 
-def long_form(
-    axes: Sequence[Axis], columns: Sequence[Column], places: Tensor, constants: Mapping[str, str | None] | None = None
-) -> Table:
+def long_form(axes: Sequence[Axis], columns: Sequence[Column], places: Tensor) -> Table:
     """Entries of a Record as numpy columns of one length: labels, groups, values.
 
     Args:
         axes: the axes.
         columns: the columns over them.
         places: which entries, as flat places in row order.
-        constants: text columns with one value throughout, put first.
 
     Returns:
-        Name to column, in the order constants, axes (``<axis>_group`` after the axis that has groups), columns. Missing
+        Name to column, in the order axes (``<axis>_group`` after the axis that has groups), columns. Missing
         values are masked, or NaN in floating columns; floats narrower than float32 are widened to it.
     """
     rows = places.numpy()
-    table: Table = {name: _text([value], len(rows)) for name, value in (constants or {}).items()}
+    table: Table = {}
     shape = tuple(len(axis.labels) for axis in axes)
     indices = np.unravel_index(rows, shape) if shape else ()
     for axis, index in zip(axes, indices, strict=True):
@@ -67,8 +64,21 @@ def long_form(
         if axis.groups:
             table[f"{axis.name}_group"] = _text(axis.groups)[index]
     for column in columns:
-        table[column.name] = _column(column)[rows]
+        table[column.name] = picker(column)(rows)
     return table
+
+
+def picker(column: Column) -> Callable[[NDArray[np.int64]], AsNumpy]:
+    """What gives the entries of a column at flat places; tensors are neither copied nor widened as a whole."""
+    if isinstance(column.values, Tensor):
+        flat = column.values.detach().cpu().flatten()
+        dtype = flat.dtype
+        if not _narrow(flat):
+            return lambda rows: flat.numpy()[rows]
+        bits = flat.view(torch.uint8 if dtype.itemsize == 1 else torch.int16).numpy()
+        return lambda rows: _as_numpy(torch.from_numpy(bits[rows]).view(dtype))
+    values = _plain_values(column)
+    return lambda rows: values[rows]
 
 
 def arrow_stream(record: Record, requested_schema: object | None) -> object:
@@ -245,10 +255,8 @@ def _with_nan(values: AsNumpy) -> AsNumpy:
     return np.ma.filled(values, np.nan) if values.dtype.kind == "f" else values
 
 
-def _column(column: Column) -> AsNumpy:
-    values = column.values
-    if isinstance(values, Tensor):
-        return _as_numpy(values.detach().cpu().flatten())
+def _plain_values(column: Column) -> AsNumpy:
+    values: Any = column.values
     if column.kind == "str":
         return _text(values)
     if column.kind == "json":
@@ -259,9 +267,13 @@ def _column(column: Column) -> AsNumpy:
 
 
 def _as_numpy(values: Tensor) -> NDArray[Any]:
-    narrow = values.is_floating_point() and values.dtype.itemsize < 4
-    return (values.float() if narrow else values).numpy()
+    return (values.float() if _narrow(values) else values).numpy()
 
 
-def _text(values: Any, times: int = 1) -> AsNumpy:
-    return np.array([*values] * times, dtype=object)
+def _narrow(values: Tensor) -> bool:
+    """Whether these are floats that are widened."""
+    return values.is_floating_point() and values.dtype.itemsize < 4
+
+
+def _text(values: Any) -> AsNumpy:
+    return np.array([*values], dtype=object)

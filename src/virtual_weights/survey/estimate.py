@@ -63,7 +63,8 @@ class Effort:
 
     def __add__(self, other: Effort) -> Effort:
         sums: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Effort(**sums | {"memory": max(self.memory, other.memory)})
+        sums["memory"] = max(self.memory, other.memory)
+        return Effort(**sums)
 
 
 @final

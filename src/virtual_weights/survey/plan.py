@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,11 @@ from virtual_weights.analysis.pairs.contribution import Contribution
 from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
 from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
-from virtual_weights.atlas import Atlas
+from virtual_weights.atlas import Atlas, Entry
 from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
-from virtual_weights.progress import Step
-from virtual_weights.record import Header, Record
+from virtual_weights.progress import Step, quiet
+from virtual_weights.record import Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
 from virtual_weights.runtime.edges.edge import Edge
@@ -39,6 +38,7 @@ from virtual_weights.statements import Statements
 from virtual_weights.stream import Component, Group, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
+from virtual_weights.survey.estimate import Machine, estimates
 from virtual_weights.survey.survey import ENDS, Survey, bars
 from virtual_weights.version import VERSION
 
@@ -90,6 +90,8 @@ class Plan:
 
     def records(self, survey: Survey) -> Iterator[Record]:
         """Ask everything; statements last, since they ask what the rest has answered."""
+        if survey.step is not quiet:
+            survey.expect(self._seconds(survey))
         for part in self.parts:
             if part is not Part.statements:
                 yield from survey.answers(self.questions(part, survey.stream))
@@ -124,6 +126,12 @@ class Plan:
         }
         tables = (of_all, True), (of_mlps, bool(groups.mlps)), (of_heads, bool(groups.heads))
         return [question for table, present in tables if present and part in table for question in table[part]()]
+
+    def _seconds(self, survey: Survey) -> dict[Question[Any], float]:
+        """How long each question about the weights is expected to take on this machine."""
+        asked = [question for part in self.parts for question in self.questions(part, survey.stream)]
+        found = estimates(survey.adapted(asked), survey.stream, Machine.measured())
+        return {question: e.seconds / len(e.questions) for e in found for question in e.questions}
 
     def _composition(self, port: Any) -> Composition:
         return Composition(port, self.rotary_offset, "all")
@@ -243,15 +251,15 @@ def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:
         records: answers that come before the stored ones.
     """
     seen = {_about(record) for record in records}
-    keys = atlas.keys()  # oldest first
-    headers = {key: header for key in keys if (header := atlas.header(key)).question in _ASKED}
-    chosen = dict[Any, str]()
-    for key in sorted(headers, key=lambda key: math.prod(headers[key].shape)):
-        chosen[_about(headers[key])] = key
-    return [*records, *(atlas.get(key) for key in keys if key in chosen.values() and _about(headers[key]) not in seen)]
+    entries = [entry for entry in atlas.entries() if entry.question in _ASKED]  # oldest first
+    chosen = {_about(entry): entry for entry in sorted(entries, key=lambda entry: entry.size)}
+    return [
+        *records,
+        *(atlas.get(entry.key) for entry in entries if chosen[_about(entry)] is entry and _about(entry) not in seen),
+    ]
 
 
-def _about(answer: Record | Header) -> tuple[Any, ...]:
+def _about(answer: Record | Entry) -> tuple[Any, ...]:
     """A question and what it is about."""
     return answer.question, *(str(answer.parameters.get(name)) for name in ENDS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any, final
 from virtual_weights.atlas import Atlas, task_key
 from virtual_weights.atlas.blocks import BLOCKS, BlockStore
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.progress import Progress, Step, quiet
+from virtual_weights.progress import Progress, Step, quiet, silent
 from virtual_weights.record import Record
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
@@ -96,6 +96,13 @@ class Survey:
             )
         self._manner = manner
         self._records: dict[str, Record] = {}
+        self._expected: dict[Question[Any], float] = {}
+        self._passed, self._whole, self._overall = 0.0, 0.0, silent
+
+    def expect(self, seconds: Mapping[Question[Any], float]) -> None:
+        """Show the progress of some questions together, by how long each is expected to take, as they are asked."""
+        self._expected, self._passed, self._whole = dict(seconds), 0.0, sum(seconds.values())
+        self._overall = self.step(f"the weights, about {self._whole:,.0f} s")
 
     def ask(self, question: Question[Any], subject: Run | None = None) -> Record:
         """The answer to one question, of another run than the survey's own where one is given.
@@ -111,6 +118,7 @@ class Survey:
         subjects = (subject or self.run, self.stream)
         keys = [self._key(question, subject_of(question, subjects)) for question in adapted]
         missing = {key: question for key, question in zip(keys, adapted, strict=True) if not self._known(key)}
+        self._passed += sum(self._expected.pop(q, 0.0) for q in adapted if q not in missing.values())
         for batch in batched(missing.values()):
             self._compute(batch, subjects)
         return [self._records[key] for key in keys]
@@ -168,7 +176,7 @@ class Survey:
 
     def _compute(self, batch: Sequence[Question[Any]], subjects: Sequence[Any]) -> None:
         subject, began = subject_of(batch[0], subjects), time.monotonic()
-        progress = self.step(_described(batch))
+        progress = self._within(self.step(_described(batch)), sum(self._expected.pop(q, 0.0) for q in batch))
         if isinstance(batch[0], Composite):
             ask = partial(self.answers, subject=subjects[0])
             answers = ((question, question(subject, progress, ask)) for question in batch)  # pyright: ignore[reportCallIssue]
@@ -179,6 +187,19 @@ class Survey:
         for question, record in answers:
             self._store(self._key(question, subject), question, record, time.monotonic() - began)
             began = time.monotonic()
+
+    def _within(self, progress: Progress, seconds: float) -> Progress:
+        """The progress of some questions, and of all that are expected."""
+        if not seconds:
+            return progress
+        before = self._passed
+        self._passed += seconds
+
+        def both(done: float, total: float) -> None:
+            progress(done, total)
+            self._overall(before + seconds * done / (total or 1.0), self._whole)
+
+        return both
 
     def _from_blocks(self, batch: Sequence[Blocked[Any]], progress: Progress) -> Iterator[tuple[Blocked[Any], Record]]:
         """Answers from blocks, those that an earlier run finished among them."""
