@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from regauge import rebased, rotated
 from tiny_models import tiny
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from uniform import sizes
 
 import virtual_weights as vw
-from virtual_weights.analysis.maps.neuron_side import NeuronSide, neuron_side
 from virtual_weights.analysis.pairs.neuron_heads import HeadNeuron, NeuronHead
-from virtual_weights.analysis.pairs.neuron_neuron import BINS, NeuronCosines, NeuronNeuron, NeuronReaders
+from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
 from virtual_weights.atlas import Atlas, edges
 from virtual_weights.linalg import haar_moments
+from virtual_weights.linalg.cosines import BINS
 from virtual_weights.record import Record
 from virtual_weights.stream.question import asking
 
@@ -61,22 +63,77 @@ def agree(record: Record, strength: Tensor, own: tuple[Tensor, Tensor], square: 
 
 @pytest.fixture(params=["whole", "ragged"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products as they come, or a few neurons at a time and layers one by one, as in a large model."""
+    """Products as they come, or a few neurons at a time and MLPs in pieces, as in a large model."""
     if request.param == "ragged":
-        monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_heads._TILE_BYTES", 4 * 7 * 24)
-        monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_neuron._TILE_BYTES", 4 * 7 * 40)
-        batches = NeuronSide.batches
-        monkeypatch.setattr(NeuronSide, "batches", lambda self, memory: batches(self, 1))
+        monkeypatch.setattr("virtual_weights.analysis.pairs.neuron_heads._ROWS", 7)
+        monkeypatch.setattr("virtual_weights.analysis.maps.neuron_side._PIECE", 13)
+        monkeypatch.setattr("virtual_weights.linalg.cosines._TILE", 16 * 32)
 
 
-def test_layers_held_at_once_fit_into_memory() -> None:
-    side = neuron_side(vw.open(tiny("llama-full")), "up")
-    one = 4 * 24 * 40
-    assert [[[part.mlp.layer for part in batch] for batch in side.batches(n)] for n in (1, 2 * one, 3 * one)] == [
-        [[0], [1], [2]],
-        [[0, 1], [2]],
-        [[0, 1, 2]],
-    ]
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def wide() -> nn.Module:
+    """Large enough for threads to divide its products: with other sums, the last bits would differ."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "num_attention_heads": 2, "intermediate_size": 300, "num_hidden_layers": 3}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8))
+
+
+BLOCKED = {
+    "neurons": lambda **cost: NeuronCosines("up", 4, **cost),
+    "one reader": lambda **cost: NeuronCosines("up", 4, "L2N7", **cost),
+    "one writer": lambda **cost: NeuronCosines("gate", 4, None, "L0N7", **cost),
+    "heads into neurons": lambda **cost: HeadNeuron("up", **cost),
+    "neurons into heads": lambda **cost: NeuronHead("K", **cost),
+    "one head": lambda **cost: NeuronHead("V", "L2H1", **cost),
+}
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", BLOCKED)
+def test_no_bit_of_a_block_depends_on_what_is_computed_beside_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other or all together, in any order, on one thread or two, within any memory."""
+    monkeypatch.setattr("virtual_weights.analysis.maps.neuron_side._PIECE", 200)
+    stream, bits = vw.open(wide()), []
+    for count, memory in ((1, 1), (2, 512)):
+        torch.set_num_threads(count)
+        question = BLOCKED[name](memory_mb=memory)
+        work = [(question.basis, block) for block in question.blocks(stream)]
+        for batches in ([work[::-1]], [[block] for block in work]):
+            blocks = {block: tensors for batch in batches for _, block, tensors in question.compute(batch, stream)}
+            assert set(blocks) == set(question.blocks(stream))
+            bits.append(
+                {(block, key): blocks[block][key].numpy().tobytes() for block in blocks for key in blocks[block]}
+            )
+    assert bits[0] == bits[1] == bits[2] == bits[3]
+    assert "one" in name or "L2.mlp.200" in question.blocks(stream)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_equal_edges_are_ordered_by_depth() -> None:
+    """Vectors of four equal entries up to sign: cosines are multiples of a quarter, exactly, and many are equal."""
+    model = tiny("llama-full")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for rows in (layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T):
+                places = torch.rand(rows.shape, generator=generator).topk(4, dim=1).indices
+                rows.copy_(torch.zeros(rows.shape).scatter_(1, places, torch.randn(40, 4, generator=generator).sign()))
+    stream = vw.open(model, fold=False)
+    cosine, _, _ = dense_cosines(stream, "up")
+    neurons = [f"L{layer}N{i}" for layer in range(3) for i in range(40)]
+    for record, side, other, dense in zip(
+        three(stream, "up", 5), ("reader", "writer"), ("writer", "reader"), (cosine, cosine.T), strict=False
+    ):
+        order = dense.abs().nan_to_num(-1.0).sort(dim=1, descending=True, stable=True).indices[:, :5]
+        expected = [(i, j) for i, row in enumerate(order.tolist()) for j in row if not dense[i, j].isnan()]
+        ends = ([neurons.index(name.partition(".")[0]) for name in record[end]] for end in (side, other))
+        assert list(zip(*ends, strict=True)) == expected
 
 
 @pytest.mark.usefixtures("tiles")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, final
 
 import torch
@@ -14,11 +14,13 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, Stream
 from virtual_weights.stream.group import NEURON_PORTS, NeuronPort, no_mlps
 
+_PIECE = 8192  # neurons at once, of MLPs that have more
+
 
 @final
 @dataclass(frozen=True, eq=False)
 class NeuronRows:
-    """The neurons of one MLP.
+    """The neurons of one range.
 
     Attributes:
         number: (n,) where each stands among the neurons of its side.
@@ -35,6 +37,8 @@ class NeuronRows:
     def nonzero(self) -> NeuronRows:
         """Only the neurons that have a direction."""
         rows = ((self.norms > 0) & self.norms.isfinite()).nonzero()[:, 0]
+        if len(rows) == len(self.norms):
+            return self
         return NeuronRows(self.number[rows], self.position, self.unit[rows], self.norms[rows])
 
 
@@ -43,6 +47,7 @@ class NeuronRows:
 class NeuronRange:
     """Some neurons of one MLP: a slice of them, numbered from ``first`` among all of their side."""
 
+    name: str
     mlp: Group
     position: int
     neurons: slice
@@ -53,6 +58,11 @@ class NeuronRange:
         """How many neurons."""
         return self.neurons.stop - self.neurons.start
 
+    @property
+    def numbers(self) -> slice:
+        """Their numbers."""
+        return slice(self.first, self.first + self.count)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -62,30 +72,35 @@ class NeuronSide:
     Attributes:
         stream: the model.
         port: ``"in"``, ``"up"``, ``"gate"`` or ``"out"``.
-        labels: their names, in order of depth; of readers with the port.
-        ranges: their MLPs, in order of depth.
+        ranges: their MLPs, in order of depth, wide ones in several pieces.
     """
 
     stream: Stream
     port: NeuronPort | Literal["out"]
-    labels: tuple[str, ...]
     ranges: tuple[NeuronRange, ...]
 
+    @property
+    def count(self) -> int:
+        """How many neurons."""
+        return sum(part.count for part in self.ranges)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Their names, in order of depth; of readers with the port."""
+        end = "" if self.port == "out" else f".{self.port}"
+        names = {part.mlp.id: part.mlp.neurons for part in self.ranges}
+        return tuple(f"{name}{end}" for part in self.ranges for name in names[part.mlp.id][part.neurons])
+
     def load(self, part: NeuronRange, device: str) -> NeuronRows:
-        """The neurons of one MLP, read anew each time."""
+        """The neurons of one range, read anew each time."""
         if self.port == "out":
             rows = self.stream.write(part.mlp)[0].T[part.neurons]
         else:
             rows = self.stream.read(self.port, part.mlp).maps[0, part.neurons]
-        rows = rows.to(device)
+        rows = rows.to(device).contiguous()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulate)
         number = torch.arange(part.first, part.first + len(rows), device=device)
         return NeuronRows(number, part.position, rows.float() / norms[:, None].float(), norms)
-
-    def batches(self, memory: int) -> Iterator[tuple[NeuronRange, ...]]:
-        """Consecutive MLPs whose directions fit into so many bytes together, at least one at a time."""
-        step = max(1, memory // (4 * self.stream.d_model * max(1, *(group.width for group in self.stream.groups.mlps))))
-        return (self.ranges[i : i + step] for i in range(0, len(self.ranges), step))
 
 
 def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | None = None) -> NeuronSide:
@@ -97,25 +112,28 @@ def neuron_side(stream: Stream, port: NeuronPort | Literal["out"], only: str | N
     mlps = stream.groups.mlps if port == "out" else stream.groups.readers(port)
     if not mlps:
         raise no_mlps()
-    end = "" if port == "out" else f".{port}"
-    only = None if only is None else only.removesuffix(end)
-    ranges: list[NeuronRange] = []
-    labels: list[str] = []
+    if only is not None and port != "out":
+        only = only.removesuffix(f".{port}")
+    ranges, first = list[NeuronRange](), 0
     for mlp in mlps:
         position = mlp.first if port == "out" else mlp.reads
         assert position is not None
-        if only in mlp.neurons:
+        if only is not None and only in mlp.neurons:
             i = mlp.neurons.index(only)
-            return NeuronSide(stream, port, (f"{only}{end}",), (NeuronRange(mlp, position, slice(i, i + 1), 0),))
-        ranges.append(NeuronRange(mlp, position, slice(0, mlp.width), len(labels)))
-        labels += (f"{neuron}{end}" for neuron in mlp.neurons)
+            return NeuronSide(stream, port, (NeuronRange(mlp.id, mlp, position, slice(i, i + 1), 0),))
+        for start in range(0, mlp.width, _PIECE):
+            neurons = slice(start, min(start + _PIECE, mlp.width))
+            name = mlp.id if mlp.width <= _PIECE else f"{mlp.id}.{start}"
+            ranges.append(NeuronRange(name, mlp, position, neurons, first + start))
+        first += mlp.width
+    side = NeuronSide(stream, port, tuple(ranges))
     if only is not None:
         raise UsageError(
             f"this model has no neuron {only!r}",
-            expected=f"a name from {labels[0]} to {labels[-1]}",
+            expected=f"a name from {side.labels[0]} to {side.labels[-1]}",
             do="correct the name, or leave its port out",
         )
-    return NeuronSide(stream, port, tuple(labels), tuple(ranges))
+    return side
 
 
 def check_neuron_port(port: str) -> None:

@@ -2,30 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from functools import partial
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.circuits import reading_circuits, writing_circuits
 from virtual_weights.analysis.maps.map_side import component_axis
-from virtual_weights.analysis.maps.neuron_side import NeuronSide, check_neuron_port, neuron_side
+from virtual_weights.analysis.maps.neuron_side import (
+    NeuronRange,
+    NeuronRows,
+    NeuronSide,
+    check_neuron_port,
+    neuron_side,
+)
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, beyond_rounding, haar_moments, self_moments, standardised
+from virtual_weights.linalg import (
+    MapStack,
+    accumulate,
+    beyond_rounding,
+    haar_moments,
+    one_thread,
+    self_moments,
+    standardised,
+)
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Question, Stream, cost
+from virtual_weights.stream import Block, Blocked, Stream, Work, cost
 from virtual_weights.stream.group import HEAD_PORTS, HeadPort, NeuronPort
 
-_TILE_BYTES = 32 * 2**20  # of products of heads' rows with neurons, at once
+_ROWS = 512  # neurons in one product with heads
+
+
+class _HeadPairs(Blocked[Stream]):
+    """Every head with every neuron; a block is one MLP, or a piece of it where it has more than 8,192 neurons."""
+
+    device: str
+    memory_mb: int
+
+    @abstractmethod
+    def neurons(self, stream: Stream) -> NeuronSide:
+        """One side."""
+
+    @abstractmethod
+    def heads(self, stream: Stream) -> _Heads:
+        """The other."""
+
+    def blocks(self, subject: Stream) -> tuple[str, ...]:
+        """All MLPs, or pieces of them, in order of depth.
+
+        Raises:
+            UsageError: the model has no such port or neuron, or the checkpoint holds no MLP.
+        """
+        return tuple(part.name for part in self.neurons(subject).ranges)
+
+    @classmethod
+    def compute(cls, work: Work, subject: Any, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:
+        """Compare the neurons of each block with all heads; progress is in pairs.
+
+        A block holds ``score`` (heads, n), NaN of pairs that cannot reach, and ``norms`` (n,) of the neurons' vectors.
+        """
+        sides = {question: (question.heads(subject), question.neurons(subject)) for question, _ in work}
+        count = {
+            (q, part.name): part.count * heads.stack.count for q, (heads, ns) in sides.items() for part in ns.ranges
+        }
+        done, total = 0, sum(count[question, name] for question, name in work)
+        for question, (heads, neurons) in sides.items():
+            names = {name for other, name in work if other == question}
+            for batch in _batches([part for part in neurons.ranges if part.name in names], heads, question.memory_mb):
+                loaded = [neurons.load(part, question.device) for part in batch]
+                for part, rows, score in zip(batch, loaded, _scores(heads, neurons, loaded), strict=True):
+                    done += count[question, part.name]
+                    progress(done, total)
+                    yield question, part.name, {"score": score, "norms": rows.norms.cpu()}
+
+    def _score(self, stream: Stream, blocks: Iterable[Block]) -> tuple[NeuronSide, _Heads, Tensor, Tensor]:
+        """Both sides, (heads, neurons) of scores, and the norms of the neurons' vectors."""
+        neurons, heads = self.neurons(stream), self.heads(stream)
+        score = torch.empty(heads.stack.count, neurons.count)
+        norms = torch.empty(neurons.count, dtype=accumulate)
+        for part, block in zip(neurons.ranges, blocks, strict=True):
+            score[:, part.numbers], norms[part.numbers] = block["score"], block["norms"]
+        return neurons, heads, score, norms
 
 
 @final
 @dataclass(frozen=True)
-class HeadNeuron(Question[Stream]):
+class HeadNeuron(_HeadPairs):
     """How strongly what a head writes, by its OV circuit, enters what a single later neuron reads.
 
     ``||w^T OV||`` where w is the neuron's row of the port with the norm folded and ``OV = W_O W_V``.
@@ -33,8 +101,7 @@ class HeadNeuron(Question[Stream]):
     Columns, float32: ``score`` ``= ||w^T OV|| / (||w|| ||OV||_F)``, in [0, 1]; ``strength``, its numerator;
     ``null_ratio`` ``= score sqrt(d)``; ``z``, the squared strength against its mean and deviation when the neuron's
     direction is turned at random. Of a head or neuron that is 0, strength is 0 and score undefined; a pair that cannot
-    reach is absent. A weighted
-    sum of few squares is skewed: even at chance ``z`` reaches further above 0 than below.
+    reach is absent. A weighted sum of few squares is skewed: even at chance ``z`` reaches further above 0 than below.
 
     Invariant under re-basing of heads, re-ordering of neurons and, with RMSNorm folded, rotation of the stream.
 
@@ -43,7 +110,7 @@ class HeadNeuron(Question[Stream]):
         reader: only this neuron, e.g. ``"L18N5"``; None for all.
         writer: only this head, e.g. ``"L16H0"``; None for all.
         device: any torch device.
-        memory_mb: of neurons' directions held at once; where all do not fit, heads are prepared several times.
+        memory_mb: of blocks at work at once; where all do not fit, heads are prepared several times.
 
     Reference: Elhage et al. 2021, for composition; here the reading circuit is a single row.
     """
@@ -58,30 +125,23 @@ class HeadNeuron(Question[Stream]):
     def __post_init__(self) -> None:
         check_neuron_port(self.port)
 
-    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
-        """Compute all pairs.
+    def neurons(self, stream: Stream) -> NeuronSide:
+        return neuron_side(stream, self.port, self.reader)
 
-        Args:
-            stream: the model.
-            progress: called with (pairs done, pairs in all).
+    def heads(self, stream: Stream) -> _Heads:
+        axis = component_axis("head", stream.groups.heads)
+        return _heads(stream, axis, writing_circuits, self.writer)
 
-        Returns:
-            A Record over (neuron, head), both in order of depth.
-
-        Raises:
-            UsageError: the model has no such port, neuron or head, or the checkpoint holds no MLP or no head.
-        """
-        neurons = neuron_side(stream, self.port, self.reader)
-        heads = _heads(stream, component_axis("head", stream.groups.heads), writing_circuits(stream), self.writer)
-        score = torch.full((len(neurons.labels), heads.stack.count), float("nan"))
-        norms = _fill(score.T, heads, neurons, (self.device, self.memory_mb, progress))
-        columns = _columns(score, norms[:, None] * heads.norms, heads.deviation, stream.d_model)
-        return stream.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **_STAMP)
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
+        """A Record over (neuron, head), both in order of depth."""
+        neurons, heads, score, norms = self._score(subject, blocks)
+        columns = _columns(score.T, norms[:, None] * heads.norms, heads.deviation, subject.d_model)
+        return subject.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **_STAMP)
 
 
 @final
 @dataclass(frozen=True)
-class NeuronHead(Question[Stream]):
+class NeuronHead(_HeadPairs):
     """How strongly what a single neuron writes enters what a later head reads, by its circuit.
 
     ``||C w_out||`` with ``C = QK^T`` for port Q, ``QK`` for K (``QK = W_Q^T W_K``, rotary offset 0) and ``OV`` for V.
@@ -93,7 +153,7 @@ class NeuronHead(Question[Stream]):
         reader: only this head, e.g. ``"L18H6"``; None for all.
         writer: only this neuron, e.g. ``"L16N9"``; None for all.
         device: any torch device.
-        memory_mb: of neurons' directions held at once.
+        memory_mb: of blocks at work at once.
     """
 
     question: ClassVar[str] = "neuron_head"
@@ -107,27 +167,19 @@ class NeuronHead(Question[Stream]):
         if self.port not in HEAD_PORTS:
             raise UsageError(f"no head reads through port {self.port!r}", expected="Q, K or V", do="choose one")
 
-    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
-        """Compute all pairs.
+    def neurons(self, stream: Stream) -> NeuronSide:
+        return neuron_side(stream, "out", self.writer)
 
-        Args:
-            stream: the model.
-            progress: called with (pairs done, pairs in all).
-
-        Returns:
-            A Record over (head, neuron), both in order of depth.
-
-        Raises:
-            UsageError: the model has no such neuron or head, or the checkpoint holds no MLP or no head.
-        """
-        neurons = neuron_side(stream, "out", self.writer)
+    def heads(self, stream: Stream) -> _Heads:
         axis = component_axis("head", stream.groups.heads, self.port)
-        heads = _heads(stream, axis, reading_circuits(stream, self.port), self.reader)
-        score = torch.full((heads.stack.count, len(neurons.labels)), float("nan"))
-        norms = _fill(score, heads, neurons, (self.device, self.memory_mb, progress))
-        columns = _columns(score, heads.norms[:, None] * norms, heads.deviation[:, None], stream.d_model)
+        return _heads(stream, axis, partial(reading_circuits, port=self.port), self.reader)
+
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
+        """A Record over (head, neuron), both in order of depth."""
+        neurons, heads, score, norms = self._score(subject, blocks)
+        columns = _columns(score, heads.norms[:, None] * norms, heads.deviation[:, None], subject.d_model)
         axes = heads.axis, Axis("neuron", neurons.labels)
-        return stream.record(self, axes, columns, **_STAMP, rotary_offset=0)
+        return subject.record(self, axes, columns, **_STAMP, rotary_offset=0)
 
 
 _STAMP = {"gauge": "heads by circuits, neurons by their own basis", "compute_dtype": "float32"}
@@ -150,16 +202,18 @@ class _Heads:
     norms: Tensor
     deviation: Tensor
 
-    def unit(self, heads: Tensor, device: str) -> Tensor:
+    def unit(self, heads: Tensor, device: torch.device) -> Tensor:
         """(heads, k, d) float32: thin maps with the Grams of these heads' circuits, each of Frobenius norm 1."""
         stack = self.stack
         assert stack.metric is not None
         norms = self.norms[heads, None, None]
-        roots = square_roots(stack.metric[heads]) / torch.where(norms > 0, norms, 1.0)
-        return (roots.to(device) @ stack.outer[stack.index[heads]].to(device=device, dtype=accumulate)).float()
+        with one_thread():
+            roots = square_roots(stack.metric[heads]) / torch.where(norms > 0, norms, 1.0)
+            return (roots.to(device) @ stack.outer[stack.index[heads]].to(device=device, dtype=accumulate)).float()
 
 
-def _heads(stream: Stream, axis: Axis, stack: MapStack, only: str | None) -> _Heads:
+def _heads(stream: Stream, axis: Axis, circuits: Callable[[Stream], MapStack], only: str | None) -> _Heads:
+    row = slice(None)
     if only is not None:
         names = [label if "." in only else label.partition(".")[0] for label in axis.labels]
         if only not in names:
@@ -170,48 +224,43 @@ def _heads(stream: Stream, axis: Axis, stack: MapStack, only: str | None) -> _He
             )
         row = slice(names.index(only), names.index(only) + 1)
         axis = Axis(axis.name, axis.labels[row], axis.groups[row])
+    with one_thread():
+        stack = circuits(stream)
         metric = None if stack.metric is None else stack.metric[row]
         stack = MapStack(stack.outer, stack.index[row], metric, stack.position[row])
-    trace, square = self_moments(stack)
-    _, variance = haar_moments(1.0, 1.0, 1.0, square / trace**2, stream.d_model)
+        trace, square = self_moments(stack)
+        _, variance = haar_moments(1.0, 1.0, 1.0, square / trace**2, stream.d_model)
     return _Heads(axis, stack, trace.sqrt(), variance.sqrt())
 
 
-def _fill(score: Tensor, heads: _Heads, neurons: NeuronSide, workspace: tuple[str, int, Progress]) -> Tensor:
-    """Fill (heads, neurons) in with the scores of all pairs that reach; returns the neurons' norms.
-
-    Args:
-        score: to be filled in.
-        heads: one side.
-        neurons: the other.
-        workspace: device, MiB of neurons' directions held at once, and progress.
-    """
-    device, memory_mb, progress = workspace
-    norms = torch.empty(len(neurons.labels), dtype=accumulate)
-    reading, done = neurons.port != "out", 0
-    for batch in neurons.batches(memory_mb * 2**20):
-        loaded = [neurons.load(part, device) for part in batch]
-        for rows in loaded:
-            norms[rows.number.cpu()] = rows.norms.cpu()
-        for state in heads.stack.position.unique().tolist():
-            chosen = (heads.stack.position == state).nonzero()[:, 0]
-            partners = [rows for rows in loaded if (state <= rows.position if reading else rows.position <= state)]
-            unit = heads.unit(chosen, device) if partners else torch.empty(0)
-            for rows in partners:
-                for cut, products in _products(unit, rows.unit.nan_to_num(0.0)):
-                    score[chosen[:, None], rows.number[cut].cpu()] = products.cpu()
-            done += len(chosen) * sum(len(rows.norms) for rows in loaded)
-            progress(done, score.numel())
-    return norms
+def _batches(parts: Sequence[NeuronRange], heads: _Heads, memory_mb: int) -> Iterator[Sequence[NeuronRange]]:
+    """Consecutive parts whose directions and scores fit into memory together, at least one at a time."""
+    width = 4 * (heads.stack.outer.shape[-1] + heads.stack.count)
+    step = max(1, memory_mb * 2**20 // (width * max((part.count for part in parts), default=1)))
+    return (parts[i : i + step] for i in range(0, len(parts), step))
 
 
-def _products(unit: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``||A_i w_j||`` of maps (m, k, d) with rows (n, d), as (m, rows), some rows at a time."""
-    flat = unit.flatten(0, 1)
-    step = max(1, _TILE_BYTES // (4 * len(flat)))
-    for start in range(0, len(rows), step):
-        cut = slice(start, start + step)
-        yield cut, (flat @ rows[cut].T).unflatten(0, unit.shape[:2]).square_().sum(dim=1).sqrt_()
+def _scores(heads: _Heads, neurons: NeuronSide, loaded: Sequence[NeuronRows]) -> list[Tensor]:
+    """Scores of all heads with some neurons, (heads, n), NaN of pairs that cannot reach."""
+    scores = [torch.full((heads.stack.count, len(rows.norms)), torch.nan) for rows in loaded]
+    for state in heads.stack.position.unique().tolist():
+        chosen = (heads.stack.position == state).nonzero()[:, 0]
+        partners = [
+            (rows, score)
+            for rows, score in zip(loaded, scores, strict=True)
+            if (rows.position <= state if neurons.port == "out" else state <= rows.position)
+        ]
+        unit = heads.unit(chosen, loaded[0].unit.device) if partners else torch.empty(0)
+        for rows, score in partners:
+            score[chosen] = _products(unit, rows.unit.nan_to_num(0.0)).cpu()
+    return scores
+
+
+def _products(unit: Tensor, rows: Tensor) -> Tensor:
+    """``||A_i w_j||`` of maps (m, k, d) with rows (n, d), as (m, n)."""
+    batch = unit.expand(max(2, len(unit)), -1, -1).mT  # one product alone would be divided among threads
+    parts = (torch.bmm(part.expand(len(batch), -1, -1), batch) for part in rows.split(_ROWS))
+    return torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts], dim=1)[: len(unit)]
 
 
 def _columns(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterator[Column]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.neuron_side import NeuronRows, NeuronSide, check_neuron_port, neuron_side
+from virtual_weights.analysis.maps.neuron_side import (
+    NeuronRange,
+    NeuronRows,
+    NeuronSide,
+    check_neuron_port,
+    neuron_side,
+)
 from virtual_weights.errors import UsageError
+from virtual_weights.linalg import accumulate
+from virtual_weights.linalg.cosines import BINS, CosineTable, Workspace, merged, partners
 from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.stream import Question, Stream, cost
+from virtual_weights.stream import Block, Blocked, Stream, Work, cost
 from virtual_weights.stream.group import NeuronPort
-
-BINS = 200
-"""Bins of the histogram of cosines, of equal width from -1 to 1."""
-
-_TILE_BYTES = 16 * 2**20  # of cosines at once: they stay in or near a cache
 
 
 @dataclass(frozen=True)
-class NeuronPairs(Question[Stream]):
+class NeuronPairs(Blocked[Stream]):
     """Virtual weights between single neurons: ``<w_in, w_out>`` of every neuron with every later one.
 
     What neuron a writes, ``w_out`` times its activation, adds ``<w_in, w_out>`` times that to what neuron b reads
@@ -35,7 +37,8 @@ class NeuronPairs(Question[Stream]):
     nothing has no direction and no edge.
 
     One pass over all pairs answers the three questions of this form: :class:`NeuronNeuron`, :class:`NeuronReaders` and
-    :class:`NeuronCosines`.
+    :class:`NeuronCosines`. A block is what one MLP reads, or a piece of it where it has more than 8,192 neurons; of
+    equal cosines the neuron that comes first in depth is the stronger one.
 
     Attributes:
         port: through which the readers read: ``"in"``, or where gated ``"up"`` or ``"gate"``.
@@ -43,7 +46,7 @@ class NeuronPairs(Question[Stream]):
         reader: only edges into this neuron, e.g. ``"L18N5"``; None for all.
         writer: only edges out of this neuron; None for all.
         device: any torch device.
-        memory_mb: of readers' directions held at once; where all do not fit, writers are read several times.
+        memory_mb: of blocks at work at once; where all do not fit, writers are read several times.
     """
 
     port: NeuronPort = "up"
@@ -60,35 +63,75 @@ class NeuronPairs(Question[Stream]):
                 f"top={self.top}, memory_mb={self.memory_mb}", expected="at least 1 each", do="pass for example top=10"
             )
 
-    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
-        """Compare all pairs.
+    @property
+    def basis(self) -> NeuronCosines:
+        """The histogram, whose blocks hold the strongest edges too."""
+        return NeuronCosines(**{f.name: getattr(self, f.name) for f in fields(self)})
 
-        Args:
-            stream: the model.
-            progress: called with (pairs done, pairs in all).
+    def blocks(self, subject: Stream) -> tuple[str, ...]:
+        """MLPs that some writer reaches, or pieces of them, in order of depth.
 
         Raises:
             UsageError: the model has no such port or neuron, or the checkpoint holds no MLP.
         """
-        ((_, record),) = self.together([self], stream, progress)
-        return record
+        return tuple(part.name for part, _ in self._sides(subject).reached())
 
     @classmethod
-    def together(
-        cls, questions: Sequence[Question[Any]], subject: Any, progress: Progress = silent
-    ) -> Iterator[tuple[Question[Any], Record]]:
-        """Answer several questions about pairs of neurons, those of equal parameters in one pass."""
-        passes: dict[tuple[Any, ...], list[NeuronPairs]] = {}
-        for question in questions:
-            assert isinstance(question, NeuronPairs)
-            passes.setdefault(tuple(question.parameters.values()), []).append(question)
-        for alike in passes.values():
-            comparison = _compare(alike[0], subject, progress)
-            yield from ((question, question.answer(subject, comparison)) for question in alike)
+    def compute(cls, work: Work, subject: Any, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:
+        """Compare the readers of each block with all writers that reach them; progress is in pairs.
 
-    @abstractmethod
-    def answer(self, stream: Stream, comparison: Comparison) -> Record:
-        """This question's answer, read off a pass over all pairs."""
+        A block holds ``writers`` and ``readers``, the strongest of every reader (n, top) and of every writer that
+        reaches them (m, top), as :func:`partners` reads them; ``norm_in`` (n,) and ``norm_out`` (m,), the lengths of
+        the neurons' vectors; ``counts`` (BINS,), ``squares`` and ``pairs``.
+        """
+        done, total, sides = 0, 0, dict[NeuronPairs, _Sides]()
+        tasks: list[_Task] = []
+        for question, name in work:
+            if question not in sides:
+                sides[question] = question._sides(subject)
+            read, writers = next(pair for pair in sides[question].reached() if pair[0].name == name)
+            tasks.append(_Task(question, sides[question], read, writers))
+            total += tasks[-1].pairs
+        for batch in _batches(tasks):
+            for pairs, comparison, complete in _compare(batch):
+                done += pairs
+                progress(done, total)
+                if complete:
+                    yield comparison.task.question, comparison.task.read.name, comparison.block()
+
+    def _sides(self, stream: Stream) -> _Sides:
+        return _Sides(neuron_side(stream, self.port, self.reader), neuron_side(stream, "out", self.writer))
+
+    def _edges(self, stream: Stream, blocks: Iterable[Block], of: Literal["reader", "writer"]) -> Record:
+        """The strongest edges of every reader or every writer."""
+        sides = self._sides(stream)
+        labels = sides.readers.labels, sides.writers.labels
+        # NaN never shows, since a neuron without direction has no edge
+        norm_in, norm_out = (
+            torch.full((side.count,), torch.nan, dtype=accumulate) for side in (sides.readers, sides.writers)
+        )
+        keys = torch.full((len(norm_in if of == "reader" else norm_out), self.top), -1)
+        for (read, writers), block in zip(sides.reached(), blocks, strict=True):
+            norm_in[read.numbers] = block["norm_in"]
+            norm_out[_numbers(writers)] = block["norm_out"]
+            if of == "reader":
+                keys[read.numbers] = block["writers"]
+            else:
+                keys[_numbers(writers)] = merged(keys[_numbers(writers)], block["readers"])
+        neuron, place = (keys >= 0).nonzero(as_tuple=True)
+        partner, score = partners(keys[neuron, place])
+        reader, writer = (neuron, partner) if of == "reader" else (partner, neuron)
+        strength = (score * norm_in[reader] * norm_out[writer]).float()
+        columns = (
+            Column("reader", tuple(labels[0][i] for i in reader.tolist()), "", "the reading neuron"),
+            Column("writer", tuple(labels[1][i] for i in writer.tolist()), "", "the writing neuron"),
+            Column("score", score, "1, in [-1, 1]", "cos(w_in, w_out)"),
+            Column("strength", strength, "weights", "<w_in, w_out>, the virtual weight"),
+            Column("z", score * stream.d_model**0.5, "standard deviations", "cos sqrt(d)"),
+            Column("magnitude", score.abs(), "1, in [0, 1]", "|cos|"),
+            Column("rank", place + 1, "place, from 1", f"among the edges of its {of}, by magnitude"),
+        )
+        return stream.record(self, (Axis("edge", tuple(map(str, range(1, len(score) + 1)))),), columns, **_STAMP)
 
 
 @final
@@ -111,9 +154,9 @@ class NeuronNeuron(NeuronPairs):
 
     question: ClassVar[str] = "neuron_edges"
 
-    def answer(self, stream: Stream, comparison: Comparison) -> Record:
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """The ``top`` writers of every reader."""
-        return _edge_record(self, stream, comparison, "reader")
+        return self._edges(subject, blocks, "reader")
 
 
 @final
@@ -126,9 +169,9 @@ class NeuronReaders(NeuronPairs):
 
     question: ClassVar[str] = "neuron_edges_of_writers"
 
-    def answer(self, stream: Stream, comparison: Comparison) -> Record:
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """The ``top`` readers of every writer."""
-        return _edge_record(self, stream, comparison, "writer")
+        return self._edges(subject, blocks, "writer")
 
 
 @final
@@ -142,24 +185,28 @@ class NeuronCosines(NeuronPairs):
 
     question: ClassVar[str] = "neuron_cosines"
 
-    def answer(self, stream: Stream, comparison: Comparison) -> Record:
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """The histogram, beside what chance would give."""
-        half, d, pairs = BINS // 2, stream.d_model, comparison.pairs
+        counts, squares, pairs = torch.zeros(BINS, dtype=torch.int64), 0.0, 0
+        for block in blocks:
+            counts += block["counts"]
+            squares, pairs = squares + float(block["squares"]), pairs + int(block["pairs"])
+        half, d = BINS // 2, subject.d_model
         edges = torch.arange(-half, half + 1, dtype=torch.float64) / half
         tail = [*(cosine_tail(t, d) for t in edges[half:-1].tolist()), 0.0]
         right = pairs * -torch.tensor(tail, dtype=torch.float64).diff()
         bounds = [f"{edge:.2f}" for edge in edges.tolist()]
-        return stream.record(
+        return subject.record(
             self,
             (Axis("bin", tuple(f"{low} to {high}" for low, high in pairwise(bounds))),),
             (
-                Column("count", comparison.counts, "pairs", "pairs whose cos(w_in, w_out) lies in the bin"),
+                Column("count", counts, "pairs", "pairs whose cos(w_in, w_out) lies in the bin"),
                 Column("expected", torch.cat([right.flip(0), right]), "pairs", "the same of independent directions"),
                 Column("low", edges[:-1], "1", "where the bin begins"),
             ),
             **_STAMP,
             pairs=pairs,
-            mean_square=comparison.squares / pairs if pairs else None,
+            mean_square=squares / pairs if pairs else None,
             null_mean_square=1 / d,
         )
 
@@ -168,118 +215,104 @@ _STAMP = {"gauge": "neurons: their own basis", "compute_dtype": "float32"}
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What one pass over all pairs of neurons gives.
+@dataclass(frozen=True)
+class _Sides:
+    readers: NeuronSide
+    writers: NeuronSide
 
-    Attributes:
-        labels: of readers and of writers.
-        norms: of readers' and writers' vectors; NaN of a neuron that no pair has.
-        strongest: the strongest writers of every ``"reader"``, and readers of every ``"writer"``.
-        counts: (BINS,) int64, how many pairs have which cosine.
-        squares: sum of the squared cosines.
-        pairs: how many pairs.
-    """
-
-    labels: tuple[tuple[str, ...], tuple[str, ...]]
-    norms: tuple[Tensor, Tensor]
-    strongest: Mapping[str, Strongest]
-    counts: Tensor
-    squares: float
-    pairs: int
+    def reached(self) -> Iterator[tuple[NeuronRange, tuple[NeuronRange, ...]]]:
+        """Readers that some writer reaches, and all these writers, both in order of depth."""
+        for read in self.readers.ranges:
+            writers = tuple(part for part in self.writers.ranges if part.position <= read.position)
+            if writers:
+                yield read, writers
 
 
 @final
-class Strongest:
-    """The ``top`` partners of largest ``|cosine|`` so far, of each of ``count`` neurons."""
+@dataclass(frozen=True)
+class _Task:
+    """One block to compute."""
 
-    def __init__(self, count: int, top: int, device: str) -> None:
-        self._score = torch.zeros(count, top, device=device)
-        self._partner = torch.full((count, top), -1, device=device)
+    question: NeuronPairs
+    sides: _Sides
+    read: NeuronRange
+    writers: tuple[NeuronRange, ...]
 
-    def update(self, neurons: Tensor, partners: Tensor, cosine: Tensor) -> None:
-        """Look at a tile (neurons, partners) of cosines."""
-        top = self._score.shape[1]
-        columns = cosine.abs().topk(min(top, len(partners)), dim=1).indices
-        score = torch.cat([self._score[neurons], cosine.gather(1, columns)], dim=1)
-        partner = torch.cat([self._partner[neurons], partners[columns]], dim=1)
-        order = torch.where(partner < 0, -1.0, score.abs()).topk(top, dim=1).indices
-        self._score[neurons], self._partner[neurons] = score.gather(1, order), partner.gather(1, order)
+    @property
+    def pairs(self) -> int:
+        return self.read.count * sum(part.count for part in self.writers)
 
-    def edges(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Neuron, partner, rank and cosine of every edge, neurons in order."""
-        score, partner = self._score.cpu(), self._partner.cpu()
-        neuron, place = (partner >= 0).nonzero(as_tuple=True)
-        return neuron, partner[neuron, place], place + 1, score[neuron, place]
+    @property
+    def bytes(self) -> int:
+        """Of its readers' directions, and of what is kept."""
+        width = 4 * self.sides.readers.stream.d_model + 8 * self.question.top
+        return width * self.read.count + 8 * self.question.top * sum(part.count for part in self.writers)
 
 
-def _edge_record(
-    question: NeuronPairs, stream: Stream, comparison: Comparison, of: Literal["reader", "writer"]
-) -> Record:
-    neuron, partner, rank, score = comparison.strongest[of].edges()
-    reader, writer = (neuron, partner) if of == "reader" else (partner, neuron)
-    (reading, writing), (norm_in, norm_out) = comparison.labels, comparison.norms
-    strength = (score * norm_in[reader] * norm_out[writer]).float()
-    columns = (
-        Column("reader", tuple(reading[i] for i in reader.tolist()), "", "the reading neuron"),
-        Column("writer", tuple(writing[i] for i in writer.tolist()), "", "the writing neuron"),
-        Column("score", score, "1, in [-1, 1]", "cos(w_in, w_out)"),
-        Column("strength", strength, "weights", "<w_in, w_out>, the virtual weight"),
-        Column("z", score * stream.d_model**0.5, "standard deviations", "cos sqrt(d)"),
-        Column("magnitude", score.abs(), "1, in [0, 1]", "|cos|"),
-        Column("rank", rank, "place, from 1", f"among the edges of its {of}, by magnitude"),
-    )
-    return stream.record(question, (Axis("edge", tuple(map(str, range(1, len(score) + 1)))),), columns, **_STAMP)
+def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
+    """Tasks that share writers and fit into memory together, at least one at a time."""
+    batch: list[_Task] = []
+    for task in tasks:
+        first = batch[0].question if batch else task.question
+        alike = (task.question.writer, task.question.device) == (first.writer, first.device)
+        if batch and not (alike and sum(other.bytes for other in (*batch, task)) <= first.memory_mb * 2**20):
+            yield batch
+            batch = []
+        batch.append(task)
+    if batch:
+        yield batch
 
 
-def _compare(question: NeuronPairs, stream: Stream, progress: Progress) -> Comparison:
-    """One pass over all pairs."""
-    device = question.device
-    readers = neuron_side(stream, question.port, question.reader)
-    writers = neuron_side(stream, "out", question.writer)
-    of_readers, of_writers = (Strongest(len(side.labels), question.top, device) for side in (readers, writers))
-    counts, squares, pairs = torch.zeros(BINS, dtype=torch.int64, device=device), 0.0, 0
-    labels = readers.labels, writers.labels
-    # NaN never shows, since a neuron without direction has no edge
-    norm_in, norm_out = (torch.full((len(names),), float("nan"), dtype=torch.float64) for names in labels)
-    total = _count_pairs(readers, writers)
-    for done, read, written in _blocks(readers, writers, device, question.memory_mb * 2**20):
-        norm_in[read.number.cpu()], norm_out[written.number.cpu()] = read.norms.cpu(), written.norms.cpu()
-        for rows, cosine in _tiles(read.unit, written.unit):
-            of_readers.update(read.number[rows], written.number, cosine)
-            of_writers.update(written.number, read.number[rows], cosine.T)
-            counts += torch.histc(cosine, BINS, -1.0, 1.0).long()
-            squares += float(cosine.square().sum())  # cascaded: float32 suffices for one tile
-            pairs += cosine.numel()
-        progress(done, total)
-    strongest = {"reader": of_readers, "writer": of_writers}
-    return Comparison(labels, (norm_in, norm_out), strongest, counts.cpu(), squares, pairs)
+@final
+class _Comparison:
+    """A block at work: its readers, and what they and their writers so far give."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self._all = task.sides.readers.load(task.read, task.question.device)
+        self._readers = self._all.nonzero()
+        self._table = CosineTable(self._readers.unit, self._readers.number, task.question.top)
+        self._pairs, self._of_writers = 0, list[tuple[Tensor, Tensor]]()
+
+    def add(self, writers: NeuronRows, scratch: Workspace) -> None:
+        """Compare all readers with these writers."""
+        alive = writers.nonzero()
+        keys = torch.full((len(writers.norms), self.task.question.top), -1)
+        keys[(alive.number - writers.number[0]).cpu()] = self._table.add(alive.unit, alive.number, scratch).cpu()
+        self._of_writers.append((keys, writers.norms.cpu()))
+        self._pairs += len(alive.norms) * len(self._readers.norms)
+
+    def block(self) -> Block:
+        keys = torch.full((self.task.read.count, self.task.question.top), -1)
+        keys[self._readers.number.cpu() - self.task.read.first] = self._table.strongest.cpu()
+        of_writers, norm_out = (torch.cat(parts) for parts in zip(*self._of_writers, strict=True))
+        return {
+            "writers": keys,
+            "readers": of_writers,
+            "norm_in": self._all.norms.cpu(),
+            "norm_out": norm_out,
+            "counts": self._table.counts.cpu(),
+            "squares": torch.tensor(self._table.squares, dtype=accumulate),
+            "pairs": torch.tensor(self._pairs),
+        }
 
 
-def _blocks(
-    readers: NeuronSide, writers: NeuronSide, device: str, memory: int
-) -> Iterator[tuple[int, NeuronRows, NeuronRows]]:
-    """Every MLP of readers with every MLP of writers that reaches it, and how many pairs there were so far."""
-    done = 0
-    for batch in readers.batches(memory):
-        loaded = [readers.load(part, device) for part in batch]
-        for part in writers.ranges:
-            reached = [read for read in loaded if part.position <= read.position]
-            if not reached:
-                continue
-            written = writers.load(part, device)
-            for read in reached:
-                done += len(read.norms) * len(written.norms)
-                yield done, read.nonzero(), written.nonzero()
+def _compare(tasks: Sequence[_Task]) -> Iterator[tuple[int, _Comparison, bool]]:
+    """Blocks of equal writers side by side: pairs that were just compared, the block, and whether it is complete."""
+    writers, device = tasks[0].sides.writers, tasks[0].question.device
+    active, scratch = [_Comparison(task) for task in tasks], Workspace(torch.device(device))
+    for part in writers.ranges:
+        reached = [comparison for comparison in active if part.position <= comparison.task.read.position]
+        if not reached:
+            continue
+        rows = writers.load(part, device)
+        for comparison in reached:
+            comparison.add(rows, scratch)
+            complete = part.first == comparison.task.writers[-1].first
+            if complete:
+                active.remove(comparison)
+            yield part.count * comparison.task.read.count, comparison, complete
 
 
-def _tiles(reads: Tensor, writes: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of some readers with all of these writers, (readers, writers), a range of readers at a time."""
-    step = max(1, _TILE_BYTES // (4 * max(1, len(writes))))
-    for start in range(0, len(reads) if len(writes) else 0, step):
-        rows = slice(start, start + step)
-        yield rows, (reads[rows] @ writes.T).clamp_(-1.0, 1.0)
-
-
-def _count_pairs(readers: NeuronSide, writers: NeuronSide) -> int:
-    return sum(r.count * w.count for r in readers.ranges for w in writers.ranges if w.position <= r.position)
+def _numbers(parts: Sequence[NeuronRange]) -> Tensor:
+    return torch.cat([torch.arange(part.first, part.first + part.count) for part in parts])
