@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing import active_children
 from pathlib import Path
@@ -98,6 +99,30 @@ def test_finished_blocks_are_kept_and_not_computed_again(
     answers = vw.Survey(stream, atlas, executor=executor).answers(questions(stream))
     differing = [not same([a], [b]) for a, b in zip(answers, expected, strict=True)]
     assert sum(differing) == 1
+
+
+@needs_dask
+def test_a_cluster_of_our_own_listens_on_loopback_alone(folder: Path) -> None:
+    import psutil  # comes with Dask
+
+    heard: set[str] = set()
+    stop = threading.Event()
+
+    def listen() -> None:
+        while not stop.is_set():
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with suppress(psutil.Error):
+                    heard.update(c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN")
+            stop.wait(0.05)
+
+    watcher = threading.Thread(target=listen)
+    watcher.start()
+    try:
+        vw.Survey(vw.open(folder), executor="dask").ask(vw.Composition("K"))
+    finally:
+        stop.set()
+        watcher.join()
+    assert heard == {"127.0.0.1"}
 
 
 def test_a_worker_that_is_killed_loses_nothing(folder: Path, expected: list[vw.Record], tmp_path: Path) -> None:
