@@ -15,13 +15,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
 import torch
 from torch import Tensor
 
+from virtual_weights.errors import ResourceError
 from virtual_weights.linalg.decompose import square_roots
-from virtual_weights.linalg.numerics import accumulate, one_thread
+from virtual_weights.linalg.numerics import accumulate, one_thread, random_generator
 from virtual_weights.linalg.pairing import MapStack, inner_grams, traces_through
 from virtual_weights.progress import Progress, silent
 
@@ -282,6 +284,31 @@ def gram_products(
         [_completed(totals[i][j].cpu(), r, w, reach[i][j]) for j, w in enumerate(writers)]
         for i, r in enumerate(readers)
     ]
+
+
+@cache
+def check_device(device: str) -> None:
+    """Compare products on an accelerator with those of the processor, on a small sample, once in a process.
+
+    Raises:
+        ResourceError: they differ: the accelerator multiplies in less than float32, or wrongly.
+    """
+    if torch.device(device).type == "cpu":
+        return
+    generator = random_generator(0)
+    outer = torch.randn(6, 8, 600, generator=generator)
+    stack = MapStack(outer, torch.arange(6), None, torch.zeros(6, dtype=torch.int64))
+    here, there = (
+        gram_products([ThinBlock(stack, torch.float32, where)], [ThinBlock(stack, torch.float32, where)], [[True]])
+        for where in ("cpu", device)
+    )
+    difference = float((here[0][0] - there[0][0]).abs().max())
+    if not difference < 1e-6 / 600:
+        raise ResourceError(
+            f"products on {device} differ from the processor's by {difference:.1e}",
+            expected=f"less than {1e-6 / 600:.1e}",
+            do="switch TF32 off (torch.backends.cuda.matmul.allow_tf32 = False), or compute on the cpu",
+        )
 
 
 def _formed(block: GramBlock, buffer: Tensor, tile: Tile) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from virtual_weights.analysis.maps.map_side import MapSide, Piece
 from virtual_weights.errors import ResourceError
 from virtual_weights.linalg import accumulate, beyond_rounding
-from virtual_weights.linalg.gram_blocks import GramBlock, gram_products
+from virtual_weights.linalg.gram_blocks import GramBlock, check_device, gram_products
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column
 from virtual_weights.stream import Block, Blocked, Stream, Work, cost
@@ -134,6 +134,7 @@ def piece_products(
     Raises:
         ResourceError: not even one piece of each side fits.
     """
+    check_device(device)
     wanted = [(name, i, side.pieces[i]) for name, side, numbers in readers for i in numbers]
     sets = _sets([piece for _, _, piece in wanted], writers.pieces, memory // dtype.itemsize)
     done, total = 0, len(sets[0]) * len(sets[1])
