@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -112,22 +112,25 @@ def one_thread() -> Generator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(function: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
-    """``function`` of every item, several at a time, each computed on one thread.
+def side_by_side(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    """``function`` of every item in order, several at a time, each computed on one thread.
 
     Decompositions hardly gain from threads that share one matrix: two matrices on a thread each are done sooner than
     one after the other on two. The values are the same to the last bit on any number of threads.
 
     Args:
-        function: of tensors on the CPU.
+        function: what is computed; it may run on another thread.
         items: what it is asked of.
     """
     threads = torch.get_num_threads()
-    with one_thread():
-        if threads == 1:
-            return [function(item) for item in items]
+    if threads == 1:
+        yield from map(function, items)
+        return
+    try:
         with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            return list(pool.map(function, items))
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself is also what threads begin with
 
 
 def random_generator(seed: int) -> torch.Generator:
