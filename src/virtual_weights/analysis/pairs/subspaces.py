@@ -101,13 +101,11 @@ class Subspaces(Blocked[Stream]):
             step = max(1, rest[0][0].memory_mb * 2**19 // _bytes(subject))
             for start in range(0, len(rest), step):
                 seconds = list(side_by_side(partial(_second, subject), rest[start : start + step]))
-                parts = list[list[Block]]()
-                for part in side_by_side(partial(_parts, subject, seconds), groups):
-                    parts.append(part)
+                for _ in side_by_side(partial(_meet, subject, seconds), groups):
                     done += len(seconds)
                     progress(done, len(work) * len(groups))
-                for second, column in zip(seconds, zip(*parts, strict=True), strict=True):
-                    yield second.question, second.name, second.block(column)
+                for second in seconds:
+                    yield second.question, second.name, second.block
 
     def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """All pairs.
@@ -251,49 +249,38 @@ class _Second:
         name: of the attention.
         bases: of its heads.
         pairs: which are compared, (n_a, its heads) bool.
+        block: what was computed of them, absent where nothing was; the ranks of the attention's heads on both sides.
     """
 
     question: Subspaces
     name: str
     bases: SubspaceBases
     pairs: Tensor
-
-    def block(self, parts: Iterable[Block]) -> Block:
-        """What all attentions of the first side gave; of their ranks those of the same attention."""
-        parts = list(parts)
-        table = {name: torch.cat([part[name] for part in parts]) for name in self.question.paired}
-        (rank,) = (part[_RANKS[0]] for part in parts if _RANKS[0] in part)
-        return {**table, _RANKS[0]: rank, _RANKS[1]: self.bases.rank.cpu()}
+    block: dict[str, Tensor]
 
 
 def _second(stream: Stream, work: tuple[Subspaces, str]) -> _Second:
     question, name = work
     group = stream.groups[name]
-    return _Second(
-        question,
-        name,
-        question.bases(stream, question.role_b, group),
-        question.pairs(stream)[:, _place(stream, question.role_b, group)],
-    )
+    bases = question.bases(stream, question.role_b, group)
+    pairs = question.pairs(stream)[:, _place(stream, question.role_b, group)]
+    block = {name: torch.full(pairs.shape, torch.nan, dtype=accumulate) for name in question.paired}
+    return _Second(question, name, bases, pairs, {**block, _RANKS[1]: bases.rank.cpu()})
 
 
-def _parts(stream: Stream, seconds: Sequence[_Second], group: Group) -> list[Block]:
-    """One attention of the first side with every one of the second side."""
+def _meet(stream: Stream, seconds: Sequence[_Second], group: Group) -> None:
+    """Compare one attention of the first side with every one of the second side, and write down what comes of it."""
     question = seconds[0].question
-    pairs = [second.pairs[_place(stream, question.role_a, group)] for second in seconds]
-    parts: list[Block] = [
-        dict.fromkeys(second.question.paired, torch.full(some.shape, torch.nan, dtype=accumulate))
-        for second, some in zip(seconds, pairs, strict=True)
-    ]
-    if not any(bool(some.any()) or second.name == group.id for second, some in zip(seconds, pairs, strict=True)):
-        return parts
+    rows = _place(stream, question.role_a, group)
+    if not any(bool(second.pairs[rows].any()) or second.name == group.id for second in seconds):
+        return
     a, cut = question.bases(stream, question.role_a, group), question.cut_of(stream)
-    for i, (second, some) in enumerate(zip(seconds, pairs, strict=True)):
-        if bool(some.any()):
-            parts[i] = second.question.quantities(a, second.bases, some, cut)
+    for second in seconds:
+        if bool(second.pairs[rows].any()):
+            for name, values in second.question.quantities(a, second.bases, second.pairs[rows], cut).items():
+                second.block[name][rows] = values
         if second.name == group.id:
-            parts[i] = {**parts[i], _RANKS[0]: a.rank.cpu()}
-    return parts
+            second.block[_RANKS[0]] = a.rank.cpu()
 
 
 def _place(stream: Stream, role: HeadRole, group: Group) -> slice:
