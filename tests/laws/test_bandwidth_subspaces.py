@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,3 +157,20 @@ def _same(one: vw.Record, two: vw.Record) -> None:
     assert {c.name for c in one.columns} == {c.name for c in two.columns}
     for column in one.columns:
         torch.testing.assert_close(column.values, two[column.name], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("roles", [("O", "K"), ("V", "V")])
+def test_blocks_are_the_same_to_the_last_bit_whatever_is_computed_beside_them(roles: tuple[str, str]) -> None:
+    stream, question = vw.open(tiny("llama-grouped-untied")), Subspaces(*roles)
+    work = [(question, name) for question in (question, Subspaces("O", "V")) for name in question.blocks(stream)]
+    together = list(Subspaces.compute(work, stream))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        alone = [block for of, name in work for block in Subspaces.compute([(replace(of, memory_mb=0), name)], stream)]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(alone) == len(together)
+    for (_, _, one), (_, _, other) in zip(together, alone, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name].nan_to_num(-1), other[name].nan_to_num(-1)) for name in one)

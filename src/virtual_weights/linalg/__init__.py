@@ -45,6 +45,7 @@ from virtual_weights.linalg.numerics import (
     beyond_rounding,
     one_thread,
     random_generator,
+    side_by_side,
     tolerance,
 )
 from virtual_weights.linalg.pairing import MapStack, power_traces, self_moments
@@ -122,6 +123,7 @@ __all__ = [
     "rank_correlation",
     "row_space",
     "self_moments",
+    "side_by_side",
     "singular_values",
     "spectral_norm",
     "spectrum_null_edge",

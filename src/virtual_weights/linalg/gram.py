@@ -11,7 +11,7 @@ from torch import Tensor
 
 from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.linalg.decompose import Spectrum
-from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate, one_thread, tolerance
 from virtual_weights.linalg.pair_forms import DirectForm, GramForm
 from virtual_weights.linalg.pairing import MapStack, Pairing, pairing
 from virtual_weights.linalg.subspace import Subspace
@@ -160,20 +160,46 @@ def gram_sum(stacks: Iterable[Tensor], d: int, cut: float) -> GramSum:
 
 def _thin(maps: Tensor, cut: float) -> GramSum:
     maps = maps.to(accumulate)
-    eigenvalues = torch.linalg.eigvalsh(maps @ maps.mT)
-    size = torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)
+    inner = maps @ maps.mT
+    size = inner.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None]
     unit = torch.where(size > 0, maps / size, 0.0).flatten(0, 1)
-    return GramSum(unit.T @ unit, _rank(eigenvalues, cut), len(maps))
+    with one_thread():
+        eigenvalues = torch.linalg.eigvalsh(inner)
+    return GramSum(_gram(unit), _rank(eigenvalues, cut), len(maps))
 
 
 def _wide(rows: Tensor, cut: float) -> GramSum:
+    gram = _gram(rows)
+    trace = gram.trace()
+    rank = len(gram) if _of_full_rank(gram, cut) else _rank(torch.linalg.eigvalsh(gram), cut)
+    return GramSum(gram / trace if trace > 0 else gram, rank, 1)
+
+
+_BLOCK = 256  # columns of a Gram that are formed at once
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows^T rows`` in float64, (d, d), one half of it computed."""
     d = rows.shape[1]
     gram = torch.zeros(d, d, dtype=accumulate)
     for chunk in rows.split(max(1, WORKSPACE_BYTES // (8 * d))):
         chunk = chunk.to(accumulate)
-        gram.addmm_(chunk.T, chunk)
-    trace = gram.trace()
-    return GramSum(gram / trace if trace > 0 else gram, _rank(torch.linalg.eigvalsh(gram), cut), 1)
+        for first in range(0, d, _BLOCK):
+            last = min(first + _BLOCK, d)
+            gram[first:last, :last].addmm_(chunk[:, first:last].T, chunk[:, :last])
+    for first in range(_BLOCK, d, _BLOCK):
+        gram[:first, first : first + _BLOCK] = gram[first : first + _BLOCK, :first].T
+    return gram
+
+
+def _of_full_rank(gram: Tensor, cut: float) -> bool:
+    """Whether every eigenvalue is above ``cut^2 ||G||_F``, and so ``cut^2`` times the largest, by more than rounding.
+
+    A Cholesky factor tells, for a fraction of what eigenvalues cost; those are needed only where this is False.
+    """
+    size, shifted = gram.square().sum().sqrt(), gram.clone()
+    shifted.diagonal().sub_((cut**2 + tolerance(accumulate, gram.shape)) * size)
+    return bool(size > 0) and int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def _rank(eigenvalues: Tensor, cut: float) -> int:

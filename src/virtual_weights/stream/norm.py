@@ -14,6 +14,7 @@ from torch import Tensor
 
 from virtual_weights.architecture import Norm
 
+_ROWS = 256  # of a vocabulary that are squared at once
 _ROUNDING = 8  # what is left of (1, ..., 1) after its mean, in eps of its length
 
 
@@ -36,8 +37,16 @@ def fold(maps: Tensor, gain: Tensor | None, norm: Norm | None, least: torch.dtyp
 def without_mean(vectors: Tensor, axis: int) -> Tensor:
     """Vectors along an axis less their mean, ``P x``; exactly 0 where all entries are the same up to rounding."""
     rest = vectors - vectors.mean(axis, keepdim=True)
-    length, before = (torch.linalg.vector_norm(x, dim=axis, keepdim=True) for x in (rest, vectors))
+    length, before = (_length(x, axis) for x in (rest, vectors))
     return rest.masked_fill_(length <= _ROUNDING * torch.finfo(rest.dtype).eps * before, 0.0)
+
+
+def _length(vectors: Tensor, axis: int) -> Tensor:
+    """Norms along an axis, which is kept; over rows in parts that stay in a cache, many times faster than at once."""
+    if axis == -1:
+        return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    parts = (part.square().sum(axis, keepdim=True) for part in vectors.split(_ROWS, axis))
+    return sum(parts, vectors.new_zeros(())).sqrt()
 
 
 def constant(

@@ -20,7 +20,7 @@ from virtual_weights.analysis.maps.circuits import (
 )
 from virtual_weights.checkpoint import text_of
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import GRAM_CUT, GramSum, Spectrum, Subspace, accumulate, gram_sum
+from virtual_weights.linalg import GRAM_CUT, GramSum, Spectrum, Subspace, accumulate, gram_sum, side_by_side
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream, cost
@@ -74,8 +74,8 @@ class Bandwidth(Question[Stream]):
     Attributes:
         cut: singular values up to this share of the largest count as zero; None is ``rank_cut`` of the stream. A cut
             such as 0.01 counts directions that are hardly used as unused.
-        memory_mb: for suffix sums; where they do not fit, readers are read twice, and about ``2 sqrt(states)`` sums
-            are in memory at once.
+        memory_mb: for suffix sums; where they do not fit, some readers are read twice, and at least ``2 sqrt(states)``
+            sums are in memory at once.
 
     Example:
         >>> Bandwidth()(stream)["oversubscription"][-1]  # doctest: +SKIP
@@ -108,7 +108,7 @@ class Bandwidth(Question[Stream]):
         out = unembedding(stream)
         last = gram_sum([] if out is None else [out], d, cut)
         writes, rows = gram_sum([], d, cut), list[Row]()
-        stride = 1 if states * d * d * 8 <= self.memory_mb * 2**20 else round(states**0.5)
+        stride = _stride(states, self.memory_mb * 2**17 // d**2)
         suffixes = _suffixes(lambda state: gram_sum(reads_from(stream, state), d, cut), states, stride)
         for state, blocks in enumerate(suffixes):
             writes += gram_sum(writes_into(stream, state), d, cut)
@@ -142,7 +142,8 @@ def bottleneck(record: Record) -> dict[str, float | int | str | None]:
 def _row(writes: GramSum, blocks: GramSum, last: GramSum, cut: float) -> Row:
     d = len(writes.gram)
     reads = blocks + last
-    spectra = [maps.spectrum for maps in (writes, reads, blocks)]
+    grams = writes.gram, reads.gram, blocks.gram, _live(writes, reads)
+    spectra = [Spectrum(x.clamp_min(0).sqrt()) for x in side_by_side(torch.linalg.eigvalsh, grams)]
     dims = [spectrum.numerical_rank(cut) for spectrum in spectra]
     return {
         "oversubscription": writes.ranks / d,
@@ -159,7 +160,7 @@ def _row(writes: GramSum, blocks: GramSum, last: GramSum, cut: float) -> Row:
         "read_entropy_rank_blocks": spectra[2].entropy_rank,
         "live_dim": _live_dim(writes, reads, (dims[0], dims[1]), cut),
         "live_dim_blocks": _live_dim(writes, blocks, (dims[0], dims[2]), cut),
-        "live_entropy_rank": _live_entropy_rank(writes, reads),
+        "live_entropy_rank": spectra[3].entropy_rank,
         "unread_dim": d - dims[1],
         "unwritten_dim": d - dims[0],
     }
@@ -177,11 +178,29 @@ def _live_dim(writes: GramSum, reads: GramSum, dims: tuple[int, int], cut: float
     return int((torch.linalg.svdvals(cosines) > cut).sum())
 
 
-def _live_entropy_rank(writes: GramSum, reads: GramSum) -> float:
-    """Of the spectrum of ``S_R^(1/2) S_W^(1/2)``, whose squared singular values are the eigenvalues of ``S_R S_W``."""
-    values, vectors = torch.linalg.eigh(writes.gram)
-    root = vectors * values.clamp_min(0).sqrt()
-    return Spectrum(torch.linalg.eigvalsh(root.T @ reads.gram @ root).clamp_min(0).sqrt()).entropy_rank
+_BLOCK = 256  # columns of a product that are formed at once
+
+
+def _live(writes: GramSum, reads: GramSum) -> Tensor:
+    """``L^T S_R L`` with ``S_W = L L^T``, its lower half: it has the eigenvalues of ``S_R S_W``.
+
+    Their roots are the singular values of ``S_R^(1/2) S_W^(1/2)``. With L from Cholesky only the parts of the two
+    products that are not zero are formed, and of those the half that is needed; where S_W has no Cholesky factor, L is
+    from its eigenvectors.
+    """
+    root, failed = torch.linalg.cholesky_ex(writes.gram)
+    if int(failed):
+        values, vectors = torch.linalg.eigh(writes.gram)
+        root = vectors * values.clamp_min(0).sqrt()
+        return root.T @ reads.gram @ root
+    seen, live = torch.zeros_like(root), torch.zeros_like(root)
+    for first in range(0, len(root), _BLOCK):
+        rows, part = slice(first, None), slice(first, first + _BLOCK)
+        seen[rows, part] = reads.gram[rows, rows] @ root[rows, part]
+    for first in range(0, len(root), _BLOCK):
+        rows, part = slice(first, None), slice(first, first + _BLOCK)
+        live[part, : first + _BLOCK] = root[rows, part].T @ seen[rows, : first + _BLOCK]
+    return live
 
 
 def _neurons(stream: Stream, state: int) -> Row:
@@ -200,25 +219,31 @@ def _neurons(stream: Stream, state: int) -> Row:
     }
 
 
+def _stride(states: int, sums: int) -> int:
+    """The least stride of ``_suffixes`` by which so many sums are in memory at once; the one by which fewest are."""
+    fitting = (stride for stride in range(1, states) if -(-states // stride) + stride - 1 <= sums)
+    return next(fitting, round(states**0.5))
+
+
 def _suffixes(term: Callable[[int], GramSum], states: int, stride: int) -> Iterator[GramSum]:
     """``sum of term(q) for q >= p``, for p ascending, without subtraction: that would lose small terms against large.
 
-    One sum in ``stride`` stays in memory on the way down; those between are added up again from the next of these.
+    One sum in ``stride`` stays in memory on the way down, so that with a stride of 2, where attentions and MLPs take
+    turns, no MLP is read twice; those between are added up again from the next of these.
     """
     sums: dict[int, GramSum] = {}
     total: GramSum | None = None
-    for state in reversed(range(states)):
+    for state in reversed(range(min(stride, states) - 1, states)):
         total = term(state) if total is None else term(state) + total
-        if state % stride == 0:
+        if (state + 1) % stride == 0 or state == states - 1:
             sums[state] = total
     for first in range(0, states, stride):
-        between: list[GramSum] = []
-        total = sums.get(first + stride)
-        for state in reversed(range(first + 1, min(first + stride, states))):
-            total = term(state) if total is None else term(state) + total
-            between.append(total)
-        yield sums.pop(first)
-        yield from reversed(between)
+        last = min(first + stride, states) - 1
+        totals = [sums.pop(last)]
+        for state in reversed(range(first, last)):
+            totals.append(term(state) + totals[-1])
+        while totals:
+            yield totals.pop()
 
 
 def unread(stream: Stream, state: int, *, unembed: bool = True, cut: float | None = None) -> Subspace:

@@ -18,7 +18,7 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream
 from virtual_weights.stream.turned import random_turn
 
-_CHUNK = 8192  # directions at once: never a whole vocabulary
+_CHUNK_BYTES = 2 * 2**20  # directions at once: what stays in a cache, never a whole vocabulary
 
 
 @final
@@ -104,15 +104,17 @@ class _Sum:
         self._squares, self._fourth, self._turned = (torch.zeros(d, dtype=accumulate) for _ in range(3))
 
     def add(self, rows: Tensor) -> None:
-        for chunk in rows.split(_CHUNK):
+        for chunk in rows.split(max(1, _CHUNK_BYTES // (8 * self._d))):
             chunk = chunk.to(accumulate)
-            size = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-            unit = (chunk / size)[size[:, 0] > 0]
-            self._count += len(unit)
-            squares = unit.square()
+            squares = chunk.square()
+            size = squares.sum(1, keepdim=True)
+            if not bool((size > 0).all()):
+                chunk, squares, size = (x[size[:, 0] > 0] for x in (chunk, squares, size))
+            self._count += len(chunk)
+            squares /= size
             self._squares += squares.sum(0)
-            self._fourth += squares.square().sum(0)
-            self._turned += (unit @ self._turn.T).square().square().sum(0)
+            self._fourth += squares.square_().sum(0)
+            self._turned += (chunk @ self._turn.T).square_().div_(size).square_().sum(0)
 
     @property
     def energy(self) -> Tensor:

@@ -10,62 +10,23 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.depth.frozen import Convention
-from virtual_weights.analysis.maps.circuits import writing_circuits
+from virtual_weights.analysis.maps.circuits import head_positions, writing_circuits
 from virtual_weights.analysis.maps.map_side import write_gram
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import (
+    WORKSPACE_BYTES,
     MapStack,
     accumulate,
-    all_pairs,
     beyond_rounding,
     haar_moments,
     self_moments,
     standardised,
 )
+from virtual_weights.linalg.pair_forms import GramForm
+from virtual_weights.linalg.pairing import inner_grams, pairing
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Updates:
-    """Components of one kind as linear updates ``T = write^T read``, with norm scalar, attention and slope 1.
-
-    Attributes:
-        read: (m, k, d) float64; row by row of the same length as ``write``, so that sums of both lose nothing.
-        write: (m, k, d) float64, transposed write maps.
-        position: (m,) the state that each reads.
-    """
-
-    read: Tensor
-    write: Tensor
-    position: Tensor
-
-    @property
-    def symmetric_moments(self) -> Tensor:
-        """``tr T`` and ``tr S^2`` of the symmetric part ``S = (T + T^T)/2``, shape (2, m)."""
-        if self.read.shape[1] <= self.read.shape[2]:
-            core = self.read @ self.write.mT  # the non-zero spectrum of T, k x k
-            size = ((self.write @ self.write.mT) * (self.read @ self.read.mT)).sum((1, 2))
-        else:
-            core = self.write.mT @ self.read  # T itself, d x d
-            size = core.square().sum((1, 2))
-        trace = core.diagonal(dim1=1, dim2=2).sum(1)
-        return torch.stack([trace, (size + (core * core.mT).sum((1, 2))) / 2])
-
-
-def updates(stream: Stream, groups: Sequence[Group]) -> Updates:
-    """Attentions (``T = OV``), or MLPs without gate (``T = W_out W_in``), as updates of the stream."""
-    port = "V" if groups[0].kind == "head" else "in"
-    reads = [stream.read(port, group).maps.repeat_interleave(group.shared(port), 0) for group in groups]
-    read = torch.cat(reads).to(accumulate)
-    write = torch.cat([stream.write(group).mT for group in groups]).to(accumulate)
-    ratio = (
-        torch.linalg.vector_norm(write, dim=2, keepdim=True) / torch.linalg.vector_norm(read, dim=2, keepdim=True)
-    ).sqrt()
-    balance = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-    return Updates(read * balance, write / balance, torch.tensor([g.reads for g in groups for _ in g.components]))
 
 
 @final
@@ -141,17 +102,21 @@ class Erasure(Question[Stream]):
         eraser_moments, writer_moments = (
             torch.empty(2, sum(map(len, indices.values())), dtype=accumulate) for indices in (rows, columns)
         )
-        inner = torch.full((eraser_moments.shape[1], writer_moments.shape[1]), float("nan"), dtype=accumulate)
+        inner = torch.zeros(eraser_moments.shape[1], writer_moments.shape[1], dtype=accumulate)
         writer_batches = list(_writer_batches(stream, writers, self.memory_mb * 2**19))
-        eraser_batches = list(_eraser_batches(stream, erasers, self.memory_mb * 2**18))
+        eraser_batches = list(_eraser_batches(stream, erasers, self.memory_mb * 2**19))
         for i, batch in enumerate(writer_batches):
             column, writing = torch.cat([columns[group.id] for group in batch]), _writing(stream, batch)
             writer_moments[:, column] = writing.moments
             for j, erasing in enumerate(eraser_batches):
-                row, update = torch.cat([rows[group.id] for group in erasing]), updates(stream, erasing)
-                eraser_moments[:, row] = update.symmetric_moments
-                inner[row[:, None], column] = writing.inner(update, self.device, self.memory_mb * 2**19)
+                row, update = torch.cat([rows[group.id] for group in erasing]), _updating(stream, erasing)
+                if i == 0:
+                    eraser_moments[:, row] = update.moments
+                inner[row[:, None], column] = _products(update, writing, self.device, self.memory_mb * 2**19)
                 progress(i * len(eraser_batches) + j + 1, len(writer_batches) * len(eraser_batches))
+        reads = torch.tensor([group.reads for group in erasers for _ in group.components])
+        writes = torch.tensor([group.first for group in writers for _ in group.components])
+        inner.masked_fill_(writes[None, :] > reads[:, None], float("nan"))
         slopes = [1.0 if group.kind == "head" else self.slope for group in erasers for _ in group.components]
         gain = torch.tensor([slope / self.scalar for slope in slopes], dtype=accumulate)
         return stream.record(
@@ -168,57 +133,109 @@ class Erasure(Question[Stream]):
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Heads:
-    """Writing heads; ``O O^T = OV OV^T`` in thin factors."""
+class _Thin:
+    """Symmetric matrices of heads in thin factors, ``outer^T metric outer``.
+
+    Of a writer ``O O^T = OV OV^T``. Of an eraser ``S = (T + T^T)/2``, which ``O O^T``, being symmetric, cannot tell
+    from ``T = W^T R``: ``outer = [R; W]``, and the metric, ``[[0, I], [I, 0]] / 2``, is not semidefinite.
+    """
 
     stack: MapStack
+    erasing: bool
 
     @property
     def moments(self) -> Tensor:
-        return torch.stack(self_moments(self.stack))
+        """The trace of every matrix and of its square, (2, n)."""
+        if not self.erasing:
+            return torch.stack(self_moments(self.stack))
+        k, grams = self.stack.inner // 2, inner_grams(self.stack)
+        core = grams[:, :k, k:]  # R W^T: the non-zero spectrum of T
+        size = (grams[:, :k, :k] * grams[:, k:, k:]).sum((1, 2))
+        return torch.stack([core.diagonal(dim1=1, dim2=2).sum(1), (size + (core * core.mT).sum((1, 2))) / 2])
 
-    def inner(self, update: Updates, device: str, memory: int) -> Tensor:
-        """``<O_i O_i^T, T_j>`` as two sums of squares, so that the all-pairs kernel gives it.
-
-        With ``T = W^T R``: ``<O O^T, T> = (||(R + W) O||^2 - ||(R - W) O||^2) / 4``.
-        """
-        read, write = update.read, update.write
-        both = torch.cat([read + write, read - write])
-        readers = MapStack(both, torch.arange(len(both)), None, update.position.repeat(2))
-        squared = all_pairs(readers, self.stack, device=device, memory=memory).squared
-        return (squared[: len(read)] - squared[len(read) :]) / 4
+    def factors(self, maps: slice, device: str) -> tuple[Tensor, Tensor]:
+        """Left and right, (n, k, d) float64: ``left^T right`` has the symmetric part of these matrices."""
+        outer = self.stack.outer[self.stack.index[maps]].to(device, accumulate)
+        if self.erasing:
+            return outer[:, self.stack.inner // 2 :], outer[:, : self.stack.inner // 2]
+        assert self.stack.metric is not None
+        return self.stack.metric[maps].to(device) @ outer, outer
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Wide:
-    """Writers about as wide as the stream or wider (MLPs, embeddings), by their Grams ``O O^T``, (m, d, d)."""
+class _Dense:
+    """Symmetric (d, d) matrices of parts about as wide as the stream or wider, (m, d, d): ``O O^T``, or S of an MLP."""
 
-    grams: Tensor
-    position: Tensor
+    matrices: Tensor
 
     @property
     def moments(self) -> Tensor:
-        return torch.stack([self.grams.diagonal(dim1=1, dim2=2).sum(1), self.grams.square().sum((1, 2))])
-
-    def inner(self, update: Updates, device: str, memory: int) -> Tensor:
-        """``<O_i O_i^T, T_j>``, each T_j formed once; ``memory`` limits how many Grams there are."""
-        del memory
-        products = torch.full((len(update.read), len(self.grams)), float("nan"), dtype=accumulate)
-        reach = self.position[None, :] <= update.position[:, None]
-        flat = self.grams.flatten(1).to(device)
-        for j, (read, write) in enumerate(zip(update.read, update.write, strict=True)):
-            if bool(reach[j].any()):
-                dense = write.T.to(device) @ read.to(device)
-                products[j] = (flat @ dense.flatten()).cpu()
-        return products.masked_fill_(~reach, float("nan"))
+        """The trace of every matrix and of its square, (2, m)."""
+        return torch.stack([self.matrices.diagonal(dim1=1, dim2=2).sum(1), self.matrices.square().sum((1, 2))])
 
 
-def _writing(stream: Stream, groups: Sequence[Group]) -> _Heads | _Wide:
+def _products(erasing: _Thin | _Dense, writing: _Thin | _Dense, device: str, memory: int) -> Tensor:
+    """``<O_i O_i^T, S_j> = <O_i O_i^T, T_j>``, erasers by writers; of pairs that cannot reach anything."""
+    if isinstance(erasing, _Dense):
+        if isinstance(writing, _Dense):
+            return erasing.matrices.flatten(1) @ writing.matrices.flatten(1).T
+        return _banded(writing, erasing.matrices, device).T
+    if isinstance(writing, _Dense):
+        return _banded(erasing, writing.matrices, device)
+    pairs = pairing(erasing.stack, writing.stack)
+    products = torch.zeros(erasing.stack.count, writing.stack.count, dtype=accumulate)
+    if pairs.groups:
+        form = GramForm.within(pairs, accumulate, memory)
+        row, column = pairs.readers.order, pairs.writers.order
+        products[row[:, None], column] = form.compute(torch.device(device), silent).cpu()
+    return products
+
+
+_BAND = 64  # rows of matrices that are formed at once
+
+
+def _banded(thin: _Thin, matrices: Tensor, device: str) -> Tensor:
+    """``<left^T right, D>`` of every map and every symmetric matrix D, each band of ``left^T right`` formed once."""
+    n, d = thin.stack.count, thin.stack.width
+    products, matrices = torch.zeros(n, len(matrices), dtype=accumulate, device=device), matrices.to(device)
+    step = max(1, WORKSPACE_BYTES // (8 * d * max(thin.stack.inner, _BAND)))
+    for start in range(0, n, step):
+        maps = slice(start, start + step)
+        left, right = thin.factors(maps, device)
+        for first in range(0, d, _BAND):
+            rows = slice(first, first + _BAND)
+            products[maps] += (left[:, :, rows].mT @ right).flatten(1) @ matrices[:, rows].flatten(1).T
+    return products.cpu()
+
+
+def _writing(stream: Stream, groups: Sequence[Group]) -> _Thin | _Dense:
     if groups[0].kind == "head":
-        return _Heads(writing_circuits(stream))
-    grams = torch.stack([write_gram(stream, group) for group in groups])
-    return _Wide(grams, torch.tensor([group.first for group in groups]))
+        return _Thin(writing_circuits(stream, groups), erasing=False)
+    return _Dense(torch.stack([write_gram(stream, group) for group in groups]))
+
+
+def _updating(stream: Stream, groups: Sequence[Group]) -> _Thin | _Dense:
+    """Attentions (``T = OV``), or MLPs without gate (``T = W_out W_in``), as updates of the stream."""
+    if groups[0].kind == "mlp":
+        updates = [_update(stream.write(group)[0], stream.read("in", group).maps[0]) for group in groups]
+        return _Dense(torch.stack(updates))
+    outer = [
+        torch.cat([stream.read("V", group).maps.repeat_interleave(group.shared("V"), 0), stream.write(group).mT], 1)
+        for group in groups
+    ]
+    position, k = head_positions(groups, "V"), groups[0].width
+    metric = torch.eye(2 * k, dtype=accumulate).roll(k, 0).expand(len(position), -1, -1) / 2
+    return _Thin(MapStack(torch.cat(outer), torch.arange(len(position)), metric, position), erasing=True)
+
+
+def _update(write: Tensor, read: Tensor) -> Tensor:
+    """``(T + T^T) / 2`` of ``T = write read``, (d, d) float64."""
+    update = torch.zeros(len(write), len(write), dtype=accumulate)
+    step = max(1, WORKSPACE_BYTES // (8 * len(write)))
+    for neurons in (slice(start, start + step) for start in range(0, len(read), step)):
+        update.addmm_(write[:, neurons].to(accumulate), read[neurons].to(accumulate))
+    return (update + update.T) / 2
 
 
 def _writer_batches(stream: Stream, writers: Sequence[Group], budget: int) -> Iterator[Sequence[Group]]:
@@ -226,17 +243,20 @@ def _writer_batches(stream: Stream, writers: Sequence[Group], budget: int) -> It
     if stream.groups.heads:
         yield stream.groups.heads
     wide = [group for group in writers if group.kind != "head"]
-    step = max(1, budget // (8 * stream.d_model**2))
-    yield from (wide[i : i + step] for i in range(0, len(wide), step))
+    yield from _divided(wide, 8 * stream.d_model**2, budget)
 
 
 def _eraser_batches(stream: Stream, erasers: Sequence[Group], budget: int) -> Iterator[Sequence[Group]]:
     """Erasers taken together: of one kind, as many groups as fit the budget (at least one)."""
-    for kind in ("head", "mlp"):
-        groups = [group for group in erasers if group.kind == kind]
-        rows = max((len(group.components) * group.width for group in groups), default=1)
-        step = max(1, budget // (4 * 8 * rows * stream.d_model))
-        yield from (groups[i : i + step] for i in range(0, len(groups), step))
+    heads, wide = ([group for group in erasers if group.kind == kind] for kind in ("head", "mlp"))
+    rows = max((2 * len(group.components) * group.width for group in heads), default=1)
+    yield from _divided(heads, 4 * rows * stream.d_model, budget)
+    yield from _divided(wide, 8 * stream.d_model**2, budget)
+
+
+def _divided(groups: Sequence[Group], size: int, budget: int) -> Iterator[Sequence[Group]]:
+    step = max(1, budget // size)
+    yield from (groups[i : i + step] for i in range(0, len(groups), step))
 
 
 def _indices(groups: Sequence[Group]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class Neurons(Question[Stream]):
             return
         for _ in range(self.shuffles):
             shift = int(torch.randint(1, len(read), (), generator=generator))
-            cosine = (read * out.roll(shift, 0)).sum(1)
+            cosine = torch.cat([_dot(read[:shift], out[-shift:]), _dot(read[shift:], out[:-shift])])
             cosine = cosine[~cosine.isnan()]
             below, above = (cosine < -self.threshold).sum(), (cosine > self.threshold).sum()
             yield torch.stack([torch.tensor(len(cosine)), below, above, cosine.square().sum()])
@@ -192,7 +192,7 @@ def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
 
     def cosine_and_gain(first: str, second: str) -> tuple[Tensor, Tensor]:
         size = norms[first] * norms[second]
-        product = beyond_rounding((rows[first] * rows[second]).sum(1), size, eps)
+        product = beyond_rounding(_dot(rows[first], rows[second]), size, eps)
         return product / size, -product
 
     cosine, gain = cosine_and_gain("in", "out")
@@ -206,6 +206,11 @@ def _values(rows: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
 def _unit(rows: Tensor) -> Tensor:
     """Rows at length 1; a zero row has no direction and becomes NaN."""
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products row by row, without a table of products."""
+    return (first[:, None] @ second[:, :, None])[:, 0, 0]
 
 
 def _classes(cosine: Tensor, threshold: float) -> tuple[str | None, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from functools import partial
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -19,18 +20,18 @@ from virtual_weights.analysis.maps.circuits import (
     subspace_bases,
 )
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import overlap_moments, standardised
-from virtual_weights.linalg.decompose import gains
+from virtual_weights.linalg import accumulate, overlap_moments, side_by_side, standardised
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Column, Record
-from virtual_weights.stream import Group, Question, Stream, cost
+from virtual_weights.stream import Block, Blocked, Group, Stream, Work, cost
+from virtual_weights.stream.group import no_heads
 
 _ROLES = ("Q", "K", "V", "O")
 _PAIRED = ("overlap", "cosine", "strength", "bound", "tightness", "independent")
 
 
 @dataclass(frozen=True)
-class Subspaces(Question[Stream]):
+class Subspaces(Blocked[Stream]):
     """Principal angles between the subspaces of all pairs of heads in two roles.
 
     Role O is what a head writes, ``col(OV)``; Q, K and V what it reads, ``row`` of its circuit. With orthonormal bases
@@ -55,7 +56,7 @@ class Subspaces(Question[Stream]):
         energy: keep the fewest directions with this share of a circuit's squared singular values; None is the rank.
         cut: singular values up to this share of the largest count as zero; None is ``rank_cut`` of the stream.
         device: any torch device.
-        memory_mb: workspace in MiB.
+        memory_mb: for bases that are in memory together, in MiB.
 
     Reference: Bjorck and Golub 1973 (principal angles); Hamm and Lee 2008 (projection kernel).
     """
@@ -75,44 +76,53 @@ class Subspaces(Question[Stream]):
             )
         check_energy(self.energy)
 
-    def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
-        """Compute all pairs.
+    def blocks(self, subject: Stream) -> tuple[str, ...]:
+        """One for each attention on the second axis.
 
-        Args:
-            stream: the model.
-            progress: called with (pairs done, pairs in all).
+        Raises:
+            UsageError: the checkpoint holds no attention head.
+        """
+        if not subject.groups.heads:
+            raise no_heads()
+        return tuple(group.id for group in subject.groups.heads)
+
+    @classmethod
+    def compute(cls, work: Work, subject: Stream, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:
+        """Pairs with some attentions of the second side, whose bases fit in memory; the first side's pass by once.
+
+        Questions whose first sides have the same bases share the pass.
+        """
+        alike, done, groups = dict[Any, list[tuple[Subspaces, str]]](), 0, subject.groups.heads
+        for question, name in work:
+            alike.setdefault((question.role_a, question.energy, question.cut, question.device), []).append(
+                (question, name)
+            )
+        for rest in alike.values():
+            step = max(1, rest[0][0].memory_mb * 2**19 // _bytes(subject))
+            for start in range(0, len(rest), step):
+                seconds = list(side_by_side(partial(_second, subject), rest[start : start + step]))
+                for _ in side_by_side(partial(_meet, subject, seconds), groups):
+                    done += len(seconds)
+                    progress(done, len(work) * len(groups))
+                for second in seconds:
+                    yield second.question, second.name, second.block
+
+    def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
+        """All pairs.
 
         Returns:
             A Record over (first, second): the heads of role_a and of role_b, in order of depth.
         """
-        cut = rank_cut(stream) if self.cut is None else self.cut
-        first, position_a = subspace_axis(stream, "first", self.role_a)
-        second, position_b = subspace_axis(stream, "second", self.role_b)
-        pairs = _pairs(self.role_a, self.role_b, position_a, position_b)
-        table = {name: torch.full(pairs.shape, float("nan"), dtype=torch.float64) for name in _PAIRED}
-        ranks = tuple(torch.zeros(size, dtype=torch.float64) for size in pairs.shape)
-        groups, done = stream.groups.heads, 0
-        rows_per_group, per_group = (heads_per_group(stream, role) for role in (self.role_a, self.role_b))
-        step = self._groups_at_once(stream, per_group)
-        for start in range(0, len(groups), step):
-            b = self._bases(stream, self.role_b, groups[start : start + step], cut)
-            columns = slice(start * per_group, start * per_group + len(b.rank))
-            ranks[1][columns] = b.rank.cpu()
-            for i, group in enumerate(groups):
-                rows = slice(i * rows_per_group, (i + 1) * rows_per_group)
-                a = self._bases(stream, self.role_a, (group,), cut)
-                ranks[0][rows] = a.rank.cpu()
-                for name, values in self._block(a, b, pairs[rows, columns], cut).items():
-                    table[name][rows, columns] = values
-                done += int(pairs[rows, columns].sum())
-                progress(done, int(pairs.sum()))
-        return stream.record(
+        blocks = list(blocks)
+        table = {name: torch.cat([block[name] for block in blocks], 1) for name in self.paired}
+        rank_first, rank_second = (torch.cat([block[name] for block in blocks]) for name in _RANKS)
+        return subject.record(
             self,
-            (first, second),
-            self._columns(table, ranks, stream.d_model),
+            (subspace_axis(subject, "first", self.role_a)[0], subspace_axis(subject, "second", self.role_b)[0]),
+            self._columns(table, (rank_first, rank_second), subject.d_model),
             gauge="circuits: free of heads' inner bases; QK at rotary offset 0",
-            cut=cut,
-            pairs=int(pairs.sum()),
+            cut=self.cut_of(subject),
+            pairs=int(self.pairs(subject).sum()),
         )
 
     @property
@@ -126,17 +136,31 @@ class Subspaces(Question[Stream]):
     def _interferes(self) -> bool:
         return (self.role_a == "O") != (self.role_b == "O") and self.energy is None
 
-    def _bases(self, stream: Stream, role: HeadRole, groups: Sequence[Group], cut: float) -> SubspaceBases:
-        return subspace_bases(stream, role, groups, cut, self.energy).to(self.device)
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """Names of what is computed of every pair."""
+        return _PAIRED if self._interferes else _PAIRED[:2]
 
-    def _groups_at_once(self, stream: Stream, per_group: int) -> int:
-        """Half the workspace for the second side's bases, half for the products of a block."""
-        heads = stream.groups.heads[0]
-        bases = per_group * heads.width * stream.d_model * 8
-        products = len(heads.components) * per_group * heads.width**2 * 8 * 3
-        return max(1, self.memory_mb * 2**19 // max(bases, products))
+    def cut_of(self, stream: Stream) -> float:
+        """The cut, that of the stream where none is given."""
+        return rank_cut(stream) if self.cut is None else self.cut
 
-    def _block(self, a: SubspaceBases, b: SubspaceBases, pairs: Tensor, cut: float) -> dict[str, Tensor]:
+    def pairs(self, stream: Stream) -> Tensor:
+        """Which pairs are compared, (n_a, n_b) bool."""
+        (_, position_a), (_, position_b) = (subspace_axis(stream, "", role) for role in (self.role_a, self.role_b))
+        every = torch.ones(len(position_a), len(position_b), dtype=torch.bool)
+        if self.role_a == self.role_b:
+            return every.triu(1)
+        if "O" not in (self.role_a, self.role_b):
+            return every
+        written, read = position_a[:, None], position_b[None, :]
+        return written <= read if self.role_a == "O" else read <= written
+
+    def bases(self, stream: Stream, role: HeadRole, group: Group) -> SubspaceBases:
+        """The subspaces of one attention's heads."""
+        return subspace_bases(stream, role, [group], self.cut_of(stream), self.energy).to(self.device)
+
+    def quantities(self, a: SubspaceBases, b: SubspaceBases, pairs: Tensor, cut: float) -> dict[str, Tensor]:
         """All quantities of some pairs of two sets of subspaces, NaN elsewhere."""
         i, j = pairs.nonzero(as_tuple=True)
         products = (a.basis.flatten(0, 1) @ b.basis.flatten(0, 1).T).unflatten(1, b.basis.shape[:2])
@@ -149,7 +173,7 @@ class Subspaces(Question[Stream]):
         values["cosine"] = torch.where(rank > 0, cosine, float("nan"))
         if self._interferes:
             sizes = a.gains[i, 0] * b.gains[j, 0]
-            strength = _largest(a.gains[i][:, :, None] * cores * b.gains[j][:, None, :])
+            strength = sizes * _largest(_relative(a.gains)[i][:, :, None] * cores * _relative(b.gains)[j][:, None, :])
             independent = strength <= cut * sizes
             strength = strength.masked_fill(independent, 0.0)
             values |= {"strength": strength, "bound": sizes * cosine, "tightness": strength / (sizes * cosine)}
@@ -212,17 +236,72 @@ def figures(record: Record) -> SubspaceFigures:
     )
 
 
-def _pairs(role_a: HeadRole, role_b: HeadRole, position_a: Tensor, position_b: Tensor) -> Tensor:
-    """Which pairs are compared, (n_a, n_b) bool."""
-    every = torch.ones(len(position_a), len(position_b), dtype=torch.bool)
-    if role_a == role_b:
-        return every.triu(1)
-    if "O" not in (role_a, role_b):
-        return every
-    written, read = position_a[:, None], position_b[None, :]
-    return written <= read if role_a == "O" else read <= written
+_RANKS = "rank_first", "rank_second"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Second:
+    """One attention of the second side, with which pairs are computed.
+
+    Attributes:
+        question: which is asked.
+        name: of the attention.
+        bases: of its heads.
+        pairs: which are compared, (n_a, its heads) bool.
+        block: what was computed of them, absent where nothing was; the ranks of the attention's heads on both sides.
+    """
+
+    question: Subspaces
+    name: str
+    bases: SubspaceBases
+    pairs: Tensor
+    block: dict[str, Tensor]
+
+
+def _second(stream: Stream, work: tuple[Subspaces, str]) -> _Second:
+    question, name = work
+    group = stream.groups[name]
+    bases = question.bases(stream, question.role_b, group)
+    pairs = question.pairs(stream)[:, _place(stream, question.role_b, group)]
+    block = {name: torch.full(pairs.shape, torch.nan, dtype=accumulate) for name in question.paired}
+    return _Second(question, name, bases, pairs, {**block, _RANKS[1]: bases.rank.cpu()})
+
+
+def _meet(stream: Stream, seconds: Sequence[_Second], group: Group) -> None:
+    """Compare one attention of the first side with every one of the second side, and write down what comes of it."""
+    question = seconds[0].question
+    rows = _place(stream, question.role_a, group)
+    if not any(bool(second.pairs[rows].any()) or second.name == group.id for second in seconds):
+        return
+    a, cut = question.bases(stream, question.role_a, group), question.cut_of(stream)
+    for second in seconds:
+        if bool(second.pairs[rows].any()):
+            for name, values in second.question.quantities(a, second.bases, second.pairs[rows], cut).items():
+                second.block[name][rows] = values
+        if second.name == group.id:
+            second.block[_RANKS[0]] = a.rank.cpu()
+
+
+def _place(stream: Stream, role: HeadRole, group: Group) -> slice:
+    """Where the subspaces of an attention stand among all of a role."""
+    count = heads_per_group(stream, role)
+    start = stream.groups.heads.index(group) * count
+    return slice(start, start + count)
+
+
+def _bytes(stream: Stream) -> int:
+    """Of the bases of one attention."""
+    return 8 * stream.d_model * max(len(group.components) * group.width for group in stream.groups.heads)
+
+
+def _relative(gains: Tensor) -> Tensor:
+    """Gains over the largest of each subspace; 0 of one without."""
+    return gains / gains[:, :1].where(gains[:, :1] > 0, 1.0)
 
 
 def _largest(matrices: Tensor) -> Tensor:
-    """Largest singular value of each of a batch."""
-    return gains(matrices)[:, 0] if len(matrices) else matrices.new_empty(0)
+    """Largest singular value of each of a batch, from the smaller Gram: of the largest nothing is lost by it."""
+    tall = matrices.shape[-2] >= matrices.shape[-1]
+    grams = matrices.mT @ matrices if tall else matrices @ matrices.mT
+    return torch.linalg.eigvalsh(grams)[:, -1].clamp_min(0).sqrt() if len(matrices) else matrices.new_empty(0)
