@@ -21,7 +21,7 @@ from virtual_weights.stream import Question, Stream, cost
 BINS = 100
 """Bins of the histogram of |cos|, of equal width from 0 to 1."""
 
-_TILE = 2048
+_TILE = 1024
 
 
 @final
@@ -126,24 +126,37 @@ class _Comparison:
 
 def _compare(unit: Tensor, report: Callable[[float], None]) -> _Comparison:
     """All pairs of rows i < j."""
-    largest, pair, squares, done = -1.0, (0, 0), 0.0, 0
+    largest, pair, done = -1.0, (0, 0), 0
     histogram = torch.zeros(BINS, dtype=torch.int64, device=unit.device)
     for i, j, cosines in _tiles(unit):
-        flat = cosines.abs().clamp_(max=1.0)
-        if i == j:
-            flat = flat[torch.ones_like(flat, dtype=torch.bool).triu(1)]
+        sizes = cosines.abs_().clamp_(max=1.0)
+        flat = sizes[torch.ones_like(sizes, dtype=torch.bool).triu(1)] if i == j else sizes
         if not flat.numel():
             continue
-        histogram += torch.histc(flat, BINS, 0.0, 1.0).long()
-        squares += float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+        counts = torch.histc(flat, BINS, 0.0, 1.0).long()
+        histogram += counts
         done += flat.numel()
-        top = float(flat.max())
-        if top > largest:
-            within = cosines.abs().triu(1) if i == j else cosines.abs()
-            row, column = divmod(int(within.argmax()), within.shape[1])
-            largest, pair = top, (i + row, j + column)
+        if bool(
+            counts[max(0, int(largest * BINS) - 1) :].any()
+        ):  # else nothing here is as large, and no pass is needed
+            top = float(flat.max())
+            if top > largest:
+                within = sizes.triu(1) if i == j else sizes
+                row, column = divmod(int(within.argmax()), within.shape[1])
+                largest, pair = top, (i + row, j + column)
         report(done)
-    return _Comparison(largest, pair, squares, histogram.cpu())
+    return _Comparison(largest, pair, _squares(unit), histogram.cpu())
+
+
+def _squares(unit: Tensor) -> float:
+    """The sum over pairs i < j of ``cos^2``: ``sum_ij <u_i, u_j>^2 = ||sum_i u_i u_i^T||_F^2``, in float64."""
+    gram = torch.zeros(unit.shape[1], unit.shape[1], dtype=torch.float64, device=unit.device)
+    own = 0.0
+    for rows in unit.split(_TILE):
+        rows = rows.to(torch.float64)
+        gram.addmm_(rows.T, rows)
+        own += float(rows.square().sum(1).square().sum())
+    return max(0.0, (float(gram.square().sum()) - own) / 2)
 
 
 def _tiles(unit: Tensor) -> Iterator[tuple[int, int, Tensor]]:

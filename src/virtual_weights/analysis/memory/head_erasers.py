@@ -12,7 +12,7 @@ from torch import Tensor
 from virtual_weights.analysis.depth.frozen import Convention
 from virtual_weights.analysis.maps.circuits import stored_eps
 from virtual_weights.errors import MissingTensorError, UsageError
-from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, beyond_rounding, random_generator
+from virtual_weights.linalg import WORKSPACE_BYTES, accumulate, beyond_rounding, random_generator, side_by_side
 from virtual_weights.linalg.decompose import eigen, product_eigen
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -173,7 +173,8 @@ def token_circuit(stream: Stream) -> Tensor | None:
 
 def _eigenvalues(value: Tensor, out: Tensor, stored: float) -> Tensor:
     """Of every head's ``value @ out``, (m, k)."""
-    return torch.stack([product_eigen(*maps, stored) for maps in zip(value, out, strict=True)])
+    maps = zip(value, out, strict=True)
+    return torch.stack(list(side_by_side(lambda pair: product_eigen(*pair, stored), maps)))
 
 
 def _shares(values: Tensor) -> dict[str, Tensor]:

@@ -180,7 +180,7 @@ def _rows(stream: Stream, group: Group) -> dict[str, Tensor]:
     """What each neuron reads and writes, as rows (n, d) float64: ``in`` (the up row where gated), ``out``, ``gate``."""
     rows = {
         "in": stream.read(group.ports[-1], group).maps[0].to(accumulate),
-        "out": stream.write(group)[0].T.to(accumulate),
+        "out": stream.write(group)[0].T.to(accumulate).contiguous(),
     }
     if "gate" in group.ports:
         rows["gate"] = stream.read("gate", group).maps[0].to(accumulate)
