@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, final
 
@@ -153,12 +153,17 @@ def _effort(batch: Sequence[Question[Any]], stream: Stream) -> Effort:
         return _pairs([question for question in batch if isinstance(question, AllPairs)], stream)
     sizes = _Sizes.of(stream)
     if isinstance(first, NeuronPairs):
+        operations = sizes.neuron_pairs * (2.0 * sizes.d + _COMPARISON)
         bases = dict.fromkeys(q.basis for q in batch if isinstance(q, Blocked))
-        blocks = sum(len(basis.blocks(stream)) for basis in bases)
-        neurons = Effort(blocks, 2.0 * sizes.mlp_bytes, 2.0 * _NEURONS * sizes.neuron_pairs * sizes.d)
-        return neurons if len(bases) == 1 else sum((neurons for _ in list(bases)[1:]), neurons)
-    efforts = [_OTHERS[type(question)](question, sizes) for question in batch if type(question) in _OTHERS]
+        efforts = [Effort(len(basis.blocks(stream)), 2.0 * sizes.mlp_bytes, operations) for basis in bases]
+    else:
+        efforts = [_other(question, stream, sizes) for question in batch if type(question) in _OTHERS]
     return sum(efforts[1:], efforts[0]) if efforts else Effort()
+
+
+def _other(question: Question[Any], stream: Stream, sizes: _Sizes) -> Effort:
+    effort = _OTHERS[type(question)](question, sizes)
+    return replace(effort, blocks=len(question.blocks(stream))) if isinstance(question, Blocked) else effort
 
 
 def _pairs(questions: Sequence[AllPairs], stream: Stream) -> Effort:
@@ -181,7 +186,8 @@ def _bytes_of(stream: Stream, piece: Piece) -> float:
 
 
 # how many times longer than a large product of as many operations, measured on three sizes (docs/scaling.md)
-_GRAMS, _PRODUCTS, _NEURONS = 2.0, 1.5, 1.6
+_GRAMS, _PRODUCTS = 2.0, 1.5
+_COMPARISON = 1500.0  # operations that a product takes as long as: looking for the largest cosines, and counting all
 
 
 @final
@@ -235,7 +241,7 @@ def _subspaces(question: Any, s: _Sizes) -> Effort:
     return Effort(
         read=s.read - s.mlp_bytes - 2.0 * s.d * s.tokens,
         double=pairs * 2.0 * s.k**2 * s.d + 8.0 * s.k**2 * s.d * (s.heads + other),
-        small=2.0 * pairs * s.k**3,
+        small=1.3 * pairs * s.k**3,
         memory=16.0 * (s.heads + other) * s.k * s.d,
     )
 
@@ -243,7 +249,7 @@ def _subspaces(question: Any, s: _Sizes) -> Effort:
 def _bandwidth(question: Any, s: _Sizes) -> Effort:
     del question
     rows = s.mlp_rows + s.tokens + (2 * s.heads + 2 * s.shared) * s.k
-    decompositions = s.mlps + 3 + 5 * s.states
+    decompositions = 0.25 * s.mlps + 4.5 * s.states
     return Effort(
         read=s.read,
         double=2.0 * rows * s.d**2,
