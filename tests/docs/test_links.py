@@ -69,6 +69,7 @@ def parse(line: str) -> None:
 
 VERBS = (
     "map",
+    "plan",
     "edges",
     "status",
     "export",

@@ -94,7 +94,7 @@ assert half.read("K", "L1.attn").maps.dtype == torch.float32
 assert wide.read("K", "L1.attn").maps.dtype == torch.float64
 assert (half["L1H4.K"] @ torch.zeros(24, dtype=torch.float64)).dtype == torch.float64
 assert vw.svd(half["L1H4"].ov).S.dtype == torch.float64
-assert vw.Composition(port="K", compute_dtype="float32")(half)["score"].dtype == torch.float64
+assert vw.Composition(port="K")(half)["score"].dtype == torch.float64
 
 # after block 9
 assert stream.weight("k_bias", "L1.attn") is None
@@ -108,7 +108,7 @@ assert sum(1 for _ in edges.rows()) == 3 * 36
 assert len(edges.top(1000).axis("place").labels) == 3 * 36
 
 # after block 10
-assert edges.parameters == {"port": "K", "rotary_offset": None, "writers": "heads", "compute_dtype": "float64"}
+assert edges.parameters == {"port": "K", "rotary_offset": None, "writers": "heads", "compute_dtype": "float32"}
 assert set(edges.stamp) >= {"norm", "rotary_offset", "gauge", "compute_dtype"}
 assert set(edges.provenance) >= {"model", "fingerprint", "family"}
 
