@@ -22,6 +22,7 @@ from virtual_weights.analysis.memory.erasure import Erasure
 from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.analysis.memory.neurons import Neurons
 from virtual_weights.analysis.pairs.neuron_neuron import NeuronPairs
+from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
 from virtual_weights.linalg.gram_blocks import triangle
 from virtual_weights.statements import Statements
@@ -177,16 +178,24 @@ def _pairs(questions: Sequence[AllPairs], stream: Stream) -> Effort:
     loading = max(piece.loading for piece in (*readers, *writers))
     memory = min(4.0 * (entries + loading), questions[0].memory_mb * 2.0**20)
     read = sum(_bytes_of(stream, piece) for piece in (*readers, *writers))
-    return Effort(len(readers), read, _GRAMS * 2.0 * area * rows + _PRODUCTS * 2.0 * area * products, memory=memory)
+    single = _GRAMS * 2.0 * area * rows + _PRODUCTS * 2.0 * area * products
+    bases = sum(piece.rows for piece in (*readers, *writers)) if isinstance(questions[0], Overlap) else 0
+    small = 2.5 * bases * _Sizes.of(stream).k * stream.d_model
+    return Effort(len(readers), read, single, small=small, memory=memory)
 
 
 def _bytes_of(stream: Stream, piece: Piece) -> float:
     """Of the checkpoint, for the maps of a piece; heads read the other side of their circuit too."""
-    return (4.0 if piece.kind == "head" else 2.0) * piece.rows * stream.d_model
+    return (2.0 if piece.kind == "head" else 1.0) * _unpacking(stream) * piece.rows * stream.d_model
+
+
+def _unpacking(stream: Stream) -> float:
+    """Bytes of a number, and those of quantised blocks as many as they take as long as."""
+    return 6.0 if stream.source.dialect == "gguf" else 2.0
 
 
 # how many times longer than a large product of as many operations, measured on three sizes (docs/scaling.md)
-_GRAMS, _PRODUCTS = 2.0, 1.5
+_GRAMS, _PRODUCTS = 3.2, 2.4
 _COMPARISON = 1500.0  # operations that a product takes as long as: looking for the largest cosines, and counting all
 
 
@@ -203,6 +212,7 @@ class _Sizes:
     mlps: int
     mlp_rows: int
     mlp_bytes: float
+    neurons: int
     tokens: int
     neuron_pairs: float
     ports: int
@@ -223,7 +233,8 @@ class _Sizes:
             k=max((group.width for group in attentions), default=0),
             mlps=len(mlps) + reading,
             mlp_rows=sum(widths) + sum(mlp.width * len(mlp.ports) for mlp in mlps),
-            mlp_bytes=2.0 * d * (sum(widths) + sum(mlp.width * len(mlp.ports) for mlp in mlps)),
+            neurons=sum(widths),
+            mlp_bytes=_unpacking(stream) * d * (sum(widths) + sum(mlp.width * len(mlp.ports) for mlp in mlps)),
             tokens=sum(height(stream, group) for group in tables),
             neuron_pairs=float(pairs),
             ports=max((len(mlp.ports) for mlp in mlps), default=0),
@@ -285,7 +296,7 @@ def _neurons(question: Any, s: _Sizes) -> Effort:
 
 
 def _coherence(question: Any, s: _Sizes) -> Effort:
-    n = min(question.sample or s.mlp_rows, s.mlp_rows)
+    n = min(question.sample or s.neurons, s.neurons)
     return Effort(read=s.mlp_bytes, single=_COMPARED * 2.0 * n * n * s.d, memory=8.0 * n * s.d)
 
 
@@ -296,7 +307,7 @@ def _interference(question: Any, s: _Sizes) -> Effort:
 
 def _recovery(question: Any, s: _Sizes) -> Effort:
     steps = question.trials * 2.0 * question.most * question.size * s.d
-    return Effort(read=s.mlp_bytes, double=_SOLVED * 2.0 * steps, memory=8.0 * question.size * s.d * 4)
+    return Effort(read=s.mlp_bytes, double=_SOLVED * 2.0 * steps, small=_SPARSE, memory=8.0 * question.size * s.d * 4)
 
 
 def _basis(question: Any, s: _Sizes) -> Effort:
@@ -313,12 +324,15 @@ def _channel(question: Any, s: _Sizes) -> Effort:
 def _statements(question: Any, s: _Sizes) -> Effort:
     """What they ask beside what a map has answered."""
     del question
-    return Effort(read=4 * s.read, double=2.0 * s.tokens * s.d**2 * 3, cubes=20.0 * s.d**3, memory=8.0 * s.d**2 * 8)
+    draws = 3e9  # of random maps, whatever the model
+    products, memory = 6.0 * s.tokens * s.d**2, 64.0 * s.d**2
+    return Effort(read=6 * s.read, double=products, cubes=30.0 * s.d**3, small=draws, memory=memory)
 
 
 _NONSYMMETRIC = 20.0  # eigenvalues without symmetry, against singular values
-_COMPARED = 2.0  # cosines are compared and counted, of random directions too
-_SOLVED = 4.0  # sparse recovery, for each product with the dictionary
+_COMPARED = 1.5  # cosines are compared and counted, of random directions too
+_SOLVED = 4.0  # recovery, for each product with the dictionary
+_SPARSE = 4.5e9  # sparse recovery, whatever the width
 _OTHERS: Mapping[type[Question[Any]], Callable[[Any, _Sizes], Effort]] = {
     Subspaces: _subspaces,
     Bandwidth: _bandwidth,
