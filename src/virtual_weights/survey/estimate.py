@@ -191,7 +191,7 @@ def _bytes_of(stream: Stream, piece: Piece) -> float:
 
 def _unpacking(stream: Stream) -> float:
     """Bytes of a number, and those of quantised blocks as many as they take as long as."""
-    return 6.0 if stream.source.dialect == "gguf" else 2.0
+    return 4.0 if stream.source.dialect == "gguf" else 2.0
 
 
 # how many times longer than a large product of as many operations, measured on three sizes (docs/scaling.md)
@@ -292,7 +292,7 @@ def _erasure(question: Any, s: _Sizes) -> Effort:
 
 
 def _neurons(question: Any, s: _Sizes) -> Effort:
-    return Effort(read=s.mlp_bytes * (4 + question.shuffles), memory=40.0 * s.d * s.mlp_rows / max(1, s.mlps) * 3)
+    return Effort(read=s.mlp_bytes * (2 + question.shuffles / 2), memory=40.0 * s.d * s.mlp_rows / max(1, s.mlps) * 3)
 
 
 def _coherence(question: Any, s: _Sizes) -> Effort:
@@ -332,7 +332,7 @@ def _statements(question: Any, s: _Sizes) -> Effort:
 _NONSYMMETRIC = 20.0  # eigenvalues without symmetry, against singular values
 _COMPARED = 1.5  # cosines are compared and counted, of random directions too
 _SOLVED = 4.0  # recovery, for each product with the dictionary
-_SPARSE = 4.5e9  # sparse recovery, whatever the width
+_SPARSE = 3e9  # sparse recovery, whatever the width
 _OTHERS: Mapping[type[Question[Any]], Callable[[Any, _Sizes], Effort]] = {
     Subspaces: _subspaces,
     Bandwidth: _bandwidth,
