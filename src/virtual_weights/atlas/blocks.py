@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from virtual_weights.atlas.stored import KEY, parsed
 from virtual_weights.checkpoint.writing import write_safetensors
 from virtual_weights.errors import RecordError, writing
 from virtual_weights.record.durable import reading, replacing, sweep_aside
-from virtual_weights.stream import Block, Question
+from virtual_weights.stream import Block, Question, Work
 
 BLOCKS, LOCK = "blocks", ".lock"
 DESCRIPTION, _SUFFIX = "question.json", ".safetensors"
@@ -70,6 +70,11 @@ class BlockStore:
         """The names of the finished blocks of a key."""
         folder = self._folder / key
         return {path.name.removesuffix(_SUFFIX) for path in folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.name)}
+
+    def missing(self, work: Work, keys: Mapping[Any, str]) -> list[tuple[Any, str]]:
+        """Those of some blocks that are not finished, by the key of each question."""
+        finished = {key: self.finished(key) for key in set(keys.values())}
+        return [(question, name) for question, name in work if name not in finished[keys[question]]]
 
     def put(self, key: str, name: str, block: Block) -> None:
         """Keep a finished block.
@@ -149,10 +154,10 @@ def holder_of(atlas: Path) -> str | None:
         with reading(atlas, LOCK) as file:
             if _locked(file.fileno()):
                 return None
-            said = parsed(file.read(4096))
+            holder = parsed(file.read(4096))
     except (OSError, ValueError):
         return "another process" if (atlas / LOCK).exists() else None
-    return f"process {said.get('process')} on {said.get('host')}, since {said.get('since')},"
+    return f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('since')},"
 
 
 def _locked(descriptor: int) -> bool:

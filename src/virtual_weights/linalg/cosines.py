@@ -109,10 +109,12 @@ class CosineTable:
             of_columns.append(size.unflatten(0, (-1, _GROUP)).amax(1))
             self.squares += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
             self._count(torch.mul(part, BINS / 2, out=size)[: max(0, n - start), :m].add_(BINS / 2))
-        kept = self.strongest[:, -1]
-        least = torch.where(kept < 0, 0.0, _sizes(kept).nextafter(torch.full_like(kept, 2, dtype=torch.float32)))
+        weakest = self.strongest[:, -1]
+        least = torch.where(
+            weakest < 0, 0.0, _sizes(weakest).nextafter(torch.full_like(weakest, 2, dtype=torch.float32))
+        )
         best = torch.cat(of_rows)[:n]
-        if bool((kept < 0).any()):
+        if bool((weakest < 0).any()):
             least = torch.maximum(least, _largest(best, self._top))
         row, place, group, value = _above(cosine[:n].unflatten(1, (_GROUP, -1)), best, least)
         column = place * best.shape[1] + group
@@ -185,8 +187,8 @@ def _above(groups: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor,
     """
     row, group = (best >= least[:, None]).nonzero(as_tuple=True)
     values = groups[row, :, group]
-    found, place = (values.abs() >= least[row, None]).nonzero(as_tuple=True)
-    return row[found], place, group[found], values[found, place]
+    above, place = (values.abs() >= least[row, None]).nonzero(as_tuple=True)
+    return row[above], place, group[above], values[above, place]
 
 
 def _inside(there: Tensor, *entries: Tensor) -> tuple[Tensor, ...]:

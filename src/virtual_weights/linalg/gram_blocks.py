@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import final
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from virtual_weights.errors import ResourceError
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.linalg.numerics import accumulate, one_thread, random_generator
-from virtual_weights.linalg.pairing import MapStack, inner_grams, traces_through
+from virtual_weights.linalg.pairing import MapStack, Tile, cuts, inner_grams, traces_through
 from virtual_weights.progress import Progress, silent
 
 _BAND = 64  # rows of a tile: the doubly computed diagonal is ~ 64/d of the work
@@ -32,33 +31,19 @@ _PANEL = 500  # columns of a tile: tiles of a hundred maps stay in a cache, and 
 _SLICES = 16  # a product over a tile is a batch of so many, each ~ 2,000 terms long
 _OCTET = 8  # sums of blocks multiplied at once
 _EXTREME = 40  # binary exponent of a map's largest entry beyond which its Gram may leave float32
-_ROWS = 8192  # of a wide map, taken at once
+ROWS = 8192
+"""Rows of a wide map that are worked on at once."""
 _CONDITION = 32.0  # of ||metric|| ||W|| / tr(metric W): beyond it float32 would lose digits to cancellation
 _FAINT = 1e-2
 """Share of the mean product at random orientation, tr G_r tr G_w / d, below which a pair is computed again in float64:
 there the root of a float32 error of 1e-7 is no longer small beside the root of the product."""
 
 
-@final
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the d x d axis; off the diagonal a tile stands for its mirror image too (weight 2)."""
-
-    rows: slice
-    columns: slice
-    weight: float
-
-    @property
-    def area(self) -> int:
-        """Entries."""
-        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
-
-
 def bands(d: int) -> Iterator[list[Tile]]:
     """The upper triangle of (d, d), band by band: each begins with its tile on the diagonal."""
-    for rows in _cuts(0, d, _BAND):
+    for rows in cuts(0, d, _BAND):
         rest = d - rows.stop
-        right = _cuts(rows.stop, d, -(-rest // max(1, -(-rest // _PANEL)))) if rest else []
+        right = cuts(rows.stop, d, -(-rest // max(1, -(-rest // _PANEL)))) if rest else []
         yield [Tile(rows, rows, 1.0), *(Tile(rows, columns, 2.0) for columns in right)]
 
 
@@ -196,17 +181,17 @@ class WideBlock(GramBlock):
         self.maps = maps
         self.strips = [
             torch.empty(len(maps), rows.stop - rows.start, width - rows.start, dtype=dtype, device=device)
-            for rows in _cuts(0, width, _BAND)
+            for rows in cuts(0, width, _BAND)
         ]
         self.moments = torch.stack([self._add(i, rows) for i, rows in enumerate(maps)], 1)
         self._strip, self._start = self.strips[0], 0
 
     def _add(self, i: int, parts: Iterable[Tensor]) -> Tensor:
         """Keep the Gram of one map; its moments."""
-        cuts = _cuts(0, self.width, _BAND)
+        rows_of_bands = cuts(0, self.width, _BAND)
         grams = [torch.zeros(strip.shape[1:], dtype=accumulate, device=self.device) for strip in self.strips]
         for rows, scale in self._batches(parts):
-            for cut, gram in zip(cuts, grams, strict=True):
+            for cut, gram in zip(rows_of_bands, grams, strict=True):
                 product = torch.bmm(rows[:, :, cut].mT, rows[:, :, cut.start :])
                 gram.add_(product.sum(0, dtype=accumulate), alpha=scale**2)
         trace = torch.stack([gram.diagonal().sum() for gram in grams]).sum()
@@ -224,7 +209,7 @@ class WideBlock(GramBlock):
     def _batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
         """Rows as (batch, rows, d) with a power of two taken out, zero rows filling the last."""
         for part in parts:
-            for rows in part.split(_ROWS):
+            for rows in part.split(ROWS):
                 outer, scales = _scaled(rows[None].to(self.device), self.dtype)
                 missing = -len(rows) % _SLICES
                 whole = torch.nn.functional.pad(outer[0], (0, 0, 0, missing)) if missing else outer[0]
@@ -297,7 +282,7 @@ def check_device(device: str) -> None:
         return
     generator = random_generator(0)
     outer = torch.randn(6, 8, 600, generator=generator)
-    stack = MapStack(outer, torch.arange(6), None, torch.zeros(6, dtype=torch.int64))
+    stack = MapStack.unplaced(outer)
     here, there = (
         gram_products([ThinBlock(stack, torch.float32, where)], [ThinBlock(stack, torch.float32, where)], [[True]])
         for where in ("cpu", device)
@@ -392,7 +377,3 @@ def _shared(index: Tensor, outers: int) -> int | None:
     shared = len(index) // max(outers, 1)
     regular = outers * shared == len(index) and torch.equal(index.cpu(), torch.arange(outers).repeat_interleave(shared))
     return shared if regular else None
-
-
-def _cuts(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

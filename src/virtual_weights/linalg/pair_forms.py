@@ -15,7 +15,7 @@ from torch import Tensor
 
 from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.linalg.numerics import accumulate
-from virtual_weights.linalg.pairing import OrderedStack, Pairing
+from virtual_weights.linalg.pairing import OrderedStack, Pairing, Tile, cuts
 from virtual_weights.progress import Progress
 
 _MOST_ROWS = 4096  # of a direct tile: beyond this a larger one makes the matrix product no faster
@@ -65,7 +65,7 @@ class DirectForm:
         readers, writers = self.pairing.sides
         d = readers.stack.width
         total = readers.count * _metric_flops(readers, d)
-        for maps in _cuts(0, readers.count, self._maps(readers)):
+        for maps in cuts(0, readers.count, self._maps(readers)):
             reach = self._reach(maps)
             pairs = (maps.stop - maps.start) * reach
             total += 2.0 * pairs * readers.stack.inner * writers.stack.inner * d + reach * _metric_flops(writers, d)
@@ -77,10 +77,10 @@ class DirectForm:
         squared = torch.zeros((readers.count, writers.count), dtype=accumulate, device=device)
         read_roots, write_roots = (_roots(side, self.dtype, device) for side in self.pairing.sides)
         done, total = 0.0, self.flops
-        for maps in _cuts(0, readers.count, self._maps(readers)):
+        for maps in cuts(0, readers.count, self._maps(readers)):
             rows = _factor(readers, maps, read_roots, self.dtype, device)
             done += (maps.stop - maps.start) * _metric_flops(readers, readers.stack.width)
-            for partners in _cuts(0, self._reach(maps), self._maps(writers)):
+            for partners in cuts(0, self._reach(maps), self._maps(writers)):
                 columns = _factor(writers, partners, write_roots, self.dtype, device)
                 energy = (rows @ columns.T).square_().view(-1, partners.stop - partners.start, writers.stack.inner)
                 per_row = energy.sum(dim=2, dtype=accumulate).view(-1, readers.stack.inner, energy.shape[1])
@@ -97,16 +97,6 @@ class DirectForm:
         return max(
             group.writers for group in self.pairing.groups if group.first < maps.stop and group.last > maps.start
         )
-
-
-@final
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the d x d axis; off the diagonal a tile stands for its mirror image too (weight 2)."""
-
-    rows: slice
-    columns: slice
-    weight: float
 
 
 @final
@@ -163,7 +153,7 @@ class GramForm:
     def flops(self) -> float:
         """Multiplications and additions of this plan."""
         d = self.pairing.readers.stack.width
-        area = sum(_area(tile) for _, tiles in self._tiles() for tile in tiles)
+        area = sum(tile.area for _, tiles in self._tiles() for tile in tiles)
         forming = sum(
             side.count * (2.0 * side.stack.inner * area + _metric_flops(side, d)) for side in self.pairing.sides
         )
@@ -188,11 +178,11 @@ class GramForm:
                     if tile.rows == tile.columns and shift is not None:
                         gram.diagonal(dim1=1, dim2=2).sub_(shift[:, None])
                     flat.append(gram.flatten(1))
-                    done += side.count * 2.0 * side.stack.inner * _area(tile)
+                    done += side.count * 2.0 * side.stack.inner * tile.area
                 for group in self.pairing.groups:
                     product = flat[0][group.first : group.last] @ flat[1][: group.writers].T
                     squared[group.first : group.last, : group.writers].add_(product, alpha=tile.weight)
-                    done += 2.0 * group.pairs * _area(tile)
+                    done += 2.0 * group.pairs * tile.area
                 progress(done, total)
         if shifts[0] is not None and shifts[1] is not None:
             squared.addr_(shifts[0], shifts[1], alpha=d)
@@ -232,22 +222,22 @@ class GramForm:
 
     def _gram(self, side: OrderedStack, left: Tensor, tile: Tile, buffer: Tensor, device: torch.device) -> Tensor:
         """``left^T outer[:, :, columns]`` of every map: (n, rows, columns), in the buffer."""
-        gram = buffer[: side.count * _area(tile)].view(side.count, _length(tile.rows), _length(tile.columns))
+        gram = buffer[: side.count * tile.area].view(side.count, _length(tile.rows), _length(tile.columns))
         for maps in self._chunks(side, tile.columns):
             torch.bmm(left[maps].mT, side.outer(maps, tile.columns, self.dtype, device), out=gram[maps])
         return gram
 
     def _tiles(self) -> Iterator[tuple[slice, list[Tile]]]:
         d = self.pairing.readers.stack.width
-        for rows in _cuts(0, d, self.rows):
-            right = _cuts(rows.stop, d, self.columns)
+        for rows in cuts(0, d, self.rows):
+            right = cuts(rows.stop, d, self.columns)
             yield rows, [Tile(rows, rows, 1.0), *(Tile(rows, columns, 2.0) for columns in right)]
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         return torch.empty(count, dtype=self.dtype, device=device)
 
     def _chunks(self, side: OrderedStack, columns: slice) -> list[slice]:
-        return _cuts(0, side.count, max(1, self.spare // self._converted(side, _length(columns))))
+        return cuts(0, side.count, max(1, self.spare // self._converted(side, _length(columns))))
 
     def _converted(self, side: OrderedStack, columns: int) -> int:
         # gathered, converted, multiplied: at most three float64 copies of a map's columns, two of its metric
@@ -268,16 +258,8 @@ def _roots(side: OrderedStack, dtype: torch.dtype, device: torch.device) -> Tens
     return square_roots(metric).to(dtype)
 
 
-def _cuts(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
-
-
 def _length(cut: slice) -> int:
     return cut.stop - cut.start
-
-
-def _area(tile: Tile) -> int:
-    return _length(tile.rows) * _length(tile.columns)
 
 
 def _metric_flops(side: OrderedStack, columns: int) -> float:

@@ -52,6 +52,13 @@ class MapStack:
                 do="index counts along the first axis of outer",
             )
 
+    @staticmethod
+    def unplaced(outer: Tensor, metric: Tensor | None = None) -> MapStack:
+        """Maps that all meet: as many metrics in a row share each outer as there are; one each without metrics."""
+        n = len(outer) if metric is None else len(metric)
+        index = torch.arange(n) // max(1, n // max(1, len(outer)))
+        return MapStack(outer, index, metric, torch.zeros(n, dtype=torch.int64))
+
     def __repr__(self) -> str:
         metric = "" if self.metric is None else f", metric {tuple(self.metric.shape)}"
         return f"MapStack ({self.count}): outer {tuple(self.outer.shape)}, {self.outer.dtype}{metric}"
@@ -222,3 +229,23 @@ def _groups(reach: Tensor) -> tuple[Group, ...]:
             groups.append(Group(first, end, int(reach[end - 1])))
             first = end
     return tuple(groups)
+
+
+@final
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the d x d axis; off the diagonal a tile stands for its mirror image too (weight 2)."""
+
+    rows: slice
+    columns: slice
+    weight: float
+
+    @property
+    def area(self) -> int:
+        """Entries."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+
+def cuts(start: int, stop: int, step: int) -> list[slice]:
+    """A range in steps, the last as long as what is left."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

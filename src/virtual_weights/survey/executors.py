@@ -79,8 +79,7 @@ class Task:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         store = BlockStore(Path(self.folder))
-        finished = {key: store.finished(key) for key in set(self.keys.values())}
-        work = [(question, name) for question, name in self.work if name not in finished[self.keys[question]]]
+        work = store.missing(self.work, self.keys)
         if work:
             Here().compute(work, _opened(self.stream), store, self.keys)
         return len(self.work)
@@ -130,16 +129,18 @@ class Processes(Executor):
         """
         threads, done = max(1, torch.get_num_threads() // self.workers), 0
         for _ in range(_TRIES):
-            finished = {key: store.finished(key) for key in set(keys.values())}
-            work = [(question, name) for question, name in work if name not in finished[keys[question]]]
-            if not work:
-                return
             total = done + len(work)
             for count in self._run(tasks(work, stream, store, keys, self.workers, threads)):
                 done += count
                 progress(done, total)
-        if any(name not in store.finished(keys[question]) for question, name in work):
-            raise _died()
+            work = store.missing(work, keys)
+            if not work:
+                return
+        raise ResourceError(
+            f"worker processes were killed {_TRIES} times",
+            expected="enough memory for all workers together",
+            do="give fewer workers or less --memory, and run the command again: finished blocks are kept",
+        )
 
     def _run(self, parts: Sequence[Task]) -> Iterator[int]:
         """Run tasks in processes until each has ended; what every finished task gives."""
@@ -175,14 +176,6 @@ def _work(parts: Sequence[Task], sender: Connection) -> None:
             sender.send(part())
     except Exception as error:  # noqa: BLE001 - it is raised where the answer was asked for
         sender.send(error)
-
-
-def _died() -> ResourceError:
-    return ResourceError(
-        f"worker processes were killed {_TRIES} times",
-        expected="enough memory for all workers together",
-        do="give fewer workers or less --memory, and run the command again: finished blocks are kept",
-    )
 
 
 @final

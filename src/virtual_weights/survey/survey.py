@@ -214,8 +214,7 @@ class Survey:
             answers = {basis: [self.key(q, self.stream) for q in batch if q.basis == basis] for basis in names}
             for basis, key in keys.items():
                 store.begin(key, basis, names[basis], answers[basis])
-            finished = {basis: store.finished(key) for basis, key in keys.items()}
-            work = [(basis, name) for basis, all in names.items() for name in all if name not in finished[basis]]
+            work = store.missing([(basis, name) for basis in names for name in names[basis]], keys)
             if work:
                 self.executor.compute(work, self.stream, store, keys, progress)
             for question in batch:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate
-from virtual_weights.linalg.gram_blocks import GramBlock, ThinBlock, WideBlock, tile_entries
+from virtual_weights.linalg.gram_blocks import ROWS, GramBlock, ThinBlock, WideBlock, tile_entries
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream
 from virtual_weights.stream.effective import token_parts
@@ -20,7 +20,6 @@ from virtual_weights.stream.group import Port, Writers
 _THIN = 256  # heads of a piece: fewer make thin products, more leave less to skip where writers come too late
 _WIDE_BYTES = 128 * 2**20  # Grams of a piece of wide maps
 _MOST_WIDE = 32
-_ROWS = 8192  # rows of a wide map that are worked on at once
 
 
 @final
@@ -93,18 +92,18 @@ def thin_pieces(
     """
     if not groups:
         return ()
-    each = len(position) // len(groups)
+    per_group = len(position) // len(groups)
     pieces = -(-len(position) // _THIN)
     step = max(1, -(-len(groups) // pieces))
     made: list[Piece] = []
     for start in range(0, len(groups), step):
         some = groups[start : start + step]
-        count = len(some) * each
+        count = len(some) * per_group
         made.append(
             Piece(
                 _named(some),
                 "head",
-                position[start * each : start * each + count],
+                position[start * per_group : start * per_group + count],
                 partial(_thin, stack, some),
                 count * (some[0].width * width + tile_entries(width)),
                 2 * count * some[0].width * width,
@@ -146,8 +145,8 @@ def wide_pieces(
             load = partial(_constant, rows, some) if some[0].constant else partial(_wide, rows, some, width)
             entries = len(some) * (width**2 // 2 + tile_entries(width))
             heights = [height(stream, group) for group in some]
-            at_once = max(heights) if kind == "mlp" else min(max(heights), _ROWS)
-            loading = width**2 + (at_once + 3 * min(at_once, _ROWS)) * width
+            at_once = max(heights) if kind == "mlp" else min(max(heights), ROWS)
+            loading = width**2 + (at_once + 3 * min(at_once, ROWS)) * width
             made.append(Piece(_named(some), kind, states, load, entries, loading, sum(heights)))
     return tuple(made)
 
@@ -166,9 +165,7 @@ def _wide(rows: Rows, groups: Sequence[Group], width: int, dtype: torch.dtype, d
 def _constant(rows: Rows, groups: Sequence[Group], dtype: torch.dtype, device: str) -> ThinBlock:
     """Maps of one row each."""
     outer = torch.stack([torch.cat(list(rows(group))) for group in groups])
-    return ThinBlock(
-        MapStack(outer, torch.arange(len(outer)), None, torch.zeros(len(outer), dtype=torch.int64)), dtype, device
-    )
+    return ThinBlock(MapStack.unplaced(outer), dtype, device)
 
 
 @final

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -87,20 +87,14 @@ class AllPairs(Blocked[Stream]):
             alike.setdefault(replace(question, port="K"), []).append(question)
         for questions in alike.values():
             first = questions[0]
-            sides = {question: question.readers(subject) for question in questions}
-            yield from (
-                (question, sides[question].pieces[i].name, block)
-                for question, i, block in piece_products(
-                    [
-                        (question, side, [i for i, piece in enumerate(side.pieces) if piece.name in names[question]])
-                        for question, side in sides.items()
-                    ],
-                    first.written(subject),
-                    dtype=first.dtype,
-                    device=first.device,
-                    memory=first.memory_mb * 2**20,
-                    progress=progress,
-                )
+            pieces = [(question, piece) for question in questions for piece in question.readers(subject).pieces]
+            yield from piece_products(
+                [(question, piece) for question, piece in pieces if piece.name in names[question]],
+                first.written(subject),
+                dtype=first.dtype,
+                device=first.device,
+                memory=first.memory_mb * 2**20,
+                progress=progress,
             )
 
     def products(self, stream: Stream, blocks: Iterable[Block]) -> PairProducts:
@@ -108,23 +102,22 @@ class AllPairs(Blocked[Stream]):
         return pair_products(self.readers(stream), self.written(stream), blocks)
 
 
-Wanted = Sequence[tuple[Any, MapSide, Sequence[int]]]
-"""Pieces of reading sides, by whatever names the side."""
+Question = TypeVar("Question")
 
 
 def piece_products(
-    readers: Wanted,
+    readers: Sequence[tuple[Question, Piece]],
     writers: MapSide,
     *,
     dtype: torch.dtype,
     device: str,
     memory: int,
     progress: Progress = silent,
-) -> Iterator[tuple[Any, int, Block]]:
-    """``<G_r, G_w>`` of pieces of readers with all writers, for ``pair_products``; each piece as soon as it is done.
+) -> Iterator[tuple[Question, str, Block]]:
+    """``<G_r, G_w>`` of pieces of readers with all writers, for ``pair_products``, by question and name of the piece.
 
     Args:
-        readers: the pieces wanted.
+        readers: the pieces wanted, each with its question.
         writers: the writing side.
         dtype: of the products.
         device: any torch device.
@@ -135,27 +128,26 @@ def piece_products(
         ResourceError: not even one piece of each side fits.
     """
     check_device(device)
-    wanted = [(name, i, side.pieces[i]) for name, side, numbers in readers for i in numbers]
-    sets = _sets([piece for _, _, piece in wanted], writers.pieces, memory // dtype.itemsize)
+    sets = _sets([piece for _, piece in readers], writers.pieces, memory // dtype.itemsize)
     done, total = 0, len(sets[0]) * len(sets[1])
     loaded: dict[int, list[GramBlock]] = {}
     for reading in sets[0]:
-        some = wanted[reading]
-        blocks = [piece.load(dtype, device) for _, _, piece in some]
-        columns: list[list[Tensor]] = [[] for _ in some]
+        together = readers[reading]
+        blocks = [piece.load(dtype, device) for _, piece in together]
+        columns: list[list[Tensor]] = [[] for _ in together]
         moments: list[Tensor] = []
         for k, writing in enumerate(sets[1]):
             pieces = writers.pieces[writing]
             if k not in loaded:
                 loaded = {k: [piece.load(dtype, device) for piece in pieces]}
-            reach = [[bool(w.position.min() <= r.position.max()) for w in pieces] for _, _, r in some]
+            reach = [[bool(w.position.min() <= r.position.max()) for w in pieces] for _, r in together]
             step = partial(_step, progress, done, total)
             for row, products in zip(columns, gram_products(blocks, loaded[k], reach, step), strict=True):
                 row.extend(products)
             moments += [block.moments for block in loaded[k]]
             done += 1
-        for (name, i, _), block, products in zip(some, blocks, columns, strict=True):
-            yield name, i, _block(block.moments, torch.cat(moments, 1), products)
+        for (question, piece), block, products in zip(together, blocks, columns, strict=True):
+            yield question, piece.name, _block(block.moments, torch.cat(moments, 1), products)
 
 
 def _step(progress: Progress, before: int, total: int, done: float, whole: float) -> None:
@@ -231,7 +223,7 @@ def pair_products(readers: MapSide, writers: MapSide, blocks: Iterable[Block]) -
     )
 
 
-def lift_columns(products: PairProducts, d: int, eps: float = torch.finfo(accumulate).eps) -> Iterator[Column]:
+def lift_columns(products: PairProducts, d: int, eps: float) -> Iterator[Column]:
     """The columns ``lift``, ``writer_effect`` and ``reader_effect``; absent where pairs are.
 
     With G of trace 1::

@@ -153,7 +153,7 @@ class Contribution(Question[Stream]):
         id = f"{group.id}.{self.port}"
         scales = self.moments.port_scales.get(id)  # the scalar of a norm on the port, as if independent of the rest
         factor = 1.0 if scales is None else scales[:, 1].double().repeat_interleave(shared)[:, None, None]
-        stack = _stack(read.maps, metric * factor)
+        stack = MapStack.unplaced(read.maps, metric * factor)
         second, mean = self.moments.ports[id].double(), self.moments.port_means[id].double()
         if self.centred:
             second = second - _outer_product(mean, mean)
@@ -240,7 +240,7 @@ class Contribution(Question[Stream]):
         thin = None
         if heads:
             metric = torch.cat([self._second(group, reader.reads) for group in heads])
-            thin = _stack(torch.cat([outer[group.id] for group in heads]), metric)
+            thin = MapStack.unplaced(torch.cat([outer[group.id] for group in heads]), metric)
         grams = tuple(self._wide(stream, group, reader.reads) for group in wide)
         return _Maps(tuple(label for group in (*heads, *wide) for label in group.labels), thin, grams)
 
@@ -270,11 +270,6 @@ class _Maps:
     def heads(self) -> int:
         """How many are thin."""
         return 0 if self.thin is None else self.thin.count
-
-
-def _stack(outer: Tensor, metric: Tensor) -> MapStack:
-    shared = len(metric) // len(outer)
-    return MapStack(outer, torch.arange(len(metric)) // shared, metric, torch.zeros(len(metric), dtype=torch.int64))
 
 
 def _energies(readers: _Maps, writers: _Maps, device: str, memory: int) -> Tensor:

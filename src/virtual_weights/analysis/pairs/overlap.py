@@ -112,8 +112,7 @@ class Overlap(AllPairs):
 
     def _bases(self, stream: Stream, role: HeadRole, groups: Sequence[Group]) -> MapStack:
         with one_thread():
-            basis = subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis
-        return MapStack(basis, torch.arange(len(basis)), None, torch.zeros(len(basis), dtype=torch.int64))
+            return MapStack.unplaced(subspace_bases(stream, role, groups, rank_cut(stream), self.energy).basis)
 
     def _basis(self, stream: Stream, rows: Rows, group: Group) -> Iterable[Tensor]:
         """(r, d): the leading directions of a wide map, orthonormal."""
