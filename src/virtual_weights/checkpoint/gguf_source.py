@@ -19,7 +19,7 @@ from virtual_weights.checkpoint.tokenizer import LITERAL, texts_of_gguf, tokeniz
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_VALUES_AT_ONCE = 1 << 22
+_VALUES_AT_ONCE = 1 << 17  # what is in use while they are dequantised stays in a cache
 
 
 @final
@@ -100,7 +100,10 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dequantise(file: PinnedFile, block_type: BlockType, offset: int, shape: tuple[int, ...]) -> Tensor:
-    """Dequantise block rows group by group, so that only the result takes memory."""
+    """Dequantise block rows group by group, so that only the result takes memory, each group as one long row.
+
+    (The library divides an array of many rows into groups of 16, which are short where a model is narrow.)
+    """
     import gguf
 
     quantisation = gguf.GGMLQuantizationType[block_type.name]
@@ -111,7 +114,8 @@ def _dequantise(file: PinnedFile, block_type: BlockType, offset: int, shape: tup
     for begin in range(0, len(flat), group):
         count = min(group, len(flat) - begin)
         raw = file.read(offset + begin * row_bytes, count * row_bytes)
-        blocks = np.frombuffer(raw, dtype=np.uint8).reshape(count, row_bytes)
+        blocks = np.frombuffer(raw, dtype=np.uint8).reshape(1, -1)
         with np.errstate(all="ignore"):  # an infinite scale gives NaN, which `Source.read` then refuses
-            flat[begin : begin + count] = torch.from_numpy(gguf.dequantize(blocks, quantisation))
+            values = torch.from_numpy(gguf.dequantize(blocks, quantisation))
+        flat[begin : begin + count] = values.view(count, -1)
     return result

@@ -12,6 +12,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from virtual_weights.linalg.numerics import in_full_float32
+
 BINS = 200
 """Bins of the histogram of cosines, of equal width from -1 to 1."""
 
@@ -25,15 +27,23 @@ _GROUP = 16
 """Neighbours of which at first only the largest is looked at."""
 _WIDEST = 8192
 """Columns of a tile at most: sums along longer rows might be divided among threads."""
+_TILE_THERE = 2**26
+"""Cosines at once on an accelerator, all looked at together: it would rather have few large steps."""
 _LAST = 2**31 - 1
 
 
 @final
 class Workspace:
-    """Memory for one tile, used again and again: new pages for every tile would cost as much time as a pass over it."""
+    """Memory for one tile, used again and again: new pages for every tile would cost as much time as a pass over it.
+
+    Attributes:
+        entries: of a tile.
+        together: of these, how many are looked at together.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._tile, self._part = (torch.empty(size, device=device) for size in (_TILE, _CACHED))
+        self.entries, self.together = (_TILE, _CACHED) if device.type == "cpu" else (_TILE_THERE, _TILE_THERE)
+        self._tile, self._part = (torch.empty(size, device=device) for size in (self.entries, self.together))
 
     def tile(self, *shape: int) -> Tensor:
         """A tensor of this shape, until the next one."""
@@ -59,7 +69,7 @@ class CosineTable:
     Attributes:
         strongest: (n, top) int64, keys of every row's strongest columns so far.
         counts: (BINS,) int64, how many pairs have which cosine.
-        squares: sum of squared cosines, float64.
+        squares: sum of squared cosines, () float64.
     """
 
     def __init__(self, rows: Tensor, numbers: Tensor, top: int) -> None:
@@ -70,8 +80,9 @@ class CosineTable:
         self._numbers, self._top = numbers, top
         self.strongest = torch.full((n, top), -1, device=rows.device)
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=rows.device)
-        self.squares = 0.0
+        self.squares = torch.zeros((), dtype=torch.float64, device=rows.device)
 
+    @in_full_float32()
     def add(self, columns: Tensor, numbers: Tensor, scratch: Workspace | None = None) -> Tensor:
         """Compare all rows with these columns.
 
@@ -87,7 +98,7 @@ class CosineTable:
         if not len(self.strongest):
             return strongest
         scratch = Workspace(columns.device) if scratch is None else scratch
-        widest = max(_GROUP, min(_WIDEST, _TILE // self._rows[..., 0].numel()))
+        widest = max(_GROUP, min(_WIDEST, scratch.entries // self._rows[..., 0].numel()))
         tiles = max(1, -(-len(columns) // widest))
         step = max(_GROUP, _padded(-(-len(columns) // tiles)))
         for start in range(0, len(columns), step):
@@ -102,12 +113,12 @@ class CosineTable:
         tile = scratch.tile(len(self._rows), self._rows.shape[1], width)
         cosine = torch.bmm(self._rows, columns.T.expand(len(self._rows), -1, -1), out=tile).flatten(0, 1)
         of_rows, of_columns = list[Tensor](), list[Tensor]()
-        for start in range(0, len(cosine), height := max(_GROUP, _CACHED // width // _GROUP * _GROUP)):
+        for start in range(0, len(cosine), height := max(_GROUP, scratch.together // width // _GROUP * _GROUP)):
             part = cosine[start : start + height]
             size = torch.abs(part, out=scratch.part(len(part), width))
             of_rows.append(size.unflatten(1, (_GROUP, -1)).amax(1))
             of_columns.append(size.unflatten(0, (-1, _GROUP)).amax(1))
-            self.squares += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
+            self.squares += torch.linalg.vector_norm(part, dim=1).double().square().sum()
             self._count(torch.mul(part, BINS / 2, out=size)[: max(0, n - start), :m].add_(BINS / 2))
         weakest = self.strongest[:, -1]
         least = torch.where(

@@ -98,6 +98,17 @@ def beyond_rounding(values: Tensor, size: Tensor | float, eps: float = torch.fin
 
 
 @contextmanager
+def in_full_float32() -> Generator[None]:
+    """Multiply float32 as float32, whatever the process allows otherwise (TF32 keeps 10 bits of 23, bfloat16 7)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@contextmanager
 def one_thread() -> Generator[None]:
     """Compute on one thread, for what would otherwise give other bits on another number of threads.
 
@@ -112,7 +123,7 @@ def one_thread() -> Generator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+def side_by_side(function: Callable[[Item], Value], items: Iterable[Item], device: str = "cpu") -> Iterator[Value]:
     """``function`` of every item in order, several at a time, each computed on one thread.
 
     Decompositions hardly gain from threads that share one matrix: two matrices on a thread each are done sooner than
@@ -121,9 +132,10 @@ def side_by_side(function: Callable[[Item], Value], items: Iterable[Item]) -> It
     Args:
         function: what is computed; it may run on another thread.
         items: what it is asked of.
+        device: where it is computed; what is not the CPU is shared by all threads, and one is as good as many.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or torch.device(device).type != "cpu":
         yield from map(function, items)
         return
     try:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.pairs.composition import Composition
-from virtual_weights.linalg import FOLDED_RANK_CUT, LinearMap, Spectrum, accumulate, random_generator, singular_values
+from virtual_weights.linalg import (
+    FOLDED_RANK_CUT,
+    Dense,
+    LinearMap,
+    Spectrum,
+    accumulate,
+    random_generator,
+    singular_values,
+)
 from virtual_weights.record import Record
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Head, OperatingPoint, Question, Stream
@@ -19,6 +28,7 @@ from virtual_weights.stream.question import Ask
 
 Item = TypeVar("Item")
 
+_HEADS_BYTES = 512 << 20
 NO_PAIRS = "no two heads of this model can reach each other"
 
 
@@ -77,10 +87,19 @@ class Evidence:
         return self.ask(Composition(port, writers="all")).select("writer", self.heads)
 
     def head(self, name: str) -> Head:
-        """A head by its name."""
+        """A head by its name. Those named last stay in memory: a stream reads all heads of a layer for any of them."""
+        return self._recent(name)
+
+    @cached_property
+    def _recent(self) -> Callable[[str], Head]:
+        widest = max((group.width for group in self.stream.groups.heads), default=1)
+        return lru_cache(_HEADS_BYTES // (16 * widest * self.stream.d_model))(self._alone)
+
+    def _alone(self, name: str) -> Head:
+        """A head whose maps hold nothing of the heads beside it."""
         head = self.stream[name]
         assert isinstance(head, Head)
-        return head
+        return replace(head, **{port: Dense(getattr(head, port).dense().clone()) for port in ("q", "k", "v", "o")})
 
 
 def dense(map: LinearMap) -> Tensor:

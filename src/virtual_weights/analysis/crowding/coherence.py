@@ -13,7 +13,7 @@ from torch import Tensor
 
 from virtual_weights.analysis.crowding.directions import DirectionKind, check_kind, directions
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import random_generator
+from virtual_weights.linalg import in_full_float32, random_generator
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream, cost
@@ -124,6 +124,7 @@ class _Comparison:
     histogram: Tensor
 
 
+@in_full_float32()
 def _compare(unit: Tensor, report: Callable[[float], None]) -> _Comparison:
     """All pairs of rows i < j."""
     largest, pair, done = -1.0, (0, 0), 0

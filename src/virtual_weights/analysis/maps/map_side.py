@@ -106,7 +106,7 @@ def thin_pieces(
                 position[start * per_group : start * per_group + count],
                 partial(_thin, stack, some),
                 count * (some[0].width * width + tile_entries(width)),
-                2 * count * some[0].width * width,
+                count * some[0].width * width,
                 count * some[0].width,
             )
         )

@@ -128,26 +128,32 @@ def piece_products(
         ResourceError: not even one piece of each side fits.
     """
     check_device(device)
-    sets = _sets([piece for _, piece in readers], writers.pieces, memory // dtype.itemsize)
-    done, total = 0, len(sets[0]) * len(sets[1])
-    loaded: dict[int, list[GramBlock]] = {}
-    for reading in sets[0]:
+    division = _division([piece for _, piece in readers], writers.pieces, memory // dtype.itemsize)
+    done, total = 0, len(division.reading) * len(division.passing)
+    loaded = dict[int, GramBlock]()
+    for number, reading in enumerate(division.reading):
         together = readers[reading]
         blocks = [piece.load(dtype, device) for _, piece in together]
-        columns: list[list[Tensor]] = [[] for _ in together]
-        moments: list[Tensor] = []
-        for k, writing in enumerate(sets[1]):
-            pieces = writers.pieces[writing]
-            if k not in loaded:
-                loaded = {k: [piece.load(dtype, device) for piece in pieces]}
-            reach = [[bool(w.position.min() <= r.position.max()) for w in pieces] for _, r in together]
+        columns = [dict[int, Tensor]() for _ in together]
+        moments = dict[int, Tensor]()
+        # to and fro, so that what passed last is what passes first
+        for passing in division.passing[:: 1 if number % 2 == 0 else -1]:
+            for i in [i for i in loaded if i not in division.kept and i not in passing]:
+                del loaded[i]  # before others are made
+            wanted = [i for i in (*division.kept, *passing) if i not in moments]
+            for i in wanted:
+                loaded[i] = loaded[i] if i in loaded else writers.pieces[i].load(dtype, device)
+                moments[i] = loaded[i].moments
+            first = [int(writers.pieces[i].position.min()) for i in wanted]
+            reach = [[state <= int(piece.position.max()) for state in first] for _, piece in together]
             step = partial(_step, progress, done, total)
-            for row, products in zip(columns, gram_products(blocks, loaded[k], reach, step), strict=True):
-                row.extend(products)
-            moments += [block.moments for block in loaded[k]]
+            rows = gram_products(blocks, [loaded[i] for i in wanted], reach, step)
+            for column, products in zip(columns, rows, strict=True):
+                column.update(zip(wanted, products, strict=True))
             done += 1
-        for (question, piece), block, products in zip(together, blocks, columns, strict=True):
-            yield question, piece.name, _block(block.moments, torch.cat(moments, 1), products)
+        written = torch.cat([moments[i] for i in sorted(moments)], 1)
+        for (question, piece), block, column in zip(together, blocks, columns, strict=True):
+            yield question, piece.name, _block(block.moments, written, [column[i] for i in sorted(column)])
 
 
 def _step(progress: Progress, before: int, total: int, done: float, whole: float) -> None:
@@ -165,11 +171,30 @@ def _block(readers: Tensor, writers: Tensor, products: list[Tensor]) -> Block:
     }
 
 
-def _sets(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> tuple[list[slice], list[slice]]:
-    """Which pieces are in use together, for so many numbers: few sets of readers with, if they fit, all writers."""
+@final
+@dataclass(frozen=True)
+class _Division:
+    """What is in use together: some readers at a time, with writers that stay and writers that come and go.
+
+    Attributes:
+        reading: sets of readers.
+        kept: numbers of the writers that stay.
+        passing: sets of the numbers of the others, at least one set.
+    """
+
+    reading: list[slice]
+    kept: tuple[int, ...]
+    passing: list[tuple[int, ...]]
+
+
+_TRIALS = 16  # ways to divide memory between readers and writers that come and go
+
+
+def _division(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> _Division:
+    """The division for so many numbers: writers that take most to make stay; of the rest, the fewest tiles formed."""
     reading, writing = ([piece.entries for piece in side] for side in (readers, writers))
     loading = max((piece.loading for piece in (*readers, *writers)), default=0)
-    largest, room = max(reading, default=0), budget - loading
+    room, largest = budget - loading, max(reading, default=0)
     least = largest + max(writing, default=0)
     if least > room:
         raise ResourceError(
@@ -177,8 +202,24 @@ def _sets(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> tu
             expected=f"at least {((least + loading) * 4 >> 20) + 1} MiB, for one piece of each side",
             do="raise the memory budget",
         )
-    together = _filled(writing, min(room - largest, max(sum(writing) if 2 * sum(writing) <= room else 0, room // 2)))
-    return _filled(reading, room - max((sum(writing[cut]) for cut in together), default=0)), together
+    costly = sorted(range(len(writers)), key=lambda i: -writers[i].rows / writing[i])
+    kept = set[int]()
+    for place, i in enumerate(costly):
+        beside = largest + max((writing[j] for j in costly[place + 1 :]), default=0)
+        if sum(writing[j] for j in (*kept, i)) + beside > room:
+            break
+        kept.add(i)
+    rest = [i for i in range(len(writers)) if i not in kept]
+    room -= sum(writing[i] for i in kept)
+    if not rest:
+        return _Division(_filled(reading, room), tuple(sorted(kept)), [()])
+    most = room - max(writing[i] for i in rest)
+    trials = [largest + (most - largest) * step // _TRIALS for step in range(_TRIALS + 1)]
+    sets = [(_filled(reading, share), _filled([writing[i] for i in rest], room - share)) for share in trials]
+    some, others = min(
+        sets, key=lambda pair: len(pair[1]) * sum(reading) + len(pair[0]) * sum(writing[i] for i in rest)
+    )
+    return _Division(some, tuple(sorted(kept)), [tuple(rest[cut]) for cut in others])
 
 
 def _filled(sizes: Sequence[int], room: int) -> list[slice]:

@@ -26,6 +26,7 @@ from virtual_weights.linalg import (
     accumulate,
     beyond_rounding,
     haar_moments,
+    in_full_float32,
     one_thread,
     self_moments,
     standardised,
@@ -256,6 +257,7 @@ def _scores(heads: _Heads, neurons: NeuronSide, loaded: Sequence[NeuronRows]) ->
     return scores
 
 
+@in_full_float32()
 def _products(unit: Tensor, rows: Tensor) -> Tensor:
     """``||A_i w_j||`` of maps (m, k, d) with rows (n, d), as (m, n)."""
     batch = unit.expand(max(2, len(unit)), -1, -1).mT  # one product alone would be divided among threads

@@ -292,7 +292,7 @@ class _Comparison:
             "norm_in": self._all.norms.cpu(),
             "norm_out": norm_out,
             "counts": self._table.counts.cpu(),
-            "squares": torch.tensor(self._table.squares, dtype=accumulate),
+            "squares": self._table.squares.cpu(),
             "pairs": torch.tensor(self._pairs),
         }
 

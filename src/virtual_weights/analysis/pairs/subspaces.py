@@ -100,8 +100,9 @@ class Subspaces(Blocked[Stream]):
         for rest in alike.values():
             step = max(1, rest[0][0].memory_mb * 2**19 // _bytes(subject))
             for start in range(0, len(rest), step):
-                seconds = list(side_by_side(partial(_second, subject), rest[start : start + step]))
-                for _ in side_by_side(partial(_meet, subject, seconds), groups):
+                device = rest[0][0].device
+                seconds = list(side_by_side(partial(_second, subject), rest[start : start + step], device))
+                for _ in side_by_side(partial(_meet, subject, seconds), groups, device):
                     done += len(seconds)
                     progress(done, len(work) * len(groups))
                 for second in seconds:
