@@ -18,6 +18,7 @@ from .analysis.memory.head_erasers import HeadErasers as HeadErasers
 from .analysis.memory.neurons import Neurons as Neurons
 from .analysis.pairs.composition import ComponentComposition as ComponentComposition
 from .analysis.pairs.composition import Composition as Composition
+from .analysis.pairs.composition_sketch import CompositionSketch as CompositionSketch
 from .analysis.pairs.contribution import Contribution as Contribution
 from .analysis.pairs.neuron_heads import HeadNeuron as HeadNeuron
 from .analysis.pairs.neuron_heads import NeuronHead as NeuronHead

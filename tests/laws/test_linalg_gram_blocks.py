@@ -151,3 +151,17 @@ def test_pairs_that_are_not_wanted_have_their_sums_alone() -> None:
     wanted, sums = (gram_products([block(maps)], [block(maps)], [[want]])[0][0] for want in (True, False))
     torch.testing.assert_close(sums[-1], wanted[-1], rtol=1e-6, atol=0)
     torch.testing.assert_close(sums[:, -1], wanted[:, -1], rtol=1e-6, atol=0)
+
+
+def test_float32_is_multiplied_as_float32_whatever_the_process_allows() -> None:
+    maps, precisions = stack(0, (3, 4, 40)), list[str]()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        gram_products(
+            [block(maps)], [block(maps)], [[True]], lambda *_: precisions.append(torch.get_float32_matmul_precision())
+        )
+        assert set(precisions) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -41,6 +41,17 @@ def composition(
     tokens: o.Tokens = 4096,
     top: o.Top = 20,
     save: o.Save = None,
+    sketch: Annotated[
+        int | None,
+        typer.Option(
+            "--sketch",
+            metavar="N",
+            min=16,
+            help="for very large models: estimate all pairs from N random numbers of each map, such as 16384, and "
+            "compute only the foremost",
+        ),
+    ] = None,
+    seed: o.Seed = 0,
     compute_dtype: o.ComputeDtype = "float32",
     device: o.Device = "cpu",
     memory_mb: o.Memory = None,
@@ -62,6 +73,15 @@ def composition(
         need_runtime(session)
     if port.value not in ("Q", "K"):
         o.refuse_unused(context, f"with port {port.value}, which no rotary embedding turns", "rotary_offset")
+    if sketch is not None:
+        alone = ("by", "moments", "text", "save", "compute_dtype", "memory_mb")
+        o.refuse_unused(context, "with --sketch, which ranks by score", *alone)
+        exact = max(2000, 20 * top)
+        return _sketched(
+            session,
+            vw.CompositionSketch(port.value, rotary_offset, writers.value, top, exact, sketch, seed, device),
+        )
+    o.refuse_unused(context, "without --sketch", "seed")
     memory, observed = memory_mb or 1024, moments is not None or text is not None
     by = by or ("contribution" if observed else "score")
     o.checked_column(by, columns(port.value, observed=observed))
@@ -115,6 +135,20 @@ def subspaces(
         for name, value in summary.items()
     )
     return Answer(record, rows, summary, [Table(title, rows, names), line])
+
+
+def _sketched(session: Session, question: vw.CompositionSketch) -> Answer:
+    """The strongest edges by a sketch, and how complete they are."""
+    record = session.ask(question)
+    rows, stamp = list(record.rows()), record.stamp
+    title = f"{question.port}-composition by score, from a sketch · {session.name} · norm {stamp['norm']}"
+    exact = min(question.exact, stamp["pairs"])
+    said = f"{exact:,} of {stamp['pairs']:,} pairs were computed; of the others {stamp['doubtful']:,} may be stronger "
+    said += f"than the last edge shown, by an estimate from {stamp['samples']:,} numbers and three standard errors"
+    summary = {"computed": exact, "pairs": stamp["pairs"], "doubtful": stamp["doubtful"]}
+    heads = {"writer": "writer", "reader": "reader", "score": "score", "null_ratio": "null ratio"}
+    heads |= {"estimate": "estimated square", "error": "its error"}
+    return Answer(record, rows, summary, [Table(title, rows, heads), said])
 
 
 def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]], by: str = "score") -> list[Table | str]:

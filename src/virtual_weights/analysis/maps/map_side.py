@@ -31,7 +31,8 @@ class Piece:
         name: for files: the first and the last group.
         kind: ``"head"``, ``"mlp"``, ...; means are over all maps of a side of one kind.
         position: (n,) the state that each reads, or in which its write first appears.
-        load: makes the maps ready, for a dtype and a device.
+        maps: makes them: a stack of thin factors, or of each the rows (m, d) in parts.
+        width: d.
         entries: numbers held while it is in use, working tiles included.
         loading: numbers held beside that while it is made ready.
         rows: of all its maps together: forming their Grams takes ``rows d^2`` multiplications and additions.
@@ -40,7 +41,8 @@ class Piece:
     name: str
     kind: str
     position: Tensor
-    load: Callable[[torch.dtype, str], GramBlock]
+    maps: Callable[[], MapStack | Sequence[Iterable[Tensor]]]
+    width: int
     entries: int
     loading: int
     rows: int
@@ -49,6 +51,12 @@ class Piece:
     def count(self) -> int:
         """How many maps."""
         return len(self.position)
+
+    def load(self, dtype: torch.dtype, device: str) -> GramBlock:
+        """The maps, ready to have their Grams formed."""
+        maps = self.maps()
+        stacked = isinstance(maps, MapStack)
+        return ThinBlock(maps, dtype, device) if stacked else WideBlock(maps, self.width, dtype, device)
 
 
 @final
@@ -104,19 +112,14 @@ def thin_pieces(
                 _named(some),
                 "head",
                 position[start * per_group : start * per_group + count],
-                partial(_thin, stack, some),
+                partial(stack, some),
+                width,
                 count * (some[0].width * width + tile_entries(width)),
                 count * some[0].width * width,
                 count * some[0].width,
             )
         )
     return tuple(made)
-
-
-def _thin(
-    stack: Callable[[Sequence[Group]], MapStack], groups: Sequence[Group], dtype: torch.dtype, device: str
-) -> ThinBlock:
-    return ThinBlock(stack(groups), dtype, device)
 
 
 Rows = Callable[[Group], Iterable[Tensor]]
@@ -142,12 +145,12 @@ def wide_pieces(
         for start in range(0, len(at), step):
             some = tuple(groups[i] for i in at[start : start + step])
             states = torch.tensor([position[i] for i in at[start : start + step]], dtype=torch.int64)
-            load = partial(_constant, rows, some) if some[0].constant else partial(_wide, rows, some, width)
+            maps = partial(_constant if some[0].constant else _wide, rows, some)
             entries = len(some) * (width**2 // 2 + tile_entries(width))
             heights = [height(stream, group) for group in some]
             at_once = max(heights) if kind == "mlp" else min(max(heights), ROWS)
             loading = width**2 + (at_once + 3 * min(at_once, ROWS)) * width
-            made.append(Piece(_named(some), kind, states, load, entries, loading, sum(heights)))
+            made.append(Piece(_named(some), kind, states, maps, width, entries, loading, sum(heights)))
     return tuple(made)
 
 
@@ -158,14 +161,13 @@ def height(stream: Stream, group: Group) -> int:
     return (stream.spec.vocab or 0) if group.kind in ("embed", "unembed") else group.width
 
 
-def _wide(rows: Rows, groups: Sequence[Group], width: int, dtype: torch.dtype, device: str) -> WideBlock:
-    return WideBlock([_Again(partial(rows, group)) for group in groups], width, dtype, device)
+def _wide(rows: Rows, groups: Sequence[Group]) -> list[Iterable[Tensor]]:
+    return [_Again(partial(rows, group)) for group in groups]
 
 
-def _constant(rows: Rows, groups: Sequence[Group], dtype: torch.dtype, device: str) -> ThinBlock:
+def _constant(rows: Rows, groups: Sequence[Group]) -> MapStack:
     """Maps of one row each."""
-    outer = torch.stack([torch.cat(list(rows(group))) for group in groups])
-    return ThinBlock(MapStack.unplaced(outer), dtype, device)
+    return MapStack.unplaced(torch.stack([torch.cat(list(rows(group))) for group in groups]))
 
 
 @final
