@@ -84,12 +84,13 @@ class Moments:
 
     def held_at(self, group: str, after: int) -> tuple[Tensor, Tensor]:
         """``E[z z^T/s^2]`` (m, k, k) and ``E[z/s]`` (m, k) in float64, ``after`` states past where z first appears."""
-        second, mean = self.second[group].double(), self.mean[group].double()
-        if after < len(second):
-            return second[after], mean[after]
-        energy = self.energy[group].double()
-        ratio = torch.where(energy[0] > 0, energy[after] / energy[0], 0.0)
-        return second[0] * ratio[:, None, None], mean[0] * ratio.sqrt()[:, None]
+        exact = after < len(self.second[group])
+        second, mean = (held[group][after if exact else 0].double() for held in (self.second, self.mean))
+        if exact:
+            return second, mean
+        first, energy = (self.energy[group][state].double() for state in (0, after))
+        ratio = torch.where(first > 0, energy / first, 0.0)
+        return second * ratio[:, None, None], mean * ratio.sqrt()[:, None]
 
     @property
     def held(self) -> dict[str, str]:

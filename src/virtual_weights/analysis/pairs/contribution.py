@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.map_side import component_axis, read_gram, write_gram
-from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, all_pairs, beyond_rounding, self_moments
+from virtual_weights.analysis.maps.weighted_maps import Gram, WeightedMaps, energies_of
+from virtual_weights.linalg import MapStack, accumulate
 from virtual_weights.progress import Progress, silent
-from virtual_weights.record import Axis, Column, Record
+from virtual_weights.record import Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.moments import Moments
 
-Gram = Callable[[], Tensor]
-"""Makes the (d, d) float64 Gram of one map when it is needed."""
+_Outer = Mapping[str, Tensor]
+"""Of every attention its transposed write maps, (heads, k, d)."""
 
 
 @final
@@ -83,7 +84,7 @@ class Contribution(Question[Stream]):
 
         Args:
             stream: the model.
-            progress: called with (groups of readers done, groups in all).
+            progress: called with (states done, states in all).
 
         Returns:
             A Record over (reader, writer), both in order of depth: ``contribution``, ``activity``, and for Q, K and V
@@ -94,48 +95,66 @@ class Contribution(Question[Stream]):
         Raises:
             UsageError: the moments belong to another model, or the model has no such port.
         """
-        self.moments.check(stream)
-        readers, writers = stream.groups.readers(self.port), self._writers(stream)
-        outer = {group.id: stream.write(group).mT for group in writers if group.kind == "head"}
-        axes = component_axis("reader", readers, self.port), component_axis("writer", writers)
-        place = {label: i for i, label in enumerate(axes[1].labels)}
-        blocks: dict[str, list[Tensor]] = {"energy": [], "activity": [], "common": [], "inputs": []}
-        for done, group in enumerate(readers, 1):
-            side, inputs = self._reading(stream, group)
-            empty = torch.full((len(group.components), len(place)), float("nan"), dtype=accumulate)
-            block = {"energy": empty, "activity": empty.clone(), "common": empty.clone(), "inputs": inputs}
-            reaching = [writer for writer in writers if writer.reaches(group.reads)]
-            if reaching:
-                sources = self._writing(stream, reaching, group, outer)
-                energy = _energies(side, sources, self.device, self.memory_mb * 2**20)
-                block["energy"][:, [place[label] for label in sources.labels]] = energy
-                columns = [place[label] for writer in reaching for label in writer.labels]
-                energies = torch.cat([self._written(stream, writer, group) for writer in reaching])
-                if self.centred:
-                    energies = energies - self._means(stream, reaching, group).square().sum(0)
-                elif self.port == "K":
-                    means = self._means(stream, reaching, group)
-                    block["common"][:, columns] = self._common(stream, group, means)
-                block["activity"][:, columns] = energies.clamp(min=0.0).sqrt()
-            for name, values in block.items():
-                blocks[name].append(values)
-            progress(done, len(readers))
-        return self._record(stream, axes, **{name: torch.cat(values) for name, values in blocks.items()})
+        ((_, record),) = self.together([self], stream, progress)
+        return record
 
-    def _record(self, stream: Stream, axes: tuple[Axis, ...], energy: Tensor, **beside: Tensor) -> Record:
+    @classmethod
+    def together(
+        cls, questions: Sequence[Question[Any]], subject: Any, progress: Progress = silent
+    ) -> Iterator[tuple[Question[Any], Record]]:
+        """All ports of the same moments in one pass: what writes arrives alike at all ports that read one state."""
+        alike: dict[Contribution, list[Contribution]] = {}
+        for question in questions:
+            assert isinstance(question, Contribution)
+            question.moments.check(subject)
+            alike.setdefault(replace(question, port="K"), []).append(question)
+        for some in alike.values():
+            yield from zip(some, _answers(some, subject, progress), strict=True)
+
+    def fill(
+        self,
+        stream: Stream,
+        sited: Sequence[tuple[_Table, Group]],
+        writers: Sequence[Group],
+        outer: _Outer,
+    ) -> None:
+        """What reads one state, of questions that differ in the port alone, with all writers that reach it."""
+        sides: list[WeightedMaps] = []
+        for table, group in sited:
+            side, table.inputs[table.rows(group)] = table.question._reading(stream, group)
+            sides.append(side)
+        if not writers:
+            return
+        reader = sited[0][1]
+        sources = self._writing(stream, writers, reader, outer)
+        means = self._means(stream, writers, reader)
+        activity = torch.cat([self._written(stream, writer, reader) for writer in writers])
+        activity = (activity - means.square().sum(0) if self.centred else activity).clamp(min=0.0).sqrt()
+        energies = energies_of(sides, sources, self.device, self.memory_mb * 2**20)
+        names = [label for writer in writers for label in writer.labels]
+        for (table, group), energy in zip(sited, energies, strict=True):
+            rows, columns = table.rows(group), table.columns(names)
+            table.energy[rows, table.columns(sources.labels)] = energy
+            table.activity[rows, columns] = activity
+            if table.question.port == "K" and not self.centred:
+                table.common[rows, columns] = self._common(stream, group, means)
+
+    def record(self, stream: Stream, table: _Table) -> Record:
+        """The answer."""
         units = {"Q": "squared logits", "K": "squared logits", "V": "squared norm"}
-        columns = [Column("contribution", energy, units.get(self.port, "squared activations"), "E||A R~ O z/s||^2")]
+        energy, unit = table.energy, units.get(self.port, "squared activations")
+        columns = [Column("contribution", energy, unit, "E||A R~ O z/s||^2")]
         if self.port in HEAD_PORTS:
             share = "contribution over that of the port's whole input"
-            columns.append(Column("share", energy / beside["inputs"][:, None], "1 (ratio), >= 0", share))
+            columns.append(Column("share", energy / table.inputs[:, None], "1 (ratio), >= 0", share))
         activity = "root mean square of O z/s of the writer alone"
-        columns.append(Column("activity", beside["activity"], "1 (ratio), >= 0", activity))
+        columns.append(Column("activity", table.activity, "1 (ratio), >= 0", activity))
         if self.port == "K" and not self.centred:
             varying = "contribution without what is common to all keys of a query, which softmax does not see"
-            columns.append(Column("varying", (energy - beside["common"]).clamp(min=0.0), "squared logits", varying))
+            columns.append(Column("varying", (energy - table.common).clamp(min=0.0), "squared logits", varying))
         return stream.record(
             self,
-            axes,
+            table.axes,
             columns,
             moment="centred" if self.centred else "uncentred",
             held=self.moments.held,
@@ -144,11 +163,11 @@ class Contribution(Question[Stream]):
             gauge="free of heads' inner bases",
         )
 
-    def _reading(self, stream: Stream, group: Group) -> tuple[_Maps, Tensor]:
+    def _reading(self, stream: Stream, group: Group) -> tuple[WeightedMaps, Tensor]:
         """The readers of one group, weighted by A, and the energy of all that they receive."""
         if self.port not in HEAD_PORTS:
             gram = partial(read_gram, stream, self.port, group)
-            return _Maps(group.labels, None, (gram,)), torch.full((1,), float("nan"))
+            return WeightedMaps(group.labels, None, (gram,)), torch.full((1,), float("nan"))
         read, shared, metric = stream.read(self.port, group), group.shared(self.port), self._metric(stream, group)
         id = f"{group.id}.{self.port}"
         scales = self.moments.port_scales.get(id)  # the scalar of a norm on the port, as if independent of the rest
@@ -162,7 +181,7 @@ class Contribution(Question[Stream]):
             cross = _outer_product(mean, c)
             second = second - cross - cross.mT + _outer_product(c, c)
         energy = (metric * second.repeat_interleave(shared, 0)).sum((1, 2))
-        return _Maps(group.labels, stack, ()), energy
+        return WeightedMaps(group.labels, stack, ()), energy
 
     def _metric(self, stream: Stream, group: Group) -> Tensor:
         """``A^T A`` of every head, (heads, k, k) float64."""
@@ -226,13 +245,13 @@ class Contribution(Question[Stream]):
         queries = self.moments.ports[f"{group.id}.Q"].double() * attention.scale**2
         return (keys * (queries @ keys)).sum(1)
 
-    def _writers(self, stream: Stream) -> Sequence[Group]:
+    def writing(self, stream: Stream) -> Sequence[Group]:
         """Heads, or all whose moments are known, in order of depth."""
         if self.writers == "heads":
             return stream.groups.readers("Q")
         return [g for g in stream.groups.writers if g.kind == "head" or g.constant or g.id in self.moments.second]
 
-    def _writing(self, stream: Stream, writers: Sequence[Group], reader: Group, outer: Mapping[str, Tensor]) -> _Maps:
+    def _writing(self, stream: Stream, writers: Sequence[Group], reader: Group, outer: _Outer) -> WeightedMaps:
         """Writers as a reader receives them: maps O, weighted by ``C^(1/2)``; heads first."""
         assert reader.reads is not None
         heads = [group for group in writers if group.kind == "head"]
@@ -242,7 +261,7 @@ class Contribution(Question[Stream]):
             metric = torch.cat([self._second(group, reader.reads) for group in heads])
             thin = MapStack.unplaced(torch.cat([outer[group.id] for group in heads]), metric)
         grams = tuple(self._wide(stream, group, reader.reads) for group in wide)
-        return _Maps(tuple(label for group in (*heads, *wide) for label in group.labels), thin, grams)
+        return WeightedMaps(tuple(label for group in (*heads, *wide) for label in group.labels), thin, grams)
 
     def _wide(self, stream: Stream, group: Group, state: int) -> Gram:
         if not group.constant:
@@ -258,52 +277,41 @@ class Contribution(Question[Stream]):
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class _Maps:
-    """Maps on one side, all of which meet all of the other: heads in thin factors, then the others by their Grams."""
+class _Table:
+    """What becomes the answer of one port, (readers, writers), NaN where a writer does not reach."""
 
-    labels: tuple[str, ...]
-    thin: MapStack | None
-    grams: tuple[Gram, ...]
+    def __init__(self, question: Contribution, stream: Stream, writers: Sequence[Group]) -> None:
+        self.question, self.groups = question, stream.groups.readers(question.port)
+        self.axes = component_axis("reader", self.groups, question.port), component_axis("writer", writers)
+        shape = tuple(len(axis.labels) for axis in self.axes)
+        self.energy, self.activity, self.common = (torch.full(shape, torch.nan, dtype=accumulate) for _ in range(3))
+        self.inputs = torch.full(shape[:1], torch.nan, dtype=accumulate)
+        self._column = {label: i for i, label in enumerate(self.axes[1].labels)}
 
-    @property
-    def heads(self) -> int:
-        """How many are thin."""
-        return 0 if self.thin is None else self.thin.count
+    def rows(self, group: Group) -> slice:
+        """The rows of a group's readers."""
+        first = self.axes[0].labels.index(group.readers(self.question.port)[0])
+        return slice(first, first + len(group.components))
 
-
-def _energies(readers: _Maps, writers: _Maps, device: str, memory: int) -> Tensor:
-    """``<G_r, G_w>`` of all pairs, (n_r, n_w) float64; 0 where it is rounding of ``||G_r|| ||G_w||``."""
-    energy = torch.empty(len(readers.labels), len(writers.labels), dtype=accumulate)
-    sizes = [torch.empty(len(side.labels), dtype=accumulate) for side in (readers, writers)]
-    for side, size in zip((readers, writers), sizes, strict=True):
-        if side.thin is not None:
-            size[: side.heads] = self_moments(side.thin)[1].cpu()
-    r, w = readers.heads, writers.heads
-    if readers.thin is not None and writers.thin is not None:
-        pairs = all_pairs(readers.thin, writers.thin, device=torch.device(device), memory=memory)
-        energy[:r, :w] = pairs.squared.cpu()
-    reading = [make().to(device) for make in readers.grams]
-    for i, gram in enumerate(reading, r):
-        sizes[0][i] = gram.square().sum()
-        energy[i, :w] = _through(writers.thin, gram)
-    for j, make in enumerate(writers.grams, w):
-        gram = make().to(device)
-        sizes[1][j] = gram.square().sum()
-        energy[:r, j] = _through(readers.thin, gram)
-        energy[r:, j] = torch.stack([(gram * other).sum() for other in reading]).cpu() if reading else energy[r:, j]
-    return beyond_rounding(energy, (sizes[0][:, None] * sizes[1]).sqrt()).clamp_(min=0.0)
+    def columns(self, writers: Sequence[str]) -> list[int]:
+        """The columns of some writers."""
+        return [self._column[label] for label in writers]
 
 
-def _through(heads: MapStack | None, gram: Tensor) -> Tensor:
-    """``<G_i, S> = tr(metric_i outer S outer^T)`` of thin maps with one (d, d) Gram S."""
-    if heads is None:
-        return torch.empty(0, dtype=accumulate)
-    step = max(1, WORKSPACE_BYTES // (16 * heads.inner * heads.width))
-    outers = (outer.to(device=gram.device, dtype=accumulate) for outer in heads.outer.split(step))
-    cores = torch.cat([outer @ gram @ outer.mT for outer in outers])[heads.index]
-    assert heads.metric is not None
-    return (heads.metric.to(device=gram.device, dtype=accumulate) * cores).sum((1, 2)).cpu()
+def _answers(questions: Sequence[Contribution], stream: Stream, progress: Progress) -> Iterator[Record]:
+    """Answers of several ports, state by state."""
+    first, states = questions[0], range(stream.states)
+    writers = first.writing(stream)
+    outer = {group.id: stream.write(group).mT for group in writers if group.kind == "head"}
+    tables = [_Table(question, stream, writers) for question in questions]
+    for state in states:
+        sited = [(table, group) for table in tables for group in table.groups if group.reads == state]
+        if sited:
+            reaching = [writer for writer in writers if writer.reaches(state)]
+            first.fill(stream, sited, reaching, outer)
+        progress(state + 1, len(states))
+    for table in tables:
+        yield table.question.record(stream, table)
 
 
 def _outer_product(a: Tensor, b: Tensor) -> Tensor:
