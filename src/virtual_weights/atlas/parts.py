@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virtual_weights.record import Record
+from virtual_weights.record import Axis, Record
 from virtual_weights.record.axes import Described, Values
 from virtual_weights.record.table import AsNumpy, picker
 
@@ -37,6 +37,7 @@ PART_ROWS = 122_880
 _NAME = re.compile(r"edges-\d{5,9}\.parquet")
 _NUMERIC = re.compile(r"int|float|torch\.(u?int|b?float).*")
 Places = NDArray[np.int64]
+Texts = NDArray[np.object_]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def write_parts(record: Record, folder: Path, origin: Mapping[str, str | None]) 
             values = {column: take(places) for column, take in pick.items()}
             labels = ends.labels(places)
             _write(database, folder / name, origin, labels, {**values, ROW: places})
-            reader, writer = (_bounds(labels[side][1] if side in labels else _listed(values[side])) for side in PAIR)
+            reader, writer = (_bounds(_listed(labels.get(side, values.get(side, ())))) for side in PAIR)
             largest = {column: _largest(values[column]) for column in numeric}
             known = {column: value for column, value in largest.items() if value is not None}
             finite = {column: value if math.isfinite(value) else None for column, value in known.items()}
@@ -140,11 +141,11 @@ class _Ends:
 
     Attributes:
         parts: gives the places of the rows of each part.
-        labels: gives the text columns of some rows that stand in no column of the record: name to (code, texts).
+        labels: gives the text columns of some rows that stand in no column of the record.
     """
 
     parts: Callable[[], Iterator[Places]]
-    labels: Callable[[Places], dict[str, tuple[Places, Sequence[str | None]]]]
+    labels: Callable[[Places], dict[str, Texts]]
 
 
 def _matrix(record: Record) -> _Ends:
@@ -162,13 +163,11 @@ def _matrix(record: Record) -> _Ends:
             row, writer = present[readers].nonzero()
             yield from _cut(readers[row] * np.int64(present.shape[1]) + writer, rank[writer])
 
-    def labels(places: Places) -> dict[str, tuple[Places, Sequence[str | None]]]:
-        columns = dict[str, tuple[Places, Sequence[str | None]]]()
-        for axis, codes in zip(record.axes, np.divmod(places, present.shape[1]), strict=True):
-            columns[axis.name] = _coded(codes, axis.labels)
-            if axis.groups:
-                columns[f"{axis.name}_group"] = _coded(codes, axis.groups)
-        return columns
+    texts = [_texts(axis) for axis in record.axes]
+
+    def labels(places: Places) -> dict[str, Texts]:
+        codes = np.divmod(places, present.shape[1])
+        return {name: of[code] for side, code in zip(texts, codes, strict=True) for name, of in side.items()}
 
     return _Ends(parts, labels)
 
@@ -184,9 +183,10 @@ def _table(record: Record) -> _Ends:
         for strip in np.array_split(places[np.argsort(reader[places], kind="stable")], strips):
             yield from _cut(strip, writer[strip])
 
-    def labels(places: Places) -> dict[str, tuple[Places, Sequence[str | None]]]:
-        texts = {axis.name: axis.labels, f"{axis.name}_group": axis.groups}
-        return {name: _coded(places, of) for name, of in texts.items() if of}
+    texts = _texts(axis)
+
+    def labels(places: Places) -> dict[str, Texts]:
+        return {name: of[places] for name, of in texts.items()}
 
     return _Ends(parts, labels)
 
@@ -214,10 +214,10 @@ def _ranks(texts: Sequence[str | None]) -> Places:
     return np.array([rank[text or ""] for text in texts], dtype=np.int64)
 
 
-def _coded(codes: Places, texts: Sequence[str | None]) -> tuple[Places, Sequence[str | None]]:
-    """Codes of a part alone, from 1, and the texts that they stand for."""
-    used, codes = np.unique(codes, return_inverse=True)
-    return codes.astype(np.int64) + 1, [texts[int(i)] for i in used]
+def _texts(axis: Axis) -> dict[str, Texts]:
+    """Labels and groups of an axis, by the names of their columns."""
+    texts = {axis.name: axis.labels, f"{axis.name}_group": axis.groups}
+    return {name: np.array(of, dtype=object) for name, of in texts.items() if of}
 
 
 def _listed(values: Values | AsNumpy) -> list[str | None]:
@@ -241,21 +241,18 @@ def _write(
     database: DuckDBPyConnection,
     path: Path,
     origin: Mapping[str, str | None],
-    labels: Mapping[str, tuple[Places, Sequence[str | None]]],
+    labels: Mapping[str, Texts],
     values: Mapping[str, AsNumpy],
 ) -> None:
     """One part. Names and texts are values of expressions, never text of a query."""
     from duckdb import ColumnExpression as Col
     from duckdb import ConstantExpression as Const
-    from duckdb import FunctionExpression as Fn
 
-    columns = [codes for codes, _ in labels.values()] + list(values.values())
-    place = iter(map(str, range(len(columns))))
+    columns = dict(zip(map(str, range(len(labels) + len(values))), (*labels.values(), *values.values()), strict=True))
     chosen = [Const(text).cast("VARCHAR").alias(name) for name, text in origin.items()]
-    for name, (_, texts) in labels.items():
-        chosen.append(Fn("list_extract", Const(list(texts)).cast("VARCHAR[]"), Col(next(place))).alias(name))
-    chosen += [Col(next(place)).alias(name) for name in values]
-    database.register("entries", dict(zip(map(str, range(len(columns))), columns, strict=True)))
+    for place, name in zip(columns, (*labels, *values), strict=True):
+        chosen.append((Col(place).cast("VARCHAR") if name in labels else Col(place)).alias(name))
+    database.register("entries", columns)
     database.view("entries").select(*chosen).create_view("edges", replace=True)
     copy = "COPY edges TO $path (FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2, ROW_GROUP_SIZE $rows)"
     database.execute(copy, {"path": str(path), "rows": PART_ROWS})
