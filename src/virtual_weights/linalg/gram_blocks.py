@@ -30,6 +30,7 @@ _BAND = 64  # rows of a tile: the doubly computed diagonal is ~ 64/d of the work
 _PANEL = 500  # columns of a tile: tiles of a hundred maps stay in a cache, and rows lie at no power of two
 _SLICES = 16  # a product over a tile is a batch of so many, each ~ 2,000 terms long
 _OCTET = 8  # sums of blocks multiplied at once
+_SPARE = 16  # entries between lines of what is multiplied: at distances of powers of two they would share cache lines
 _EXTREME = 40  # binary exponent of a map's largest entry beyond which its Gram may leave float32
 ROWS = 8192
 """Rows of a wide map that are worked on at once."""
@@ -218,10 +219,28 @@ class WideBlock(GramBlock):
         """Rows as (batch, rows, d) with a power of two taken out, zero rows filling the last."""
         for part in parts:
             for rows in part.split(ROWS):
-                outer, scales = _scaled(rows[None].to(self.device), self.dtype)
-                missing = -len(rows) % _SLICES
-                whole = torch.nn.functional.pad(outer[0], (0, 0, 0, missing)) if missing else outer[0]
-                yield whole.contiguous().view(_SLICES, -1, self.width), float(scales[0])
+                batch, size = self._sliced(rows := rows.to(self.device))
+                scale = 1.0
+                if not 2.0**-_EXTREME <= size <= 2.0**_EXTREME:
+                    outer, scales = _scaled(rows[None], self.dtype)
+                    (batch, _), scale = self._sliced(outer[0]), float(scales[0])
+                yield batch, scale
+
+    def _sliced(self, rows: Tensor) -> tuple[Tensor, float]:
+        """A copy of rows (m, d) as (batch, rows, d), and the size of its largest entry.
+
+        The copy keeps their order in memory, and none of its lines lies at a power of two.
+        """
+        length, width = -(-len(rows) // _SLICES), self.width
+        whole, rest = divmod(len(rows), length)
+        upright = rows.stride(0) == 1 and len(rows) > 1
+        shape = (_SLICES, width, length + _SPARE) if upright else (_SLICES, length, width + _SPARE)
+        store = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        batch = store[:, :, :length].mT if upright else store[:, :, :width]
+        batch[:whole] = rows[: whole * length].unflatten(0, (whole, length))
+        if rest:
+            batch[whole, :rest] = rows[whole * length :]
+        return batch, max(abs(float(bound)) for bound in torch.aminmax(store))
 
     def begin(self, rows: slice) -> None:
         self._strip, self._start = self.strips[rows.start // _BAND], rows.start
