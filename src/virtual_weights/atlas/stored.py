@@ -108,7 +108,7 @@ MAX_ITEMS = 4_000_000
 def sealed(fields: Mapping[str, Any]) -> str:
     """Plain values as JSON text with a checksum of themselves, for ``unsealed``."""
     plain = json.loads(json.dumps(dict(fields), allow_nan=False))
-    return json.dumps({**plain, "checksum": _checksum(plain)}, allow_nan=False, indent=1)
+    return json.dumps({**plain, "checksum": _checksum(plain)}, allow_nan=False)
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
