@@ -86,7 +86,7 @@ def test_what_is_left_out_and_might_be_stronger_is_counted() -> None:
     all_of_them = vw.CompositionSketch("K", None, "all", top=2, samples=16)(stream)
     weakest = float(few.numbers("score")[-1])
     stronger = int((vw.Composition("K", None, "all")(stream).numbers("score").nan_to_num(0) > weakest + 1e-6).sum())
-    assert stronger - 1 <= few.stamp["doubtful"] + 1
+    assert stronger - 1 <= few.stamp["doubtful"]
     assert few.stamp["doubtful"] > 0 == all_of_them.stamp["doubtful"]
 
 

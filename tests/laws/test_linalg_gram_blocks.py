@@ -153,6 +153,24 @@ def test_pairs_that_are_not_wanted_have_their_sums_alone() -> None:
     torch.testing.assert_close(sums[:, -1], wanted[:, -1], rtol=1e-6, atol=0)
 
 
+def _noting(rows: Tensor, precisions: list[str]) -> Iterator[Tensor]:
+    for part in rows.split(5):
+        precisions.append(torch.get_float32_matmul_precision())
+        yield part
+
+
+def test_a_newer_setting_of_the_precision_is_left_as_it_was() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        gram_products([block(stack(0, (3, 4, 40)))], [block(stack(1, (3, 4, 40)))], [[True]])
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 def test_float32_is_multiplied_as_float32_whatever_the_process_allows() -> None:
     maps, precisions = stack(0, (3, 4, 40)), list[str]()
     before = torch.get_float32_matmul_precision()
@@ -161,6 +179,8 @@ def test_float32_is_multiplied_as_float32_whatever_the_process_allows() -> None:
         gram_products(
             [block(maps)], [block(maps)], [[True]], lambda *_: precisions.append(torch.get_float32_matmul_precision())
         )
+        rows = torch.randn(20, 40)
+        WideBlock([_noting(rows, precisions)], 40, F32, "cpu")
         assert set(precisions) == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

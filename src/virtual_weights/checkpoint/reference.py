@@ -135,8 +135,8 @@ def _open_folder(folder: Path, opening: Opening) -> Source:
         raise CheckpointError(
             f"{str(folder)!r} holds an adapter (adapter_config.json)",
             expected="a whole model",
-            do="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained(); or open "
-            "the base by its own folder",
+            do="open its base and attach it: --attach FOLDER, or vw.open(base, attach=[folder]); or merge both first: "
+            "peft's merge_and_unload(), then save_pretrained()",
         )
     if "model.safetensors" in names:
         return open_safetensors_file(folder / "model.safetensors", opening)

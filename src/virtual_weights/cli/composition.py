@@ -20,6 +20,24 @@ if TYPE_CHECKING:
     from virtual_weights.analysis.maps.circuits import HeadRole
 
 
+_By = Annotated[
+    str | None,
+    typer.Option(
+        "--by", metavar="COLUMN", help="column to sort by, e.g. score, the default, strength, lift or contribution"
+    ),
+]
+_Sketch = Annotated[
+    int | None,
+    typer.Option(
+        "--sketch",
+        metavar="N",
+        min=16,
+        help="for very large models: estimate all pairs from N random numbers of each map, such as 16384, and compute "
+        "only the foremost",
+    ),
+]
+
+
 @verb("no_fold", "partial", "offline", "allow_non_finite")
 def composition(
     session: Session,
@@ -29,28 +47,14 @@ def composition(
         typer.Option("--port", metavar="PORT", help="port of the readers: Q, K, V, gate, up, in or unembed"),
     ] = o.PortName.K,
     writers: o.WriterOption = o.WriterSet.heads,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            "--by", metavar="COLUMN", help="column to sort by, e.g. score, the default, strength, lift or contribution"
-        ),
-    ] = None,
+    by: _By = None,
     rotary_offset: o.RotaryOffset = None,
     moments: o.Moments = None,
     text: o.Text = None,
     tokens: o.Tokens = 4096,
     top: o.Top = 20,
     save: o.Save = None,
-    sketch: Annotated[
-        int | None,
-        typer.Option(
-            "--sketch",
-            metavar="N",
-            min=16,
-            help="for very large models: estimate all pairs from N random numbers of each map, such as 16384, and "
-            "compute only the foremost",
-        ),
-    ] = None,
+    sketch: _Sketch = None,
     seed: o.Seed = 0,
     compute_dtype: o.ComputeDtype = "float32",
     device: o.Device = "cpu",
@@ -63,10 +67,7 @@ def composition(
     from virtual_weights.analysis.pairs.alignment import beside
     from virtual_weights.survey.plan import edges_of, groups_of
 
-    if save is not None and save.suffix != ".safetensors":
-        raise UsageError(f"--save {save} does not end in .safetensors", expected="FILE.safetensors", do="rename it")
-    if moments is not None and text is not None:
-        raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
+    _check_files(save, moments, text)
     if text is None:
         o.refuse_unused(context, "without --text", "tokens")
     else:
@@ -76,11 +77,8 @@ def composition(
     if sketch is not None:
         alone = ("by", "moments", "text", "save", "compute_dtype", "memory_mb")
         o.refuse_unused(context, "with --sketch, which ranks by score", *alone)
-        exact = max(2000, 20 * top)
-        return _sketched(
-            session,
-            vw.CompositionSketch(port.value, rotary_offset, writers.value, top, exact, sketch, seed, device),
-        )
+        counts = top, max(2000, 20 * top), sketch
+        return _sketched(session, vw.CompositionSketch(port.value, rotary_offset, writers.value, *counts, seed, device))
     o.refuse_unused(context, "without --sketch", "seed")
     memory, observed = memory_mb or 1024, moments is not None or text is not None
     by = by or ("contribution" if observed else "score")
@@ -135,6 +133,13 @@ def subspaces(
         for name, value in summary.items()
     )
     return Answer(record, rows, summary, [Table(title, rows, names), line])
+
+
+def _check_files(save: Path | None, moments: Path | None, text: str | None) -> None:
+    if save is not None and save.suffix != ".safetensors":
+        raise UsageError(f"--save {save} does not end in .safetensors", expected="FILE.safetensors", do="rename it")
+    if moments is not None and text is not None:
+        raise UsageError("a text and a file of moments", expected="one of --text and --moments", do="leave one out")
 
 
 def _sketched(session: Session, question: vw.CompositionSketch) -> Answer:

@@ -287,6 +287,10 @@ IgnoreConfig = Annotated[
 OwnTable = Annotated[
     Path | None, typer.Option("--table", metavar="FILE", help="a TOML file that describes models of types of your own")
 ]
+Attach = Annotated[
+    list[Path] | None,
+    typer.Option("--attach", metavar="FOLDER", help="a LoRA adapter to fold into the weights; repeatable"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
 Progress = Annotated[
     ProgressMode, typer.Option("--progress", help="auto: bars on a terminal; json: lines on stderr; none")

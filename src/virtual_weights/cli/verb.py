@@ -27,6 +27,7 @@ _OPENING: dict[str, tuple[Any, Any]] = {
     "allow_non_finite": (o.AllowNonFinite, False),
     "ignore_config": (o.IgnoreConfig, None),
     "table": (o.OwnTable, None),
+    "attach": (o.Attach, None),
 }
 _RUNNING: dict[str, tuple[Any, Any]] = {
     "text": (o.Text, None),
@@ -76,7 +77,8 @@ class Session:
         tables = None if table is None else read_tables(table)
         config = without_keys(source.config, source.dialect, self.options.get("ignore_config") or (), tables)
         fold, partial = not self.options.get("no_fold"), bool(self.options.get("partial"))
-        return open_stream(source, fold=fold, partial=partial, config=config, table=table)
+        attach = self.options.get("attach") or ()
+        return open_stream(source, fold=fold, partial=partial, config=config, table=table, attach=attach)
 
     @property
     def runs(self) -> bool:
@@ -144,7 +146,7 @@ def verb(*opening: str) -> Callable[[Callable[..., Answer]], Callable[..., None]
         opening: which of the options for opening a model it has: ``no_fold``, ``partial``, ``offline``,
             ``allow_non_finite``.
     """
-    return _command({name: _OPENING[name] for name in (*opening, "ignore_config", "table")})
+    return _command({name: _OPENING[name] for name in (*opening, "ignore_config", "table", "attach")})
 
 
 def running_verb(
@@ -167,7 +169,9 @@ def running_verb(
         fixed |= {name: _RUNNING[name][1] for name in ("tokens", "length", "batch", "seed")}
     shared = {name: (kind, defaults.get(name, value)) for name, (kind, value) in _RUNNING.items() if name not in fixed}
     return _command(
-        {**shared, **{name: _OPENING[name] for name in (*opening, "offline", "ignore_config", "table")}}, fixed, always
+        {**shared, **{name: _OPENING[name] for name in (*opening, "offline", "ignore_config", "table", "attach")}},
+        fixed,
+        always,
     )
 
 

@@ -27,8 +27,8 @@ _GROUP = 16
 """Neighbours of which at first only the largest is looked at."""
 _WIDEST = 8192
 """Columns of a tile at most: sums along longer rows might be divided among threads."""
-_TILE_THERE = 2**26
-"""Cosines at once on an accelerator, all looked at together: it would rather have few large steps."""
+_DEVICE_TILE = 2**26
+"""Cosines at once on an accelerator, all looked at together: there few large steps are faster. They take 512 MiB."""
 _LAST = 2**31 - 1
 
 
@@ -42,7 +42,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.entries, self.together = (_TILE, _CACHED) if device.type == "cpu" else (_TILE_THERE, _TILE_THERE)
+        self.entries, self.together = (_TILE, _CACHED) if device.type == "cpu" else (_DEVICE_TILE, _DEVICE_TILE)
         self._tile, self._part = (torch.empty(size, device=device) for size in (self.entries, self.together))
 
     def tile(self, *shape: int) -> Tensor:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import final
 
 import torch
 from torch import Tensor
 
-from virtual_weights.errors import ResourceError
 from virtual_weights.linalg.decompose import square_roots
-from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate, in_full_float32, one_thread, random_generator
+from virtual_weights.linalg.numerics import WORKSPACE_BYTES, accumulate, in_full_float32, one_thread
 from virtual_weights.linalg.pairing import MapStack, Tile, cuts, inner_grams, traces_through
 from virtual_weights.progress import Progress, silent
 
@@ -35,8 +33,6 @@ _EXTREME = 40  # binary exponent of a map's largest entry beyond which its Gram 
 ROWS = 8192
 """Rows of a wide map that are worked on at once."""
 _CONDITION = 32.0  # of ||metric|| ||W|| / tr(metric W): beyond it float32 would lose digits to cancellation
-_AGREES = 1e-6
-"""Largest difference of products on two devices, over ``||G_r|| ||G_w||``."""
 _FAINT = 1e-2
 """Share of the mean product at random orientation, tr G_r tr G_w / d, below which a pair is computed again in float64:
 there the root of a float32 error of 1e-7 is no longer small beside the root of the product."""
@@ -195,6 +191,7 @@ class WideBlock(GramBlock):
         self.moments = torch.stack([self._add(i, rows) for i, rows in enumerate(maps)], 1)
         self._strip, self._start = self.strips[0], 0
 
+    @in_full_float32()
     def _add(self, i: int, parts: Iterable[Tensor]) -> Tensor:
         """Keep the Gram of one map; its moments."""
         rows_of_bands = cuts(0, self.width, _BAND)
@@ -218,7 +215,7 @@ class WideBlock(GramBlock):
     def _batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
         """Rows as (batch, rows, d) with a power of two taken out, zero rows filling the last."""
         for part in parts:
-            for rows in part.split(ROWS):
+            for rows in part.split(ROWS) if len(part) else ():
                 batch, size = self._sliced(rows := rows.to(self.device))
                 scale = 1.0
                 if not 2.0**-_EXTREME <= size <= 2.0**_EXTREME:
@@ -297,32 +294,6 @@ def gram_products(
         [_completed(totals[i][j].cpu(), r, w, reach[i][j]) for j, w in enumerate(writers)]
         for i, r in enumerate(readers)
     ]
-
-
-@cache
-def check_device(device: str) -> None:
-    """Compare products on an accelerator with those of the processor, on a small sample, once in a process.
-
-    Raises:
-        ResourceError: they differ: the accelerator multiplies in less than float32, or wrongly.
-    """
-    if torch.device(device).type == "cpu":
-        return
-    generator = random_generator(0)
-    outer = torch.randn(6, 8, 600, generator=generator)
-    stack = MapStack.unplaced(outer)
-    here, there = (
-        gram_products([ThinBlock(stack, torch.float32, where)], [ThinBlock(stack, torch.float32, where)], [[True]])
-        for where in ("cpu", device)
-    )
-    sizes = here[0][0].diagonal().sqrt()
-    difference = float(((here[0][0] - there[0][0]).abs() / (sizes[:, None] * sizes)).max())
-    if not difference < _AGREES:
-        raise ResourceError(
-            f"products on {device} differ from the processor's by {difference:.1e} of the factors' norms",
-            expected=f"less than {_AGREES}: float32 products of unit maps",
-            do="compute on the cpu",
-        )
 
 
 def _formed(block: GramBlock, buffer: Tensor, tile: Tile) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,13 +100,40 @@ def beyond_rounding(values: Tensor, size: Tensor | float, eps: float = torch.fin
 
 @contextmanager
 def in_full_float32() -> Generator[None]:
-    """Multiply float32 as float32, whatever the process allows otherwise (TF32 keeps 10 bits of 23, bfloat16 7)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiply float32 as float32, whatever the process allows otherwise (TF32 keeps 10 bits of 23, bfloat16 7).
+
+    The setting is of the whole process; while several threads are in here at once, it stays until the last has left.
+    """
+    with _PRECISION_LOCK:
+        if not _PRECISION:
+            _PRECISION.append(_precision())
+            torch.set_float32_matmul_precision("highest")
+        else:
+            _PRECISION.append(_PRECISION[0])
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        with _PRECISION_LOCK:
+            general, backends = _PRECISION.pop()
+            if not _PRECISION:
+                torch.set_float32_matmul_precision(general)
+                for backend, precision in backends:
+                    backend.fp32_precision = precision
+
+
+_PRECISION_LOCK = Lock()
+_PRECISION: list[tuple[str, list[tuple[Any, str]]]] = []
+"""What the process allowed before, once for every thread that is in ``in_full_float32``."""
+
+
+def _precision() -> tuple[str, list[tuple[Any, str]]]:
+    """What the process allows, in the older setting and, where torch has them, in the newer ones."""
+    matmuls: list[Any] = [getattr(of, "matmul", None) for of in (torch.backends.cuda, torch.backends.mkldnn)]
+    backends = [(matmul, matmul.fp32_precision) for matmul in matmuls if hasattr(matmul, "fp32_precision")]
+    try:
+        return torch.get_float32_matmul_precision(), backends
+    except RuntimeError:  # the newer settings alone are in use
+        return "highest", backends
 
 
 @contextmanager
@@ -132,7 +160,7 @@ def side_by_side(function: Callable[[Item], Value], items: Iterable[Item], devic
     Args:
         function: what is computed; it may run on another thread.
         items: what it is asked of.
-        device: where it is computed; what is not the CPU is shared by all threads, and one is as good as many.
+        device: where it is computed; on any other than the CPU one item after the other.
     """
     threads = torch.get_num_threads()
     if threads == 1 or torch.device(device).type != "cpu":

@@ -114,7 +114,7 @@ def inner_grams(stack: MapStack) -> Tensor:
 
 
 def traces_through(stack: MapStack, grams: Tensor, powers: int) -> list[Tensor]:
-    """``tr G_i^p`` for p up to 2 or 3, from the ``inner_grams`` of the stack."""
+    """``tr G_i^p`` for p up to 1, 2 or 3, from the ``inner_grams`` of the stack."""
     k, device = stack.inner, stack.outer.device
     step = max(1, WORKSPACE_BYTES // max(1, 8 * k * max(stack.width, k)))
     traces = [torch.empty(stack.count, dtype=accumulate, device=device) for _ in range(powers)]

@@ -37,7 +37,8 @@ class Sketch:
     @property
     def energy(self) -> Tensor:
         """(n,) float64, an estimate of ``||G / tr G - I / d||_F^2``."""
-        return self.entries.double().square().mean((1, 2))
+        count = max(1, self.entries[:1].numel())
+        return torch.linalg.vector_norm(self.entries.flatten(1), dim=1, dtype=accumulate).square() / count
 
     @staticmethod
     def joined(parts: Sequence[Sketch]) -> Sketch:
@@ -51,7 +52,7 @@ class Signs:
 
     Args:
         width: d.
-        samples: A B, at least 4; rounded down to a square.
+        samples: A B, at least 4, which errors need; rounded down to a square.
         seed: of the signs.
         device: where sketches are made and compared.
     """
@@ -72,7 +73,7 @@ class Signs:
     def _thin(self, stack: MapStack) -> tuple[Tensor, Tensor]:
         """``x^T G y`` (n, A, B) and ``tr G`` (n,)."""
         device = self._x.device
-        (traces, _), grams = traces_through(stack, inner_grams(stack), 2), list[Tensor]()
+        (traces,), grams = traces_through(stack, inner_grams(stack), 1), list[Tensor]()
         step = max(1, WORKSPACE_BYTES // (8 * max(stack.inner * stack.width, self.side**2)))
         for start in range(0, stack.count, step):
             cut = slice(start, start + step)
@@ -101,15 +102,17 @@ class Signs:
 def estimates(readers: Sketch, writers: Sketch) -> tuple[Tensor, Tensor]:
     """``<G_r, G_w> / (tr G_r tr G_w)`` of all pairs and its standard error, both (n_r, n_w) float64 on the CPU.
 
-    The entries of a sketch share vectors, so with R the variance of one product::
+    The entries of a sketch share vectors. With R what the means over x and over y leave of the variance of a product::
 
         Var = Var_x(mean over y) / A + Var_y(mean over x) / B + R / (A B)
 
-    whose first two terms, each with R / (A B) in it, are those among the means over rows and over columns.
+    The variances of the means over rows and over columns of the products are the first two terms, each with R / (A B)
+    in it. R is taken as ``||G_r - I/d||^2 ||G_w - I/d||^2``, by the sketch's own estimates; no less is stated.
     """
-    (_, a, b), count = readers.entries.shape, len(readers.entries)
+    count, a, b = readers.entries.shape
     mean, error = (torch.empty(count, len(writers.entries), dtype=accumulate) for _ in range(2))
-    columns = [writers.entries.permute(axes) for axes in ((1, 2, 0), (2, 1, 0))]  # (A, B, n_w), (B, A, n_w)
+    columns = [writers.entries.permute(axes).contiguous() for axes in ((1, 2, 0), (2, 1, 0))]  # (A, B, n), (B, A, n)
+    sizes = readers.energy, writers.energy
     step = max(1, WORKSPACE_BYTES // (4 * max(a, b) * max(1, len(writers.entries))))
     for start in range(0, count, step):
         cut = slice(start, start + step)
@@ -117,8 +120,6 @@ def estimates(readers: Sketch, writers: Sketch) -> tuple[Tensor, Tensor]:
         by_x, by_y = (torch.bmm(row, column) for row, column in zip(rows, columns, strict=True))
         mean[cut] = by_x.mean(0, dtype=accumulate).cpu() / b
         spread = by_x.var(0).double() / (a * b**2) + by_y.var(0).double() / (b * a**2)
-        least = readers.energy[cut, None] * writers.energy / (a * b)
+        least = sizes[0][cut, None] * sizes[1] / (a * b)
         error[cut] = torch.maximum(spread - least, least).sqrt().cpu()
-    present = (readers.traces > 0)[:, None] & (writers.traces > 0)
-    width = torch.where(present, 1.0, 0.0)
-    return mean * width, error * width
+    return mean, error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, TypeVar, final
 
 import torch
@@ -28,7 +28,8 @@ from virtual_weights.stream.question import Ask
 
 Item = TypeVar("Item")
 
-_HEADS_BYTES = 512 << 20
+_HEADS_BYTES = 128 << 20
+"""What recent heads may take, beside the memory of questions."""
 NO_PAIRS = "no two heads of this model can reach each other"
 
 
@@ -87,19 +88,21 @@ class Evidence:
         return self.ask(Composition(port, writers="all")).select("writer", self.heads)
 
     def head(self, name: str) -> Head:
-        """A head by its name. Those named last stay in memory: a stream reads all heads of a layer for any of them."""
+        """A head by its name. The most recently used stay in memory: for one, a stream reads all heads of a layer."""
         return self._recent(name)
 
     @cached_property
     def _recent(self) -> Callable[[str], Head]:
         widest = max((group.width for group in self.stream.groups.heads), default=1)
-        return lru_cache(_HEADS_BYTES // (16 * widest * self.stream.d_model))(self._alone)
+        heads = _HEADS_BYTES // (4 * self.stream.dtype.itemsize * widest * self.stream.d_model)
+        return lru_cache(heads)(partial(_alone, self.stream))
 
-    def _alone(self, name: str) -> Head:
-        """A head whose maps hold nothing of the heads beside it."""
-        head = self.stream[name]
-        assert isinstance(head, Head)
-        return replace(head, **{port: Dense(getattr(head, port).dense().clone()) for port in ("q", "k", "v", "o")})
+
+def _alone(stream: Stream, name: str) -> Head:
+    """A head whose maps hold nothing of the heads beside it."""
+    head = stream[name]
+    assert isinstance(head, Head)
+    return replace(head, **{port: Dense(getattr(head, port).dense().clone()) for port in ("q", "k", "v", "o")})
 
 
 def dense(map: LinearMap) -> Tensor:

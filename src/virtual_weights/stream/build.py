@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from virtual_weights.architecture.gguf import LONG, SHORT
 from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.mapping_source import NnsightModel
 from virtual_weights.errors import ArchitectureError
+from virtual_weights.stream.adapted import adapted
 from virtual_weights.stream.stream import Stream
 
 
@@ -26,6 +27,7 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
     offline: bool = False,
     allow_non_finite: bool = False,
     table: str | Path | None = None,
+    attach: Sequence[str | Path] = (),
 ) -> Stream:
     """Open a checkpoint and see the residual stream in it; no weight is read yet.
 
@@ -41,6 +43,8 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         allow_non_finite: do not refuse NaN and infinity.
         table: a TOML file that says what models of one's own types are, in the format of ``models.toml``: see
             docs/add-an-architecture.md.
+        attach: folders of LoRA adapters as peft writes them, which are folded into the weights as they are read:
+            ``W + scale B A``. The base may be in any format; a run runs the adapted model.
 
     Returns:
         The stream.
@@ -69,7 +73,7 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         zero=source.zero,
         tables=None if table is None else read_tables(table),
     )
-    return Stream(source, model, fold)
+    return Stream(adapted(source, model, attach), model, fold)
 
 
 def _told(source: Source) -> dict[str, list[float]]:

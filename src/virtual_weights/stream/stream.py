@@ -18,6 +18,7 @@ from virtual_weights.checkpoint.pinned_file import recall, remember
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
+from virtual_weights.stream.adapted import adapted
 from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
 from virtual_weights.stream.group import Component, Group, Groups, Port, group_id, groups
 from virtual_weights.stream.layout import in_order, unpacked
@@ -308,15 +309,16 @@ class Stream:
         return first
 
 
-def _opened_again(recipe: dict[str, Any], fingerprint: str, *rest: Any) -> Stream:
-    source = open_source(**recipe)
+def _opened_again(recipe: dict[str, Any], fingerprint: str, model: Model, *rest: Any) -> Stream:
+    attached = recipe.pop("attach", [])
+    source = adapted(open_source(**recipe), model, attached)
     if source.fingerprint != fingerprint:
         raise UsageError(
             f"{source.reference} holds another checkpoint here than where the work was divided",
             expected=f"the checkpoint of fingerprint {fingerprint}",
             do="give all machines the same files",
         )
-    return Stream(source, *rest)
+    return Stream(source, model, *rest)
 
 
 class _Provenance(Mapping[str, Any]):

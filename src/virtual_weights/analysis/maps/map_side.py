@@ -31,7 +31,7 @@ class Piece:
         name: for files: the first and the last group.
         kind: ``"head"``, ``"mlp"``, ...; means are over all maps of a side of one kind.
         position: (n,) the state that each reads, or in which its write first appears.
-        maps: makes them: a stack of thin factors, or of each the rows (m, d) in parts.
+        maps: makes the maps: a stack of thin factors, or for each map its rows (m, d) in parts.
         width: d.
         entries: numbers held while it is in use, working tiles included.
         loading: numbers held beside that while it is made ready.
@@ -114,8 +114,8 @@ def thin_pieces(
                 position[start * per_group : start * per_group + count],
                 partial(stack, some),
                 width,
-                count * (some[0].width * width + tile_entries(width)),
-                count * some[0].width * width,
+                count * (some[0].width * (width + 3 * some[0].width) + tile_entries(width)),
+                count * some[0].width * (width + 8 * some[0].width),
                 count * some[0].width,
             )
         )

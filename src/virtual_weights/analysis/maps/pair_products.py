@@ -14,7 +14,8 @@ from torch import Tensor
 from virtual_weights.analysis.maps.map_side import MapSide, Piece
 from virtual_weights.errors import ResourceError
 from virtual_weights.linalg import accumulate, beyond_rounding
-from virtual_weights.linalg.gram_blocks import GramBlock, check_device, gram_products
+from virtual_weights.linalg.device import check_device
+from virtual_weights.linalg.gram_blocks import GramBlock, gram_products
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column
 from virtual_weights.stream import Block, Blocked, Stream, Work, cost
@@ -128,32 +129,52 @@ def piece_products(
         ResourceError: not even one piece of each side fits.
     """
     check_device(device)
-    division = _division([piece for _, piece in readers], writers.pieces, memory // dtype.itemsize)
-    done, total = 0, len(division.reading) * len(division.passing)
-    loaded = dict[int, GramBlock]()
+    division = _division([piece for _, piece in readers], writers.pieces, memory, dtype.itemsize)
+    meeting = _Meeting(writers.pieces, division, (dtype, device), progress)
     for number, reading in enumerate(division.reading):
-        together = readers[reading]
-        blocks = [piece.load(dtype, device) for _, piece in together]
-        columns = [dict[int, Tensor]() for _ in together]
+        yield from meeting.products(number, readers[reading])
+
+
+@final
+class _Meeting:
+    """One set of readers after the other with all writers; no more than one set of readers is in memory."""
+
+    def __init__(
+        self, writers: Sequence[Piece], division: _Division, how: tuple[torch.dtype, str], progress: Progress
+    ) -> None:
+        self._writers, self._division, self._how, self._progress = writers, division, how, progress
+        self._loaded, self._done = dict[int, GramBlock](), 0
+        self._total = len(division.reading) * len(division.passing)
+
+    def products(self, number: int, readers: Sequence[tuple[Question, Piece]]) -> Iterator[tuple[Question, str, Block]]:
+        """The blocks of one set of readers."""
+        blocks = [piece.load(*self._how) for _, piece in readers]
+        columns = [dict[int, Tensor]() for _ in readers]
         moments = dict[int, Tensor]()
         # to and fro, so that what passed last is what passes first
-        for passing in division.passing[:: 1 if number % 2 == 0 else -1]:
-            for i in [i for i in loaded if i not in division.kept and i not in passing]:
-                del loaded[i]  # before others are made
-            wanted = [i for i in (*division.kept, *passing) if i not in moments]
-            for i in wanted:
-                loaded[i] = loaded[i] if i in loaded else writers.pieces[i].load(dtype, device)
-                moments[i] = loaded[i].moments
-            first = [int(writers.pieces[i].position.min()) for i in wanted]
-            reach = [[state <= int(piece.position.max()) for state in first] for _, piece in together]
-            step = partial(_step, progress, done, total)
-            rows = gram_products(blocks, [loaded[i] for i in wanted], reach, step)
+        for passing in self._division.passing[:: 1 if number % 2 == 0 else -1]:
+            writers = {i: block for i, block in self._present(passing).items() if i not in moments}
+            moments |= {i: block.moments for i, block in writers.items()}
+            first = [int(self._writers[i].position.min()) for i in writers]
+            reach = [[state <= int(piece.position.max()) for state in first] for _, piece in readers]
+            step = partial(_step, self._progress, self._done, self._total)
+            rows = gram_products(blocks, list(writers.values()), reach, step)
             for column, products in zip(columns, rows, strict=True):
-                column.update(zip(wanted, products, strict=True))
-            done += 1
+                column.update(zip(writers, products, strict=True))
+            self._done += 1
+            del writers  # before others are made
         written = torch.cat([moments[i] for i in sorted(moments)], 1)
-        for (question, piece), block, column in zip(together, blocks, columns, strict=True):
+        for (question, piece), block, column in zip(readers, blocks, columns, strict=True):
             yield question, piece.name, _block(block.moments, written, [column[i] for i in sorted(column)])
+
+    def _present(self, passing: Sequence[int]) -> dict[int, GramBlock]:
+        """Writers that stay, and those that pass now; others go before these are made."""
+        wanted = (*self._division.kept, *passing)
+        self._loaded = {i: block for i, block in self._loaded.items() if i in wanted}
+        for i in wanted:
+            if i not in self._loaded:
+                self._loaded[i] = self._writers[i].load(*self._how)
+        return {i: self._loaded[i] for i in wanted}
 
 
 def _step(progress: Progress, before: int, total: int, done: float, whole: float) -> None:
@@ -178,8 +199,8 @@ class _Division:
 
     Attributes:
         reading: sets of readers.
-        kept: numbers of the writers that stay.
-        passing: sets of the numbers of the others, at least one set.
+        kept: indices of the writers that stay.
+        passing: sets of the indices of the others, at least one set.
     """
 
     reading: list[slice]
@@ -190,16 +211,16 @@ class _Division:
 _TRIALS = 16  # ways to divide memory between readers and writers that come and go
 
 
-def _division(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -> _Division:
-    """The division for so many numbers: writers that take most to make stay; of the rest, the fewest tiles formed."""
+def _division(readers: Sequence[Piece], writers: Sequence[Piece], memory: int, itemsize: int) -> _Division:
+    """The division for so many bytes: writers that are dearest to make, by entry, stay; then fewest tiles formed."""
     reading, writing = ([piece.entries for piece in side] for side in (readers, writers))
     loading = max((piece.loading for piece in (*readers, *writers)), default=0)
-    room, largest = budget - loading, max(reading, default=0)
+    room, largest = memory // itemsize - loading, max(reading, default=0)
     least = largest + max(writing, default=0)
     if least > room:
         raise ResourceError(
-            f"{budget * 4 >> 20} MiB for pairs of maps",
-            expected=f"at least {((least + loading) * 4 >> 20) + 1} MiB, for one piece of each side",
+            f"{memory >> 20} MiB for pairs of maps",
+            expected=f"at least {((least + loading) * itemsize >> 20) + 1} MiB, for one piece of each side",
             do="raise the memory budget",
         )
     costly = sorted(range(len(writers)), key=lambda i: -writers[i].rows / writing[i])
@@ -216,9 +237,7 @@ def _division(readers: Sequence[Piece], writers: Sequence[Piece], budget: int) -
     most = room - max(writing[i] for i in rest)
     trials = [largest + (most - largest) * step // _TRIALS for step in range(_TRIALS + 1)]
     sets = [(_filled(reading, share), _filled([writing[i] for i in rest], room - share)) for share in trials]
-    some, others = min(
-        sets, key=lambda pair: len(pair[1]) * sum(reading) + len(pair[0]) * sum(writing[i] for i in rest)
-    )
+    some, others = min(sets, key=lambda pair: len(pair[1]) * sum(reading) + len(pair[0]) * sum(writing))
     return _Division(some, tuple(sorted(kept)), [tuple(rest[cut]) for cut in others])
 
 

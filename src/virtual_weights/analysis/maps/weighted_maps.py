@@ -62,9 +62,9 @@ def _joined(sides: Sequence[WeightedMaps]) -> WeightedMaps:
 def _table(readers: WeightedMaps, writers: WeightedMaps, device: str, memory: int) -> Tensor:
     energy = torch.empty(len(readers.labels), len(writers.labels), dtype=accumulate)
     sizes = [torch.empty(len(side.labels), dtype=accumulate) for side in (readers, writers)]
-    for both, size in zip((readers, writers), sizes, strict=True):
-        if both.thin is not None:
-            size[: both.heads] = self_moments(both.thin)[1].cpu()
+    for side, size in zip((readers, writers), sizes, strict=True):
+        if side.thin is not None:
+            size[: side.heads] = self_moments(side.thin)[1].cpu()
     r, w = readers.heads, writers.heads
     if readers.thin is not None and writers.thin is not None:
         pairs = all_pairs(readers.thin, writers.thin, device=torch.device(device), memory=memory)
@@ -77,7 +77,8 @@ def _table(readers: WeightedMaps, writers: WeightedMaps, device: str, memory: in
         gram = make().to(device)
         sizes[1][j] = gram.square().sum()
         energy[:r, j] = _through(readers.thin, [gram])[0]
-        energy[r:, j] = torch.stack([(gram * other).sum() for other in reading]).cpu() if reading else energy[r:, j]
+        if reading:
+            energy[r:, j] = torch.stack([(gram * other).sum() for other in reading]).cpu()
     return beyond_rounding(energy, (sizes[0][:, None] * sizes[1]).sqrt()).clamp_(min=0.0)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from virtual_weights.analysis.maps.map_side import MapSide, Piece, gram_of
 from virtual_weights.analysis.pairs.composition import Composition
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, beyond_rounding
+from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate, beyond_rounding
 from virtual_weights.linalg.sketch import Signs, Sketch, estimates
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
@@ -34,10 +34,11 @@ class CompositionSketch(Question[Stream]):
 
         score^2 = <G_r, G_w> ~ 1/d + mean over a, b of (x_a^T (G_r - I/d) y_b) (x_a^T (G_w - I/d) y_b)
 
-    which is right on average over the signs, with a standard error near ``||G_r - I/d|| ||G_w - I/d|| / sqrt(samples)``
-    that is estimated for every pair. The ``exact`` pairs of largest estimate are then computed in float64, and the
-    ``top`` strongest of these are the answer. A sketch takes about ``4 k d sqrt(samples)`` operations for a map of k
-    rows and ``4 samples`` for a pair, where forming and comparing Grams takes ``k d^2`` and ``d^2``.
+    which is right on average over the signs, with a standard error of at least about
+    ``||G_r - I/d|| ||G_w - I/d|| / sqrt(samples)``, more for pairs that compose strongly; it is estimated for every
+    pair. The ``exact`` pairs of largest estimate are then computed in float64, and the ``top`` strongest of these are
+    the answer. A sketch takes about ``4 k d sqrt(samples)`` operations for a map of k rows and ``4 samples`` for a
+    pair, where forming and comparing Grams takes ``k d^2`` and ``d^2``.
 
     Scores are those of ``Composition``, and as invariant; which pairs are looked at, and the estimates, depend on the
     signs and on the basis of the stream.
@@ -66,7 +67,7 @@ class CompositionSketch(Question[Stream]):
     device: str = cost("cpu")
 
     def __post_init__(self) -> None:
-        self._exactly()
+        self._exact_question()
         if self.samples < _FEWEST or not 1 <= self.top <= self.exact:
             raise UsageError(
                 f"samples={self.samples}, top={self.top}, exact={self.exact}",
@@ -90,8 +91,8 @@ class CompositionSketch(Question[Stream]):
         Raises:
             UsageError: the model has no such port, or the checkpoint holds no reader.
         """
-        exactly = self._exactly()
-        sides = exactly.readers(stream), exactly.written(stream)
+        question = self._exact_question()
+        sides = question.readers(stream), question.written(stream)
         signs = Signs(stream.d_model, self.samples, self.seed, self.device)
         total, sketches, done = sum(len(side.pieces) for side in sides), list[Sketch](), 0
         for side in sides:
@@ -101,9 +102,9 @@ class CompositionSketch(Question[Stream]):
                 progress(done := done + 1, total)
             sketches.append(Sketch.joined(parts))
         estimate, error = estimates(*sketches)
-        alive = [sketch.traces > 0 for sketch in sketches]
-        estimate += (alive[0][:, None] & alive[1]) / stream.d_model
-        reach = (sides[1].position <= sides[0].position[:, None]) & alive[0][:, None] & alive[1]
+        present = (sketches[0].traces > 0)[:, None] & (sketches[1].traces > 0)
+        estimate += present.to(accumulate) / stream.d_model
+        reach = (sides[1].position <= sides[0].position[:, None]) & present
         pairs = int(reach.sum())
         kept = estimate.masked_fill(~reach, -torch.inf).flatten().topk(min(self.exact, pairs)).indices
         reader, writer = kept // max(1, estimate.shape[1]), kept % max(1, estimate.shape[1])
@@ -133,7 +134,7 @@ class CompositionSketch(Question[Stream]):
             samples=isqrt(self.samples) ** 2,
         )
 
-    def _exactly(self) -> Composition:
+    def _exact_question(self) -> Composition:
         return Composition(self.port, self.rotary_offset, self.writers, "float64")
 
 
@@ -143,12 +144,12 @@ def _products(sides: Sequence[MapSide], sketches: Sequence[Sketch], reader: Tens
     places = [_places(side, ends) for side, ends in zip(sides, (reader, writer), strict=True)]
     for i, reading in enumerate(sides[0].pieces):
         mine = places[0][0] == i
-        maps = _Maps(reading) if bool(mine.any()) else None
+        maps = _PieceMaps(reading) if bool(mine.any()) else None
         for j, writing in enumerate(sides[1].pieces):
             wanted = (mine & (places[1][0] == j)).nonzero()[:, 0]
             if maps is None or not len(wanted):
                 continue
-            others = _Maps(writing)
+            others = _PieceMaps(writing)
             for w in places[1][1][wanted].unique().tolist():
                 some = wanted[places[1][1][wanted] == w]
                 product[some] = maps.products(places[0][1][some].tolist(), others, w)
@@ -164,7 +165,7 @@ def _places(side: MapSide, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @final
-class _Maps:
+class _PieceMaps:
     """The maps of a piece, in thin factors or by their rows."""
 
     def __init__(self, piece: Piece) -> None:
@@ -184,12 +185,12 @@ class _Maps:
         return self._maps[i]
 
     def gram(self, i: int) -> Tensor:
-        """G (d, d) float64 of one map that is given by its rows; kept, since few such maps are in one piece."""
+        """G (d, d) float64 of one map that is given by its rows; those of a piece, some 500 MB at most, stay."""
         if i not in self._grams:
             self._grams[i] = gram_of(self.rows(i), self._width)
         return self._grams[i]
 
-    def products(self, some: Sequence[int], other: _Maps, i: int) -> Tensor:
+    def products(self, some: Sequence[int], other: _PieceMaps, i: int) -> Tensor:
         """``<G, G_i>`` of some of these maps with one of the others."""
         thin, given = [factors for place in some if (factors := self.factors(place)) is not None], other.factors(i)
         if not thin:
@@ -197,9 +198,19 @@ class _Maps:
             if given is None:
                 return torch.stack([(gram * other.gram(i)).sum() for gram in grams])
             return torch.stack([((given[0] @ gram) * (given[1] @ given[0])).sum() for gram in grams])
-        columns, width = torch.cat([outer for outer, _ in thin]).T, len(thin[0][0])
-        cores = torch.zeros(len(thin), width, width, dtype=accumulate)
-        for rows in other.rows(i) if given is None else [given[0]]:
-            met = (rows.to(accumulate) @ columns).unflatten(1, (len(thin), width)).transpose(0, 1)  # (n, rows, k)
-            cores += met.mT @ (met if given is None else given[1] @ met)
-        return (cores * torch.stack([metric for _, metric in thin])).sum((1, 2))
+        width = len(thin[0][0])
+        step = max(1, WORKSPACE_BYTES // (8 * width * self._width))
+        parts = [thin[start : start + step] for start in range(0, len(thin), step)]
+        return torch.cat([_met(part, [given[0]] if given else other.rows(i), given and given[1]) for part in parts])
+
+
+def _met(thin: Sequence[tuple[Tensor, Tensor]], rows: Iterable[Tensor], metric: Tensor | None) -> Tensor:
+    """``<C^T M C, R^T N R>`` of maps in factors C and M with one by its rows R and a metric N; None is 1."""
+    columns, width = torch.cat([outer for outer, _ in thin]).T, len(thin[0][0])
+    cores = torch.zeros(len(thin), width, width, dtype=accumulate)
+    step = max(width, WORKSPACE_BYTES // (8 * columns.shape[1]))
+    for part in rows:
+        for some in part.split(len(part) if metric is not None else step):
+            met = (some.to(accumulate) @ columns).unflatten(1, (len(thin), width)).transpose(0, 1)  # (n, rows, k)
+            cores += met.mT @ (met if metric is None else metric @ met)
+    return (cores * torch.stack([metric for _, metric in thin])).sum((1, 2))

@@ -108,8 +108,9 @@ class Contribution(Question[Stream]):
             assert isinstance(question, Contribution)
             question.moments.check(subject)
             alike.setdefault(replace(question, port="K"), []).append(question)
-        for some in alike.values():
-            yield from zip(some, _answers(some, subject, progress), strict=True)
+        for done, some in enumerate(alike.values()):
+            whole = partial(_part_of, progress, done, len(alike))
+            yield from zip(some, _answers(some, subject, whole), strict=True)
 
     def fill(
         self,
@@ -127,7 +128,8 @@ class Contribution(Question[Stream]):
             return
         reader = sited[0][1]
         sources = self._writing(stream, writers, reader, outer)
-        means = self._means(stream, writers, reader)
+        met = any(table.question.port == "K" for table, _ in sited)
+        means = self._means(stream, writers, reader) if met or self.centred else torch.empty(0)
         activity = torch.cat([self._written(stream, writer, reader) for writer in writers])
         activity = (activity - means.square().sum(0) if self.centred else activity).clamp(min=0.0).sqrt()
         energies = energies_of(sides, sources, self.device, self.memory_mb * 2**20)
@@ -296,6 +298,10 @@ class _Table:
     def columns(self, writers: Sequence[str]) -> list[int]:
         """The columns of some writers."""
         return [self._column[label] for label in writers]
+
+
+def _part_of(progress: Progress, before: int, passes: int, done: float, states: float) -> None:
+    progress(before * states + done, passes * states)
 
 
 def _answers(questions: Sequence[Contribution], stream: Stream, progress: Progress) -> Iterator[Record]:
