@@ -49,6 +49,11 @@ class Subject:
         return self.prompt if prompted else self.repeats if question.question == "labels" else self.run
 
 
+def _embedding(subject: Subject) -> vw.Vector:
+    """A direction that turns with the stream."""
+    return vw.Vector(subject.stream.write("embed")[0][:, 3], "embed[3]")
+
+
 def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
     """Public questions of the weights and of a run, by ``KINDS``; of MLPs where the model has them."""
     mlps = bool(subject.stream.groups.mlps)
@@ -62,6 +67,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *([vw.NeuronHead("V"), vw.NeuronHead("K")] if mlps else []),
             *(vw.Subspaces("O", "K"), vw.Subspaces("O", "O"), vw.CompositionSketch("K", None, "all")),
             *(vw.ComponentComposition("L0H1"), vw.ComponentComposition("L0H1", "unembed")),
+            *(vw.VectorReaders(_embedding(subject), "L1"), vw.VectorWriters(_embedding(subject))),
         ],
         "contribution": [vw.Contribution(port, moments, c, "all") for port in ports for c in (False, True)],
         "channels": [

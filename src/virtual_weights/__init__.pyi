@@ -33,6 +33,8 @@ from .analysis.pairs.neuron_neuron import (
 )
 from .analysis.pairs.overlap import Overlap as Overlap
 from .analysis.pairs.subspaces import Subspaces as Subspaces
+from .analysis.pairs.vectors import VectorReaders as VectorReaders
+from .analysis.pairs.vectors import VectorWriters as VectorWriters
 from .atlas import Atlas as Atlas
 from .atlas import edges as edges
 from .atlas import export as export
@@ -121,6 +123,8 @@ from .stream import virtual_weight as virtual_weight
 from .stream.build import open as open
 from .stream.moments import Moments as Moments
 from .stream.operating_point import OperatingPoint as OperatingPoint
+from .stream.vector import Vector as Vector
+from .stream.vector import open_vector as open_vector
 from .survey import Survey as Survey
 from .survey import Validation as Validation
 from .survey.plan import Part as Part

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 from operating import operate
+from safetensors.torch import save_file
 from tiny_models import tiny
 
 import virtual_weights as vw
@@ -250,6 +251,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "channel": ("MODEL", "L0H1", "L1H2.K", "--nearest", "2", "--singular-components", "--offsets", "0:2"),
     "neurons": ("MODEL", "--top", "3"),
     "subspaces": ("MODEL", "--top", "3"),
+    "vector": ("MODEL", "VECTOR", "--at", "L1.mlp", "--top", "3"),
     "bandwidth": ("MODEL", "--state", "1"),
     "superposition": ("MODEL",),
     "basis": ("MODEL",),
@@ -281,7 +283,9 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     operate(model, stream, torch.arange(5))[0].save(path / "point")
     Observation().moments(Run.on_repeats(stream, 32, 16, model=model)).save(path / "moments")
     map_model(stream, path / "atlas", plan=Plan((Part.composition,)))
-    return {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
+    save_file({"v": torch.arange(stream.d_model) - 1.5}, path / "vector.safetensors")
+    places = {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
+    return {**places, "VECTOR": path / "vector.safetensors"}
 
 
 SCHEMA: dict[str, Any] = json.loads((files("virtual_weights.cli") / "answer.schema.json").read_text())

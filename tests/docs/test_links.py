@@ -77,6 +77,7 @@ VERBS = (
     "channel",
     "neurons",
     "subspaces",
+    "vector",
     "bandwidth",
     "superposition",
     "memory",

@@ -8,6 +8,10 @@ assert all_readers.axis("reader").labels[:2] == ("L1H0.K", "L1H1.K")
 assert all_readers.top(3, "z")["z"].shape == (3,)
 
 # after block 3
+assert (first["kind"], first["reader"]) == ("neuron", "L1N5.up")
+torch.testing.assert_close(first["strength"], float(vector.values.norm()) ** 2)
+
+# after block 4
 torch.testing.assert_close(profile["strength"][5], strength)
 assert profile.stamp["rotary_offset"] == list(range(8))
 torch.testing.assert_close(mean_qk(stream, "L1H2", range(8)).dense(), mean)

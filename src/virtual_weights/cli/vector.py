@@ -1,0 +1,64 @@
+"""``vweights vector``: who reads a direction of the stream, and who writes along it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import virtual_weights as vw
+from virtual_weights.cli import options as o
+from virtual_weights.cli.show import Answer, Table
+from virtual_weights.cli.verb import Session, verb
+
+_KINDS = ("head", "neuron", "token")
+
+
+@verb("no_fold", "partial", "offline", "allow_non_finite")
+def vector(
+    session: Session,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a vector: .npy, .safetensors, or a control vector in .gguf")
+    ],
+    at: Annotated[
+        str,
+        typer.Option("--at", metavar="STATE", help="where it is: a state by number, or what reads it: L12, L12.mlp"),
+    ] = "0",
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="which tensor of the file, such as direction.12")
+    ] = None,
+    row: Annotated[int | None, typer.Option("--row", metavar="N", min=0, help="which row of a tensor (k, d)")] = None,
+    top: o.Top = 10,
+) -> Answer:
+    """Rank who reads a direction of the stream from a state on, and who writes along it up to there.
+
+    A probe, a steering vector, a row of a dictionary: what it is called does not matter, only where it is.
+    """
+    from virtual_weights.stream.vector import open_vector
+
+    given = open_vector(file, name, row)
+    readers, writers = session.survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
+    state = readers.stamp["state"]
+    shown: list[Table | str] = []
+    rows = dict[str, list[dict[str, Any]]]()
+    for record, side, about in ((readers, "reader", "reads"), (writers, "writer", "writes along")):
+        for kind in _KINDS:
+            best = _foremost(record, kind, top)
+            rows[f"{side}s_{kind}s"] = best
+            heads = {name: name.replace("_", " ") for name in (side, "sign", *_columns(record))}
+            title = f"which {kind} {about} {given.name} at state {state} · {session.name}"
+            shown += [Table(title, best, heads)] if best else []
+    summary = {"vector": given.name, "state": state, "norm": readers.stamp["norm_of_vector"]}
+    return Answer(readers, rows["readers_heads"], {**summary, **rows}, shown)
+
+
+def _columns(record: vw.Record) -> list[str]:
+    return [column.name for column in record.columns if column.name not in ("kind", "sign")]
+
+
+def _foremost(record: vw.Record, kind: str, top: int) -> list[dict[str, Any]]:
+    """The rows of a kind by descending score."""
+    rows: list[dict[str, Any]] = [row for row in record.rows() if row["kind"] == kind and row["score"] is not None]
+    rows.sort(key=lambda row: -row["score"])
+    return [{name: value for name, value in row.items() if name != "kind"} for row in rows[:top]]
