@@ -89,6 +89,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Route("L1H1", 3), vw.Labels()),
             *(vw.Observation(), vw.Attribution("K", "all"), vw.Attribution("unembed", "all")),
             *(vw.Attribution("unembed", "all", vw.LogitDifference(3)), vw.EdgeAblation("L0H1", "L1H2.K")),
+            vw.VectorEffect(_embedding(subject), "L1", (0.5,), metric=vw.LogitDifference(3)),
         ],
         "ablation": [
             *(vw.Ablation(EDGES, 2, replacement=how) for how in ("mean", "resample", "partner")),

@@ -69,7 +69,7 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("composition", composition, START, "4 s", EITHER, f"{_M} --port K --top 10"),
     ("trace", trace, START, "10 s", RUN, f"{_M} {_PROMPT}"),
     ("neurons", neurons, PAIRS, "3 s", WEIGHTS, f"{_M} --reader L18N5"),
-    ("vector", vector, PAIRS, "12 s", WEIGHTS, f"{_M} happy.npy --at L18.mlp"),
+    ("vector", vector, PAIRS, "12 s", EITHER, f"{_M} happy.npy --at L18.mlp"),
     ("subspaces", subspaces, PAIRS, "10 s", WEIGHTS, f"{_M} --roles O-K"),
     ("paths", paths, PAIRS, "3 s", WEIGHTS, f"{_M} L16H0 L18H6.K --order 2"),
     ("channel", channel, CHANNEL, "8 s", WEIGHTS, f"{_M} L23H4 unembed --nearest 5"),

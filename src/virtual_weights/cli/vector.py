@@ -10,14 +10,18 @@ import typer
 import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table
-from virtual_weights.cli.verb import Session, verb
+from virtual_weights.cli.verb import Session, running_verb
+from virtual_weights.errors import UsageError
 
 _KINDS = ("head", "neuron", "token")
 
 
-@verb("no_fold", "partial", "offline", "allow_non_finite")
+@running_verb(
+    "text", "repeated", always=False, opening=("partial", "allow_non_finite"), tokens=2048, length=64, batch=8
+)
 def vector(
     session: Session,
+    context: typer.Context,
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="a vector: .npy, .safetensors, or a control vector in .gguf")
     ],
@@ -29,16 +33,24 @@ def vector(
         str | None, typer.Option("--name", metavar="NAME", help="which tensor of the file, such as direction.12")
     ] = None,
     row: Annotated[int | None, typer.Option("--row", metavar="N", min=0, help="which row of a tensor (k, d)")] = None,
+    add: Annotated[
+        str | None,
+        typer.Option("--add", metavar="AMOUNTS", help="multiples that are added while the model runs, 1 by default"),
+    ] = None,
     top: o.Top = 10,
 ) -> Answer:
     """Rank who reads a direction of the stream from a state on, and who writes along it up to there.
 
-    A probe, a steering vector, a row of a dictionary: what it is called does not matter, only where it is.
+    A probe, a steering vector, a row of a dictionary: what it is called does not matter, only where it is. On a text,
+    also what adding it to that state of every token does to the loss, and what the gradient foretells.
     """
     from virtual_weights.stream.vector import open_vector
 
     given = open_vector(file, name, row)
-    readers, writers = session.survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
+    if not session.runs:
+        o.refuse_unused(context, "without a text", "add")
+    survey = vw.Survey(session.stream, None, session.run if session.runs else None, session.step)
+    readers, writers = survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
     state = readers.stamp["state"]
     shown: list[Table | str] = []
     rows = dict[str, list[dict[str, Any]]]()
@@ -49,8 +61,22 @@ def vector(
             heads = {name: name.replace("_", " ") for name in (side, "sign", *_columns(record))}
             title = f"which {kind} {about} {given.name} at state {state} · {session.name}"
             shown += [Table(title, best, heads)] if best else []
+    if session.runs:
+        effect = survey.ask(vw.VectorEffect(given, at, _amounts(add or "1"), batch=session.options["batch"]))
+        rows["effects"] = list(effect.rows())
+        heads = {column: column for column in ("amount", *(c.name for c in effect.columns))}
+        title = f"adding {given.name} to state {state} of every token: change of the loss in nats · {session.name}"
+        shown.append(Table(title, rows["effects"], heads))
     summary = {"vector": given.name, "state": state, "norm": readers.stamp["norm_of_vector"]}
     return Answer(readers, rows["readers_heads"], {**summary, **rows}, shown)
+
+
+def _amounts(text: str) -> tuple[float, ...]:
+    """``"1,-2"`` as numbers."""
+    try:
+        return tuple(float(part) for part in o.listed("--add", text, expected="numbers such as 1,-2"))
+    except ValueError:
+        raise UsageError(f"--add {text}", expected="numbers such as 1,-2", do="correct them") from None
 
 
 def _columns(record: vw.Record) -> list[str]:
