@@ -63,7 +63,6 @@ class Adapter:
         folder: the same.
         weights: what holds the factors.
         modules: by the module's path in transformers, such as ``"model.layers.3.self_attn.q_proj"``.
-        transposed: whether the base's weights are stored as (in, out), ``fan_in_fan_out``.
 
     Raises:
         CheckpointError: it is no such folder, or an adapter that adds anything but ``scale B A``.
@@ -88,7 +87,6 @@ class Adapter:
         self.weights: SafetensorsSource = open_safetensors_file(
             self.folder / WEIGHTS, Opening(str(self.folder / WEIGHTS), self._config, allow_non_finite=False)
         )
-        self.transposed = bool(self._config.get("fan_in_fan_out"))
         self.modules = self._modules()
 
     @property
@@ -96,10 +94,22 @@ class Adapter:
         """A hex sha256 of settings and factors."""
         return self.weights.fingerprint
 
-    def delta(self, module: str) -> Tensor:
-        """``scale B A`` of a module, (out, in) float64."""
+    @property
+    def _transposed(self) -> bool:
+        """Whether the base's weights are stored as (in, out)."""
+        return bool(self._config.get("fan_in_fan_out"))
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Of what is added to the weight of a module, as transformers stores it."""
         part = self.modules[module]
-        return part.scale * (self.weights.read(part.up).double() @ self.weights.read(part.down).double())
+        out, into = self.weights.tensors[part.up].shape[0], self.weights.tensors[part.down].shape[1]
+        return (into, out) if self._transposed else (out, into)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """Left (rows, rank) and right (rank, columns) in float64, whose product is added to the weight as stored."""
+        part = self.modules[module]
+        up, down = part.scale * self.weights.read(part.up).double(), self.weights.read(part.down).double()
+        return (down.T, up.T) if self._transposed else (up, down)
 
     def _modules(self) -> dict[str, LowRank]:
         sides: dict[str, dict[str, str]] = {}

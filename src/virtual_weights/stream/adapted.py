@@ -47,7 +47,8 @@ class AdaptedSource(Source):
             f"{base.reference} + {adapter.folder}", base.dialect, base.config, base.tensors, allow_non_finite=True
         )
         self._base, self._model, self._adapter = base, model, adapter
-        modules = {_module(name): row for row in reversed(model.rows) for name in (*row.others, row.name)}
+        rows = ((name, row) for row in reversed(model.rows) for name in (*row.others, row.name))
+        modules = {name.removesuffix(".weight"): row for name, row in rows}
         self._rows = {module: self._row(modules, module) for module in adapter.modules}
         self._added = self._places()
 
@@ -55,11 +56,6 @@ class AdaptedSource(Source):
     def recipe(self) -> dict[str, Any]:
         base = self._base.recipe
         return {**base, "attach": [*base.get("attach", []), str(self._adapter.folder)]}
-
-    @property
-    def adapter(self) -> Adapter:
-        """What is added."""
-        return self._adapter
 
     @property
     def files(self) -> tuple[PinnedFile, ...]:
@@ -91,7 +87,7 @@ class AdaptedSource(Source):
         row = self._added.get(name)
         if row is None:
             return weight
-        added = self._delta(row)[rows or slice(None)]
+        added = self._delta(row, rows or slice(None))
         return (weight.to(accumulate) + added).to(torch.promote_types(weight.dtype, torch.float32))
 
     def _stored_bytes(self, name: str, begin: int, end: int) -> bytes:
@@ -113,24 +109,24 @@ class AdaptedSource(Source):
                 wanted -= set(keys)
         return own
 
-    def _delta(self, row: Row) -> Tensor:
-        """What is added to a stored tensor, in its own layout."""
+    def _delta(self, row: Row, some: slice) -> Tensor:
+        """What is added to some rows of a stored tensor, in its own layout."""
+        module = next((module for module, other in self._rows.items() if other == row), None)
+        if module is not None:  # stored as transformers does: no more is multiplied than is asked for
+            left, right = self._adapter.factors(module)
+            return left[some] @ right
         group = row.groups[0]
-        return packed([self._role(role, group) for role in row.roles], row, self._model.axes(group))
+        return packed([self._role(role, group) for role in row.roles], row, self._model.axes(group))[some]
 
     def _role(self, role: str, group: str) -> Tensor:
         """What is added to one role, in canonical axes."""
         axes = self._model.axes(group)
         for module, row in self._rows.items():
             if role in row.roles and group in row.groups:
-                place = Placement(row.name, row.layout, row.slot(role))
-                return unpacked(self._stored(self._adapter.delta(module)), place, axes)
+                left, right = self._adapter.factors(module)
+                return unpacked(left @ right, Placement(row.name, row.layout, row.slot(role)), axes)
         place = self._model.placements[role, group]  # beside an adapted one in a fused tensor
         return torch.zeros_like(unpacked(self._base.read(place.tensor), place, axes), dtype=accumulate)
-
-    def _stored(self, delta: Tensor) -> Tensor:
-        """(out, in) as transformers stores it."""
-        return delta.T if self._adapter.transposed else delta
 
     def _row(self, rows: Mapping[str, Row], module: str) -> Row:
         """The row of the tensor that is a module's weight."""
@@ -148,9 +144,7 @@ class AdaptedSource(Source):
                 expected="an adapter of attentions and MLPs, where both ends are one tensor",
                 do="merge it by peft and open the merged model",
             )
-        shapes = [self._adapter.weights.tensors[name].shape for name in _factors(self._adapter, module)]
-        shape, given = stored_shape(row.layout, self._model.axes(row.groups[0])), (shapes[0][0], shapes[1][1])
-        given = given[::-1] if self._adapter.transposed else given
+        shape, given = stored_shape(row.layout, self._model.axes(row.groups[0])), self._adapter.shape(module)
         if any(size is not None and size != n for size, n in zip(shape, given, strict=False)):
             raise ArchitectureError(
                 f"the adapter {where!r} adds a map of shape {given} to {module}, whose weight is {shape}",
@@ -170,11 +164,3 @@ def adapted(source: Source, model: Model, paths: Iterable[str | Path]) -> Source
     for path in paths:
         source = AdaptedSource(source, model, Adapter(path))
     return source
-
-
-def _factors(adapter: Adapter, module: str) -> tuple[str, str]:
-    return adapter.modules[module].up, adapter.modules[module].down
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")

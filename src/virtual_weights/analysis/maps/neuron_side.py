@@ -91,13 +91,21 @@ class NeuronSide:
         names = {part.mlp.id: part.mlp.neurons for part in self.ranges}
         return tuple(f"{name}{end}" for part in self.ranges for name in names[part.mlp.id][part.neurons])
 
-    def load(self, part: NeuronRange, device: str) -> NeuronRows:
-        """The neurons of one range, read anew each time."""
+    @property
+    def positions(self) -> Tensor:
+        """(count,) the state that each neuron reads, or in which it first appears."""
+        positions = torch.tensor([part.position for part in self.ranges])
+        return positions.repeat_interleave(torch.tensor([part.count for part in self.ranges]))
+
+    def rows(self, part: NeuronRange) -> Tensor:
+        """The vectors of one range, (n, d) as stored, read anew each time."""
         if self.port == "out":
-            rows = self.stream.write(part.mlp)[0].T[part.neurons]
-        else:
-            rows = self.stream.read(self.port, part.mlp).maps[0, part.neurons]
-        rows = rows.to(device).contiguous()
+            return self.stream.write(part.mlp)[0].T[part.neurons]
+        return self.stream.read(self.port, part.mlp).maps[0, part.neurons]
+
+    def load(self, part: NeuronRange, device: str) -> NeuronRows:
+        """The neurons of one range as directions and lengths."""
+        rows = self.rows(part).to(device).contiguous()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulate)
         number = torch.arange(part.first, part.first + len(rows), device=device)
         return NeuronRows(number, part.position, rows.float() / norms[:, None].float(), norms)

@@ -9,17 +9,32 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from virtual_weights.analysis.maps.circuits import folded_eps, reading_circuits, writing_circuits
-from virtual_weights.analysis.maps.neuron_side import neuron_side
+from virtual_weights.analysis.maps.circuits import (
+    TokenSide,
+    folded_eps,
+    head_circuits,
+    head_positions,
+    rank_cut,
+    reading_circuits,
+    writing_circuits,
+)
+from virtual_weights.analysis.maps.neuron_side import NeuronSide, neuron_side
 from virtual_weights.checkpoint import text_of
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import MapStack, accumulate, beyond_rounding, haar_moments, self_moments, standardised
+from virtual_weights.linalg import (
+    MapStack,
+    accumulate,
+    beyond_rounding,
+    gram_sum,
+    haar_moments,
+    self_moments,
+    standardised,
+)
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
 from virtual_weights.stream.effective import token_parts
 from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
-from virtual_weights.stream.names import parse
 from virtual_weights.stream.stream import centred
 from virtual_weights.stream.vector import Vector, state_of
 
@@ -35,7 +50,8 @@ class _Met:
         norms: (n,) float64, ``||C||_F``.
         sign: (n,) of ``<r, v>``; NaN of circuits.
         square: (n,) ``tr G^2`` of G over its trace: 1 of a single vector.
-        heard: (n,) ``<G_r, Gbar_w>``, what the map makes of what heads write on average; empty where not asked.
+        heard: (n,) ``<G_r, Gbar_w>``, what the map makes of what heads write on average, up to a factor; empty where
+            not asked.
     """
 
     names: Sequence[str]
@@ -46,9 +62,32 @@ class _Met:
     heard: Tensor
 
 
+_Part = tuple[_Met, Tensor, str]
+"""Some maps, which of them are in the answer, and their kind."""
+
+
+@dataclass(frozen=True)
+class _OfVector(Question[Stream]):
+    """What both questions about a vector are asked with."""
+
+    vector: Vector
+    at: str | int = 0
+    tokens: int = 20
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise UsageError(f"tokens={self.tokens}", expected="0 or more", do="pass for example tokens=20")
+
+    def _placed(self, stream: Stream) -> tuple[Tensor, float, int]:
+        """The direction, (d,) float64 of length 1, its length before, and the state."""
+        vector = centred(stream, self.vector.of(stream))
+        norm = float(vector.norm())
+        return vector / norm, norm, state_of(stream, self.at)
+
+
 @final
 @dataclass(frozen=True)
-class VectorReaders(Question[Stream]):
+class VectorReaders(_OfVector):
     """Every head, neuron and token that reads a direction from a state of the stream on.
 
     For a head's circuit C (as in ``Composition``: Q, K or V)::
@@ -74,13 +113,7 @@ class VectorReaders(Question[Stream]):
     """
 
     question: ClassVar[str] = "vector_readers"
-    vector: Vector
-    at: str | int = 0
-    tokens: int = 20
     rotary_offset: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through all readers.
@@ -95,33 +128,27 @@ class VectorReaders(Question[Stream]):
         Raises:
             UsageError: the vector has another width, or there is no such state.
         """
-        vector, state = centred(stream, self.vector.of(stream)), state_of(stream, self.at)
-        unit, mean = vector / vector.norm(), _mean_writer(stream)
-        kinds, found = stream.groups.ports, list[tuple[_Met, Tensor, str]]()
-        for done, port in enumerate(kinds, 1):
+        unit, norm, state = self._placed(stream)
+        mean, ports, parts = _mean_writer(stream), stream.groups.ports, list[_Part]()
+        for done, port in enumerate(ports, 1):
             if port == "unembed":
-                met = _tokens(stream, "unembed", unit, mean)
-                after = _foremost(met, self.tokens)
-                found.append((met, after, "token"))
-            else:
-                heads = port in HEAD_PORTS
-                met = self._heads(stream, port, unit, mean) if heads else _neurons(stream, port, unit, mean)
-                reads = torch.tensor([stream.groups.of(parse(name)).reads or 0 for name in met.names])
-                found.append((met, (reads >= state).nonzero()[:, 0], "head" if heads else "neuron"))
-            progress(done, len(kinds))
-        return _record(self, stream, "reader", found, float(vector.norm()), state)
-
-    def _heads(self, stream: Stream, port: str, unit: Tensor, mean: Tensor | None) -> _Met:
-        assert port in ("Q", "K", "V")
-        groups = stream.groups.readers(port)
-        names = [name for group in groups for name in group.readers(port)]
-        stacks = (reading_circuits(stream, port, self.rotary_offset or 0, [group]) for group in groups)
-        return _circuits(names, stacks, unit, mean)
+                parts.append(_foremost(_tokens(stream, "unembed", unit, mean), self.tokens))
+            elif port in NEURON_PORTS:
+                side = neuron_side(stream, port)
+                parts.append((_neurons(side, unit, mean), (side.positions >= state).nonzero()[:, 0], "neuron"))
+            elif port in HEAD_PORTS:
+                groups = stream.groups.readers(port)
+                names = [name for group in groups for name in group.readers(port)]
+                stacks = (reading_circuits(stream, port, self.rotary_offset or 0, [group]) for group in groups)
+                some = (head_positions(groups, port) >= state).nonzero()[:, 0]
+                parts.append((_circuits(names, stacks, unit, mean), some, "head"))
+            progress(done, len(ports))
+        return _record(self, stream, "reader", parts, norm_of_vector=norm, state=state)
 
 
 @final
 @dataclass(frozen=True)
-class VectorWriters(Question[Stream]):
+class VectorWriters(_OfVector):
     """Every head, neuron and token that writes along a direction before a state of the stream.
 
     For a head's OV circuit ``score = ||v^T OV|| / (||v|| ||OV||_F)``; for the single vector w that a neuron or a token
@@ -135,12 +162,7 @@ class VectorWriters(Question[Stream]):
     """
 
     question: ClassVar[str] = "vector_writers"
-    vector: Vector
     at: str | int = "unembed"
-    tokens: int = 20
-
-    def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Go through all writers.
@@ -155,43 +177,29 @@ class VectorWriters(Question[Stream]):
         Raises:
             UsageError: the vector has another width, or there is no such state.
         """
-        vector, state = centred(stream, self.vector.of(stream)), state_of(stream, self.at)
-        unit, groups, met = vector / vector.norm(), stream.groups, list[tuple[_Met, str]]()
-        if groups.heads:
-            names = [label for group in groups.heads for label in group.labels]
-            stacks = (writing_circuits(stream, [group]) for group in groups.heads)
-            met.append((_circuits(names, stacks, unit, None), "head"))
-        if groups.mlps:
-            met.append((_neurons(stream, "out", unit, None), "neuron"))
-        found = list[tuple[_Met, Tensor, str]]()
-        for done, (part, kind) in enumerate(met, 1):
-            first = torch.tensor([groups.of(parse(name)).first for name in part.names])
-            found.append((part, (first <= state).nonzero()[:, 0], kind))
-            progress(done, len(met) + 1)
-        if "embed" in groups:
-            tokens = _tokens(stream, "embed", unit, None)
-            found.append((tokens, _foremost(tokens, self.tokens), "token"))
-        progress(len(met) + 1, len(met) + 1)
-        return _record(self, stream, "writer", found, float(vector.norm()), state)
-
-
-def _check_tokens(tokens: int) -> None:
-    if tokens < 0:
-        raise UsageError(f"tokens={tokens}", expected="0 or more", do="pass for example tokens=20")
+        unit, norm, state = self._placed(stream)
+        groups, parts = stream.groups.heads, list[_Part]()
+        if groups:
+            names = [label for group in groups for label in group.labels]
+            stacks = (writing_circuits(stream, [group]) for group in groups)
+            some = (head_positions(groups, "O") <= state).nonzero()[:, 0]
+            parts.append((_circuits(names, stacks, unit, None), some, "head"))
+        progress(1, 3)
+        if stream.groups.mlps:
+            side = neuron_side(stream, "out")
+            parts.append((_neurons(side, unit, None), (side.positions <= state).nonzero()[:, 0], "neuron"))
+        progress(2, 3)
+        if "embed" in stream.groups:
+            parts.append(_foremost(_tokens(stream, "embed", unit, None), self.tokens))
+        progress(3, 3)
+        return _record(self, stream, "writer", parts, norm_of_vector=norm, state=state)
 
 
 def _mean_writer(stream: Stream) -> Tensor | None:
-    """Gbar_w, (d, d) float64: the mean over all heads of ``OV OV^T`` over its trace; None without heads."""
-    gram, count = torch.zeros(stream.d_model, stream.d_model, dtype=accumulate), 0
-    for group in stream.groups.heads:
-        stack = writing_circuits(stream, [group])
-        assert stack.metric is not None
-        trace, _ = self_moments(stack)
-        outer = stack.outer[stack.index].to(accumulate)
-        weights = torch.where(trace > 0, 1 / trace, 0.0)[:, None, None]
-        gram.addmm_(outer.flatten(0, 1).T, (stack.metric * weights @ outer).flatten(0, 1))
-        count += int((trace > 0).sum())
-    return gram / count if count else None
+    """Gbar_w, (d, d) float64 up to a factor, of all heads' ``OV OV^T`` over its trace; None without heads."""
+    heads = stream.groups.heads
+    maps = (head_circuits(stream, "O", group) for group in heads)
+    return gram_sum(maps, stream.d_model, rank_cut(stream)).gram if heads else None
 
 
 def _circuits(names: Sequence[str], stacks: Iterator[MapStack], unit: Tensor, mean: Tensor | None) -> _Met:
@@ -222,25 +230,11 @@ def _single(names: Sequence[str], rows: Iterator[Tensor], unit: Tensor, mean: Te
     return _Met(names, score, norms, sign, torch.ones_like(score), heard[0] if heard else score[:0])
 
 
-def _neurons(stream: Stream, port: str, unit: Tensor, mean: Tensor | None) -> _Met:
-    assert port in NEURON_PORTS or port == "out"
-    side = neuron_side(stream, port)  # pyright: ignore[reportArgumentType]
-
-    def rows() -> Iterator[Tensor]:
-        for part in side.ranges:
-            yield (
-                stream.write(part.mlp)[0].T[part.neurons]
-                if port == "out"
-                else (
-                    stream.read(port, part.mlp).maps[0, part.neurons]  # pyright: ignore[reportArgumentType]
-                )
-            )
-
-    return _single(side.labels, rows(), unit, mean)
+def _neurons(side: NeuronSide, unit: Tensor, mean: Tensor | None) -> _Met:
+    return _single(side.labels, map(side.rows, side.ranges), unit, mean)
 
 
-def _tokens(stream: Stream, side: str, unit: Tensor, mean: Tensor | None) -> _Met:
-    assert side in ("embed", "unembed")
+def _tokens(stream: Stream, side: TokenSide, unit: Tensor, mean: Tensor | None) -> _Met:
     met = _single((), token_parts(stream, side), unit, mean)
     texts = stream.source.token_texts()
     plain = (f"{side}[{i}]" for i in range(len(met.score)))
@@ -248,34 +242,26 @@ def _tokens(stream: Stream, side: str, unit: Tensor, mean: Tensor | None) -> _Me
     return _Met(names, met.score, met.norms, met.sign, met.square, met.heard)
 
 
-def _foremost(met: _Met, count: int) -> Tensor:
-    score = met.score.nan_to_num(-1.0)
-    return score.argsort(descending=True, stable=True)[: min(count, len(score))]
+def _foremost(tokens: _Met, count: int) -> _Part:
+    return tokens, tokens.score.nan_to_num(-1.0).argsort(descending=True, stable=True)[:count], "token"
 
 
-def _record(
-    question: VectorReaders | VectorWriters,
-    stream: Stream,
-    axis: str,
-    found: Sequence[tuple[_Met, Tensor, str]],
-    norm: float,
-    state: int,
-) -> Record:
-    names = [met.names[int(i)] for met, some, _ in found for i in some]
-    kinds = tuple(kind for _, some, kind in found for _ in range(len(some)))
+def _record(question: _OfVector, stream: Stream, axis: str, parts: Sequence[_Part], **stamp: float) -> Record:
+    names = [met.names[int(i)] for met, some, _ in parts for i in some]
+    kinds = tuple(kind for _, some, kind in parts for _ in range(len(some)))
     columns: dict[str, list[Tensor]] = {name: [] for name in ("score", "strength", "sign", "z", "lift")}
-    for met, some, _ in found:
+    for met, some, _ in parts:
         score = beyond_rounding(met.score, 1.0, folded_eps(stream))
         mean, variance = haar_moments(1.0, met.square, 1.0, torch.ones_like(score), stream.d_model)
         columns["score"].append(score[some])
-        columns["strength"].append(torch.where(met.norms > 0, score * met.norms, 0.0)[some] * norm)
+        columns["strength"].append(torch.where(met.norms > 0, score * met.norms, 0.0)[some] * stamp["norm_of_vector"])
         columns["sign"].append(torch.where(score > 0, met.sign, torch.nan)[some])
         columns["z"].append(standardised(score.square(), mean, variance)[some])
         if len(met.heard):
             energy = score.square()
             lift = energy / energy.nanmean() * met.heard.nanmean() / met.heard
             columns["lift"].append(torch.where(lift > 0, lift, torch.nan).log2()[some])
-    joined = {name: torch.cat(parts) for name, parts in columns.items() if parts}
+    joined = {name: torch.cat(values) for name, values in columns.items() if values}
     meanings = {
         "strength": ("weights", "||C v||, or |<r, v>| of a single vector"),
         "sign": ("1, -1 or 1", "of <r, v>; absent of circuits"),
@@ -294,6 +280,5 @@ def _record(
             *(Column(name, joined[name], *meanings[name]) for name in meanings if name in joined),
         ),
         gauge="circuits: free of heads' inner bases",
-        state=state,
-        norm_of_vector=norm,
+        **stamp,
     )
