@@ -20,6 +20,8 @@ from .analysis.pairs.composition import ComponentComposition as ComponentComposi
 from .analysis.pairs.composition import Composition as Composition
 from .analysis.pairs.composition_sketch import CompositionSketch as CompositionSketch
 from .analysis.pairs.contribution import Contribution as Contribution
+from .analysis.pairs.feature_edges import FeatureEdges as FeatureEdges
+from .analysis.pairs.feature_edges import FeatureInterference as FeatureInterference
 from .analysis.pairs.neuron_heads import HeadNeuron as HeadNeuron
 from .analysis.pairs.neuron_heads import NeuronHead as NeuronHead
 from .analysis.pairs.neuron_neuron import (
@@ -91,6 +93,10 @@ from .linalg import (
     svd as svd,
 )
 from .record import Record as Record
+from .record.attribution_graph import AttributionGraph as AttributionGraph
+from .record.feature_labels import FeatureLabels as FeatureLabels
+from .record.graph_node import GraphLink as GraphLink
+from .record.graph_node import GraphNode as GraphNode
 from .report import report as report
 from .runtime.edges.ablation import Ablation as Ablation
 from .runtime.edges.ablation import EdgeAblation as EdgeAblation
@@ -110,6 +116,9 @@ from .runtime.fate.persistence import (
 from .runtime.fate.persistence import (
     PersistenceSummary as PersistenceSummary,
 )
+from .runtime.features.coactivity import coactivations as coactivations
+from .runtime.features.training import train_lora as train_lora
+from .runtime.features.training import train_transcoders as train_transcoders
 from .runtime.flow.labels import Labels as Labels
 from .runtime.flow.observation import Observation as Observation
 from .runtime.flow.trace import Lens as Lens
@@ -117,11 +126,13 @@ from .runtime.flow.trace import Route as Route
 from .runtime.flow.trace import Trace as Trace
 from .runtime.running.run import Run as Run
 from .statements import Statements as Statements
+from .stream import Features as Features
 from .stream import Head as Head
 from .stream import Mlp as Mlp
 from .stream import Stream as Stream
 from .stream import virtual_weight as virtual_weight
 from .stream.build import open as open
+from .stream.coactivations import Coactivations as Coactivations
 from .stream.moments import Moments as Moments
 from .stream.operating_point import OperatingPoint as OperatingPoint
 from .stream.vector import Vector as Vector

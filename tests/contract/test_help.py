@@ -62,6 +62,8 @@ def test_the_example_of_a_verb_runs(
         assert run(["map", str(folder), "-o", "atlas", "--only", "composition"]) == 0
     if name == "vector":
         np.save("happy.npy", np.arange(vw.open(folder).d_model))
+    if name == "graph":
+        vw.AttributionGraph.of(["a"], [vw.GraphNode.token(3, 0)], []).save("graph.json")
     code = run(example_of(text, folder))
     assert code == 0, capsys.readouterr().err
 

@@ -23,6 +23,7 @@ from virtual_weights.cli.app import app
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.progress import Progress, quiet
 from virtual_weights.record import Record
+from virtual_weights.record.durable import sha256_of
 from virtual_weights.runtime.fate.erased import Erased
 from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
@@ -261,6 +262,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "statements": ("MODEL", "--sample", "2", "--only", "L1,L3,T7,C1"),
     "trace": ("MODEL", "--prompt-ids", "3,17,5", "--lens"),
     "labels": ("MODEL", *RUNS[1:]),
+    "graph": ("GRAPH", "--top", "3"),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
     "attribute": ("MODEL", *RUNS, "--top", "3"),
     "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", "--together", *RUNS),
@@ -285,7 +287,9 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     map_model(stream, path / "atlas", plan=Plan((Part.composition,)))
     save_file({"v": torch.arange(stream.d_model) - 1.5}, path / "vector.safetensors")
     places = {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
-    return {**places, "VECTOR": path / "vector.safetensors"}
+    cat, feature = vw.GraphNode.token(3, 0), vw.GraphNode.feature(1, 2, 0)
+    vw.AttributionGraph.of(["cat"], [cat, feature], [(cat, feature, 0.5)]).save(path / "graph.json")
+    return {**places, "VECTOR": path / "vector.safetensors", "GRAPH": path / "graph.json"}
 
 
 SCHEMA: dict[str, Any] = json.loads((files("virtual_weights.cli") / "answer.schema.json").read_text())
@@ -307,7 +311,8 @@ def test_every_verb_has_the_one_shape(verb: str, places: dict[str, Path], tmp_pa
     refuse: Callable[[str], None] = lambda word: pytest.fail(f"{word} is no JSON")  # noqa: E731
     answer = json.loads(out, parse_constant=refuse)
     check_shape(answer)
-    assert answer["provenance"]["fingerprint"] == vw.open(places["MODEL"]).source.fingerprint
+    opened = sha256_of(places["GRAPH"]) if verb == "graph" else vw.open(places["MODEL"]).source.fingerprint
+    assert answer["provenance"]["fingerprint"] == opened
 
 
 @pytest.mark.parametrize("question", ["overlap", "attribution", "ablation", "neuron_edges", "contribution"])

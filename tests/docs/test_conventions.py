@@ -27,6 +27,7 @@ PAGES = (
     "ablation.md",
     "checkpoints.md",
     "interoperate.md",
+    "graphs.md",
     "add-an-architecture.md",
 )
 

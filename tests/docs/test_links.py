@@ -91,6 +91,7 @@ VERBS = (
     "statements",
     "trace",
     "labels",
+    "graph",
     "observe",
     "validate",
     "ablate",

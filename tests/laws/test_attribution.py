@@ -17,7 +17,8 @@ from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
 from virtual_weights.runtime import Run
 from virtual_weights.runtime.edges.attribution import Attribution, LogitDifference
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed
+from virtual_weights.runtime.edges.edge import Edge, Removal, removed
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.stream import Stream
 from virtual_weights.stream.group import HEAD_PORTS, Port
 

@@ -12,7 +12,8 @@ from uniform import sizes
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime.edges.edge import Edge, Removal, affected, next_token_loss, removed
+from virtual_weights.runtime.edges.edge import Edge, Removal, affected, removed
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.running.hooks import module_of
 from virtual_weights.stream import Stream
 from virtual_weights.stream.group import READINGS

@@ -16,7 +16,8 @@ import virtual_weights as vw
 from virtual_weights.errors import UsageError
 from virtual_weights.runtime import Run
 from virtual_weights.runtime.edges.ablation import Ablation
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed
+from virtual_weights.runtime.edges.edge import Edge, Removal, removed
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.edges.passes import restarted
 from virtual_weights.runtime.running.hooks import Place, module_of, places, watched
 

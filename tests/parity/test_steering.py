@@ -10,7 +10,7 @@ from tiny_models import norms_in_full_precision, tiny
 
 import virtual_weights as vw
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.edges.losses import next_token_loss
 
 TOKENS = torch.randint(0, 37, (5, 7), generator=torch.Generator().manual_seed(6))
 LAYERS = {

@@ -15,7 +15,8 @@ from virtual_weights.architecture import model_types
 from virtual_weights.errors import ArchitectureError, UsageError
 from virtual_weights.runtime import Run
 from virtual_weights.runtime.edges.attribution import Attribution
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed
+from virtual_weights.runtime.edges.edge import Edge, Removal, removed
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.flow.observation import operating_point
 from virtual_weights.runtime.running.activations import prompted
 from virtual_weights.stream import through_norm

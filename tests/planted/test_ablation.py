@@ -22,7 +22,8 @@ from virtual_weights.record import Record
 from virtual_weights.runtime import Run
 from virtual_weights.runtime.edges.ablation import Ablation, EdgeAblation, EdgeSetAblation
 from virtual_weights.runtime.edges.attribution import LogitDifference
-from virtual_weights.runtime.edges.edge import Edge, Removal, next_token_loss, removed, token_losses
+from virtual_weights.runtime.edges.edge import Edge, Removal, removed
+from virtual_weights.runtime.edges.losses import next_token_loss, token_losses
 from virtual_weights.stream import Stream
 from virtual_weights.stream.question import asking
 

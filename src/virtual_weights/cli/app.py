@@ -21,6 +21,8 @@ from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition, subspaces
 from virtual_weights.cli.depth import linear, paths
 from virtual_weights.cli.fate import erased, frontier, persistence
+from virtual_weights.cli.features import features, train
+from virtual_weights.cli.graph import graph
 from virtual_weights.cli.ledger import bandwidth, basis, superposition
 from virtual_weights.cli.map import edges, map_model
 from virtual_weights.cli.memory import memory
@@ -84,10 +86,13 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("persistence", persistence, RUNS, "20 s", RUN, f"{_M} --writer L23H2"),
     ("erased", erased, RUNS, "15 s", RUN, f"{_M} --tokens 2048 --kind head"),
     ("frontier", frontier, RUNS, "20 s", RUN, f"{_M} --tokens 256"),
+    ("features", features, RUNS, "2 min", RUN, f"{_M} --attach transcoders --top 5"),
+    ("graph", graph, RUNS, "2 s", "reads a file", "graph.json --top 5"),
     ("attribute", attribute, CAUSES, "15 s", RUN, f"{_M} --port K --repeated"),
     ("ablate", ablate, CAUSES, "90 s", RUN, f"{_M} L16H0 L18H6.K --repeated"),
     ("validate", validate, CAUSES, "2 min", RUN, f"{_M} --tokens 1024 --edges 16"),
     ("check", check, MODELS, "10 s", RUN, _M),
+    ("train", train, MODELS, "2 min", RUN, f"{_M} -o transcoders"),
     ("rotate", rotate, MODELS, "8 s", WEIGHTS, f"{_M} -o rotated --seed 1"),
 )
 """Every verb with its group, about how long its example takes, whether it runs the model, and the example."""

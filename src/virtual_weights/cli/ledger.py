@@ -40,6 +40,8 @@ class DirectionKind(StrEnum):
     inward = "in"
     gate = "gate"
     ov = "ov"
+    enc = "enc"
+    dec = "dec"
 
 
 @verb("no_fold", "partial", "offline", "allow_non_finite")
@@ -78,7 +80,7 @@ def superposition(
     session: Session,
     directions: Annotated[
         DirectionKind,
-        typer.Option("--directions", help="which directions: out, in or gate of neurons, or ov of heads"),
+        typer.Option("--directions", help="out, in or gate of neurons, ov of heads, enc or dec of attached features"),
     ] = DirectionKind.out,
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", min=2, help="use at most N directions, drawn at random")

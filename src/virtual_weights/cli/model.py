@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import virtual_weights as vw
 from virtual_weights.cli import options as o
 from virtual_weights.cli.show import Answer, Table, header_of, steps
 from virtual_weights.cli.verb import Session, verb
 from virtual_weights.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from virtual_weights.runtime.features.law import DictionaryFit
 
 model_commands = typer.Typer(cls=o.Group, help="List and fetch the built-in models.", no_args_is_help=True)
 
@@ -89,14 +94,19 @@ def check(session: Session, dtype: o.RunDtype = o.StoredDtype.float32) -> Answer
     The prompt is 32 random tokens. Every state must be the sum of what was written, every reader must receive what its
     map says, and patterns, values and nonlinearities must be what follows from that. The largest error is remembered on
     this machine, and stands in the provenance of later results.
+
+    Of attached dictionaries it also shows whether they receive what their maps say, how far off they would be if they
+    read elsewhere, and which share of what they stand for they leave unexplained on the default text; one that would
+    explain much more if it read elsewhere is refused.
     """
     from virtual_weights.linalg.numerics import exactness_bound
     from virtual_weights.runtime.running.activations import exactness_steps
     from virtual_weights.runtime.running.model import built
-    from virtual_weights.stream.stream import checked_table
+    from virtual_weights.stream.provenance import checked_table
 
     stream, worst = session.stream, dict[str, Any]()
-    for step in exactness_steps(stream, built(stream, dtype.torch).eval(), 2**62):
+    module = built(stream, dtype.torch).eval()
+    for step in exactness_steps(stream, module, 2**62):
         if step.kind not in worst or not step.error <= worst[step.kind].error:
             worst[step.kind] = step
     bound = exactness_bound(dtype.torch)
@@ -115,7 +125,45 @@ def check(session: Session, dtype: o.RunDtype = o.StoredDtype.float32) -> Answer
     shown: list[Any] = [Table("largest relative error of each kind of step", rows)]
     shown.append(f"exact: {error:.1e}, where rounding explains {bound:.0e}")
     summary = {"largest_error": error, "bound": bound, "table": table}
+    if stream.attached:
+        summary["attached"] = attached = _attached(stream, module, dtype.torch, bound)
+        title = "attached dictionaries on a text: pre-activations from maps beside their own"
+        shown.append(Table(title, [{name.replace("_", " "): x for name, x in row.items()} for row in attached]))
     return Answer(header_of("check", {"dtype": dtype.value}, stream), rows, summary, shown)
+
+
+def _attached(stream: vw.Stream, module: Any, dtype: Any, bound: float) -> list[dict[str, Any]]:
+    """Every attached dictionary on a prompt: whether it reads where it says, and what it explains."""
+    from virtual_weights.runtime.features.law import dictionary_fits
+
+    if stream.source.token_texts() is None:
+        run = vw.Run.on_repeats(stream, 128, 128, model=module, dtype=dtype)
+    else:
+        run = vw.Run.on_text(stream, tokens=128, length=128, model=module, dtype=dtype)
+    fits = dictionary_fits(run)
+    for fit in fits:
+        best = min(fit.elsewhere, key=lambda other: other.unexplained, default=None)
+        if fit.error > bound:
+            raise CheckpointError(
+                f"the encoder of {fit.name} is {fit.error:.1e} from what its maps say",
+                expected=f"at most {bound:.0e} of the largest pre-activation, which rounding explains",
+                do="please report it",
+            )
+        if best is not None and fit.unexplained > max(1.0, 2 * best.unexplained):
+            raise CheckpointError(
+                f"{fit.name} leaves {fit.unexplained:.2f} of the variance unexplained where it reads, {fit.reads}",
+                expected=f"the place that it was trained at; read as {best.what} it leaves {best.unexplained:.2f}",
+                do=f"name the place behind the path: PATH@L3.mlp.{best.what}, or with PATH@READS,WRITES both places",
+            )
+    return [_fit_row(fit) for fit in fits]
+
+
+def _fit_row(fit: DictionaryFit) -> dict[str, Any]:
+    others = [f"{other.what}: {other.distance:.0%} off" for other in fit.elsewhere]
+    figures = {name: getattr(fit, name) for name in ("error", "unexplained", "active")}
+    figures = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    row = {"name": fit.name, "reads": fit.reads, "error": figures["error"]}
+    return {**row, "read_elsewhere": ", ".join(others) or fit.unfolded, **figures}
 
 
 @verb("offline", "allow_non_finite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,14 @@ from virtual_weights.errors import UsageError
 
 if TYPE_CHECKING:
     from virtual_weights.stream.names import Label
+
+
+class UnitKind(StrEnum):
+    """What writes: neurons, the features of attached dictionaries, or both."""
+
+    all = "all"
+    neurons = "neurons"
+    features = "features"
 
 
 @verb("no_fold", "partial", "offline", "allow_non_finite")
@@ -32,19 +41,25 @@ def neurons(
         typer.Option(
             "--port",
             metavar="PORT",
-            help="port of the readers: Q, K, V, gate, up or in; by default up or in, and of a head Q, K and V",
+            help="port of the readers: Q, K, V, gate, up, in or enc; by default up or in, and of a head Q, K and V",
         ),
     ] = None,
+    writers: Annotated[
+        UnitKind, typer.Option("--writers", help="of edges between units: neurons, features, or both")
+    ] = UnitKind.all,
     top: o.Top = 20,
     device: o.Device = "cpu",
     memory_mb: o.Memory = None,
 ) -> Answer:
-    """Find the strongest connections of single neurons, with each other and with attention heads."""
+    """Find the strongest connections of single neurons, with each other and with attention heads.
+
+    Features of attached dictionaries write like neurons, and read through the port enc.
+    """
     from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
 
-    ends = _Ends(_end(reader, (*HEAD_PORTS, *NEURON_PORTS)), _end(writer, ("out", "O")))
+    ends = _Ends(_end(reader, (*HEAD_PORTS, *NEURON_PORTS)), _end(writer, ("out", "O", "dec")))
     ports = ends.ports(session.stream, None if port is None else port.value)
-    cost = {"device": device, "memory_mb": memory_mb or 512}
+    cost = {"device": device, "memory_mb": memory_mb or 512, "writers": writers.value}
     answers = [_answer(session, ends, name, kinds, top, cost) for name in ports for kinds in ends.kinds(name)]
     first, *rest = answers
     return replace(first, more=rest)
@@ -68,6 +83,8 @@ class _Ends:
             return (str(named or port),)
         if self.reader is not None and self.reader.kind == "head":
             return HEAD_PORTS
+        if self.reader is not None and self.reader.kind == "feature":
+            return ("enc",)
         return tuple(stream.groups.mlps[0].ports[-1:]) if stream.groups.mlps else ("in",)
 
     def kinds(self, port: str) -> list[tuple[str, str]]:
@@ -99,11 +116,15 @@ def _answer(session: Session, ends: _Ends, port: Any, kinds: tuple[str, str], to
         best = record.top(top, "magnitude")
         summary |= {name: cosines.stamp[name] for name in ("pairs", "mean_square", "null_mean_square")}
     else:
-        record = session.ask((vw.HeadNeuron if kinds[1] == "neuron" else vw.NeuronHead)(port, **names, **cost))
+        alike = {name: value for name, value in cost.items() if name != "writers"}
+        record = session.ask((vw.HeadNeuron if kinds[1] == "neuron" else vw.NeuronHead)(port, **names, **alike))
         best = record.top(top, "score")
         summary["pairs"] = int(record.present().sum())
     rows = [_edge(session.stream, row, *kinds, port) for row in best.rows()]
-    title = f"the {len(rows)} strongest edges from {kinds[0]}s to {kinds[1]}s, port {port} · {session.name}"
+    units = {"all": "neurons and features" if session.stream.groups.dictionaries else "neurons"}
+    source = units.get(cost["writers"], cost["writers"]) if kinds[0] == "neuron" else "heads"
+    target = "features" if port == "enc" else f"{kinds[1]}s"
+    title = f"the {len(rows)} strongest edges from {source} to {target}, port {port} · {session.name}"
     table = Table(f"{title} · norm {record.stamp['norm']}", rows, None if rows else ("writer", "reader", "score"))
     return Answer(record, rows, summary, [table, *_chance(summary)])
 
@@ -129,10 +150,10 @@ def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
     from virtual_weights.stream.names import parse
 
     label = None if name is None else parse(name)
-    if label is not None and (label.kind not in ("head", "neuron") or label.port not in (None, *ports)):
+    if label is not None and (label.kind not in ("head", "neuron", "feature") or label.port not in (None, *ports)):
         raise UsageError(
             f"{name!r} cannot be that end of an edge",
-            expected=f"a head or a neuron, with port {', '.join(ports)} or none",
+            expected=f"a head, a neuron or a feature, with port {', '.join(ports)} or none",
             do="name for example L16H0 or L18N5; for MLPs and embeddings as wholes use vweights composition",
         )
     return label
@@ -152,7 +173,7 @@ def _edge(stream: vw.Stream, row: dict[str, Any], source: str, target: str, port
 
 
 def _fits(label: Label | None, kind: str) -> bool:
-    return label is None or label.kind == kind
+    return label is None or ("neuron" if label.kind == "feature" else label.kind) == kind
 
 
 def _name(label: Label | None) -> str | None:

@@ -50,7 +50,7 @@ class ProgressMode(StrEnum):
 
 
 class PortName(StrEnum):
-    """Through what a component reads: ports of attention heads, of MLPs, and the unembedding."""
+    """Through what a component reads: ports of attention heads, of MLPs, the unembedding, and attached encoders."""
 
     Q = "Q"
     K = "K"
@@ -59,6 +59,7 @@ class PortName(StrEnum):
     up = "up"
     inward = "in"
     unembed = "unembed"
+    enc = "enc"
 
 
 class EdgeFormat(StrEnum):
@@ -288,8 +289,12 @@ OwnTable = Annotated[
     Path | None, typer.Option("--table", metavar="FILE", help="a TOML file that describes models of types of your own")
 ]
 Attach = Annotated[
-    list[Path] | None,
-    typer.Option("--attach", metavar="FOLDER", help="a LoRA adapter to fold into the weights; repeatable"),
+    list[str] | None,
+    typer.Option(
+        "--attach",
+        metavar="PATH[@PLACE]",
+        help="a LoRA adapter to fold into the weights, or a dictionary whose features read and write; repeatable",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, everything else on stderr")]
 Progress = Annotated[

@@ -13,7 +13,7 @@ from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
-_KINDS = ("head", "neuron", "token")
+_KINDS = ("head", "neuron", "feature", "token")
 
 
 @running_verb(

@@ -7,7 +7,7 @@ from virtual_weights.stream.norm import scale
 from virtual_weights.stream.operating_point import OperatingPoint
 from virtual_weights.stream.question import Block, Blocked, Composite, Question, Work, cost
 from virtual_weights.stream.stream import Read, Stream, centred, through_norm
-from virtual_weights.stream.views import Head, Mlp
+from virtual_weights.stream.views import Features, Head, Mlp
 from virtual_weights.stream.virtual import virtual_weight
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Blocked",
     "Component",
     "Composite",
+    "Features",
     "Group",
     "Groups",
     "Head",

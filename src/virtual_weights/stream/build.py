@@ -15,6 +15,7 @@ from virtual_weights.checkpoint import Source, open_source
 from virtual_weights.checkpoint.mapping_source import NnsightModel
 from virtual_weights.errors import ArchitectureError
 from virtual_weights.stream.adapted import adapted
+from virtual_weights.stream.attached import attached, divided
 from virtual_weights.stream.stream import Stream
 
 
@@ -43,8 +44,11 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         allow_non_finite: do not refuse NaN and infinity.
         table: a TOML file that says what models of one's own types are, in the format of ``models.toml``: see
             docs/add-an-architecture.md.
-        attach: folders of LoRA adapters as peft writes them, which are folded into the weights as they are read:
-            ``W + scale B A``. The base may be in any format; a run runs the adapted model.
+        attach: folders of LoRA adapters as peft writes them, which are folded into the weights as they are read,
+            ``W + scale B A``; a run runs the adapted model. And dictionaries (sparse autoencoders, transcoders, plain
+            vectors), whose features read and write beside the model: ``"PATH"``, ``"NAME=PATH"``, and where the
+            file does not say where it reads and writes ``"PATH@READS,WRITES"``, see ``virtual_weights.stream.places``;
+            ``"PATH@factors"`` attaches an adapter's factors instead of folding them.
 
     Returns:
         The stream.
@@ -73,7 +77,8 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         zero=source.zero,
         tables=None if table is None else read_tables(table),
     )
-    return Stream(adapted(source, model, attach), model, fold)
+    adapters, others = divided(attach)
+    return Stream(adapted(source, model, adapters), model, fold, attached=attached(model, others))
 
 
 def _told(source: Source) -> dict[str, list[float]]:

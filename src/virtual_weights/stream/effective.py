@@ -50,6 +50,9 @@ def reader(stream: Stream, port: Port, group: Group | str = "unembed") -> Read:
         MissingTensorError: a partial checkpoint lacks this reader.
         UsageError: the model has no such port.
     """
+    if group_id(group) in stream.attached:
+        _check_encoder(port, group)
+        return stream.attached[group_id(group)].read(stream)
     read = projection(stream, port, group)
     if not stream.folded:
         return read
@@ -168,9 +171,16 @@ def own_gain(stream: Stream, role: str, group: str, heads: int) -> Tensor | None
     return None if weight is None or norm is None else (_least(stream, weight) + norm.norm.plus).expand(heads, -1)
 
 
-def writer(stream: Stream, group: Group | str) -> Tensor:
+def _check_encoder(port: str, group: Group | str) -> None:
+    if port != "enc":
+        raise UsageError(f"{group_id(group)} has no port {port!r}", expected="enc", do="name this port")
+
+
+def writer(stream: Stream, group: Group | str, state: int | None = None) -> Tensor:
     """The write maps of a group, shape (m, d, k), not centred, see ``Stream.write``."""
     id = group_id(group)
+    if id in stream.attached:
+        return stream.attached[id].write(stream, state)
     if id not in stream.groups:
         raise _missing(stream, "output", id)
     kind = stream.groups[id].kind
@@ -209,6 +219,17 @@ def _weighed(stream: Stream, maps: Tensor, group: Group) -> Tensor:
         gain = norm_gain(stream, "after", group, branch.after)
         maps = maps if gain is None else maps * gain.to(maps)[:, None]
     return maps if branch.factor == 1.0 else _least(stream, maps) * branch.factor
+
+
+def through_output(stream: Stream, rows: Tensor, branch: str, *, mixed: bool) -> Tensor:
+    """Vectors (n, k) of what a part gives, or (``mixed``) of heads' values side by side, as they enter, (d, n)."""
+    if mixed:
+        maps = writer(stream, branch).movedim(1, 0).flatten(1)
+        return (
+            maps.to(torch.promote_types(maps.dtype, rows.dtype))
+            @ rows.to(torch.promote_types(maps.dtype, rows.dtype)).T
+        )
+    return _weighed(stream, rows.T[None], stream.groups[branch])[0] if stream.folded else rows.T
 
 
 def embedded(stream: Stream, kind: str, rows: Tensor) -> Tensor:
@@ -279,7 +300,7 @@ def _token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int) -
             raise _missing(stream, role, side)
         if side == "embed":
             part = embedded(stream, side, part)
-            yield without_mean(_least(stream, part), -1) if stream.folded and stream.spec.centring else part
+            yield without_mean(_least(stream, part), -1) if stream.folded and stream.centring else part
         else:
             folded = fold(part, gain, stream.spec.head.norm, stream.dtype) if stream.folded else part
             yield folded * stream.spec.head.factor if stream.folded and stream.spec.head.factor != 1.0 else folded

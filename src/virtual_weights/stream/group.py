@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import Literal, final
 
-from virtual_weights.architecture import Attention, Branch, Mlp, Model, Norm, Part, Rotary, layer_of
+from virtual_weights.architecture import Attention, Branch, Norm, Part, Rotary
 from virtual_weights.errors import UsageError
 from virtual_weights.record.axes import one_line, shortened
 from virtual_weights.stream.names import Kind, Label, parse
 
 HeadPort = Literal["Q", "K", "V"]
-NeuronPort = Literal["in", "up", "gate"]
-Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed"]
+NeuronPort = Literal["in", "up", "gate", "enc"]
+Port = Literal["Q", "K", "V", "gate", "up", "in", "unembed", "enc"]
 Writers = Literal["heads", "all"]
 
+NO_END = 1 << 30  # of the states that a writer reaches
 HEAD_PORTS: tuple[HeadPort, ...] = ("Q", "K", "V")
-NEURON_PORTS: tuple[NeuronPort, ...] = ("in", "up", "gate")
+NEURON_PORTS: tuple[NeuronPort, ...] = ("in", "up", "gate", "enc")
 
 READINGS: dict[Port, str] = {
     "Q": "q",
@@ -28,8 +30,9 @@ READINGS: dict[Port, str] = {
     "up": "up",
     "in": "up",
     "unembed": "unembed",
+    "enc": "enc",
 }
-"""The role of the tables that every port reads by."""
+"""The role of the tables that every port reads by; an encoder is in no table."""
 
 WRITINGS: dict[Kind, str] = {
     "head": "o",
@@ -68,19 +71,19 @@ class Component:
 @final
 @dataclass(frozen=True, repr=False)
 class Group:
-    """The heads of one attention, one MLP, one embedding, one bias, or the unembedding.
+    """The heads of one attention, one MLP, one embedding, one bias, the unembedding, or an attached dictionary.
 
     Whatever is kept by place (weights, norm scalars, moments) is kept by a group's id, never by the number of a layer.
 
     Attributes:
-        id: ``"L3.attn"``, ``"L3.mlp"``, ``"L3.attn.bias"``, ``"embed"``, ``"pos"`` or ``"unembed"``; also the name of
-            the norm before it.
+        id: ``"L3.attn"``, ``"L3.mlp"``, ``"L3.attn.bias"``, ``"embed"``, ``"pos"``, ``"unembed"`` or the name of a
+            dictionary; also the name of the norm before it.
         kind: what its components are.
         components: one for each map: the heads, or the one component.
         ports: through which it reads, in order; () where it only writes.
         reads: the state that it reads; None where it only writes.
         writes: the states in which what it writes first appears; () where it only reads.
-        width: inner activations of one component: d_head, or the number of neurons; 0 outside the blocks.
+        width: inner activations of one component: d_head, or the number of neurons or features; 0 of others.
         norm: the norm through which it reads; None where it reads the stream as it is, or only writes.
         branch: what it is a part of; None outside the blocks.
     """
@@ -160,8 +163,17 @@ class Group:
 
     @property
     def neurons(self) -> tuple[str, ...]:
-        """The names of an MLP's neurons."""
-        return tuple(f"L{self.layer}N{i}" for i in range(self.width)) if self.kind == "mlp" else ()
+        """The names of an MLP's neurons, or of a dictionary's features."""
+        stem = {"mlp": f"L{self.layer}N", "dictionary": f"{self.id}:F"}.get(self.kind)
+        return () if stem is None else tuple(f"{stem}{i}" for i in range(self.width))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """States ``[first, end)`` in which what it has written is the same: one span, but of a cross-layer dictionary.
+
+        The last one has no end.
+        """
+        return tuple(pairwise((*self.writes, NO_END)))
 
     def shared(self, port: str) -> int:
         """How many heads read through one map of a port."""
@@ -181,11 +193,16 @@ class Group:
 class Groups:
     """The groups of a model in order of depth.
 
+    What is attached to a model is found by its name and its port; the sets (the writers, what reads a state) are of the
+    model itself, so that they add up to its stream.
+
     Attributes:
         all: every group that the checkpoint holds.
+        attached: dictionaries, in the order in which they were attached.
     """
 
     all: tuple[Group, ...]
+    attached: tuple[Group, ...] = ()
 
     def __repr__(self) -> str:
         return f"Groups ({len(self.all)}): {shortened(tuple(group.id for group in self.all))}"
@@ -201,11 +218,12 @@ class Groups:
 
     @cached_property
     def _by_id(self) -> dict[str, Group]:
-        return {group.id: group for group in self.all}
+        return {group.id: group for group in (*self.all, *self.attached)}
 
     @cached_property
     def _by_label(self) -> dict[Label, Group]:
-        return {component.label: group for group in self.all for component in group.components}
+        groups = (*self.all, *self.attached)
+        return {component.label: group for group in groups for component in group.components}
 
     def kind(self, *kinds: Kind) -> tuple[Group, ...]:
         """The groups whose components are of some kinds."""
@@ -227,9 +245,14 @@ class Groups:
         return tuple(group for group in self.all if group.writes)
 
     @property
+    def dictionaries(self) -> tuple[Group, ...]:
+        """What is attached and writes."""
+        return tuple(group for group in self.attached if group.writes)
+
+    @property
     def ports(self) -> tuple[Port, ...]:
         """The ports through which something in this model reads, in the order of ``READINGS``."""
-        ports = {port for group in self.all for port in group.ports}
+        ports = {port for group in chain(self.all, self.attached) for port in group.ports}
         return tuple(port for port in READINGS if port in ports)
 
     def readers(self, port: str) -> tuple[Group, ...]:
@@ -238,9 +261,15 @@ class Groups:
         Raises:
             UsageError: nothing does.
         """
-        readers = tuple(group for group in self.all if port in group.ports)
+        readers = tuple(group for group in chain(self.all, self.attached) if port in group.ports)
         if readers:
             return readers
+        if port == "enc":
+            raise UsageError(
+                "nothing that is attached to this model reads from its stream",
+                expected="a dictionary with an encoder",
+                do="attach one: vw.open(model, attach=[path]), --attach PATH",
+            )
         if port in HEAD_PORTS:
             raise no_heads()
         if port in NEURON_PORTS and not self.mlps:
@@ -260,9 +289,10 @@ class Groups:
             UsageError: this model has no such component.
         """
         label = parse(label) if isinstance(label, str) else label
-        whole = replace(label, port=None)
-        group = self._by_label.get(Label("mlp", label.layer) if label.kind == "neuron" else whole)
-        if group is None or (label.kind == "neuron" and (label.index or 0) >= group.width):
+        whole = replace(label, port=None, state=None)
+        units = {"neuron": Label("mlp", label.layer), "feature": Label("dictionary", name=label.name)}
+        group = self._by_label.get(units.get(label.kind, whole))
+        if group is None or (label.kind in units and (label.index or 0) >= group.width):
             raise UsageError(
                 f"this checkpoint has no {label}", expected="a component that it has", do="list stream.components"
             )
@@ -322,66 +352,3 @@ def check_writers(writers: str) -> None:
     """Refuse what names no set of writers."""
     if writers not in ("heads", "all"):
         raise UsageError(f"no writers {writers!r}", expected="heads or all", do="choose one of these")
-
-
-def groups(model: Model) -> Groups:
-    """Every group that the checkpoint holds, in order of depth."""
-    return Groups(tuple(_groups(model)))
-
-
-def _groups(model: Model) -> Iterator[Group]:
-    for kind in ("embed", "pos"):
-        if model.has(kind, kind) or (kind == "pos" and model.spec.sinusoidal):
-            yield Group(kind, kind, (Component(Label(kind), None, 0),), writes=(0,))
-    for branch in model.spec.branches:
-        if isinstance(branch.part, Attention) and model.has("o", branch.id):
-            yield _attention(branch, branch.part)
-        elif isinstance(branch.part, Mlp) and model.has("down", branch.id):
-            yield _mlp(branch, branch.part)
-        else:
-            continue
-        yield from _bias(model, branch)
-    if model.has("unembed", "unembed"):
-        last = model.spec.states - 1
-        head = (Component(Label("unembed"), last, None),)
-        yield Group("unembed", "unembed", head, ("unembed",), last, norm=model.spec.head.norm)
-
-
-def _attention(branch: Branch, part: Attention) -> Group:
-    layer, shared = layer_of(branch.id), part.sharing
-    heads = tuple(
-        Component(
-            Label("head", layer, head),
-            branch.reads,
-            branch.writes,
-            f"L{layer}.kv{head // shared}" if shared > 1 else None,
-        )
-        for head in range(part.heads)
-    )
-    return Group(
-        branch.id, "head", heads, HEAD_PORTS, branch.reads, (branch.writes,), part.width, branch.before, branch
-    )
-
-
-def _mlp(branch: Branch, part: Mlp) -> Group:
-    component = Component(parse(branch.id), branch.reads, branch.writes)
-    return Group(
-        branch.id,
-        "mlp",
-        (component,),
-        ports_of(part),
-        branch.reads,
-        (branch.writes,),
-        part.width,
-        branch.before,
-        branch,
-    )
-
-
-def _bias(model: Model, branch: Branch) -> Iterator[Group]:
-    id = f"{branch.id}.bias"
-    if model.has("bias", id):
-        label = parse(id)
-        yield Group(
-            id, label.kind, (Component(label, None, branch.writes),), writes=(branch.writes,), width=1, branch=branch
-        )

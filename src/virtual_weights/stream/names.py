@@ -8,6 +8,8 @@
 ``L5N123``          neuron 123 of that MLP; ports as the MLP's
 ``L5.attn.bias``    what the attention of layer 5 always adds
 ``L5.mlp.bias``     what its MLP always adds
+``tc8:F``           all features of the attached dictionary ``tc8``; its ports ``.enc`` and ``.dec``
+``tc8:F123``        one of them; of a cross-layer one ``clt3:F@7`` is what it has written by state 7
 ``embed``           the token embedding, ``pos`` the learned positions, ``unembed`` the unembedding
 ``5.3``             short for ``L5H3``; ``5.3.K`` for ``L5H3.K``
 ==================  =============================================
@@ -21,7 +23,7 @@ from typing import Literal
 
 from virtual_weights.errors import UsageError
 
-Kind = Literal["embed", "pos", "head", "mlp", "neuron", "attn_bias", "mlp_bias", "unembed"]
+Kind = Literal["embed", "pos", "head", "mlp", "neuron", "attn_bias", "mlp_bias", "unembed", "dictionary", "feature"]
 
 _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("head", re.compile(r"(?:L(?P<layer>\d{1,5})H|(?P<short>\d{1,5})\.)(?P<index>\d{1,5})(?:\.(?P<port>[QKVO]))?")),
@@ -32,6 +34,13 @@ _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("embed", re.compile(r"embed")),
     ("pos", re.compile(r"pos")),
     ("unembed", re.compile(r"unembed")),
+    ("dictionary", re.compile(r"(?P<name>[A-Za-z][\w-]{0,63}):F(?:@(?P<state>\d{1,5}))?(?:\.(?P<port>enc|dec))?")),
+    (
+        "feature",
+        re.compile(
+            r"(?P<name>[A-Za-z][\w-]{0,63}):F(?P<index>\d{1,9})(?:@(?P<state>\d{1,5}))?(?:\.(?P<port>enc|dec))?"
+        ),
+    ),
 )
 
 
@@ -42,23 +51,31 @@ class Label:
     Attributes:
         kind: what it names.
         layer: its layer, None outside the blocks.
-        index: head or neuron, None where the kind has none.
-        port: ``"Q"``, ``"K"``, ``"V"``, ``"O"``, ``"in"``, ``"gate"``, ``"up"``, ``"out"`` or None.
+        index: head, neuron or feature, None where the kind has none.
+        port: ``"Q"``, ``"K"``, ``"V"``, ``"O"``, ``"in"``, ``"gate"``, ``"up"``, ``"out"``, ``"enc"``, ``"dec"`` or
+            None.
+        name: of the dictionary, None of what belongs to the model.
+        state: of a cross-layer dictionary that writes, by which state; None leaves it to the reader.
     """
 
     kind: Kind
     layer: int | None = None
     index: int | None = None
     port: str | None = None
+    name: str | None = None
+    state: int | None = None
 
     def __str__(self) -> str:
         """The canonical spelling; ``parse(str(label)) == label``."""
+        by_state = "" if self.state is None else f"@{self.state}"
         stem = {
             "head": f"L{self.layer}H{self.index}",
             "mlp": f"L{self.layer}.mlp",
             "neuron": f"L{self.layer}N{self.index}",
             "attn_bias": f"L{self.layer}.attn.bias",
             "mlp_bias": f"L{self.layer}.mlp.bias",
+            "dictionary": f"{self.name}:F{by_state}",
+            "feature": f"{self.name}:F{self.index}{by_state}",
         }.get(self.kind, self.kind)
         return f"{stem}.{self.port}" if self.port else stem
 
@@ -78,10 +95,12 @@ def parse(text: str) -> Label:
         if found:
             groups = found.groupdict()
             layer, index = groups.get("layer") or groups.get("short"), groups.get("index")
-            return Label(kind, _number(layer), _number(index), groups.get("port"))
+            state = _number(groups.get("state"))
+            return Label(kind, _number(layer), _number(index), groups.get("port"), groups.get("name"), state)
     raise UsageError(
         f"{text!r} names no component",
-        expected="a name such as L5H3, L5H3.K, L5.mlp, L5.mlp.up, L5N123, L5.attn.bias, embed, pos, unembed or 5.3",
+        expected="a name such as L5H3, L5H3.K, L5.mlp, L5.mlp.up, L5N123, L5.attn.bias, tc8:F123, embed, pos, unembed "
+        "or 5.3",
         do="correct the name",
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virtual_weights.architecture import Attention, Entry, Model, ModelSpec
+from virtual_weights.architecture import Attention, Model, ModelSpec
 from virtual_weights.checkpoint import Source, open_source
-from virtual_weights.checkpoint.pinned_file import recall, remember
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.adapted import adapted
+from virtual_weights.stream.attached import Attached, attached, divided
 from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
-from virtual_weights.stream.group import Component, Group, Groups, Port, group_id, groups
+from virtual_weights.stream.group import Component, Group, Groups, Port, group_id
+from virtual_weights.stream.grouping import groups
 from virtual_weights.stream.layout import in_order, unpacked
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale, without_mean
+from virtual_weights.stream.provenance import Provenance
 from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
-from virtual_weights.stream.views import Head, Mlp
+from virtual_weights.stream.views import Features, Head, Mlp
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,12 +45,14 @@ class Stream:
             coordinates of what is written, where the norm is a LayerNorm, and the mean over tokens of the unembedding,
             which adds the same to all logits. False leaves all weights as they are.
         dtype: least precision in which this is done; weights wider than it keep theirs.
+        attached: dictionaries, whose features read and write like parts of the model; none of them is run.
     """
 
     source: Source
     model: Model
     folded: bool = True
     dtype: torch.dtype = torch.float32
+    attached: Attached = field(default_factory=Attached)
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -72,7 +76,9 @@ class Stream:
                 expected="a checkpoint in files",
                 do="save the model and open the folder",
             )
-        return _opened_again, (self.source.recipe, self.source.fingerprint, self.model, self.folded, self.dtype)
+        again = {**self.source.recipe}
+        again["attach"] = [*again.get("attach", []), *map(str, self.attached.references)]
+        return _opened_again, (again, self.fingerprint, self.model, self.folded, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""
@@ -82,6 +88,18 @@ class Stream:
     def spec(self) -> ModelSpec:
         """Sizes and choices of the model."""
         return self.model.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """A hex sha256 of all weights, and of what is attached, by which results of another stream are told apart."""
+        if not self.attached:
+            return self.source.fingerprint
+        return sha256(f"{self.source.fingerprint} {self.attached.identity}".encode()).hexdigest()
+
+    @property
+    def centring(self) -> bool:
+        """Whether no reader sees the mean over coordinates of the stream, those that are attached included."""
+        return self.spec.centring and not self.attached.raw
 
     @property
     def d_model(self) -> int:
@@ -96,7 +114,7 @@ class Stream:
     @cached_property
     def groups(self) -> Groups:
         """What reads and writes through the same maps and norms, in order of depth."""
-        return groups(self.model)
+        return replace(groups(self.model), attached=tuple(part.group for part in self.attached.parts))
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -121,13 +139,13 @@ class Stream:
         words = ["gain and centring folded" if self.spec.centring else "gain folded"]
         words[0] += f" (of norms {' and '.join(also)} too)" if also else ""
         if self.spec.head.cap is None:
-            words.append("writers and unembedding centred" if self.spec.centring else "unembedding centred")
+            words.append("writers and unembedding centred" if self.centring else "unembedding centred")
         return ", ".join(words)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Which checkpoint this is, for every result; its fingerprint is computed when it is first looked at."""
-        return _Provenance(self.source, self.model.family, self.model.entry)
+        return Provenance(self, self.model.entry)
 
     def record(self, question: Question[Any], axes: Iterable[Axis], columns: Iterable[Column], **stamp: Any) -> Record:
         """An answer about this model: the question's name and parameters, the norm's stamp and the provenance go in.
@@ -178,20 +196,24 @@ class Stream:
         """
         return reader(self, port, group)
 
-    def write(self, group: Group | str) -> Tensor:
+    def write(self, group: Group | str, state: int | None = None) -> Tensor:
         """The write maps of a group, shape (m, d, k): ``f diag(gamma) (P) O``, in storage dtype where that is O.
 
         f is the factor of the branch and gamma the gain of a norm after the part, whose scalar is a site of its own,
         see ``after_scale``. Where every reader stands behind a LayerNorm they are centred, ``P O``.
 
         Heads: (heads, d, d_head); an MLP: (1, d, d_mlp); embeddings: (1, d, tokens) or (1, d, positions); a bias:
-        (1, d, 1).
+        (1, d, 1); features of a dictionary: (1, d, F).
+
+        Args:
+            group: what writes.
+            state: of a cross-layer dictionary, what it has written by this state, each decoder once; None is all.
 
         Raises:
             MissingTensorError: a partial checkpoint lacks this writer.
             UsageError: nothing of this name writes.
         """
-        return centred(self, writer(self, group), -2, self.dtype)
+        return centred(self, writer(self, group, state), -2, self.dtype)
 
     def scale(self, states: Tensor, where: Group | str | int | None = None) -> Tensor:
         """The norm scalar ``s`` with which every token of states (..., d) is read, (...).
@@ -225,13 +247,14 @@ class Stream:
             return None
         return rotation(attention.rotary, offset, attention.width, self.weight("factors", "rotary"))
 
-    def __getitem__(self, name: str) -> Head | Mlp | LinearMap:
+    def __getitem__(self, name: str) -> Head | Mlp | Features | LinearMap:
         """A component, or the map of a port.
 
-        ``L5H3`` gives a Head, ``L5.mlp`` an Mlp; ``L5H3.K``, ``L5.mlp.up``, ``L5N7.out``, ``embed``,
-        ``pos`` and ``unembed`` give linear maps. A bias gives its vector as a map of shape (d, 1). Embeddings, biases
-        and the unembedding come as the model has them, so that they are what transformers shows, and ``unembed`` of a
-        state over its scalar is its logits; questions take them by ``read`` and ``write``, less what nothing sees.
+        ``L5H3`` gives a Head, ``L5.mlp`` an Mlp, ``tc8:F`` and ``tc8:F12`` of an attached dictionary Features;
+        ``L5H3.K``, ``L5.mlp.up``, ``L5N7.out``, ``tc8:F12.enc``, ``embed``, ``pos`` and ``unembed`` give linear maps. A
+        bias gives its vector as a map of shape (d, 1). Embeddings, biases and the unembedding come as the model has
+        them, so that they are what transformers shows, and ``unembed`` of a state over its scalar is its logits;
+        questions take them by ``read`` and ``write``, less what nothing sees.
 
         Raises:
             UsageError: the name is not of the grammar, or this model has no such component.
@@ -243,6 +266,8 @@ class Stream:
             return {None: head, "Q": head.q, "K": head.k, "V": head.v, "O": head.o}[label.port]
         if label.kind in ("mlp", "neuron"):
             return self._mlp(label)
+        if label.kind in ("dictionary", "feature"):
+            return self._features(label)
         if label.kind == "unembed":
             return Dense(as_logits(self, projection(self, "unembed", "unembed")).maps[0])
         return Dense(writer(self, str(label))[0])
@@ -284,6 +309,20 @@ class Stream:
             return part
         return part.out if label.port == "out" else part.reader(label.port)
 
+    def _features(self, label: Label) -> Features | LinearMap:
+        group = self.groups.of(label)
+        part = self.attached[group.id]
+        rows = None if label.index is None else slice(label.index, label.index + 1)
+        read = part.read(self, rows) if group.ports else None
+        write = centred(self, part.write(self, label.state, rows), -2, self.dtype) if group.writes else None
+        features = Features(
+            str(replace(label, port=None)),
+            None if read is None else Dense(read.maps[0]),
+            None if read is None or read.constants is None else read.constants[0],
+            None if write is None else Dense(write[0]),
+        )
+        return features if label.port is None else features.map(label.port)
+
     def _check(self, label: Label) -> None:
         layer = label.layer
         if layer is None:
@@ -310,61 +349,16 @@ class Stream:
 
 
 def _opened_again(recipe: dict[str, Any], fingerprint: str, model: Model, *rest: Any) -> Stream:
-    attached = recipe.pop("attach", [])
-    source = adapted(open_source(**recipe), model, attached)
-    if source.fingerprint != fingerprint:
+    adapters, others = divided(recipe.pop("attach", []))
+    source = adapted(open_source(**recipe), model, adapters)
+    stream = Stream(source, model, *rest, attached=attached(model, others))
+    if stream.fingerprint != fingerprint:
         raise UsageError(
             f"{source.reference} holds another checkpoint here than where the work was divided",
             expected=f"the checkpoint of fingerprint {fingerprint}",
             do="give all machines the same files",
         )
-    return Stream(source, model, *rest)
-
-
-class _Provenance(Mapping[str, Any]):
-    """Which checkpoint a result is of; what lies in files is hashed when somebody looks at its fingerprint.
-
-    Tensors in memory can change, so theirs is of the time of the result.
-    """
-
-    def __init__(self, source: Source, family: str, table: Entry) -> None:
-        self._source, self._table = source, table
-        self._known = {"model": source.reference, "fingerprint": None, "family": family, "table": None}
-        if not source.files:
-            self._known["fingerprint"] = source.fingerprint
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._known[name]
-        if name == "fingerprint" and value is None:
-            return self._source.fingerprint
-        return checked_table(self._table, self["fingerprint"]) if name == "table" else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-_CHECKED = r"\d\.\de[-+]\d\d"
-
-
-def checked_table(table: Entry, fingerprint: str, error: float | None = None) -> str:
-    """Which table a checkpoint was read by, and how exact its reading was when it was checked.
-
-    Args:
-        table: the entry.
-        fingerprint: of the checkpoint.
-        error: of a check that was made now, to be remembered on this machine; None recalls the last one.
-    """
-    key = sha256(f"check {table.identity} {fingerprint}".encode()).hexdigest()
-    if error is not None:
-        remember(key, f"{error:.1e}")
-    known = recall(key, _CHECKED)
-    return f"{table.origin}, {'never checked' if known is None else f'exact to {known}'}"
+    return stream
 
 
 def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype = torch.float32) -> Tensor:
@@ -372,14 +366,14 @@ def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype 
 
     Then in ``least`` precision or their own, if that is wider.
     """
-    if not stream.folded or not stream.spec.centring:
+    if not stream.folded or not stream.centring:
         return vectors
     return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
 def through_norm(stream: Stream, vectors: Tensor) -> Tensor:
     """What a norm passes of vectors (..., d) of the stream, folded or not: LayerNorm takes their mean away."""
-    return without_mean(vectors, -1) if stream.spec.centring else vectors
+    return without_mean(vectors, -1) if stream.centring else vectors
 
 
 def finite(value: Any) -> Any:

@@ -107,3 +107,36 @@ class Mlp:
             return self.gate
         expected = "gate or up" if self.gate is not None else "in"
         raise UsageError(f"{self.label} has no reading port {port!r}", expected=expected, do="name one of these")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Features:
+    """Features of an attached dictionary: their encoder reads, their decoder writes.
+
+    Attributes:
+        label: its name.
+        enc: effective encoder rows, shape (features, d_model); None where no state is read.
+        enc_constant: shape (features,), None where nothing.
+        dec: decoder columns, shape (d_model, features); None where nothing is written.
+    """
+
+    label: str
+    enc: LinearMap | None
+    enc_constant: Tensor | None
+    dec: LinearMap | None
+
+    def __repr__(self) -> str:
+        size = next(map_.shape[axis] for map_, axis in ((self.enc, 0), (self.dec, 1)) if map_ is not None)
+        ports = " ".join(f".{name}" for name in ("enc", "dec") if getattr(self, name) is not None)
+        return f"Features {self.label}: {size} of an attached dictionary; {ports}"
+
+    def map(self, port: str) -> LinearMap:
+        """``"enc"`` or ``"dec"``."""
+        found = {"enc": self.enc, "dec": self.dec}.get(port)
+        if found is None:
+            raise UsageError(
+                f"{self.label} has no {port}",
+                expected="enc of what reads a state, dec of what adds to one",
+                do="name the other",
+            )
+        return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.stream import Stream
-from virtual_weights.stream.views import Head, Mlp
+from virtual_weights.stream.views import Features, Head, Mlp
 
 
 def virtual_weight(stream: Stream, writer: str, reader: str, offset: int = 0) -> LinearMap:
@@ -18,8 +20,8 @@ def virtual_weight(stream: Stream, writer: str, reader: str, offset: int = 0) ->
 
     Args:
         stream: the model.
-        writer: ``L16H0``, ``L3.mlp``, ``L3N7``, ``embed``, ``pos`` or a bias.
-        reader: ``L17H3.K``, ``L5.mlp.up``, ``L5N7.gate`` or ``unembed``.
+        writer: ``L16H0``, ``L3.mlp``, ``L3N7``, ``tc8:F12``, ``embed``, ``pos`` or a bias.
+        reader: ``L17H3.K``, ``L5.mlp.up``, ``L5N7.gate``, ``tc8:F12.enc`` or ``unembed``.
         offset: rotary offset (query position minus key position) for ports Q and K.
 
     Returns:
@@ -30,18 +32,23 @@ def virtual_weight(stream: Stream, writer: str, reader: str, offset: int = 0) ->
         UsageError: a name is wrong, the reader lacks a port, or the writer comes too late.
     """
     target = parse(reader)
-    virtual = reading_map(stream, target, offset) @ writing_map(stream, writer)
     _check_reach(stream, parse(writer), target)
-    return virtual
+    state = stream.groups.of(target).reads
+    return reading_map(stream, target, offset) @ writing_map(stream, writer, state)
 
 
-def writing_map(stream: Stream, writer: str) -> LinearMap:
-    """What a component adds to the stream: OV of a head, else its write map (d, k)."""
+def writing_map(stream: Stream, writer: str, state: int | None = None) -> LinearMap:
+    """What a component adds to the stream: OV of a head, else its write map (d, k); of a dictionary by a state."""
     label = parse(writer)
-    if label.kind == "unembed" or label.port not in (None, "O", "out"):
+    if label.kind == "unembed" or label.port not in (None, "O", "out", "dec"):
         raise UsageError(
             f"{writer} does not write", expected="a writer such as L16H0, L3.mlp or embed", do="name a writer"
         )
+    if label.kind in ("dictionary", "feature"):
+        by_state = state if label.state is None else label.state
+        dec = stream[str(replace(label, port="dec", state=by_state))]
+        assert isinstance(dec, LinearMap)
+        return dec
     if label.kind not in ("head", "mlp", "neuron"):
         return Dense(stream.write(writer)[0])
     part = stream[str(Label(label.kind, label.layer, label.index))]
@@ -55,7 +62,9 @@ def reading_map(stream: Stream, reader: Label, offset: int = 0) -> LinearMap:
     """How a port sees the stream: a head's circuit, else its effective read map (k, d)."""
     if reader.kind == "unembed":
         return Dense(stream.read("unembed").maps[0])
-    part = stream[str(Label(reader.kind, reader.layer, reader.index))]
+    part = stream[str(replace(reader, port=None, state=None))]
+    if isinstance(part, Features):
+        return part.map("enc")
     if isinstance(part, Head):
         return part.circuit(_port(reader), offset)
     if isinstance(part, Mlp):

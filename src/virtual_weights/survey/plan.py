@@ -270,7 +270,7 @@ def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
     return {
         "model": name or stream.source.reference,
         "reference": stream.source.reference,
-        "fingerprint": stream.source.fingerprint,
+        "fingerprint": stream.fingerprint,
         "family": stream.model.family,
         "norm": stream.norm_stamp,
         "version": VERSION,

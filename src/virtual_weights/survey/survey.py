@@ -125,7 +125,7 @@ class Survey:
 
     def key(self, question: Question[Any], subject: Run | Stream) -> str:
         """The address of an answer: model, question, parameters and conventions; of a run its identity too."""
-        return self._key_of(self.stream.source.fingerprint, question, subject)
+        return self._key_of(self.stream.fingerprint, question, subject)
 
     def moments(self, observation: Observation | None = None) -> Moments:
         """The averages of the survey's run, from the atlas or observed now; they are kept in a file beside the records.
@@ -152,7 +152,7 @@ class Survey:
 
     def _key(self, question: Question[Any], subject: Run | Stream) -> str:
         """The address of an answer; where nothing is stored, one that does not need the model's fingerprint."""
-        return self._key_of("" if self.atlas is None else self.stream.source.fingerprint, question, subject)
+        return self._key_of("" if self.atlas is None else self.stream.fingerprint, question, subject)
 
     def _key_of(self, fingerprint: str, question: Question[Any], subject: Run | Stream) -> str:
         run = {"run": subject.identity} if isinstance(subject, Run) else {}

@@ -283,7 +283,16 @@ def _ends(stream: Stream, paths: Paths, point: Point) -> _Ends:
     assert target.reads is not None
     if isinstance(point, OperatingPoint):
         point.check(stream)
-    inverse = inverse_scalar(point, target.id)
+    if len(source.writes) > 1:
+        raise UsageError(
+            f"{writer} writes {len(source.writes)} states, and a path begins with one",
+            expected="a writer of one state",
+            do="ask for the direct edge: vweights channel",
+        )
+    attached = target.id in stream.attached
+    inverse = inverse_scalar(point, stream.groups.sited(target.reads)[0].id if attached else target.id)
+    if target.norm is None and attached:
+        inverse = torch.ones_like(inverse)  # a dictionary that reads the state as it is
     n = len(inverse)
     token, start = paths.token, paths.token if paths.source is None else paths.source
     if not (-n <= token < n and -n <= start < n):

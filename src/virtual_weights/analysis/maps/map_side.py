@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from virtual_weights.linalg import WORKSPACE_BYTES, MapStack, accumulate
 from virtual_weights.linalg.gram_blocks import ROWS, GramBlock, ThinBlock, WideBlock, tile_entries
 from virtual_weights.record import Axis
-from virtual_weights.stream import Group, Stream
+from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.effective import token_parts
-from virtual_weights.stream.group import Port, Writers
+from virtual_weights.stream.group import NO_END, Port, Writers
 
 _THIN = 256  # heads of a piece: fewer make thin products, more leave less to skip where writers come too late
 _WIDE_BYTES = 128 * 2**20  # Grams of a piece of wide maps
@@ -31,6 +31,7 @@ class Piece:
         name: for files: the first and the last group.
         kind: ``"head"``, ``"mlp"``, ...; means are over all maps of a side of one kind.
         position: (n,) the state that each reads, or in which its write first appears.
+        end: the state from which another map stands for the same writer, see ``Group.spans``.
         maps: makes the maps: a stack of thin factors, or for each map its rows (m, d) in parts.
         width: d.
         entries: numbers held while it is in use, working tiles included.
@@ -46,6 +47,7 @@ class Piece:
     entries: int
     loading: int
     rows: int
+    end: int = NO_END
 
     @property
     def count(self) -> int:
@@ -78,6 +80,12 @@ class MapSide:
     def position(self) -> Tensor:
         """(n,) of all maps."""
         return torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.position for piece in self.pieces)])
+
+    @property
+    def end(self) -> Tensor:
+        """(n,) of all maps."""
+        ends = [torch.full_like(piece.position, piece.end) for piece in self.pieces]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *ends])
 
 
 def component_axis(name: str, groups: Iterable[Group], port: str = "") -> Axis:
@@ -155,7 +163,7 @@ def wide_pieces(
 
 
 def height(stream: Stream, group: Group) -> int:
-    """Rows of the map of a group other than an attention: neurons, tokens or positions."""
+    """Rows of the map of a group other than an attention: neurons, features, tokens or positions."""
     if group.kind == "pos":
         return stream.spec.n_positions or 0
     return (stream.spec.vocab or 0) if group.kind in ("embed", "unembed") else group.width
@@ -214,23 +222,40 @@ def writing_side(stream: Stream, writers: Writers, heads: Sequence[Piece], rows:
     made = rows or partial(write_rows, stream)
     pieces = wide_pieces(stream, groups, [group.first for group in groups], made)
     order = [group.id for kind in dict.fromkeys(g.kind for g in groups) for group in groups if group.kind == kind]
+    for group in stream.groups.dictionaries:
+        for first, end in group.spans:
+            (piece,) = wide_pieces(stream, [group], [first], made if rows else partial(write_rows, stream, state=first))
+            name = group.labels[0] if len(group.writes) == 1 else f"{group.labels[0]}@{first}"
+            pieces = (*pieces, replace(piece, name=f"{group.id}.{first}", end=end))
+            order.append(name)
     return MapSide(Axis("writer", (*axis.labels, *order)), (*heads, *pieces), stream.d_model)
 
 
 def read_rows(stream: Stream, port: Port, group: Group) -> Iterator[Tensor]:
-    """The read map of an MLP's port or the unembedding, in parts."""
+    """The read map of an MLP's port, a dictionary or the unembedding, in parts."""
     if group.kind == "unembed":
         yield from token_parts(stream, "unembed")
+    elif group.kind == "dictionary":
+        for some in _parts(group):
+            yield stream.attached[group.id].read(stream, some).maps[0]
     else:
         yield stream.read(port, group).maps[0]
 
 
-def write_rows(stream: Stream, group: Group) -> Iterator[Tensor]:
-    """The transposed write map of an MLP, an embedding or a bias, in parts."""
+def write_rows(stream: Stream, group: Group, state: int | None = None) -> Iterator[Tensor]:
+    """The transposed write map of an MLP, a dictionary (by a state), an embedding or a bias, in parts."""
     if group.kind == "embed":
         yield from token_parts(stream, "embed")
+    elif group.kind == "dictionary":
+        for some in _parts(group):
+            yield centred(stream, stream.attached[group.id].write(stream, state, some)[0].T, -1, stream.dtype)
     else:
         yield stream.write(group)[0].T
+
+
+def _parts(group: Group) -> Iterator[slice]:
+    """The features of a dictionary, some at a time."""
+    return (slice(start, min(start + ROWS, group.width)) for start in range(0, group.width, ROWS))
 
 
 def read_gram(stream: Stream, port: Port, group: Group) -> Tensor:

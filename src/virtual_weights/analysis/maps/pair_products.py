@@ -258,7 +258,7 @@ def pair_products(readers: MapSide, writers: MapSide, blocks: Iterable[Block]) -
     pieces = list(blocks)
     traces = torch.cat([block["readers"] for block in pieces], 1), pieces[0]["writers"]
     trace_r, trace_w = traces[0][0], traces[1][0]
-    reach = writers.position[None, :] <= readers.position[:, None]
+    reach = (writers.position <= readers.position[:, None]) & (readers.position[:, None] < writers.end)
     squared = torch.cat([block["products"] for block in pieces]) * trace_r[:, None] * trace_w
     # what is faint was computed in float64, whatever the rest was computed in
     squared = beyond_rounding(squared, (traces[0][1, :, None] * traces[1][1]).sqrt()).clamp_(min=0.0)

@@ -104,7 +104,8 @@ class CompositionSketch(Question[Stream]):
         estimate, error = estimates(*sketches)
         present = (sketches[0].traces > 0)[:, None] & (sketches[1].traces > 0)
         estimate += present.to(accumulate) / stream.d_model
-        reach = (sides[1].position <= sides[0].position[:, None]) & present
+        reads = sides[0].position[:, None]
+        reach = (sides[1].position <= reads) & (reads < sides[1].end) & present
         pairs = int(reach.sum())
         kept = estimate.masked_fill(~reach, -torch.inf).flatten().topk(min(self.exact, pairs)).indices
         reader, writer = kept // max(1, estimate.shape[1]), kept % max(1, estimate.shape[1])

@@ -83,12 +83,20 @@ class _HeadPairs(Blocked[Stream]):
                     yield question, part.name, {"score": score, "norms": rows.norms.cpu()}
 
     def _score(self, stream: Stream, blocks: Iterable[Block]) -> tuple[NeuronSide, _Heads, Tensor, Tensor]:
-        """Both sides, (heads, neurons) of scores, and the norms of the neurons' vectors."""
+        """Both sides, (heads, neurons) of scores, and the norms of the neurons' vectors.
+
+        Norms are (1, neurons), or (heads, neurons) where a cross-layer dictionary's vectors differ between heads.
+        """
         neurons, heads = self.neurons(stream), self.heads(stream)
-        score = torch.empty(heads.stack.count, neurons.count)
-        norms = torch.empty(neurons.count, dtype=accumulate)
+        score = torch.full((heads.stack.count, neurons.count), torch.nan)
+        norms = torch.full((1, neurons.count), torch.nan, dtype=accumulate)
         for part, block in zip(neurons.ranges, blocks, strict=True):
-            score[:, part.numbers], norms[part.numbers] = block["score"], block["norms"]
+            rows = torch.ones(heads.stack.count, dtype=torch.bool)
+            if neurons.port == "out" and part.grows:
+                rows = (heads.stack.position >= part.position) & (heads.stack.position < part.end)
+                norms = norms.expand(heads.stack.count, -1).clone()
+            score[rows, part.numbers] = block["score"][rows]
+            norms[rows if len(norms) > 1 else slice(None), part.numbers] = block["norms"]
         return neurons, heads, score, norms
 
 
@@ -136,7 +144,7 @@ class HeadNeuron(_HeadPairs):
     def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """A Record over (neuron, head), both in order of depth."""
         neurons, heads, score, norms = self._score(subject, blocks)
-        columns = _columns(score.T, norms[:, None] * heads.norms, heads.deviation, subject.d_model)
+        columns = _columns(score.T, norms.T * heads.norms, heads.deviation, subject.d_model)
         return subject.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **_STAMP)
 
 
@@ -249,7 +257,7 @@ def _scores(heads: _Heads, neurons: NeuronSide, loaded: Sequence[NeuronRows]) ->
         partners = [
             (rows, score)
             for rows, score in zip(loaded, scores, strict=True)
-            if (rows.position <= state if neurons.port == "out" else state <= rows.position)
+            if (rows.position <= state < rows.end if neurons.port == "out" else state <= rows.position)
         ]
         unit = heads.unit(chosen, loaded[0].unit.device) if partners else torch.empty(0)
         for rows, score in partners:

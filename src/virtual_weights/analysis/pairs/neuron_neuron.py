@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from virtual_weights.analysis.maps.neuron_side import (
+    UNITS,
     NeuronRange,
     NeuronRows,
     NeuronSide,
+    Units,
     check_neuron_port,
     neuron_side,
 )
@@ -45,6 +47,7 @@ class NeuronPairs(Blocked[Stream]):
         top: how many edges the tables hold for each reader or each writer.
         reader: only edges into this neuron, e.g. ``"L18N5"``; None for all.
         writer: only edges out of this neuron; None for all.
+        writers: ``"neurons"``, ``"features"`` of attached dictionaries, or ``"all"`` of both.
         device: any torch device.
         memory_mb: of blocks at work at once; where all do not fit, writers are read several times.
     """
@@ -53,11 +56,14 @@ class NeuronPairs(Blocked[Stream]):
     top: int = 10
     reader: str | None = None
     writer: str | None = None
+    writers: Units = "all"
     device: str = cost("cpu")
     memory_mb: int = cost(512)
 
     def __post_init__(self) -> None:
         check_neuron_port(self.port)
+        if self.writers not in UNITS:
+            raise UsageError(f"writers={self.writers!r}", expected=", ".join(UNITS), do="choose one of these")
         if self.top < 1 or self.memory_mb < 1:
             raise UsageError(
                 f"top={self.top}, memory_mb={self.memory_mb}", expected="at least 1 each", do="pass for example top=10"
@@ -100,20 +106,24 @@ class NeuronPairs(Blocked[Stream]):
                     yield comparison.task.question, comparison.task.read.name, comparison.block()
 
     def _sides(self, stream: Stream) -> _Sides:
-        return _Sides(neuron_side(stream, self.port, self.reader), neuron_side(stream, "out", self.writer))
+        return _Sides(
+            neuron_side(stream, self.port, self.reader), neuron_side(stream, "out", self.writer, self.writers)
+        )
 
     def _edges(self, stream: Stream, blocks: Iterable[Block], of: Literal["reader", "writer"]) -> Record:
         """The strongest edges of every reader or every writer."""
         sides = self._sides(stream)
         labels = sides.readers.labels, sides.writers.labels
         # NaN never shows, since a neuron without direction has no edge
-        norm_in, norm_out = (
-            torch.full((side.count,), torch.nan, dtype=accumulate) for side in (sides.readers, sides.writers)
-        )
-        keys = torch.full((len(norm_in if of == "reader" else norm_out), self.top), -1)
+        norm_in = torch.full((sides.readers.count,), torch.nan, dtype=accumulate)
+        norms_out = list[tuple[NeuronRange, NeuronRange, Tensor]]()  # of every writer, as every reader sees it
+        keys = torch.full((sides.readers.count if of == "reader" else sides.writers.count, self.top), -1)
         for (read, writers), block in zip(sides.reached(), blocks, strict=True):
             norm_in[read.numbers] = block["norm_in"]
-            norm_out[_numbers(writers)] = block["norm_out"]
+            counts = [part.count for part in writers]
+            norms_out += [
+                (read, part, norm) for part, norm in zip(writers, block["norm_out"].split(counts), strict=True)
+            ]
             if of == "reader":
                 keys[read.numbers] = block["writers"]
             else:
@@ -121,7 +131,7 @@ class NeuronPairs(Blocked[Stream]):
         neuron, place = (keys >= 0).nonzero(as_tuple=True)
         partner, score = partners(keys[neuron, place])
         reader, writer = (neuron, partner) if of == "reader" else (partner, neuron)
-        strength = (score * norm_in[reader] * norm_out[writer]).float()
+        strength = (score * norm_in[reader] * _lengths(norms_out, reader, writer, sides.writers.count)).float()
         columns = (
             Column("reader", tuple(labels[0][i] for i in reader.tolist()), "", "the reading neuron"),
             Column("writer", tuple(labels[1][i] for i in writer.tolist()), "", "the writing neuron"),
@@ -223,7 +233,7 @@ class _Sides:
     def reached(self) -> Iterator[tuple[NeuronRange, tuple[NeuronRange, ...]]]:
         """Readers that some writer reaches, and all these writers, both in order of depth."""
         for read in self.readers.ranges:
-            writers = tuple(part for part in self.writers.ranges if part.position <= read.position)
+            writers = tuple(part for part in self.writers.ranges if part.meets(read))
             if writers:
                 yield read, writers
 
@@ -254,7 +264,7 @@ def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
     batch: list[_Task] = []
     for task in tasks:
         first = batch[0].question if batch else task.question
-        alike = (task.question.writer, task.question.device) == (first.writer, first.device)
+        alike = all(getattr(task.question, name) == getattr(first, name) for name in ("writer", "writers", "device"))
         if batch and not (alike and sum(other.bytes for other in (*batch, task)) <= first.memory_mb * 2**20):
             yield batch
             batch = []
@@ -302,13 +312,13 @@ def _compare(tasks: Sequence[_Task]) -> Iterator[tuple[int, _Comparison, bool]]:
     writers, device = tasks[0].sides.writers, tasks[0].question.device
     active, scratch = [_Comparison(task) for task in tasks], Workspace(torch.device(device))
     for part in writers.ranges:
-        reached = [comparison for comparison in active if part.position <= comparison.task.read.position]
+        reached = [comparison for comparison in active if part.meets(comparison.task.read)]
         if not reached:
             continue
         rows = writers.load(part, device)
         for comparison in reached:
             comparison.add(rows, scratch)
-            complete = part.first == comparison.task.writers[-1].first
+            complete = part.name == comparison.task.writers[-1].name
             if complete:
                 active.remove(comparison)
             yield part.count * comparison.task.read.count, comparison, complete
@@ -316,3 +326,20 @@ def _compare(tasks: Sequence[_Task]) -> Iterator[tuple[int, _Comparison, bool]]:
 
 def _numbers(parts: Sequence[NeuronRange]) -> Tensor:
     return torch.cat([torch.arange(part.first, part.first + part.count) for part in parts])
+
+
+def _lengths(
+    norms: Sequence[tuple[NeuronRange, NeuronRange, Tensor]], reader: Tensor, writer: Tensor, count: int
+) -> Tensor:
+    """The length of what each writer has written, as its reader sees it, in float64."""
+    first = torch.full((count,), torch.nan, dtype=accumulate)
+    for _, part, norm in norms:
+        if part.position == part.mlp.first:
+            first[part.numbers] = norm
+    lengths = first[writer]
+    for read, part, norm in norms:
+        if part.position != part.mlp.first:  # of a cross-layer dictionary, which has written more since
+            pairs = (reader >= read.first) & (reader < read.first + read.count)
+            pairs &= (writer >= part.first) & (writer < part.first + part.count)
+            lengths[pairs] = norm[writer[pairs] - part.first]
+    return lengths

@@ -135,7 +135,9 @@ class VectorReaders(_OfVector):
                 parts.append(_foremost(_tokens(stream, "unembed", unit, mean), self.tokens))
             elif port in NEURON_PORTS:
                 side = neuron_side(stream, port)
-                parts.append((_neurons(side, unit, mean), (side.positions >= state).nonzero()[:, 0], "neuron"))
+                met = _single(side.labels, map(side.rows, side.ranges), unit, mean)
+                some = (side.positions >= state).nonzero()[:, 0]
+                parts.append((met, some, "feature" if port == "enc" else "neuron"))
             elif port in HEAD_PORTS:
                 groups = stream.groups.readers(port)
                 names = [name for group in groups for name in group.readers(port)]
@@ -185,9 +187,9 @@ class VectorWriters(_OfVector):
             some = (head_positions(groups, "O") <= state).nonzero()[:, 0]
             parts.append((_circuits(names, stacks, unit, None), some, "head"))
         progress(1, 3)
-        if stream.groups.mlps:
+        if stream.groups.mlps or stream.groups.dictionaries:
             side = neuron_side(stream, "out")
-            parts.append((_neurons(side, unit, None), (side.positions <= state).nonzero()[:, 0], "neuron"))
+            parts.extend(part for kind in ("mlp", "dictionary") for part in _written(side, kind, state, unit))
         progress(2, 3)
         if "embed" in stream.groups:
             parts.append(_foremost(_tokens(stream, "embed", unit, None), self.tokens))
@@ -230,8 +232,13 @@ def _single(names: Sequence[str], rows: Iterator[Tensor], unit: Tensor, mean: Te
     return _Met(names, score, norms, sign, torch.ones_like(score), heard[0] if heard else score[:0])
 
 
-def _neurons(side: NeuronSide, unit: Tensor, mean: Tensor | None) -> _Met:
-    return _single(side.labels, map(side.rows, side.ranges), unit, mean)
+def _written(side: NeuronSide, kind: str, state: int, unit: Tensor) -> Iterator[_Part]:
+    """Neurons, or features, as far as they have written by a state."""
+    ranges = [part for part in side.ranges if part.mlp.kind == kind and part.position <= state < part.end]
+    if ranges:
+        names = side.names(ranges)
+        met = _single(names, map(side.rows, ranges), unit, None)
+        yield met, torch.arange(len(names)), "neuron" if kind == "mlp" else "feature"
 
 
 def _tokens(stream: Stream, side: TokenSide, unit: Tensor, mean: Tensor | None) -> _Met:
@@ -274,7 +281,7 @@ def _record(question: _OfVector, stream: Stream, axis: str, parts: Sequence[_Par
         question,
         (Axis(axis, tuple(names)),),
         (
-            Column("kind", kinds, "", "head, neuron or token"),
+            Column("kind", kinds, "", "head, neuron, feature or token"),
             Column("score", score, "1, in [0, 1]", "cosine, or ||C v|| / (||C||_F ||v||) of a circuit"),
             Column("null_ratio", score * stream.d_model**0.5, "1 (ratio)", "score over its root mean square at random"),
             *(Column(name, joined[name], *meanings[name]) for name in meanings if name in joined),

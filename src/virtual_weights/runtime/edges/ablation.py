@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
-from random import Random
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -19,9 +17,9 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.edges.attribution import Metric, check_how
 from virtual_weights.runtime.edges.edge import Edge, EdgeSet, Replacement, Scalars, group_readers
 from virtual_weights.runtime.edges.passes import FIGURES, Manner, Measured, measured
+from virtual_weights.runtime.edges.yardstick import likeness, random_edges, rank_of
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Composite, Question, Stream, cost
-from virtual_weights.stream.group import Port
 from virtual_weights.stream.question import Ask, asking
 
 INTERVAL = "95% t-interval of the mean over sequences, corrected for skewness"
@@ -175,8 +173,8 @@ class Ablation(Composite[Run]):
     def __call__(self, subject: Run, progress: Progress = silent, ask: Ask | None = None) -> Record:
         asked = {edge.key: edge for edge in _distinct(subject.stream, self.edges)}
         yardstick = {
-            likeness: {edge.key: edge for edge in _random_edges(subject.stream, *likeness, self.random, self.seed)}
-            for likeness in dict.fromkeys(map(_likeness, asked.values()))
+            alike: {edge.key: edge for edge in random_edges(subject.stream, *alike, self.random, self.seed)}
+            for alike in dict.fromkeys(map(likeness, asked.values()))
         }
         edges = {**asked, **{k: e for random in yardstick.values() for k, e in random.items() if k not in asked}}
         how = self.replacement, self.scalars, self.sequences, self.metric, self.batch
@@ -185,7 +183,7 @@ class Ablation(Composite[Run]):
         columns = {column.name: _joined(records, column) for column in records[0].columns}
         effect, low, high, p = (torch.as_tensor(columns[n].values) for n in ("effect_nats", "low", "high", "p"))
         sizes = dict(zip(edges, effect.abs().tolist(), strict=True))
-        ranks = [_rank(key, sizes, yardstick[_likeness(edge)]) for key, edge in edges.items()]
+        ranks = [rank_of(key, sizes, yardstick[likeness(edge)]) for key, edge in edges.items()]
         q = torch.full((len(edges),), torch.nan, dtype=accumulate)
         q[: len(asked)] = benjamini_hochberg(p[: len(asked)])
         verdicts = tuple(verdict(*bounds, self.least) for bounds in zip(low.tolist(), high.tolist(), strict=True))
@@ -337,9 +335,9 @@ def _check_disjoint(edges: Sequence[Edge]) -> None:
 def _elsewhere(stream: Stream, edges: Sequence[Edge]) -> Iterator[Edge]:
     """One edge into every other reader of the ports of some edges; of an MLP that is all its neurons."""
     for edge in edges:
-        if edge.reader.kind == "neuron":
+        if edge.reader.kind in ("neuron", "feature"):
             raise UsageError(
-                f"{edge} with others='ports', of which the rest of the MLP is one",
+                f"{edge} with others='ports', of which the rest of the MLP or dictionary is one",
                 expected="readers that are whole",
                 do="name the MLP as the reader, or pass others='readers'",
             )
@@ -359,36 +357,6 @@ def _faithfulness(kept: Tensor, everything: Tensor) -> MeanEstimate:
         return MeanEstimate(*(torch.full_like(ratio, torch.nan) for _ in range(4)))
     deviation = mean_estimate(((1 - ratio) * everything - kept) / whole.mean)
     return MeanEstimate(ratio, ratio + deviation.low, ratio + deviation.high, deviation.p)
-
-
-def _random_edges(stream: Stream, kind: str, port: Port, count: int, seed: int) -> Iterator[Edge]:
-    """Edges of one kind of writer into one port, drawn evenly among those that reach, none twice."""
-    draw, keys = Random(seed), set[tuple[str, str, str]]()
-    labels = [c.label for c in stream.components if c.kind == ("mlp" if kind == "neuron" else kind)]
-    readers = group_readers(stream, port)
-    for _ in range(200 * count):  # by rejection: an MLP's neurons times all readers are too many to list
-        if len(keys) == count:
-            break
-        label, reader = draw.choice(labels), draw.choice(readers)
-        neuron = draw.randrange(stream.groups.of(label).width) if kind == "neuron" else None
-        try:
-            edge = Edge.of(stream, str(label) if neuron is None else f"L{label.layer}N{neuron}", reader)
-        except UsageError:  # it cannot reach
-            continue
-        if edge.key not in keys:
-            keys.add(edge.key)
-            yield edge
-
-
-def _likeness(edge: Edge) -> tuple[str, Port]:
-    """What a random edge must have in common with the edge that it is compared with."""
-    return edge.writer.kind, edge.port
-
-
-def _rank(key: tuple[str, str, str], sizes: Mapping[tuple[str, str, str], float], yardstick: Iterable[Any]) -> float:
-    """The place of an edge by size among random ones, 1 the largest; NaN where there are none but itself."""
-    others = [sizes[other] for other in yardstick if other != key]
-    return 1 + sum(size > sizes[key] for size in others) if others else math.nan
 
 
 def _joined(records: Sequence[Record], column: Column) -> Column:

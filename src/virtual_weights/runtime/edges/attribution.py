@@ -16,9 +16,20 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.edges.dictionary_writes import decoder_hooks, feature_writes, pre_activations
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.running.activations import check_tokens
-from virtual_weights.runtime.running.hooks import Place, leaf, module_of, port_values, watched, wide
+from virtual_weights.runtime.running.hooks import (
+    Hook,
+    Place,
+    before,
+    leaf,
+    module_of,
+    port_values,
+    state_module,
+    watched,
+    wide,
+)
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.effective import projection
@@ -156,10 +167,10 @@ class Attribution(Question[Run]):
     done, batches).
 
     Attributes:
-        port: through what is read: of heads ``"Q"``, ``"K"``, ``"V"``, of MLPs ``"gate"`` and ``"up"`` or ``"in"``, and
-            ``"unembed"``.
-        writers: ``"heads"``, or ``"all"``: embeddings and MLPs too. Biases are not edges that could be removed: what
-            they write is their mean.
+        port: through what is read: of heads ``"Q"``, ``"K"``, ``"V"``, of MLPs ``"gate"`` and ``"up"`` or ``"in"``,
+            ``"unembed"``, and ``"enc"`` of attached dictionaries as wholes.
+        writers: ``"heads"``, or ``"all"``: embeddings, MLPs and attached dictionaries too. Biases are not edges that
+            could be removed: what they write is their mean.
         metric: of logits and tokens, one number a sequence; None is the mean next-token loss in nats, from the first
             token of the run that counts. A function enters the key by its name and a digest of its source; where that
             cannot be had (a lambda, a closure), no atlas keeps the answer.
@@ -223,7 +234,7 @@ class Attribution(Question[Run]):
         readers, writers = run.stream.groups.readers(self.port), _writers(run.stream, self.writers)
         names = tuple(name for group in readers for name in group.readers(self.port))
         kv_groups = tuple(name for group in readers for name in group.kv_groups(self.port))
-        sources = tuple(label for group in writers for label in group.labels)
+        sources = tuple(label for writer in writers for label in writer.labels)
         axes = Axis("reader", names, kv_groups), Axis("writer", sources)
         reaches = [[w.reaches(r.reads) for w in writers for _ in w.labels] for r in readers for _ in r.labels]
         effects = effects.masked_fill(~torch.tensor(reaches), torch.nan)
@@ -253,7 +264,7 @@ class _Sums:
         self.readers: dict[_Reader, Group] = {(port, g.id): g for port in ports for g in groups.readers(port)}
         self.writers = _writers(run.stream, how.writers)
         self.products, self.gradients = dict[_Reader, Tensor](), dict[_Reader, Tensor]()
-        count = sum(len(group.components) for group in self.writers)
+        count = sum(len(writer.labels) for writer in self.writers)
         self.written = torch.zeros(count, run.stream.d_model, dtype=accumulate, device=run.device)
         self.tokens = 0
 
@@ -283,7 +294,7 @@ class _Sums:
         """What writers write from and readers read, and the gradient of the summed metric at each port's output."""
         module, stream = self.run.module, self.run.stream
         outputs: dict[_Reader, Tensor] = {}
-        places = {_place(group) for group in self.writers}
+        places = {writer.place for writer in self.writers}
         places |= {("state", group.reads or 0) for group in self.readers.values()}
 
         def keep(reader: _Reader, _module: nn.Module, _given: object, output: Tensor) -> None:
@@ -294,6 +305,10 @@ class _Sums:
             stack.callback(module_of(module, stream, "embed", "embed").register_forward_hook(leaf).remove)
             for reader in self.readers:
                 port, group = reader
+                if port == "enc":
+                    for hook in _feature_hooks(module, stream, group, partial(keep, reader, module, None)):
+                        stack.callback(hook.remove)
+                    continue
                 hook = module_of(module, stream, READINGS[port], group).register_forward_hook(partial(keep, reader))
                 stack.callback(hook.remove)
             signals, logits = watched(module, stream, places, tokens)
@@ -301,32 +316,77 @@ class _Sums:
             distinct = list({id(output): output for output in outputs.values()}.values())  # fused ports are one output
             gradients = {id(o): g for o, g in zip(distinct, torch.autograd.grad(total, distinct), strict=True)}
         return signals, {
-            (port, group): port_values(stream, port, group, gradients[id(output)])
+            (port, group): gradients[id(output)]
+            if port == "enc"
+            else port_values(stream, port, group, gradients[id(output)])
             for (port, group), output in outputs.items()
         }
 
     def _written(self, signals: Mapping[Place, Tensor], tokens: Tensor) -> Tensor:
         """What every writer writes, (writers, B T, d): ``O z`` of heads for z (B, T, m, k), a group at a time."""
-        outputs: list[Tensor] = []
-        for group in self.writers:
-            z = wide(signals[_place(group)])
+        outputs, stream = list[Tensor](), self.run.stream
+        for writer in self.writers:
+            z = wide(signals[writer.place])
             z = z.expand(*tokens.shape, *z.shape[2:]).flatten(0, 1)
-            heads = group.kind == "head"
-            outputs.append(torch.einsum("mdk,tmk->mtd", self.run.stream.write(group).to(z), z) if heads else z[None])
+            if writer.group.kind == "dictionary":
+                outputs.append(feature_writes(stream, writer.group.id, z, slice(None), writer.first)[None])
+            elif writer.group.kind == "head":
+                outputs.append(torch.einsum("mdk,tmk->mtd", stream.write(writer.group).to(z), z))
+            else:
+                outputs.append(z[None])
         return torch.cat(outputs)
 
     def _at_the_stream(self, reader: _Reader, gradient: Tensor, x: Tensor) -> Tensor:
         """``R~^T g / s``, (m, B T, d), for g (B, T, m, k), of one map (B, T, k), and x (B, T, d)."""
         x = wide(x.flatten(0, 1))
-        maps = projection(self.run.stream, *reader).maps.to(x)
+        stream = self.run.stream
+        maps = (stream.read(*reader) if reader[0] == "enc" else projection(stream, *reader)).maps.to(x)
         gradient = gradient.flatten(0, 1).to(x).reshape(len(x), *maps.shape[:2])
-        return torch.einsum("mkd,tmk->mtd", maps, gradient / self.run.stream.scale(x, reader[1])[:, None, None])
+        return torch.einsum("mkd,tmk->mtd", maps, gradient / stream.scale(x, reader[1])[:, None, None])
 
 
-def _writers(stream: Stream, writers: Writers) -> tuple[Group, ...]:
-    """The groups of writers that differ between tokens."""
-    return stream.groups.kind("head") if writers == "heads" else stream.groups.kind("embed", "pos", "head", "mlp")
+@final
+@dataclass(frozen=True)
+class _Writer:
+    """A group that writes, of a cross-layer dictionary as much as it has written in states ``[first, end)``."""
+
+    group: Group
+    first: int
+    end: int
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        labels = self.group.labels
+        return labels if len(self.group.writes) == 1 else tuple(f"{label}@{self.first}" for label in labels)
+
+    @property
+    def place(self) -> Place:
+        """Where z is seen, of others than heads what they write; of features the state that they read."""
+        if self.group.kind == "dictionary":
+            return "state", self.group.reads or 0
+        return "inner" if self.group.kind == "head" else "written", self.group.id
+
+    def reaches(self, state: int | None) -> bool:
+        return state is not None and self.first <= state < self.end
 
 
-def _place(writer: Group) -> Place:
-    return "inner" if writer.kind == "head" else "written", writer.id
+def _writers(stream: Stream, writers: Writers) -> list[_Writer]:
+    """What writes and differs between tokens; of attached dictionaries those whose activations are known."""
+    groups = stream.groups
+    own = groups.kind("head") if writers == "heads" else groups.kind("embed", "pos", "head", "mlp")
+    attached = [group for group in groups.dictionaries if group.ports and writers == "all"]
+    return [_Writer(group, *span) for group in (*own, *attached) for span in group.spans]
+
+
+def _feature_hooks(module: nn.Module, stream: Stream, name: str, keep: Callable[[Tensor], None]) -> Iterator[Hook]:
+    """Hooks that let a dictionary's pre-activations have gradients: what is added where it writes is 0."""
+    part, differences = stream.attached[name], dict[str, Tensor]()
+
+    def read(states: Tensor) -> None:
+        pre = pre_activations(stream, name, states).requires_grad_()
+        activations = part.part.activation(pre)
+        differences[name] = activations - activations.detach()
+        keep(pre)
+
+    yield before(state_module(module, stream, stream.groups[name].reads or 0), read)
+    yield from decoder_hooks(module, stream, name, lambda: differences[name])

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import UsageError
+from virtual_weights.runtime.edges.dictionary_writes import decoder_hooks, pre_activations
+from virtual_weights.runtime.edges.written import Written, unit_rows
 from virtual_weights.runtime.running.hooks import (
     Hook,
     Place,
@@ -20,7 +23,7 @@ from virtual_weights.runtime.running.hooks import (
     watching,
     wide,
 )
-from virtual_weights.stream import Group, Label, Stream, parse
+from virtual_weights.stream import Label, Stream, parse
 from virtual_weights.stream.effective import projection
 from virtual_weights.stream.group import READINGS, Port
 
@@ -31,8 +34,9 @@ class Edge:
     """The direct edge of a writer into one port of a reader, and nothing else of either.
 
     Attributes:
-        writer: a head, an MLP, a neuron or an embedding.
-        reader: a head's ``Q``, ``K`` or ``V``, an MLP's or neuron's ``gate``, ``up`` or ``in``, or the unembedding.
+        writer: a head, an MLP, a neuron, a feature of an attached dictionary, or an embedding.
+        reader: a head's ``Q``, ``K`` or ``V``, an MLP's or neuron's ``gate``, ``up`` or ``in``, a feature's ``enc``, or
+            the unembedding.
         port: the reader's port.
         source: id of the writer's group.
         target: id of the reader's group.
@@ -89,6 +93,8 @@ class Edge:
             raise UsageError(
                 f"{writer} cannot reach {reader}", expected="a writer before the reader", do="exchange the two"
             )
+        if len(source.writes) > 1:  # of a cross-layer dictionary, as much as it has written by then
+            written = replace(written, state=target.reads)
         head = (read.index or 0) if read.kind == "head" else 0
         kv_groups, label = target.kv_groups(port), str(replace(read, port=None))
         kv_group = kv_groups[head] if kv_groups else None
@@ -99,12 +105,14 @@ class Edge:
 
     def maps(self, stream: Stream, like: Tensor) -> Tensor:
         """The reader's effective map R~, (k, d), in the dtype and on the device of ``like``."""
+        if self.port == "enc":
+            return stream.read(self.port, self.target).maps[0, self.rows].to(like)
         return projection(stream, self.port, self.target).maps[self.map_index, self.rows].to(like)
 
     @property
     def rows(self) -> slice:
         """Which rows of the map: all, or a neuron's."""
-        return _rows(self.reader)
+        return unit_rows(self.reader)
 
     @property
     def input(self) -> tuple[Port, str, int, int | None]:
@@ -154,48 +162,11 @@ class EdgeSet:
         return places | {Written.of(stream, edge.writer).place for edge in writers}
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Written:
-    """What some components of one group write: ``O z`` for z that the model's run shows.
-
-    Attributes:
-        stream: the model.
-        group: the group.
-        components: which of its m components.
-        rows: which of their k inner activations: all, or a neuron's.
-    """
-
-    stream: Stream
-    group: Group
-    components: slice
-    rows: slice
-
-    @classmethod
-    def of(cls, stream: Stream, label: Label, shared: int = 1) -> Written:
-        """What one component or neuron writes; of a head, with the others of the ``shared`` that it stands among."""
-        first = (label.index or 0) // shared * shared if label.kind == "head" else 0
-        return cls(stream, stream.groups.of(label), slice(first, first + shared), _rows(label))
-
-    @property
-    def place(self) -> Place:
-        """Where z is seen; of embeddings ``O z`` itself."""
-        return "written" if self.group.kind in ("embed", "pos") else "inner", self.group.id
-
-    def __call__(self, signals: Mapping[Place, Tensor]) -> Tensor:
-        """``O z``, (B, T, d), of what a run showed at ``place``."""
-        signal = signals[self.place]
-        if self.place[0] == "written":
-            return signal
-        z = signal[..., self.components, self.rows]
-        maps = self.stream.write(self.group)[self.components, :, self.rows].to(z)
-        return torch.einsum("mdk,btmk->btd", maps, z)
-
-
 def affected(stream: Stream, edge: Edge) -> Written | None:
-    """What the heads (or MLP, or neuron) that read through an edge write; None of the unembedding."""
+    """What the heads (or MLP, or neuron) that read through an edge write; None of the unembedding and of features."""
     target = stream.groups[edge.target]
-    return Written.of(stream, edge.reader, target.shared(edge.port)) if target.writes else None
+    own = target.writes and target.kind != "dictionary"
+    return Written.of(stream, edge.reader, target.shared(edge.port)) if own else None
 
 
 def group_readers(stream: Stream, port: str) -> tuple[str, ...]:
@@ -205,44 +176,6 @@ def group_readers(stream: Stream, port: str) -> tuple[str, ...]:
         UsageError: nothing in this model reads through it.
     """
     return tuple(label for group in stream.groups.readers(port) for label in group.readers(port)[:: group.shared(port)])
-
-
-def token_losses(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
-    """Loss in nats of predicting tokens ``first``, ``first + 1``, ... of each sequence, (B, T - first).
-
-    NaN where a token has no logit, as in a model whose answers are of another vocabulary than what it reads.
-
-    Args:
-        logits: (B, T, V).
-        tokens: (B, T).
-        first: the first token that counts, at least 1; half the length where the second half repeats the first.
-    """
-    predicted, wanted = wide(logits[:, first - 1 : -1]), tokens[:, first:]
-    absent = wanted >= logits.shape[-1]
-    losses = torch.nn.functional.cross_entropy(predicted.mT, wanted.masked_fill(absent, 0), reduction="none")
-    return losses.masked_fill(absent, torch.nan)
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor, first: int = 1) -> Tensor:
-    """The mean of ``token_losses`` over each sequence, (B,).
-
-    Raises:
-        UsageError: a token has no logit.
-    """
-    losses = token_losses(logits, tokens, first)
-    if int(tokens[:, first:].max()) >= logits.shape[-1]:
-        raise UsageError(
-            f"token {int(tokens[:, first:].max())} among those to predict, and {logits.shape[-1]} logits",
-            expected="tokens that the model has logits of",
-            do="measure a difference of logits: metric=LogitDifference(token)",
-        )
-    return losses.mean(1)
-
-
-def _rows(label: Label) -> slice:
-    if label.kind != "neuron" or label.index is None:
-        return slice(None)
-    return slice(label.index, label.index + 1)
 
 
 Replacement = Literal["mean", "resample", "partner"]
@@ -360,26 +293,46 @@ def removed(
     signals: dict[Place, Tensor] = dict(earlier or {})
     see: See = lambda signal, where, tensor: signals.update({(signal, where): tensor})  # noqa: E731
 
+    def change(i: int, cut: EdgeSet, size: int) -> tuple[slice, Tensor]:
+        """The block of a batch, and what is added to its port."""
+        block = _block(size, len(sets), i, how)
+        shown = {place: signals[place] for place in cut.places(stream)}
+        shown = {place: x.expand(size, *x.shape[1:])[block] for place, x in shown.items()}
+        return block, how.change(stream, cut, shown)
+
     def without(role: str, group: str) -> Hook:
         here = [(i, cut) for i, cut in cuts if _module(cut) == (role, group)]
 
         def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
             output = output.clone()
             for i, cut in here:
-                edge, block = cut.edges[0], _block(len(output), len(sets), i, how)
+                edge, (block, moved) = cut.edges[0], change(i, cut, len(output))
                 features = port_features(stream, edge.port, group)
                 features = features[edge.map_index] if edge.reader.kind == "head" else features
-                shown = {place: signals[place] for place in cut.places(stream)}
-                shown = {place: x.expand(len(output), *x.shape[1:])[block] for place, x in shown.items()}
-                output[block][..., features[edge.rows]] += how.change(stream, cut, shown)
+                output[block][..., features[edge.rows]] += moved
             return output
 
         return module_of(model, stream, role, group).register_forward_hook(hook)
 
+    def activations(name: str) -> Tensor:
+        """By how much the features of a dictionary change, (B, T, F)."""
+        states = signals["state", stream.groups[name].reads or 0]
+        before, activation = pre_activations(stream, name, states), stream.attached[name].part.activation
+        after = before.clone()
+        for i, cut in cuts:
+            if cut.edges[0].target == name:
+                block, moved = change(i, cut, len(states))
+                after[block][..., cut.edges[0].rows] += moved
+        return activation(after) - activation(before)
+
     with ExitStack() as stack:
         stack.enter_context(watching(model, stream, {place for edges in sets for place in edges.places(stream)}, see))
         for role, group in dict.fromkeys(_module(cut) for _, cut in cuts):
-            stack.callback(without(role, group).remove)
+            if group not in stream.attached:
+                stack.callback(without(role, group).remove)
+                continue
+            for hook in decoder_hooks(model, stream, group, partial(activations, group)):
+                stack.callback(hook.remove)
         yield
 
 

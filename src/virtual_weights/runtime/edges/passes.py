@@ -20,11 +20,11 @@ from virtual_weights.runtime.edges.edge import (
     Removal,
     Replacement,
     Scalars,
-    Written,
     affected,
     removed,
-    token_losses,
 )
+from virtual_weights.runtime.edges.losses import token_losses
+from virtual_weights.runtime.edges.written import Written
 from virtual_weights.runtime.running.hooks import Place, block_of, watched
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream, through_norm
@@ -167,7 +167,13 @@ class _Passes:
         group = starting_group(stream, sets)
         state = self.signals["state", group.reads or 0].repeat(copies, 1, 1)
         # of what writers write from, a block that does not run shows nothing
-        inner = {place: torch.cat([z] * copies) for place, z in self.signals.items() if place[0] == "inner"}
+        early = {edge.source for edges in sets for edge in edges.edges} & {g.id for g in stream.groups.attached}
+        states = {("state", stream.groups[name].reads) for name in early}
+        inner = {
+            place: torch.cat([z] * copies)
+            for place, z in self.signals.items()
+            if place[0] == "inner" or place in states
+        }
         places = {place for edges in sets for place in _places(stream, edges)}
         with restarted(module, stream, group, state), removed(module, stream, sets, removal, inner):
             signals, logits = watched(module, stream, places, self.tokens.repeat(copies, 1))
@@ -183,6 +189,8 @@ class _Passes:
         loss = (change > CHANGED).double().masked_fill(change.isnan(), torch.nan).mean(1)
         if (edge := edges.single) is not None:
             write = affected(self.run.stream, edge)
+            if edge.port == "enc":  # a feature writes nothing that the model has; what follows shows in the logits
+                return torch.stack([x.double() for x in (effect, pattern, output, top, loss)], 1)
             before, after = (
                 (without_mean(self.logits, -1), without_mean(logits, -1))  # a softmax sees no more of them
                 if write is None

@@ -14,7 +14,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Centring, accumulate
 from virtual_weights.linalg.numerics import SPREAD_ROUNDING, THREE_DIGITS
 from virtual_weights.progress import Progress, silent
-from virtual_weights.runtime.edges.edge import next_token_loss
+from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, state_module, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream

@@ -193,14 +193,14 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
     """The hook of one place."""
     signal, where = place
     if signal == "state":
-        return _before(state_module(module, stream, int(where)), partial(see, signal, where))
+        return before(state_module(module, stream, int(where)), partial(see, signal, where))
     group = stream.groups[str(where)]
     if signal == "pattern":
         return _pattern(module, stream, group.id, partial(see, signal, where))
     shape = len(group.components), group.width
     if signal == "after":
         output = module_of(module, stream, WRITINGS[group.kind], group.id)
-        return _after(output, lambda tensor: see(signal, where, after_scale(stream, tensor, group)))
+        return after(output, lambda tensor: see(signal, where, after_scale(stream, tensor, group)))
     if group.inner is not None and signal in ("inner", "within"):
 
         def normed(z: Tensor) -> None:
@@ -208,7 +208,7 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
             scalar = inner_scale(stream, z, group)
             see(signal, where, scalar if signal == "within" else z / scalar[..., None, None])
 
-        return _before(module_of(module, stream, "inner", group.id), normed)
+        return before(module_of(module, stream, "inner", group.id), normed)
     if signal == "inner":
 
         def inner(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -221,7 +221,7 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
         return _written(module, stream, group, partial(see, signal, where))
     assert signal != "within"
     reader = module_of(module, stream, READINGS[signal], group.id)
-    return _after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
+    return after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
 
 
 def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Tensor], None]) -> Hook:
@@ -229,7 +229,7 @@ def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Ten
     if group.kind == "pos" and stream.spec.sinusoidal:
         table = stream.write("pos")[0].T
         tokens = module_of(module, stream, "embed", "embed")
-        return _after(tokens, lambda tensor: see(table[None, : tensor.shape[1]].to(tensor)))
+        return after(tokens, lambda tensor: see(table[None, : tensor.shape[1]].to(tensor)))
     output = module_of(module, stream, WRITINGS[group.kind], group.id)
     if group.kind == "embed" and (stream.spec.embedding.factor != 1 or stream.spec.embedding.norm is not None):
 
@@ -244,17 +244,21 @@ def _written(module: nn.Module, stream: Stream, group: Group, see: Callable[[Ten
         given = tensor if bias is None else tensor - bias.to(tensor)
         see(centred(stream, added(stream, given, group) if group.kind == "mlp" else given))
 
-    return _after(output, written)
+    return after(output, written)
 
 
-def _before(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+def before(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+    """Call ``see`` with what a module receives."""
+
     def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
         see(given[0].detach())
 
     return module.register_forward_pre_hook(hook)
 
 
-def _after(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+def after(module: nn.Module, see: Callable[[Tensor], None]) -> Hook:
+    """Call ``see`` with what a module gives."""
+
     def hook(_module: nn.Module, _given: object, output: Tensor) -> None:
         see(output.detach())
 
