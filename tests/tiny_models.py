@@ -80,9 +80,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+WITH_NORMS_AFTER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {**LLAMA, "num_key_value_heads": 2, "head_dim": 4, "query_pre_attn_scalar": 16}),
+}
+"""Models with norms behind their parts and on queries and keys, apart from the shapes that most tests go through."""
+
+
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model whose every parameter is random: gains away from 1 and biases away from 0."""
-    kind, sizes = SHAPES[name]
+    kind, sizes = {**SHAPES, **WITH_NORMS_AFTER}[name]
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(kind, **sizes, **ids, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config)

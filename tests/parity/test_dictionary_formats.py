@@ -322,7 +322,7 @@ JUNK: tuple[Any, ...] = (None, True, -1, 0, 1.5, "x", [], ["x"], {"a": 1}, 1e308
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in FORMATS if n.startswith(("saelens", "llama", "sparsify", "clt-f", "dict"))]
+    "name", [n for n in files.FORMATS if n.startswith(("saelens", "llama", "sparsify", "clt-f", "dict"))]
 )
 def test_senseless_settings_raise_no_other_errors(name: str, tmp_path: Path) -> None:
     """Whatever a setting is, the dictionary opens or is refused in three parts."""

@@ -132,9 +132,10 @@ def train(
     """
     from virtual_weights.checkpoint.pinned_file import cache_folder
     from virtual_weights.runtime.features.training import train_lora, train_transcoders
+    from virtual_weights.stream.provenance import fingerprint_of
 
     what = "lora" if lora else "transcoders"
-    folder = folder or cache_folder() / "trained" / f"{session.stream.fingerprint[:16]}-{what}"
+    folder = folder or cache_folder() / "trained" / f"{fingerprint_of(session.stream)[:16]}-{what}"
     run, seed = session.run, session.options["seed"]
     if lora:
         first, last = train_lora(run, folder, steps=steps or 60, seed=seed, progress=session.step("adapter"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from virtual_weights.errors import RecordError, UsageError
 from virtual_weights.record.axes import one_line
+from virtual_weights.stream.provenance import fingerprint_of
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.tensor_file import identity, read_tensors, write_tensors
 
@@ -96,7 +97,7 @@ class Coactivations:
         Raises:
             UsageError: they were made with others.
         """
-        if self.fingerprint != stream.fingerprint:
+        if self.fingerprint != fingerprint_of(stream):
             raise UsageError(
                 "these coactivations belong to another model, or to other dictionaries",
                 expected=f"fingerprint {self.fingerprint[:12]}...",

@@ -264,6 +264,11 @@ def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
     )
 
 
+def centring(stream: Stream) -> bool:
+    """Whether no reader sees the mean over coordinates of the stream, those that are attached included."""
+    return stream.spec.centring and not stream.attached.raw
+
+
 def token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int = 8192) -> Iterator[Tensor]:
     """Tokens as rows (t, d) of the embedding or the unembedding, as ``write`` and ``read`` give them, in parts.
 
@@ -300,7 +305,7 @@ def _token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int) -
             raise _missing(stream, role, side)
         if side == "embed":
             part = embedded(stream, side, part)
-            yield without_mean(_least(stream, part), -1) if stream.folded and stream.centring else part
+            yield without_mean(_least(stream, part), -1) if stream.folded and centring(stream) else part
         else:
             folded = fold(part, gain, stream.spec.head.norm, stream.dtype) if stream.folded else part
             yield folded * stream.spec.head.factor if stream.folded and stream.spec.head.factor != 1.0 else folded

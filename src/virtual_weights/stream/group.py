@@ -167,14 +167,6 @@ class Group:
         stem = {"mlp": f"L{self.layer}N", "dictionary": f"{self.id}:F"}.get(self.kind)
         return () if stem is None else tuple(f"{stem}{i}" for i in range(self.width))
 
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """States ``[first, end)`` in which what it has written is the same: one span, but of a cross-layer dictionary.
-
-        The last one has no end.
-        """
-        return tuple(pairwise((*self.writes, NO_END)))
-
     def shared(self, port: str) -> int:
         """How many heads read through one map of a port."""
         return self.sharing if port in ("K", "V") else 1
@@ -312,6 +304,14 @@ class Groups:
                 do="name one of these",
             )
         return label
+
+
+def spans(group: Group) -> tuple[tuple[int, int], ...]:
+    """States ``[first, end)`` in which what it has written is the same: one span, but of a cross-layer dictionary.
+
+    The last one has no end.
+    """
+    return tuple(pairwise((*group.writes, NO_END)))
 
 
 def ports_of(part: Part) -> tuple[Port, ...]:

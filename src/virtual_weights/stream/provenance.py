@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from virtual_weights.stream.stream import Stream
 
 
+def fingerprint_of(stream: Stream) -> str:
+    """A hex sha256 of all weights, and of what is attached, by which results of another stream are told apart."""
+    if not stream.attached:
+        return stream.source.fingerprint
+    return sha256(f"{stream.source.fingerprint} {stream.attached.identity}".encode()).hexdigest()
+
+
 class Provenance(Mapping[str, Any]):
     """Which checkpoint a result is of; what lies in files is hashed when somebody looks at its fingerprint.
 
@@ -26,12 +33,12 @@ class Provenance(Mapping[str, Any]):
         if stream.attached:
             self._known["attached"] = ", ".join(part.name for part in stream.attached.parts)
         if not source.files:
-            self._known["fingerprint"] = stream.fingerprint
+            self._known["fingerprint"] = fingerprint_of(stream)
 
     def __getitem__(self, name: str) -> Any:
         value = self._known[name]
         if name == "fingerprint" and value is None:
-            return self._stream.fingerprint
+            return fingerprint_of(self._stream)
         return checked_table(self._table, self._stream.source.fingerprint) if name == "table" else value
 
     def __iter__(self) -> Iterator[str]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from virtual_weights.linalg import Dense, LinearMap
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream.adapted import adapted
 from virtual_weights.stream.attached import Attached, attached, divided
-from virtual_weights.stream.effective import Read, as_logits, projection, reader, writer
+from virtual_weights.stream.effective import Read, as_logits, centring, projection, reader, writer
 from virtual_weights.stream.group import Component, Group, Groups, Port, group_id
 from virtual_weights.stream.grouping import groups
 from virtual_weights.stream.layout import in_order, unpacked
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.norm import scale, without_mean
-from virtual_weights.stream.provenance import Provenance
+from virtual_weights.stream.provenance import Provenance, fingerprint_of
 from virtual_weights.stream.question import Question
 from virtual_weights.stream.rotary import rotation
 from virtual_weights.stream.views import Features, Head, Mlp
@@ -78,7 +77,7 @@ class Stream:
             )
         again = {**self.source.recipe}
         again["attach"] = [*again.get("attach", []), *map(str, self.attached.references)]
-        return _opened_again, (again, self.fingerprint, self.model, self.folded, self.dtype)
+        return _opened_again, (again, fingerprint_of(self), self.model, self.folded, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same stream with gains folded in ``dtype``, for example float64 where 1e-7 matters."""
@@ -88,18 +87,6 @@ class Stream:
     def spec(self) -> ModelSpec:
         """Sizes and choices of the model."""
         return self.model.spec
-
-    @property
-    def fingerprint(self) -> str:
-        """A hex sha256 of all weights, and of what is attached, by which results of another stream are told apart."""
-        if not self.attached:
-            return self.source.fingerprint
-        return sha256(f"{self.source.fingerprint} {self.attached.identity}".encode()).hexdigest()
-
-    @property
-    def centring(self) -> bool:
-        """Whether no reader sees the mean over coordinates of the stream, those that are attached included."""
-        return self.spec.centring and not self.attached.raw
 
     @property
     def d_model(self) -> int:
@@ -139,7 +126,7 @@ class Stream:
         words = ["gain and centring folded" if self.spec.centring else "gain folded"]
         words[0] += f" (of norms {' and '.join(also)} too)" if also else ""
         if self.spec.head.cap is None:
-            words.append("writers and unembedding centred" if self.centring else "unembedding centred")
+            words.append("writers and unembedding centred" if centring(self) else "unembedding centred")
         return ", ".join(words)
 
     @property
@@ -352,7 +339,7 @@ def _opened_again(recipe: dict[str, Any], fingerprint: str, model: Model, *rest:
     adapters, others = divided(recipe.pop("attach", []))
     source = adapted(open_source(**recipe), model, adapters)
     stream = Stream(source, model, *rest, attached=attached(model, others))
-    if stream.fingerprint != fingerprint:
+    if fingerprint_of(stream) != fingerprint:
         raise UsageError(
             f"{source.reference} holds another checkpoint here than where the work was divided",
             expected=f"the checkpoint of fingerprint {fingerprint}",
@@ -366,14 +353,14 @@ def centred(stream: Stream, vectors: Tensor, axis: int = -1, least: torch.dtype 
 
     Then in ``least`` precision or their own, if that is wider.
     """
-    if not stream.folded or not stream.centring:
+    if not stream.folded or not centring(stream):
         return vectors
     return without_mean(vectors.to(torch.promote_types(vectors.dtype, least)), axis)
 
 
 def through_norm(stream: Stream, vectors: Tensor) -> Tensor:
     """What a norm passes of vectors (..., d) of the stream, folded or not: LayerNorm takes their mean away."""
-    return without_mean(vectors, -1) if stream.centring else vectors
+    return without_mean(vectors, -1) if centring(stream) else vectors
 
 
 def finite(value: Any) -> Any:

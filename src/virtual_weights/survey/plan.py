@@ -38,6 +38,7 @@ from virtual_weights.statements import Statements
 from virtual_weights.stream import Component, Group, Question, Stream, open_stream
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.provenance import fingerprint_of
 from virtual_weights.survey.estimate import Machine, estimates
 from virtual_weights.survey.survey import ENDS, Survey, bars
 from virtual_weights.version import VERSION
@@ -270,7 +271,7 @@ def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
     return {
         "model": name or stream.source.reference,
         "reference": stream.source.reference,
-        "fingerprint": stream.fingerprint,
+        "fingerprint": fingerprint_of(stream),
         "family": stream.model.family,
         "norm": stream.norm_stamp,
         "version": VERSION,

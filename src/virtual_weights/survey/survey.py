@@ -22,6 +22,7 @@ from virtual_weights.runtime.flow.observation import Observation
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Blocked, Composite, Question, Stream
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.provenance import fingerprint_of
 from virtual_weights.stream.question import batched, subject_of
 from virtual_weights.survey.executors import Executor, Here, executor_of
 
@@ -125,7 +126,7 @@ class Survey:
 
     def key(self, question: Question[Any], subject: Run | Stream) -> str:
         """The address of an answer: model, question, parameters and conventions; of a run its identity too."""
-        return self._key_of(self.stream.fingerprint, question, subject)
+        return self._key_of(fingerprint_of(self.stream), question, subject)
 
     def moments(self, observation: Observation | None = None) -> Moments:
         """The averages of the survey's run, from the atlas or observed now; they are kept in a file beside the records.
@@ -152,7 +153,7 @@ class Survey:
 
     def _key(self, question: Question[Any], subject: Run | Stream) -> str:
         """The address of an answer; where nothing is stored, one that does not need the model's fingerprint."""
-        return self._key_of("" if self.atlas is None else self.stream.fingerprint, question, subject)
+        return self._key_of("" if self.atlas is None else fingerprint_of(self.stream), question, subject)
 
     def _key_of(self, fingerprint: str, question: Question[Any], subject: Run | Stream) -> str:
         run = {"run": subject.identity} if isinstance(subject, Run) else {}

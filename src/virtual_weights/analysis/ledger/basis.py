@@ -16,6 +16,7 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Group, Question, Stream
+from virtual_weights.stream.effective import centring
 from virtual_weights.stream.turned import random_turn
 
 _CHUNK_BYTES = 2 * 2**20  # directions at once: what stays in a cache, never a whole vocabulary
@@ -74,7 +75,7 @@ class Basis(Question[Stream]):
         columns = [column for side, total in sides.items() for column in total.columns(side)]
         massive = torch.fmax(sides["write"].energy, sides["read"].energy) > self.massive
         meaning = f"energy above {self.massive} times the mean"
-        free = stream.d_model - (stream.folded and stream.spec.centring)  # dimensions, see Stream.write
+        free = stream.d_model - (stream.folded and centring(stream))  # dimensions, see Stream.write
         return stream.record(
             self,
             (Axis("coordinate", tuple(map(str, range(stream.d_model)))),),

@@ -15,7 +15,7 @@ from virtual_weights.linalg.gram_blocks import ROWS, GramBlock, ThinBlock, WideB
 from virtual_weights.record import Axis
 from virtual_weights.stream import Group, Stream, centred
 from virtual_weights.stream.effective import token_parts
-from virtual_weights.stream.group import NO_END, Port, Writers
+from virtual_weights.stream.group import NO_END, Port, Writers, spans
 
 _THIN = 256  # heads of a piece: fewer make thin products, more leave less to skip where writers come too late
 _WIDE_BYTES = 128 * 2**20  # Grams of a piece of wide maps
@@ -31,7 +31,7 @@ class Piece:
         name: for files: the first and the last group.
         kind: ``"head"``, ``"mlp"``, ...; means are over all maps of a side of one kind.
         position: (n,) the state that each reads, or in which its write first appears.
-        end: the state from which another map stands for the same writer, see ``Group.spans``.
+        end: the state from which another map stands for the same writer, see ``spans``.
         maps: makes the maps: a stack of thin factors, or for each map its rows (m, d) in parts.
         width: d.
         entries: numbers held while it is in use, working tiles included.
@@ -206,28 +206,33 @@ def wide_readers(stream: Stream, port: Port, rows: Rows | None = None) -> MapSid
     return MapSide(component_axis("reader", groups, port), pieces, stream.d_model)
 
 
-def writing_side(stream: Stream, writers: Writers, heads: Sequence[Piece], rows: Rows | None = None) -> MapSide:
+def writing_side(
+    stream: Stream, writers: Writers, heads: Sequence[Piece], made: Callable[[Rows], Rows] | None = None
+) -> MapSide:
     """Writing heads, and where all writers are wanted everything else that writes after them.
 
     Args:
         stream: the model.
         writers: which.
         heads: pieces of all heads.
-        rows: makes the map of one of the others; None takes the transposed write map itself.
+        made: makes the maps of the others of their transposed write maps; None takes these themselves.
     """
     axis = component_axis("writer", stream.groups.heads)
     if writers == "heads":
         return MapSide(axis, tuple(heads), stream.d_model)
+
+    def rows(state: int | None = None) -> Rows:
+        write = partial(write_rows, stream, state=state)
+        return write if made is None else made(write)
+
     groups = [group for group in stream.groups.writers if group.kind != "head"]
-    made = rows or partial(write_rows, stream)
-    pieces = wide_pieces(stream, groups, [group.first for group in groups], made)
+    pieces = wide_pieces(stream, groups, [group.first for group in groups], rows())
     order = [group.id for kind in dict.fromkeys(g.kind for g in groups) for group in groups if group.kind == kind]
     for group in stream.groups.dictionaries:
-        for first, end in group.spans:
-            (piece,) = wide_pieces(stream, [group], [first], made if rows else partial(write_rows, stream, state=first))
-            name = group.labels[0] if len(group.writes) == 1 else f"{group.labels[0]}@{first}"
+        for first, end in spans(group):
+            (piece,) = wide_pieces(stream, [group], [first], rows(first))
             pieces = (*pieces, replace(piece, name=f"{group.id}.{first}", end=end))
-            order.append(name)
+            order.append(group.labels[0] if len(group.writes) == 1 else f"{group.labels[0]}@{first}")
     return MapSide(Axis("writer", (*axis.labels, *order)), (*heads, *pieces), stream.d_model)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.stream import Group, Stream, centred
-from virtual_weights.stream.group import NEURON_PORTS, NO_END, NeuronPort, no_mlps
+from virtual_weights.stream.group import NEURON_PORTS, NO_END, NeuronPort, no_mlps, spans
 
 Units = Literal["all", "neurons", "features"]
 UNITS: tuple[Units, ...] = ("all", "neurons", "features")
@@ -189,7 +189,7 @@ def _spans(mlp: Group, port: str, neurons: slice, first: int) -> Iterator[Neuron
         assert mlp.reads is not None
         yield NeuronRange(name, mlp, mlp.reads, neurons, first)
         return
-    for begin, end in mlp.spans:
+    for begin, end in spans(mlp):
         yield NeuronRange(name if len(mlp.writes) == 1 else f"{name}@{begin}", mlp, begin, neurons, first, end)
 
 

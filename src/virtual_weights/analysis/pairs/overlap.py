@@ -19,7 +19,6 @@ from virtual_weights.analysis.maps.map_side import (
     read_rows,
     thin_pieces,
     wide_readers,
-    write_rows,
     writing_side,
 )
 from virtual_weights.analysis.maps.pair_products import AllPairs, lift_columns
@@ -102,8 +101,9 @@ class Overlap(AllPairs):
 
     def written(self, stream: Stream) -> MapSide:
         """What writes."""
-        rows = partial(self._basis, stream, partial(write_rows, stream))
-        return writing_side(stream, self.writers, self._heads(stream, "O"), rows)
+        return writing_side(
+            stream, self.writers, self._heads(stream, "O"), lambda rows: partial(self._basis, stream, rows)
+        )
 
     def _heads(self, stream: Stream, role: HeadRole) -> tuple[Piece, ...]:
         groups = stream.groups.readers("Q")

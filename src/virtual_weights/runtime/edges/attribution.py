@@ -33,7 +33,7 @@ from virtual_weights.runtime.running.hooks import (
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.effective import projection
-from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers
+from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers, spans
 from virtual_weights.stream.question import plain
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -375,7 +375,7 @@ def _writers(stream: Stream, writers: Writers) -> list[_Writer]:
     groups = stream.groups
     own = groups.kind("head") if writers == "heads" else groups.kind("embed", "pos", "head", "mlp")
     attached = [group for group in groups.dictionaries if group.ports and writers == "all"]
-    return [_Writer(group, *span) for group in (*own, *attached) for span in group.spans]
+    return [_Writer(group, *span) for group in (*own, *attached) for span in spans(group)]
 
 
 def _feature_hooks(module: nn.Module, stream: Stream, name: str, keep: Callable[[Tensor], None]) -> Iterator[Hook]:

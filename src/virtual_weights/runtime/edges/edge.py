@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, final
 
 import torch
@@ -17,7 +17,7 @@ from virtual_weights.runtime.edges.written import Written, unit_rows
 from virtual_weights.runtime.running.hooks import (
     Hook,
     Place,
-    See,
+    Signal,
     module_of,
     port_features,
     watching,
@@ -287,53 +287,72 @@ def removed(
             expected="norm gains folded into the readers",
             do="open the model without fold=False (--no-fold)",
         )
-    how = removal or Removal()
     sets = [edge if isinstance(edge, EdgeSet) else EdgeSet((edge,)) for edge in edges]
-    cuts = [(i, cut) for i, edges in enumerate(sets) for cut in edges.cuts]
-    signals: dict[Place, Tensor] = dict(earlier or {})
-    see: See = lambda signal, where, tensor: signals.update({(signal, where): tensor})  # noqa: E731
+    removing = _Removing(model, stream, sets, removal or Removal(), dict(earlier or {}))
+    with ExitStack() as stack:
+        places = {place for edges in sets for place in edges.places(stream)}
+        stack.enter_context(watching(model, stream, places, removing.see))
+        for hook in removing.hooks():
+            stack.callback(hook.remove)
+        yield
 
-    def change(i: int, cut: EdgeSet, size: int) -> tuple[slice, Tensor]:
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Removing:
+    """Hooks that remove sets of edges, each from its own block of a batch, and what the run shows them."""
+
+    model: nn.Module
+    stream: Stream
+    sets: Sequence[EdgeSet]
+    how: Removal
+    signals: dict[Place, Tensor]
+
+    def see(self, signal: Signal, where: Any, tensor: Tensor) -> None:
+        self.signals[signal, where] = tensor
+
+    def hooks(self) -> Iterator[Hook]:
+        """On what gives a port, and where the features write whose encoders read through one."""
+        for role, group in dict.fromkeys(_module(cut) for _, cut in self.cuts):
+            if group in self.stream.attached:
+                yield from decoder_hooks(self.model, self.stream, group, partial(self._activations, group))
+            else:
+                module = module_of(self.model, self.stream, role, group)
+                yield module.register_forward_hook(
+                    partial(self._port, [c for c in self.cuts if _module(c[1]) == (role, group)])
+                )
+
+    @cached_property
+    def cuts(self) -> list[tuple[int, EdgeSet]]:
+        """Blocks, and what is removed there from one reader."""
+        return [(i, cut) for i, edges in enumerate(self.sets) for cut in edges.cuts]
+
+    def _change(self, i: int, cut: EdgeSet, size: int) -> tuple[slice, Tensor]:
         """The block of a batch, and what is added to its port."""
-        block = _block(size, len(sets), i, how)
-        shown = {place: signals[place] for place in cut.places(stream)}
+        block = _block(size, len(self.sets), i, self.how)
+        shown = {place: self.signals[place] for place in cut.places(self.stream)}
         shown = {place: x.expand(size, *x.shape[1:])[block] for place, x in shown.items()}
-        return block, how.change(stream, cut, shown)
+        return block, self.how.change(self.stream, cut, shown)
 
-    def without(role: str, group: str) -> Hook:
-        here = [(i, cut) for i, cut in cuts if _module(cut) == (role, group)]
-
-        def hook(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            for i, cut in here:
-                edge, (block, moved) = cut.edges[0], change(i, cut, len(output))
-                features = port_features(stream, edge.port, group)
-                features = features[edge.map_index] if edge.reader.kind == "head" else features
-                output[block][..., features[edge.rows]] += moved
-            return output
-
-        return module_of(model, stream, role, group).register_forward_hook(hook)
-
-    def activations(name: str) -> Tensor:
-        """By how much the features of a dictionary change, (B, T, F)."""
-        states = signals["state", stream.groups[name].reads or 0]
-        before, activation = pre_activations(stream, name, states), stream.attached[name].part.activation
-        after = before.clone()
+    def _port(self, cuts: Sequence[tuple[int, EdgeSet]], _module: nn.Module, _given: object, output: Tensor) -> Tensor:
+        output = output.clone()
         for i, cut in cuts:
+            edge, (block, moved) = cut.edges[0], self._change(i, cut, len(output))
+            features = port_features(self.stream, edge.port, edge.target)
+            features = features[edge.map_index] if edge.reader.kind == "head" else features
+            output[block][..., features[edge.rows]] += moved
+        return output
+
+    def _activations(self, name: str) -> Tensor:
+        """By how much the features of a dictionary change, (B, T, F)."""
+        states = self.signals["state", self.stream.groups[name].reads or 0]
+        before, activation = pre_activations(self.stream, name, states), self.stream.attached[name].part.activation
+        after = before.clone()
+        for i, cut in self.cuts:
             if cut.edges[0].target == name:
-                block, moved = change(i, cut, len(states))
+                block, moved = self._change(i, cut, len(states))
                 after[block][..., cut.edges[0].rows] += moved
         return activation(after) - activation(before)
-
-    with ExitStack() as stack:
-        stack.enter_context(watching(model, stream, {place for edges in sets for place in edges.places(stream)}, see))
-        for role, group in dict.fromkeys(_module(cut) for _, cut in cuts):
-            if group not in stream.attached:
-                stack.callback(without(role, group).remove)
-                continue
-            for hook in decoder_hooks(model, stream, group, partial(activations, group)):
-                stack.callback(hook.remove)
-        yield
 
 
 def _module(cut: EdgeSet) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.running.hooks import Place, Signal, leaf, module_of, places, state_module, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream
+from virtual_weights.stream.effective import centring
 
 
 @final
@@ -101,8 +102,8 @@ def written_units(run: Run, sequences: int | None = None, batch: int = 2, progre
         _receive(stream, reader, signals["state", reader.reads], [o for o in outputs if o.group.reaches(reader.reads)])
         progress(len(batches) + i + 1, len(batches) + len(readers))
     states = [signals["state", p] for p in range(stream.states)]
-    centring = Centring(stream.d_model, accumulate).dense().to(states[0]) if stream.spec.centring else None
-    return _units(outputs, gradients, states, centring)
+    centre = Centring(stream.d_model, accumulate).dense().to(states[0]) if centring(stream) else None
+    return _units(outputs, gradients, states, centre)
 
 
 @dataclass(eq=False)

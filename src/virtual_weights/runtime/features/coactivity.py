@@ -16,6 +16,7 @@ from virtual_weights.runtime.running.hooks import Place, Signal, forward, watchi
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
 from virtual_weights.stream.coactivations import Coactivations
+from virtual_weights.stream.provenance import fingerprint_of
 
 _PAIRS = 1 << 22  # pairs of active features that are written down at once
 _BYTES = 32  # of a pair: its key and three sums
@@ -91,6 +92,10 @@ class _Sums:
                 self._mean[name].index_add_(0, found.feature, found.value)
             for source, target in self._links:
                 self._pairs[source, target].add(entries[source], entries[target])
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse to go on where pairs take more memory than there is for them."""
         size = sum(pairs.joined for pairs in self._pairs.values()) * _BYTES
         if size > self._budget:
             raise ResourceError(
@@ -106,8 +111,9 @@ class _Sums:
                 "every token is a sink", expected="chunks of more than one token", do="pass longer chunks, or keep them"
             )
         tables = {f"{source}>{target}": self._pairs[source, target].table() for source, target in self._links}
+        self._check()
         return Coactivations(
-            self.stream.fingerprint,
+            fingerprint_of(self.stream),
             self._tokens,
             text,
             self._active,

@@ -16,7 +16,7 @@ from torch.nn import functional
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import random_generator
 from virtual_weights.progress import Progress, silent
-from virtual_weights.runtime.running.hooks import after, before, forward, module_name, module_of
+from virtual_weights.runtime.running.hooks import after, before, forward, module_name, module_named, module_of
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
 
@@ -74,19 +74,7 @@ def train_transcoders(  # noqa: PLR0913 - sizes and steps, by keyword only
     Raises:
         UsageError: the model has no such MLP, or a number makes no sense.
     """
-    if min(features, k, steps) < 1 or k > features or not layers:
-        raise UsageError(
-            f"{features} features, {k} of them active, {steps} steps, layers {list(layers)}",
-            expected="numbers from 1, k at most the number of features, one layer at least",
-            do="correct them",
-        )
-    missing = [layer for layer in layers if f"L{layer}.mlp" not in run.stream.groups]
-    if missing:
-        raise UsageError(
-            f"this model has no MLP in layer {', '.join(map(str, missing))}",
-            expected=f"layers from 0 to {run.stream.spec.n_layers - 1} with an MLP",
-            do="name other layers",
-        )
+    _check(run, layers, features, k, steps)
     from safetensors.torch import save_file
 
     folder, fits = Path(folder), list[Fit]()
@@ -109,6 +97,23 @@ def train_transcoders(  # noqa: PLR0913 - sizes and steps, by keyword only
     }
     (folder / "config.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
     return fits
+
+
+def _check(run: Run, layers: Sequence[int], features: int, k: int, steps: int) -> None:
+    """Refuse sizes that make no sense, and layers without an MLP."""
+    if min(features, k, steps) < 1 or k > features or not layers:
+        raise UsageError(
+            f"{features} features, {k} of them active, {steps} steps, layers {list(layers)}",
+            expected="numbers from 1, k at most the number of features, one layer at least",
+            do="correct them",
+        )
+    missing = [layer for layer in layers if f"L{layer}.mlp" not in run.stream.groups]
+    if missing:
+        raise UsageError(
+            f"this model has no MLP in layer {', '.join(map(str, missing))}",
+            expected=f"layers from 0 to {run.stream.spec.n_layers - 1} with an MLP",
+            do="name other layers",
+        )
 
 
 @torch.no_grad()
@@ -217,15 +222,39 @@ def train_lora(  # noqa: PLR0913 - sizes and steps, by keyword only
     Raises:
         UsageError: a role is not a linear map of its own in this model.
     """
-    from safetensors.torch import save_file
+    generator = random_generator(seed)
+    factors = _factors(run, roles, rank, generator)
+    hooks = [
+        module_named(run.module, run.stream, name).register_forward_hook(_adding(*pair, alpha / rank))
+        for name, pair in factors.items()
+    ]
+    frozen = [(parameter, parameter.requires_grad) for parameter in run.module.parameters()]
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad = False
+        losses = _losses(run, [x for pair in factors.values() for x in pair], steps, rate, generator, progress)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, required in frozen:
+            parameter.requires_grad = required
+    _write_adapter(Path(folder), run, factors, rank, alpha)
+    tenth = max(1, steps // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
-    generator, module = random_generator(seed), run.module
-    factors, hooks = dict[str, tuple[Tensor, Tensor]](), list[Any]()
+
+_Factors = dict[str, tuple[Tensor, Tensor]]
+"""By name of the module A (rank, in) and B (out, rank)."""
+
+
+def _factors(run: Run, roles: Sequence[str], rank: int, generator: torch.Generator) -> _Factors:
+    """Factors that add nothing yet, of the maps of all layers that play these roles."""
+    factors: _Factors = {}
     for group in (*run.stream.groups.heads, *run.stream.groups.mlps):
         for role in roles:
             if run.stream.model.row(role, group.id) is None:
                 continue
-            linear = module_of(module, run.stream, role, group.id)
+            linear = module_of(run.module, run.stream, role, group.id)
             if not isinstance(linear, nn.Linear):
                 raise UsageError(
                     f"{role} of {group.id} is a {type(linear).__name__}",
@@ -233,32 +262,34 @@ def train_lora(  # noqa: PLR0913 - sizes and steps, by keyword only
                     do="adapt other roles, or train the adapter by peft",
                 )
             down = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
-            pair = down.to(run.device).requires_grad_(), torch.zeros(linear.out_features, rank, device=run.device)
-            factors[module_name(run.stream, role, group.id)] = pair[0], pair[1].requires_grad_()
-            hooks.append(linear.register_forward_hook(_adding(*pair, alpha / rank)))
-    losses = list[float]()
-    optimiser = torch.optim.Adam([tensor for pair in factors.values() for tensor in pair], lr=rate)
-    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+            up = torch.zeros(linear.out_features, rank)
+            name = module_name(run.stream, role, group.id)
+            factors[name] = down.to(run.device).requires_grad_(), up.to(run.device).requires_grad_()
+    return factors
+
+
+def _losses(
+    run: Run, parameters: list[Tensor], steps: int, rate: float, generator: torch.Generator, progress: Progress
+) -> list[float]:
+    """Train; the loss of every step."""
+    optimiser, losses = torch.optim.Adam(parameters, lr=rate), list[float]()
     chunks = [chunk for chunk in run.chunks if len(chunk) == len(run.chunks[0])]
-    try:
-        for parameter, _ in frozen:
-            parameter.requires_grad = False
-        for step in range(steps):
-            rows = torch.randint(len(chunks), (_LORA_BATCH,), generator=generator)
-            tokens = torch.stack([chunks[i] for i in rows.tolist()]).to(run.device)
-            logits = module(tokens, use_cache=False).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss))
-            progress(step + 1, steps)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in frozen:
-            parameter.requires_grad = required
-    folder = Path(folder)
+    for step in range(steps):
+        rows = torch.randint(len(chunks), (_LORA_BATCH,), generator=generator)
+        tokens = torch.stack([chunks[i] for i in rows.tolist()]).to(run.device)
+        logits = run.module(tokens, use_cache=False).logits[:, :-1].float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        progress(step + 1, steps)
+    return losses
+
+
+def _write_adapter(folder: Path, run: Run, factors: _Factors, rank: int, alpha: float) -> None:
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name}.lora_{side}.weight": tensor.detach().cpu().contiguous()
@@ -270,8 +301,6 @@ def train_lora(  # noqa: PLR0913 - sizes and steps, by keyword only
     config |= {"base_model_name_or_path": run.stream.source.reference, "fan_in_fan_out": False}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, folder / "adapter_model.safetensors")
-    tenth = max(1, steps // 10)
-    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def _adding(down: Tensor, up: Tensor, scale: float) -> Callable[..., Tensor]:

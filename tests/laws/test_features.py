@@ -1,0 +1,396 @@
+"""Features of attached dictionaries take part in questions like heads and neurons: each against its own definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dictionary_files as files
+import numpy as np
+import pytest
+import torch
+from tiny_models import norms_in_full_precision, tiny
+from torch import Tensor, nn
+
+import virtual_weights as vw
+from virtual_weights.errors import ResourceError, UsageError
+from virtual_weights.runtime.features.coactivity import coactivations
+from virtual_weights.runtime.running.hooks import watched
+from virtual_weights.stream.coactivations import Coactivations
+
+TOKENS = torch.randint(37, (6, 9), generator=torch.Generator().manual_seed(3))
+F = 7
+MODEL = "llama-grouped-untied"
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny(MODEL, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def crossing(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> vw.Stream:
+    """With a cross-layer transcoder: its maps differ with the state that somebody reads."""
+    folder = tmp_path_factory.mktemp("clt")
+    files.circuit_tracer_clt(folder / "clt", 24, F, 3, 5, jumps=False)
+    return vw.open(model, attach=[folder / "clt"]).to(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def layered(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> vw.Stream:
+    """With a transcoder for each layer."""
+    folder = tmp_path_factory.mktemp("tc")
+    files.circuit_tracer_set(folder / "tc", 24, F, 3, 5, activation="relu")
+    return vw.open(model, attach=[folder / "tc"]).to(torch.float64)
+
+
+def run_of(stream: vw.Stream, model: nn.Module) -> vw.Run:
+    return vw.Run.on_tokens(stream, TOKENS, model=model)
+
+
+def as_written(stream: vw.Stream, name: str, state: int) -> Tensor:
+    """Decoders (F, d) of what is written by a state, straight from the file."""
+    part = stream.attached[name]
+    return torch.stack([d.rows(slice(0, F)).double() for place, d in part.writings if place.state <= state]).sum(0)
+
+
+def encoder(stream: vw.Stream, name: str) -> Tensor:
+    return stream.read("enc", name).maps[0].double()
+
+
+def value_of(record: vw.Record, reader: str, writer: str) -> float | None:
+    """The first column of a pair; None of one that cannot be."""
+    values = np.asarray(record[record.columns[0].name])
+    value = values[record.axes[0].labels.index(reader), record.axes[1].labels.index(writer)]
+    return None if np.isnan(value) else float(value)
+
+
+@pytest.mark.parametrize("question", [vw.Composition, vw.Overlap])
+def test_a_whole_dictionary_beside_everything_else(question: Any, crossing: vw.Stream) -> None:
+    stream = crossing
+    record = question("enc", writers="all")(stream)
+    for reader in ("clt0", "clt1", "clt2"):
+        state = stream.groups[reader].reads
+        assert state is not None
+        rows = encoder(stream, reader)
+        for writer in ("clt0", "clt1", "clt2"):
+            spans = {first: f"{writer}:F@{first}" for first in stream.groups[writer].writes}
+            spans = spans if len(spans) > 1 else dict.fromkeys(spans, f"{writer}:F")
+            reached = [first for first in spans if first <= state]
+            for first, label in spans.items():
+                value = value_of(record, f"{reader}:F.enc", label)
+                if not reached or first != max(reached):
+                    assert value is None, "another of them stands for it in this state"
+                    continue
+                dec = as_written(stream, writer, state)
+                if question is vw.Composition:
+                    expected = (rows @ dec.T).norm() / rows.norm() / dec.norm()
+                else:
+                    left, right = (torch.linalg.qr(m.T).Q for m in (rows, dec))
+                    expected = (left.T @ right).square().sum() / F
+                assert value == pytest.approx(float(expected), rel=1e-4)
+        assert (value_of(record, f"{reader}:F.enc", "L0H1") is None) == (state < 1)
+
+
+def test_features_and_heads(crossing: vw.Stream) -> None:
+    stream = crossing
+    into = vw.HeadNeuron("enc")(stream)
+    assert into.axes[0].labels == tuple(f"clt{i}:F{f}.enc" for i in range(3) for f in range(F))
+    head = stream["L0H2"]
+    assert isinstance(head, vw.Head)
+    ov = head.ov.dense().double()
+    for f in range(F):
+        row = encoder(stream, "clt1")[f]
+        assert into[f"clt1:F{f}.enc", "L0H2"]["strength"] == pytest.approx(float((row @ ov).norm()), rel=1e-4)
+    out = vw.NeuronHead("V")(stream)
+    labels = [label for label in out.axes[1].labels if ":" in label]
+    assert labels == [f"clt{i}:F{f}" for i in range(3) for f in range(F)]
+    for layer in (1, 2):
+        reader = stream[f"L{layer}H3"]
+        assert isinstance(reader, vw.Head)
+        state = stream.groups[f"L{layer}.attn"].reads
+        assert state is not None
+        for i in range(layer):
+            dec = as_written(stream, f"clt{i}", state)
+            for f in range(F):
+                found = out[f"L{layer}H3.V", f"clt{i}:F{f}"]
+                seen = (reader.ov.dense().double() @ dec[f]).norm()
+                assert found["strength"] == pytest.approx(float(seen), rel=1e-4)
+                whole = seen / reader.ov.dense().double().norm() / dec[f].norm()
+                assert found["score"] == pytest.approx(float(whole), rel=1e-4)
+    assert value_of(out, "L0H3.V", "clt0:F1") is None, "it cannot reach"
+    only = vw.NeuronHead("V", writer="clt0:F3")(stream)
+    assert only.axes[1].labels == ("clt0:F3",)
+
+
+def test_strongest_edges_of_each_reader_and_each_writer(crossing: vw.Stream) -> None:
+    stream = crossing
+    into = vw.NeuronNeuron("up", 200, writers="features")(stream)
+    rows = {(row["writer"], row["reader"]): row for row in into.rows()}
+    state = stream.groups["L2.mlp"].reads
+    assert state is not None
+    up = stream.read("up", "L2.mlp").maps[0].double()
+    for i in range(2):
+        dec = as_written(stream, f"clt{i}", state)
+        for f in range(F):
+            row = rows[f"clt{i}:F{f}", "L2N5.up"]
+            assert row["strength"] == pytest.approx(float(up[5] @ dec[f]), abs=1e-5)
+            cosine = up[5] @ dec[f] / up[5].norm() / dec[f].norm()
+            assert row["score"] == pytest.approx(float(cosine), abs=1e-6)
+    out = vw.NeuronReaders("up", 3, writers="features")(stream)
+    best: dict[str, list[tuple[float, str]]] = {}
+    for (writer, reader), row in rows.items():
+        best.setdefault(writer, []).append((abs(row["score"]), reader))
+    found = {(row["writer"], row["reader"]): row for row in out.rows()}
+    assert {row["rank"] for row in found.values()} == {1, 2, 3}
+    for writer, readers in best.items():
+        strongest = sorted(readers, reverse=True)[:3]
+        assert {reader for w, reader in found if w == writer} == {reader for _, reader in strongest}
+    for pair, row in found.items():
+        assert row["strength"] == pytest.approx(rows[pair]["strength"], abs=1e-9)
+    both = vw.NeuronNeuron("enc", 500)(stream)
+    assert {row["writer"].partition("N")[0] for row in both.rows() if ":" not in row["writer"]} == {"L0", "L1"}
+    with pytest.raises(UsageError, match="writers="):
+        vw.NeuronNeuron("enc", writers="heads")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_directions_and_vectors(crossing: vw.Stream) -> None:
+    stream = crossing
+    row = encoder(stream, "clt2")[4]
+    record = vw.VectorReaders(vw.Vector(-3 * row), at="L1")(stream)
+    best = record.top(1, "score")
+    (row_,) = best.rows()
+    assert (row_["reader"], row_["kind"], row_["sign"]) == ("clt2:F4.enc", "feature", -1)
+    dec = as_written(stream, "clt0", stream.states - 1)[2]
+    writers = vw.VectorWriters(vw.Vector(dec))(stream)
+    assert next(iter(writers.top(1, "score").rows()))["writer"] == "clt0:F2"
+    kinds = dict(zip(writers.axes[0].labels, writers["kind"], strict=True))
+    assert kinds["clt0:F2"] == "feature"
+    assert kinds["L0N3"] == "neuron"
+    coherence = vw.Coherence("enc")(stream)
+    assert coherence.stamp["directions"] == 3 * F
+    with pytest.raises(UsageError, match="nothing that is attached"):
+        vw.Coherence("dec")(vw.open(tiny(MODEL)))
+
+
+def live(stream: vw.Stream, model: nn.Module, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of every dictionary the pre-activations (B, T, F) by the file's own encoder, and the scalar it divides by."""
+    names = [part.name for part in stream.attached.parts]
+    states = {("state", stream.groups[name].reads or 0) for name in names}
+    with torch.no_grad():
+        signals, _ = watched(model, stream, states, tokens)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in names:
+        x, part = signals["state", stream.groups[name].reads or 0], stream.attached[name]
+        assert part.part.encoder is not None
+        assert part.part.bias is not None
+        found[name] = x @ part.part.encoder(slice(0, F)).double().T + part.part.bias.double(), x
+    return found
+
+
+def test_what_is_active_together(layered: vw.Stream, model: nn.Module) -> None:
+    stream, run = layered, run_of(layered, model)
+    averages = coactivations(run, without_sinks=False)
+    acts = {name: pre.relu().flatten(0, 1) for name, (pre, _) in live(stream, model, TOKENS).items()}
+    n = TOKENS.numel()
+    assert averages.tokens == n
+    assert set(averages.pairs) == {"tc0>tc1", "tc0>tc2", "tc1>tc2"}
+    for key, pairs in averages.pairs.items():
+        a, b = (acts[name] for name in key.split(">"))
+        torch.testing.assert_close(averages.mean[key.split(">")[0]], a.mean(0))
+        assert averages.active[key.split(">")[1]].tolist() == (b > 0).sum(0).tolist()
+        product, gated, together = a.T @ b / n, a.T @ (b > 0).double() / n, (a > 0).double().T @ (b > 0).double()
+        i, j = pairs.long().T
+        assert int((together > 0).sum()) == len(pairs), "all that are active together, and no others"
+        torch.testing.assert_close(averages.product[key], product[i, j])
+        torch.testing.assert_close(averages.gated[key], gated[i, j])
+        assert averages.together[key].tolist() == together[i, j].tolist()
+    halves = [coactivations(half, without_sinks=False) for half in run.halves()]
+    joined = halves[0].joined(halves[1], "both")
+    for key in averages.pairs:
+        torch.testing.assert_close(joined.product[key], averages.product[key])
+        assert joined.pairs[key].tolist() == averages.pairs[key].tolist()
+        assert joined.together[key].tolist() == averages.together[key].tolist()
+
+
+def test_edges_between_features(layered: vw.Stream, model: nn.Module, tmp_path: Path) -> None:
+    stream, run = layered, run_of(layered, model)
+    averages = coactivations(run, without_sinks=False)
+    averages.save(tmp_path / "averages.safetensors")
+    again = Coactivations.load(tmp_path / "averages.safetensors", stream)
+    assert again.identity == averages.identity
+    record = vw.FeatureEdges(again, top=10_000, least=1)(stream)
+    rows = {(row["writer"], row["reader"]): row for row in record.rows()}
+    assert len(rows) == sum(map(len, averages.pairs.values()))
+    for key, pairs in averages.pairs.items():
+        source, target = key.split(">")
+        for at, (i, j) in enumerate(pairs.tolist()):
+            row = rows[f"{source}:F{i}", f"{target}:F{j}.enc"]
+            weight = float(vw.virtual_weight(stream, f"{source}:F{i}", f"{target}:F{j}.enc").dense())
+            assert row["weight"] == pytest.approx(weight, rel=1e-5)
+            assert row["era"] == pytest.approx(weight * float(averages.gated[key][at]), rel=1e-5)
+            ratio = float(averages.product[key][at] / averages.mean[target][j])
+            assert row["twera"] == pytest.approx(weight * ratio, rel=1e-5)
+    sizes = [abs(row["era"]) for row in record.rows()]
+    assert sizes == sorted(sizes, reverse=True)
+    often = vw.FeatureEdges(averages, least=20, top=10_000)(stream)
+    assert 0 < len(often.axes[0].labels) < len(rows)
+    assert min(row["reader_active"] for row in often.rows()) >= 20
+    only = vw.FeatureEdges(averages, source="tc0", target="tc2", least=1, by="twera")(stream)
+    assert {row["writer"].partition(":")[0] for row in only.rows()} == {"tc0"}
+    with pytest.raises(UsageError, match="no features of tc2"):
+        vw.FeatureEdges(averages, source="tc2")(stream)
+    with pytest.raises(UsageError, match="another model"):
+        vw.FeatureEdges(averages)(vw.open(model))
+    with pytest.raises(ResourceError, match="pairs of features"):
+        coactivations(run, memory_mb=0)
+
+
+def test_halves_compared(layered: vw.Stream, model: nn.Module) -> None:
+    stream = layered
+    first, second = (coactivations(half, without_sinks=False) for half in run_of(stream, model).halves())
+    record = vw.FeatureInterference(first, second, top=5, least=2)(stream)
+    for key in first.pairs:
+        source, target = key.split(">")
+        alive = [
+            [f for f in range(F) if min(half.active[name][f] for half in (first, second)) >= 2]
+            for name in (source, target)
+        ]
+        row = record[key,]
+        assert row["pairs"] == len(alive[0]) * len(alive[1])
+        together = {(i, j) for half in (first, second) for i, j in half.pairs[key].tolist()}
+        every = [(i, j) for i in alive[0] for j in alive[1]]
+        never = [pair for pair in every if pair not in together]
+        assert row["never"] == pytest.approx(len(never) / len(every))
+        weight = {
+            (i, j): abs(float(vw.virtual_weight(stream, f"{source}:F{i}", f"{target}:F{j}.enc").dense()))
+            for i, j in every
+        }
+        largest = sorted(every, key=lambda pair: -weight[pair])[:5]
+        assert row["never_of_largest"] == pytest.approx(sum(pair in never for pair in largest) / len(largest))
+        era = [
+            torch.tensor(
+                [
+                    weight[i, j]
+                    * sum(
+                        float(g) for g, p in zip(half.gated[key], half.pairs[key].tolist(), strict=True) if p == [i, j]
+                    )
+                    for i, j in every
+                ]
+            )
+            for half in (first, second)
+        ]
+        ranks = [x.unique(return_inverse=True)[1].double() for x in era]
+        assert row["era_era"] == pytest.approx(_spearman(*era), abs=1e-6), ranks
+        assert row["weight_era"] == pytest.approx(_spearman(torch.tensor([weight[p] for p in every]), era[1]), abs=1e-6)
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def removal(stream: vw.Stream, model: nn.Module, writer: Tensor, feature: int) -> float:
+    """Loss change when tc1's feature reads less: its own definition, with a hook of our own on the MLP's output."""
+    pre, _ = live(stream, model, TOKENS)["tc1"]
+    part = stream.attached["tc1"].part
+    assert part.encoder is not None
+    moved = (writer.mean((0, 1)) - writer) @ part.encoder(slice(0, F))[feature].double()
+    change = (pre[..., feature] + moved).relu() - pre[..., feature].relu()
+    added = change[..., None] * part.decoders[0].rows(slice(0, F))[feature].double()
+    mlp: Any = model.model.layers[1].mlp  # pyright: ignore
+    with torch.no_grad():
+        before = model(TOKENS, labels=TOKENS).loss
+        hook = mlp.register_forward_hook(lambda _, __, output: output + added)
+        after = model(TOKENS, labels=TOKENS).loss
+        hook.remove()
+    return float(after - before)
+
+
+def test_removing_edges_of_features(layered: vw.Stream, model: nn.Module) -> None:
+    """A feature that reads less writes less, and one that writes is a writer like a neuron."""
+    stream, run = layered, run_of(layered, model)
+    with torch.no_grad():
+        signals, _ = watched(model, stream, {("inner", "L0.attn")}, TOKENS)
+    head = signals["inner", "L0.attn"][:, :, 2] @ stream.write("L0.attn")[2].double().T
+    found = vw.EdgeAblation("L0H2", "tc1:F3.enc")(run)
+    assert found["L0H2", "tc1:F3.enc"]["effect_nats"] == pytest.approx(removal(stream, model, head, 3), rel=1e-3)
+    wrote = live(stream, model, TOKENS)["tc0"][0].relu()[..., 5, None] * as_written(stream, "tc0", 2)[5]
+    found = vw.EdgeAblation("tc0:F5", "tc1:F3.enc")(run)
+    assert found["tc0:F5", "tc1:F3.enc"]["effect_nats"] == pytest.approx(removal(stream, model, wrote, 3), rel=1e-3)
+    whole = vw.Ablation([("tc0:F5", "tc1:F3.enc"), ("tc0:F5", "L1H2.V"), ("tc0:F", "L2.mlp.up")], random=2)(run)
+    assert len(whole.axes[0].labels) >= 5
+    assert bool(torch.as_tensor(whole["effect_nats"]).isfinite().all())
+    together = vw.EdgeSetAblation([("tc0:F5", "tc1:F3.enc"), ("L0H2", "L1H2.K")])(run)
+    assert np.isfinite(together["removed",]["value"])
+
+
+def test_removing_what_a_cross_layer_feature_writes(crossing: vw.Stream, model: nn.Module) -> None:
+    run = run_of(crossing, model)
+    record = vw.EdgeAblation("clt0:F5", "L2.mlp.up")(run)
+    state = crossing.groups["L2.mlp"].reads
+    assert np.isfinite(record[f"clt0:F5@{state}", "L2.mlp.up"]["effect_nats"])
+
+
+@pytest.mark.parametrize("stamp", ["layered", "crossing"])
+def test_attribution_is_the_derivative_of_removal(stamp: str, model: nn.Module, request: pytest.FixtureRequest) -> None:
+    from virtual_weights.runtime.edges.edge import Edge, Removal, removed
+    from virtual_weights.runtime.edges.losses import next_token_loss
+
+    stream: vw.Stream = request.getfixturevalue(stamp)
+    run = run_of(stream, model)
+    into, out = (vw.Attribution(port, writers="all")(run) for port in ("enc", "up"))
+    name = "tc" if stamp == "layered" else "clt"
+    first = max(w for w in stream.groups[f"{name}0"].writes if w <= (stream.groups["L2.mlp"].reads or 0))
+    late = f"{name}0:F" if stamp == "layered" else f"{name}0:F@{first}"
+    for record, writer, reader, label in (
+        (into, "L0H2", f"{name}1:F.enc", "L0H2"),
+        (into, f"{name}0:F", f"{name}2:F.enc", late),
+        (out, f"{name}0:F", "L2.mlp.up", late),
+    ):
+        losses = list[float]()
+        for fraction in (1e-3, -1e-3):
+            with (
+                torch.no_grad(),
+                norms_in_full_precision(),
+                removed(model, stream, [Edge.of(stream, writer, reader)], Removal(fraction=fraction)),
+            ):
+                losses.append(float(next_token_loss(model(TOKENS).logits, TOKENS).mean()))
+        slope = (losses[0] - losses[1]) / 2e-3
+        assert record[reader, label]["attribution"] == pytest.approx(slope, rel=5e-3, abs=1e-6)
+
+
+def test_contribution_and_paths(layered: vw.Stream, model: nn.Module) -> None:
+    stream, run = layered, run_of(layered, model)
+    moments = vw.Observation().moments(run)
+    record = vw.Contribution("enc", moments, writers="heads")(stream)
+    assert "tc1" in record.stamp["tokens_weighted"]
+    second, _ = moments.held_at("L0.attn", stream.groups["tc1"].reads - 1)  # type: ignore[operator] # pyright: ignore
+    maps = encoder(stream, "tc1") @ stream.write("L0.attn")[2].double()
+    energy = float(torch.einsum("ij,jk,ik->", maps, second[2], maps)) ** 0.5
+    assert record["tc1:F.enc", "L0H2"]["contribution"] == pytest.approx(energy**2, rel=1e-3) or record[
+        "tc1:F.enc", "L0H2"
+    ]["contribution"] == pytest.approx(energy, rel=1e-3)
+    paths = vw.Paths("tc0:F1", "tc2:F2.enc", order=2)(stream)
+    weight = float(vw.virtual_weight(stream, "tc0:F1", "tc2:F2.enc").dense().abs())
+    assert paths["tc0:F1 > tc2:F2.enc",]["strength"] == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_dictionary_that_was_trained(tmp_path: Path) -> None:
+    """Transcoders explain more than the mean, in circuit-tracer's files; an adapter lowers the loss, in peft's."""
+    small = tiny(MODEL)
+    stream = vw.open(small)
+    run = vw.Run.on_repeats(stream, 512, 32, model=small)
+    fits = vw.train_transcoders(run, tmp_path / "tc", (1,), features=32, k=8, steps=150)
+    assert fits[0].unexplained < 0.9
+    attached = vw.open(small, attach=[tmp_path / "tc"])
+    assert [group.id for group in attached.groups.attached] == ["tc1"]
+    before, after = vw.train_lora(run, tmp_path / "lora", steps=40)
+    assert after < before
+    adapted = vw.open(small, attach=[tmp_path / "lora"])
+    assert adapted.provenance["fingerprint"] != stream.provenance["fingerprint"]
+    factors = vw.open(small, attach=[f"{tmp_path / 'lora'}@factors"])
+    assert {"lora0q", "lora0v", "lora0o", "lora0down"} <= {group.id for group in factors.groups.attached}
+    with pytest.raises(UsageError, match="no MLP in layer 7"):
+        vw.train_transcoders(run, tmp_path / "tc", (7,))
