@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 import virtual_weights as vw
+from virtual_weights.checkpoint.dictionaries import Decoder, DictionaryPart
 from virtual_weights.runtime.flow.observation import operating_point
 from virtual_weights.stream import Question
+from virtual_weights.stream.attached import Attached, AttachedPart
+from virtual_weights.stream.places import place_of
 
 TOKENS = torch.tensor([[3, 17, 5, 5, 30, 1, 22, 9], [8, 2, 30, 36, 11, 0, 4, 12]])
-KINDS = ("pairs", "contribution", "channels", "crowding", "memory", "flow", "ablation", "fate", "statements")
+KINDS = (
+    *("pairs", "contribution", "channels", "crowding", "memory", "flow", "ablation", "fate", "statements"),
+    "features",
+)
 EDGES = [("L0H1", "L1H2.K"), ("L0H0", "L1H1.V"), ("embed", "unembed")]
 
 
@@ -33,12 +42,17 @@ class Subject:
         self.pairs = vw.Run.on_pairs(self.stream, list(TOKENS), list(TOKENS.flip(0)), **how)
         self.moments = vw.Observation().moments(self.run)
         self.point = operating_point(self.prompt)
+        self.borrowed = borrowed(self.stream) if self.stream.groups.mlps else self.stream
+        self.halves = ()
+        if self.stream.groups.mlps:
+            halves = replace(self.run, stream=self.borrowed).halves()
+            self.halves = tuple(vw.coactivations(half, without_sinks=False) for half in halves)
 
     def answers(self, question: Question[Any]) -> Iterator[vw.Record]:
         """Asked of the stream, of the run that it needs, or of both where it takes either."""
         subjects = get_args(question.subject) or (question.subject,)
         if vw.Stream in subjects:
-            yield question(self.stream)
+            yield question(self.borrowed if question.question.startswith("feature_") else self.stream)
         if vw.Run in subjects:
             yield question(self._run(question))
 
@@ -47,6 +61,31 @@ class Subject:
             return self.pairs
         prompted = question.question in ("lens", "trace", "route")
         return self.prompt if prompted else self.repeats if question.question == "labels" else self.run
+
+
+def borrowed(stream: vw.Stream, count: int = 6) -> vw.Stream:
+    """With the first neurons of every MLP attached as the features of transcoders, as the model has them."""
+    parts = list[AttachedPart]()
+    for mlp in stream.groups.mlps:
+        rows, columns, bias = (stream.weight(role, mlp) for role in ("up", "down", "up_bias"))
+        assert rows is not None
+        assert columns is not None
+        decoder = Decoder(f"{mlp.id}.output", partial(_some, columns.T[:count]))
+        part = DictionaryPart(
+            mlp.layer,
+            count,
+            f"{mlp.id}.normed",
+            partial(_some, rows[:count]),
+            None if bias is None else bias[:count],
+            decoders=(decoder,),
+        )
+        reading, writing = place_of(f"{mlp.id}.normed", stream.model), place_of(decoder.writes, stream.model)
+        parts.append(AttachedPart(f"own{mlp.layer}", part, reading, ((writing, decoder),)))
+    return replace(stream, attached=Attached(parts=tuple(parts)))
+
+
+def _some(rows: Tensor, some: slice) -> Tensor:
+    return rows[some]
 
 
 def _embedding(subject: Subject) -> vw.Vector:
@@ -101,7 +140,11 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Frontier(), vw.ErasurePolicy()),
         ],
         "statements": [vw.Statements(), vw.Statements(("L3", "T7"), point=point)],
+        "features": [],
     }
+    if mlps:
+        first, second = subject.halves
+        asked["features"] = [vw.FeatureEdges(first, least=1), vw.FeatureInterference(first, second, 5, 1)]
     assert tuple(asked) == KINDS
     return asked
 

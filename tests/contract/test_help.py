@@ -48,6 +48,9 @@ def example_of(text: str, folder: Path) -> list[str]:
     example = re.sub(r"\bL(\d+)(?=[HN.])", lambda match: f"L{LAYERS[match[1]]}", example.strip())
     example = re.sub(r"H(\d+)", lambda match: f"H{int(match[1]) % 6}", example)
     example = re.sub(r"--tokens \d+", "--tokens 512", example)
+    example = re.sub(
+        "-o transcoders", "-o transcoders --layers 0,1 --features 16 --k 4 --steps 3 --tokens 512", example
+    )
     return [str(folder) if word == "smollm2-135m" else word for word in shlex.split(example)]
 
 
@@ -62,6 +65,10 @@ def test_the_example_of_a_verb_runs(
         assert run(["map", str(folder), "-o", "atlas", "--only", "composition"]) == 0
     if name == "vector":
         np.save("happy.npy", np.arange(vw.open(folder).d_model))
+    if name == "features":
+        stream = vw.open(folder)
+        repeats = vw.Run.on_repeats(stream, 64, 16)
+        vw.train_transcoders(repeats, "transcoders", (0, 1), features=8, k=2, steps=3)
     if name == "graph":
         vw.AttributionGraph.of(["a"], [vw.GraphNode.token(3, 0)], []).save("graph.json")
     code = run(example_of(text, folder))
@@ -153,7 +160,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_opened(
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_run_without_transformers_is_refused_at_once(
+def test_a_repeatswithout_transformers_is_refused_at_once(
     arguments: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(name: str) -> Any:

@@ -263,6 +263,8 @@ VERBS: dict[str, tuple[str, ...]] = {
     "trace": ("MODEL", "--prompt-ids", "3,17,5", "--lens"),
     "labels": ("MODEL", *RUNS[1:]),
     "graph": ("GRAPH", "--top", "3"),
+    "features": ("MODEL", "--attach", "TRANSCODERS", "--least-active", "1", "--top", "3", *RUNS),
+    "train": ("MODEL", "-o", "NEW", "--layers", "1", "--features", "8", "--k", "2", "--steps", "3", *RUNS),
     "observe": ("MODEL", "-o", "NEW", *RUNS),
     "attribute": ("MODEL", *RUNS, "--top", "3"),
     "ablate": ("MODEL", "L0H1", "L1H2.K", "--random", "1", "--together", *RUNS),
@@ -287,8 +289,11 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     map_model(stream, path / "atlas", plan=Plan((Part.composition,)))
     save_file({"v": torch.arange(stream.d_model) - 1.5}, path / "vector.safetensors")
     places = {name.upper(): path / name for name in ("model", "point", "moments", "atlas")}
+    run = Run.on_repeats(stream, 32, 16, model=model)
+    vw.train_transcoders(run, path / "transcoders", (0, 1), features=8, k=2, steps=3)
     cat, feature = vw.GraphNode.token(3, 0), vw.GraphNode.feature(1, 2, 0)
     vw.AttributionGraph.of(["cat"], [cat, feature], [(cat, feature, 0.5)]).save(path / "graph.json")
+    places["TRANSCODERS"] = path / "transcoders"
     return {**places, "VECTOR": path / "vector.safetensors", "GRAPH": path / "graph.json"}
 
 
@@ -311,7 +316,9 @@ def test_every_verb_has_the_one_shape(verb: str, places: dict[str, Path], tmp_pa
     refuse: Callable[[str], None] = lambda word: pytest.fail(f"{word} is no JSON")  # noqa: E731
     answer = json.loads(out, parse_constant=refuse)
     check_shape(answer)
-    opened = sha256_of(places["GRAPH"]) if verb == "graph" else vw.open(places["MODEL"]).source.fingerprint
+    attach = [places["TRANSCODERS"]] if verb == "features" else []
+    opened = vw.open(places["MODEL"], attach=attach).provenance["fingerprint"]
+    opened = sha256_of(places["GRAPH"]) if verb == "graph" else opened
     assert answer["provenance"]["fingerprint"] == opened
 
 

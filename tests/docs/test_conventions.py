@@ -28,6 +28,7 @@ PAGES = (
     "checkpoints.md",
     "interoperate.md",
     "graphs.md",
+    "dictionaries.md",
     "add-an-architecture.md",
 )
 

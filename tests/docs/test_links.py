@@ -78,6 +78,8 @@ VERBS = (
     "neurons",
     "subspaces",
     "vector",
+    "features",
+    "train",
     "bandwidth",
     "superposition",
     "memory",

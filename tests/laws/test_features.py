@@ -9,6 +9,7 @@ import dictionary_files as files
 import numpy as np
 import pytest
 import torch
+from every_question import borrowed
 from tiny_models import norms_in_full_precision, tiny
 from torch import Tensor, nn
 
@@ -394,3 +395,27 @@ def test_a_dictionary_that_was_trained(tmp_path: Path) -> None:
     assert {"lora0q", "lora0v", "lora0o", "lora0down"} <= {group.id for group in factors.groups.attached}
     with pytest.raises(UsageError, match="no MLP in layer 7"):
         vw.train_transcoders(run, tmp_path / "tc", (7,))
+
+
+@pytest.mark.parametrize("shape", [MODEL, "gpt2", "gemma3"])
+def test_features_that_are_neurons_have_the_edges_of_neurons(shape: str) -> None:
+    """Whatever the norms before and behind the MLPs are."""
+    stream = borrowed(vw.open(tiny(shape, dtype=torch.float64)).to(torch.float64), 5)
+    port = stream.groups.mlps[0].ports[-1]
+    assert port in ("up", "in")
+    ports: list[Any] = [port, "enc"]
+    into, as_features = (vw.HeadNeuron(each)(stream) for each in ports)
+    edges = [
+        {(row["writer"], row["reader"]): row["strength"] for row in vw.NeuronNeuron(each, 500)(stream).rows()}
+        for each in ports
+    ]
+    out = vw.NeuronHead("K")(stream)
+    for layer in (1, 2):
+        for i in range(5):
+            own, feature = f"L{layer}N{i}.{port}", f"own{layer}:F{i}.enc"
+            assert as_features[feature, "L0H1"]["strength"] == pytest.approx(into[own, "L0H1"]["strength"], rel=1e-5)
+            written = f"L0N{i}", f"own0:F{i}"
+            assert edges[1][written[1], feature] == pytest.approx(edges[0][written[0], own], abs=1e-5)
+            assert edges[0][written[1], own] == pytest.approx(edges[0][written[0], own], abs=1e-5)
+            heads = [out["L2H1.K", name]["score"] for name in written]
+            assert heads[0] == pytest.approx(heads[1], rel=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,26 +14,19 @@ from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
 
-class EdgeOrder(StrEnum):
-    """By which figure edges between features are ranked."""
-
-    era = "era"
-    twera = "twera"
-    weight = "weight"
-
-
 @running_verb("text", "repeated", tokens=16384)
 def features(
     session: Session,
     source: Annotated[
-        str | None, typer.Option("--source", metavar="NAME", help="only what this dictionary writes")
+        str | None, typer.Option("--from", metavar="NAME", help="only what this dictionary writes")
     ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", metavar="NAME", help="only what this dictionary reads")
-    ] = None,
-    by: Annotated[EdgeOrder, typer.Option("--by", help="rank by ERA, TWERA or the virtual weight")] = EdgeOrder.era,
+    target: Annotated[str | None, typer.Option("--to", metavar="NAME", help="only what this dictionary reads")] = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="COLUMN", help="column to rank by: era, the default, twera or weight")
+    ] = "era",
     least: Annotated[
-        int, typer.Option("--least", metavar="N", min=1, help="leave out features that are active at fewer tokens")
+        int,
+        typer.Option("--least-active", metavar="N", min=1, help="leave out features that are active at fewer tokens"),
     ] = 20,
     labels: Annotated[
         Path | None, typer.Option("--labels", metavar="FILE", help="labels of features: .csv, .json or .jsonl")
@@ -50,14 +42,16 @@ def features(
 ) -> Answer:
     """Find which features of attached dictionaries feed which, by their virtual weights and by what a text activates.
 
-    The virtual weight of two features is the same on every text; most of the large ones connect features that are never
-    active together. ERA weighs it by how much the source is active while the target is; TWERA by both. The text is run
-    in two halves, which are compared: what one half says about the other is what the figures are worth.
+    The virtual weight of two features is the same on every text, and most of the large ones carry nothing. ERA weighs
+    it by how much the source is active while the target is; TWERA by how much both are.
+
+    The text is run in two halves, which are compared: what one half says about the other is what the figures are worth.
     """
     from virtual_weights.runtime.features.coactivity import coactivations
 
     stream = session.stream
     stream.groups.readers("enc")  # refuses a model without a dictionary before it runs
+    column: Any = o.checked_column(by, ("era", "twera", "weight"))
     names = None if labels is None else vw.FeatureLabels.load(labels)
     halves = [
         coactivations(half, memory_mb or 2048, progress=session.step(f"half {number}"))
@@ -68,18 +62,14 @@ def features(
         both.save(output)
     record, interference = session.survey.answers(
         [
-            vw.FeatureEdges(both, top, by.value, least, source, target),
+            vw.FeatureEdges(both, top, column, least, source, target),
             vw.FeatureInterference(halves[0], halves[1], least=max(1, least // 2)),
         ]
     )
     rows = [_labelled(row, names) for row in record.rows()]
     compared = list(interference.rows())
-    title = f"the {len(rows)} strongest edges between features, by {by.value} · {both.tokens:,} tokens · {session.name}"
-    shown: list[Table | str] = [
-        Table(title, rows),
-        Table("both halves of the text compared, over all pairs of features", [_short(row) for row in compared]),
-        "edges go along the stream directly: what attention moves, and what inhibits a target that is off, is in none",
-    ]
+    title = f"the {len(rows)} strongest edges between features, by {by} · {both.tokens:,} tokens · {session.name}"
+    shown: list[Table | str] = [Table(title, rows), *_comparison(compared)]
     if output is not None:
         shown.append(f"averages of {both.tokens:,} tokens written to {output}")
     summary = {"tokens": both.tokens, "identity": both.identity, "least": least, "halves": compared}
@@ -106,11 +96,19 @@ _SHORT = {
 }
 
 
+def _comparison(halves: list[dict[str, Any]]) -> list[Table | str]:
+    """What one half of the text says about the other."""
+    return [
+        Table("both halves of the text compared, over all pairs of features", [_short(row) for row in halves]),
+        "edges go along the stream directly: what attention moves, and what inhibits a target that is off, is in none",
+    ]
+
+
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {shown: row[name] for name, shown in _SHORT.items()}
 
 
-@running_verb("text", tokens=20000)
+@running_verb("text", "repeated", tokens=20000)
 def train(
     session: Session,
     folder: Annotated[

@@ -45,7 +45,7 @@ def neurons(
         ),
     ] = None,
     writers: Annotated[
-        UnitKind, typer.Option("--writers", help="of edges between units: neurons, features, or both")
+        UnitKind, typer.Option("--units", help="which write, of edges between units: neurons, features or all")
     ] = UnitKind.all,
     top: o.Top = 20,
     device: o.Device = "cpu",

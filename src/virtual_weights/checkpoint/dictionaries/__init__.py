@@ -51,11 +51,12 @@ __all__ = [
 ]
 
 READABLE = (
-    "a folder of circuit-tracer (config.yaml, layer_{i}.safetensors, W_enc_{i}.safetensors), of SAELens (cfg.json, "
-    "sae_weights.safetensors), of sparsify (cfg.json, sae.safetensors), of Gemma Scope (params.npz, "
-    "params.safetensors), of dictionary_learning (config.json, one .safetensors), of llamascopium (config.json, "
-    "sae_weights.safetensors), of Llama Scope (hyperparams.json), of CLT-Forge (cfg.json, clt_weights.safetensors); "
-    "parameter components in one .safetensors; control vectors in .gguf; plain vectors in .npy or .safetensors"
+    "an adapter (adapter_config.json), or a folder of circuit-tracer (config.yaml, layer_{i}.safetensors, "
+    "W_enc_{i}.safetensors), of SAELens (cfg.json, sae_weights.safetensors), of sparsify (cfg.json, sae.safetensors), "
+    "of Gemma Scope (params.npz, params.safetensors), of dictionary_learning (config.json, one .safetensors), of "
+    "llamascopium (config.json, sae_weights.safetensors), of Llama Scope (hyperparams.json), of CLT-Forge (cfg.json, "
+    "clt_weights.safetensors); parameter components in one .safetensors; control vectors in .gguf; plain vectors in "
+    ".npy or .safetensors"
 )
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".dcp")
 
