@@ -103,7 +103,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(question for port in ports for question in (vw.Composition(port, None, "all"), vw.Overlap(port, "all"))),
             *(question for port in neurons for question in (vw.NeuronNeuron(port), vw.NeuronReaders(port))),
             *(question for port in neurons for question in (vw.NeuronCosines(port), vw.HeadNeuron(port))),
-            *([vw.NeuronHead("V"), vw.NeuronHead("K")] if mlps else []),
+            *([vw.NeuronHead("V"), vw.NeuronHead("K"), vw.HeadUnits("V"), vw.HeadUnits(neurons[0])] if mlps else []),
             *(vw.Subspaces("O", "K"), vw.Subspaces("O", "O"), vw.CompositionSketch("K", None, "all")),
             *(vw.ComponentComposition("L0H1"), vw.ComponentComposition("L0H1", "unembed")),
             *(vw.VectorReaders(_embedding(subject), "L1"), vw.VectorWriters(_embedding(subject))),
@@ -129,6 +129,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Observation(), vw.Attribution("K", "all"), vw.Attribution("unembed", "all")),
             *(vw.Attribution("unembed", "all", vw.LogitDifference(3)), vw.EdgeAblation("L0H1", "L1H2.K")),
             vw.VectorEffect(_embedding(subject), "L1", (0.5,), metric=vw.LogitDifference(3)),
+            vw.VectorActivity(_embedding(subject)),
         ],
         "ablation": [
             *(vw.Ablation(EDGES, 2, replacement=how) for how in ("mean", "resample", "partner")),

@@ -22,6 +22,7 @@ from .analysis.pairs.composition_sketch import CompositionSketch as CompositionS
 from .analysis.pairs.contribution import Contribution as Contribution
 from .analysis.pairs.feature_edges import FeatureEdges as FeatureEdges
 from .analysis.pairs.feature_edges import FeatureInterference as FeatureInterference
+from .analysis.pairs.head_units import HeadUnits as HeadUnits
 from .analysis.pairs.neuron_heads import HeadNeuron as HeadNeuron
 from .analysis.pairs.neuron_heads import NeuronHead as NeuronHead
 from .analysis.pairs.neuron_neuron import (
@@ -124,6 +125,7 @@ from .runtime.flow.observation import Observation as Observation
 from .runtime.flow.trace import Lens as Lens
 from .runtime.flow.trace import Route as Route
 from .runtime.flow.trace import Trace as Trace
+from .runtime.flow.vector_activity import VectorActivity as VectorActivity
 from .runtime.running.run import Run as Run
 from .statements import Statements as Statements
 from .stream import Features as Features

@@ -124,6 +124,28 @@ def test_features_and_heads(crossing: vw.Stream) -> None:
     assert only.axes[1].labels == ("clt0:F3",)
 
 
+@pytest.mark.parametrize(("port", "whole"), [("enc", vw.HeadNeuron), ("up", vw.HeadNeuron), ("V", vw.NeuronHead)])
+def test_the_strongest_units_of_each_head(port: Any, whole: Any, crossing: vw.Stream) -> None:
+    """The same numbers as the table of all pairs, head by head."""
+    table = whole(port)(crossing)
+    scores = torch.as_tensor(table["score"]) if port == "V" else torch.as_tensor(table["score"]).T
+    heads, units = (table.axes[0], table.axes[1])[:: 1 if port == "V" else -1]
+    top = vw.HeadUnits(port, 4)(crossing)
+    sides = ("reader", "writer") if port == "V" else ("writer", "reader")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in top.rows():
+        found.setdefault(row[sides[0]], []).append(row)
+    assert top.stamp["pairs"] == int((~scores.isnan()).sum())
+    for head, name in enumerate(heads.labels):
+        order = scores[head].nan_to_num(-1.0).argsort(descending=True)[: min(4, int((~scores[head].isnan()).sum()))]
+        assert [row[sides[1]] for row in found.get(name, [])] == [units.labels[i] for i in order.tolist()]
+        for rank, (row, unit) in enumerate(zip(found.get(name, []), order.tolist(), strict=True), 1):
+            pair = (name, units.labels[unit]) if port == "V" else (units.labels[unit], name)
+            for column in ("score", "strength", "null_ratio", "z"):
+                assert row[column] == pytest.approx(table[pair][column], rel=1e-6)
+            assert row["rank"] == rank
+
+
 def test_strongest_edges_of_each_reader_and_each_writer(crossing: vw.Stream) -> None:
     stream = crossing
     into = vw.NeuronNeuron("up", 200, writers="features")(stream)

@@ -138,3 +138,21 @@ def test_an_atlas_keeps_the_answer_of_each_vector(stream: vw.Stream) -> None:
     assert one != other
     assert one.addressable
     assert one.parameters["vector"] == same.parameters["vector"] != other.parameters["vector"]
+
+
+def test_what_lies_along_a_vector_on_a_text() -> None:
+    model = tiny("llama-grouped-untied", dtype=torch.float64)
+    stream = vw.open(model).to(torch.float64)
+    tokens = torch.arange(14).reshape(2, 7)
+    vector = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+    record = vw.VectorActivity(vw.Vector(3 * vector))(vw.Run.on_tokens(stream, tokens, model=model))
+    for layer in range(3):
+        x, state = states[layer].flatten(0, 1), stream.groups[f"L{layer}.attn"].reads
+        scaled = x / stream.scale(x, f"L{layer}.attn")[:, None]
+        along = scaled @ vector / vector.norm()
+        row = record[str(state),]
+        assert row["mean"] == pytest.approx(float(along.mean()))
+        assert row["rms"] == pytest.approx(float(along.square().mean().sqrt()))
+        assert row["share"] == pytest.approx(float(along.square().sum() / scaled.square().sum()))

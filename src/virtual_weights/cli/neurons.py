@@ -44,7 +44,7 @@ def neurons(
             help="port of the readers: Q, K, V, gate, up, in or enc; by default up or in, and of a head Q, K and V",
         ),
     ] = None,
-    writers: Annotated[
+    units: Annotated[
         UnitKind, typer.Option("--units", help="which write, of edges between units: neurons, features or all")
     ] = UnitKind.all,
     top: o.Top = 20,
@@ -59,7 +59,7 @@ def neurons(
 
     ends = _Ends(_end(reader, (*HEAD_PORTS, *NEURON_PORTS)), _end(writer, ("out", "O", "dec")))
     ports = ends.ports(session.stream, None if port is None else port.value)
-    cost = {"device": device, "memory_mb": memory_mb or 512, "writers": writers.value}
+    cost = {"device": device, "memory_mb": memory_mb or 512, "units": units.value}
     answers = [_answer(session, ends, name, kinds, top, cost) for name in ports for kinds in ends.kinds(name)]
     first, *rest = answers
     return replace(first, more=rest)
@@ -111,18 +111,19 @@ def _answer(session: Session, ends: _Ends, port: Any, kinds: tuple[str, str], to
     names = {"reader": _name(ends.reader), "writer": _name(ends.writer)}
     summary: dict[str, Any] = {"from": kinds[0], "to": kinds[1], "port": port}
     if kinds == ("neuron", "neuron"):
-        question = vw.NeuronNeuron(port, top, **names, **cost)
-        record, cosines = session.survey.answers([question, vw.NeuronCosines(port, top, **names, **cost)])
+        both: dict[str, Any] = {**names, "writers": cost["units"]}
+        both |= {name: cost[name] for name in ("device", "memory_mb")}
+        question = vw.NeuronNeuron(port, top, **both)
+        record, cosines = session.survey.answers([question, vw.NeuronCosines(port, top, **both)])
         best = record.top(top, "magnitude")
         summary |= {name: cosines.stamp[name] for name in ("pairs", "mean_square", "null_mean_square")}
     else:
-        alike = {name: value for name, value in cost.items() if name != "writers"}
-        record = session.ask((vw.HeadNeuron if kinds[1] == "neuron" else vw.NeuronHead)(port, **names, **alike))
+        record = session.ask(vw.HeadUnits(port, top, **names, **cost))
         best = record.top(top, "score")
-        summary["pairs"] = int(record.present().sum())
-    rows = [_edge(session.stream, row, *kinds, port) for row in best.rows()]
-    units = {"all": "neurons and features" if session.stream.groups.dictionaries else "neurons"}
-    source = units.get(cost["writers"], cost["writers"]) if kinds[0] == "neuron" else "heads"
+        summary["pairs"] = record.stamp["pairs"]
+    rows = [_edge(session.stream, row, port) for row in best.rows()]
+    named = {"all": "neurons and features" if session.stream.groups.dictionaries else "neurons"}
+    source = named.get(cost["units"], cost["units"]) if kinds[0] == "neuron" else "heads"
     target = "features" if port == "enc" else f"{kinds[1]}s"
     title = f"the {len(rows)} strongest edges from {source} to {target}, port {port} · {session.name}"
     table = Table(f"{title} · norm {record.stamp['norm']}", rows, None if rows else ("writer", "reader", "score"))
@@ -159,17 +160,16 @@ def _end(name: str | None, ports: tuple[str, ...]) -> Label | None:
     return label
 
 
-def _edge(stream: vw.Stream, row: dict[str, Any], source: str, target: str, port: Any) -> dict[str, Any]:
-    """One edge, whatever the record calls its ends."""
-    reader = str(row.get("reader", row.get(target)))
-    edge = {"writer": row.get("writer", row.get(source)), "reader": reader}
-    edge |= {name: row[name] for name in ("score", "strength", "z")}
-    if "head_group" not in row:
+def _edge(stream: vw.Stream, row: dict[str, Any], port: Any) -> dict[str, Any]:
+    """One edge, with the heads that share its map."""
+    reader = str(row["reader"])
+    edge = {name: row[name] for name in ("writer", "reader", "score", "strength", "z")}
+    if row.get("group") is None:
         return edge
     group = stream.groups.of(reader)
     heads = zip(group.labels, group.kv_groups(port), strict=True)
-    shared = [head for head, name in heads if name == row["head_group"] and head != reader.partition(".")[0]]
-    return edge | {"group": row["head_group"], "shared_with": shared}
+    shared = [head for head, name in heads if name == row["group"] and head != reader.partition(".")[0]]
+    return edge | {"group": row["group"], "shared_with": shared}
 
 
 def _fits(label: Label | None, kind: str) -> bool:

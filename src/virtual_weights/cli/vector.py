@@ -42,7 +42,8 @@ def vector(
     """Rank who reads a direction of the stream from a state on, and who writes along it up to there.
 
     A probe, a steering vector, a row of a dictionary: what it is called does not matter, only where it is. On a text,
-    also what adding it to that state of every token does to the loss, and what the gradient foretells.
+    also what each reader receives along it (root mean square over tokens), and what adding it to that state of every
+    token does to the loss, beside what the gradient predicts.
     """
     from virtual_weights.stream.vector import open_vector
 
@@ -52,13 +53,17 @@ def vector(
     survey = vw.Survey(session.stream, None, session.run if session.runs else None, session.step)
     readers, writers = survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
     state = readers.stamp["state"]
+    activity = survey.ask(vw.VectorActivity(given)) if session.runs else None
     shown: list[Table | str] = []
     rows = dict[str, list[dict[str, Any]]]()
     for record, side, about in ((readers, "reader", "reads"), (writers, "writer", "writes along")):
         for kind in _KINDS:
             best = _foremost(record, kind, top)
+            if activity is not None and side == "reader":
+                best = [_on_text(session.stream, row, activity, readers.stamp["norm_of_vector"]) for row in best]
             rows[f"{side}s_{kind}s"] = best
-            heads = {name: name.replace("_", " ") for name in (side, "sign", *_columns(record))}
+            names = dict.fromkeys((side, "sign", *_columns(record), *(best[0] if best else ())))
+            heads = {name: name.replace("_", " ") for name in names}
             title = f"which {kind} {about} {given.name} at state {state} · {session.name}"
             shown += [Table(title, best, heads)] if best else []
     if session.runs:
@@ -69,6 +74,13 @@ def vector(
         shown.append(Table(title, rows["effects"], heads))
     summary = {"vector": given.name, "state": state, "norm": readers.stamp["norm_of_vector"]}
     return Answer(readers, rows["readers_heads"], {**summary, **rows}, shown)
+
+
+def _on_text(stream: vw.Stream, row: dict[str, Any], activity: vw.Record, norm: float) -> dict[str, Any]:
+    """A reader with what it receives along the vector on a text, root mean square."""
+    name = str(row["reader"])
+    state = stream.states - 1 if name.startswith("unembed") else stream.groups.of(name).reads
+    return {**row, "contribution": row["strength"] / norm * activity[str(state),]["rms"]}
 
 
 def _amounts(text: str) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,14 @@ class NeuronSide:
         end = "" if self.port == "out" else f".{self.port}"
         names = {part.mlp.id: part.mlp.neurons for part in self.ranges}
         return tuple(f"{name}{end}" for part in parts for name in names[part.mlp.id][part.neurons])
+
+    def name_of(self, number: int) -> str:
+        """The name of one neuron by its number."""
+        parts = self.first_ranges
+        part = parts[bisect([part.first for part in parts], number) - 1]
+        at = part.neurons.start + number - part.first
+        stem = f"L{part.mlp.layer}N" if part.mlp.kind == "mlp" else f"{part.mlp.id}:F"
+        return f"{stem}{at}" if self.port == "out" else f"{stem}{at}.{self.port}"
 
     @property
     def positions(self) -> Tensor:

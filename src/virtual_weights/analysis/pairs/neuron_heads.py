@@ -40,7 +40,7 @@ from virtual_weights.stream.group import HEAD_PORTS, HeadPort, NeuronPort
 _ROWS = 512  # neurons in one product with heads
 
 
-class _HeadPairs(Blocked[Stream]):
+class HeadPairs(Blocked[Stream]):
     """Every head with every neuron; a block is one MLP, or a piece of it where it has more than 8,192 neurons."""
 
     device: str
@@ -51,7 +51,7 @@ class _HeadPairs(Blocked[Stream]):
         """One side."""
 
     @abstractmethod
-    def heads(self, stream: Stream) -> _Heads:
+    def heads(self, stream: Stream) -> Heads:
         """The other."""
 
     def blocks(self, subject: Stream) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class _HeadPairs(Blocked[Stream]):
                     progress(done, total)
                     yield question, part.name, {"score": score, "norms": rows.norms.cpu()}
 
-    def _score(self, stream: Stream, blocks: Iterable[Block]) -> tuple[NeuronSide, _Heads, Tensor, Tensor]:
+    def _score(self, stream: Stream, blocks: Iterable[Block]) -> tuple[NeuronSide, Heads, Tensor, Tensor]:
         """Both sides, (heads, neurons) of scores, and the norms of the neurons' vectors.
 
         Norms are (1, neurons), or (heads, neurons) where a cross-layer dictionary's vectors differ between heads.
@@ -102,7 +102,7 @@ class _HeadPairs(Blocked[Stream]):
 
 @final
 @dataclass(frozen=True)
-class HeadNeuron(_HeadPairs):
+class HeadNeuron(HeadPairs):
     """How strongly what a head writes, by its OV circuit, enters what a single later neuron reads.
 
     ``||w^T OV||`` where w is the neuron's row of the port with the norm folded and ``OV = W_O W_V``.
@@ -137,20 +137,20 @@ class HeadNeuron(_HeadPairs):
     def neurons(self, stream: Stream) -> NeuronSide:
         return neuron_side(stream, self.port, self.reader)
 
-    def heads(self, stream: Stream) -> _Heads:
+    def heads(self, stream: Stream) -> Heads:
         axis = component_axis("head", stream.groups.heads)
-        return _heads(stream, axis, writing_circuits, self.writer)
+        return some_heads(stream, axis, writing_circuits, self.writer)
 
     def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """A Record over (neuron, head), both in order of depth."""
         neurons, heads, score, norms = self._score(subject, blocks)
-        columns = _columns(score.T, norms.T * heads.norms, heads.deviation, subject.d_model)
-        return subject.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **_STAMP)
+        columns = columns_of(score.T, norms.T * heads.norms, heads.deviation, subject.d_model)
+        return subject.record(self, (Axis("neuron", neurons.labels), heads.axis), columns, **STAMP)
 
 
 @final
 @dataclass(frozen=True)
-class NeuronHead(_HeadPairs):
+class NeuronHead(HeadPairs):
     """How strongly what a single neuron writes enters what a later head reads, by its circuit.
 
     ``||C w_out||`` with ``C = QK^T`` for port Q, ``QK`` for K (``QK = W_Q^T W_K``, rotary offset 0) and ``OV`` for V.
@@ -179,24 +179,24 @@ class NeuronHead(_HeadPairs):
     def neurons(self, stream: Stream) -> NeuronSide:
         return neuron_side(stream, "out", self.writer)
 
-    def heads(self, stream: Stream) -> _Heads:
+    def heads(self, stream: Stream) -> Heads:
         axis = component_axis("head", stream.groups.heads, self.port)
-        return _heads(stream, axis, partial(reading_circuits, port=self.port), self.reader)
+        return some_heads(stream, axis, partial(reading_circuits, port=self.port), self.reader)
 
     def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """A Record over (head, neuron), both in order of depth."""
         neurons, heads, score, norms = self._score(subject, blocks)
-        columns = _columns(score, heads.norms[:, None] * norms, heads.deviation[:, None], subject.d_model)
+        columns = columns_of(score, heads.norms[:, None] * norms, heads.deviation[:, None], subject.d_model)
         axes = heads.axis, Axis("neuron", neurons.labels)
-        return subject.record(self, axes, columns, **_STAMP, rotary_offset=0)
+        return subject.record(self, axes, columns, **STAMP, rotary_offset=0)
 
 
-_STAMP = {"gauge": "heads by circuits, neurons by their own basis", "compute_dtype": "float32"}
+STAMP = {"gauge": "heads by circuits, neurons by their own basis", "compute_dtype": "float32"}
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Heads:
+class Heads:
     """Some heads' circuits on one side of the stream.
 
     Attributes:
@@ -221,7 +221,8 @@ class _Heads:
             return (roots.to(device) @ stack.outer[stack.index[heads]].to(device=device, dtype=accumulate)).float()
 
 
-def _heads(stream: Stream, axis: Axis, circuits: Callable[[Stream], MapStack], only: str | None) -> _Heads:
+def some_heads(stream: Stream, axis: Axis, circuits: Callable[[Stream], MapStack], only: str | None) -> Heads:
+    """All heads of an axis, or the one of this name."""
     row = slice(None)
     if only is not None:
         names = [label if "." in only else label.partition(".")[0] for label in axis.labels]
@@ -239,17 +240,17 @@ def _heads(stream: Stream, axis: Axis, circuits: Callable[[Stream], MapStack], o
         stack = MapStack(stack.outer, stack.index[row], metric, stack.position[row])
         trace, square = self_moments(stack)
         _, variance = haar_moments(1.0, 1.0, 1.0, square / trace**2, stream.d_model)
-    return _Heads(axis, stack, trace.sqrt(), variance.sqrt())
+    return Heads(axis, stack, trace.sqrt(), variance.sqrt())
 
 
-def _batches(parts: Sequence[NeuronRange], heads: _Heads, memory_mb: int) -> Iterator[Sequence[NeuronRange]]:
+def _batches(parts: Sequence[NeuronRange], heads: Heads, memory_mb: int) -> Iterator[Sequence[NeuronRange]]:
     """Consecutive parts whose directions and scores fit into memory together, at least one at a time."""
     width = 4 * (heads.stack.outer.shape[-1] + heads.stack.count)
     step = max(1, memory_mb * 2**20 // (width * max((part.count for part in parts), default=1)))
     return (parts[i : i + step] for i in range(0, len(parts), step))
 
 
-def _scores(heads: _Heads, neurons: NeuronSide, loaded: Sequence[NeuronRows]) -> list[Tensor]:
+def _scores(heads: Heads, neurons: NeuronSide, loaded: Sequence[NeuronRows]) -> list[Tensor]:
     """Scores of all heads with some neurons, (heads, n), NaN of pairs that cannot reach."""
     scores = [torch.full((heads.stack.count, len(rows.norms)), torch.nan) for rows in loaded]
     for state in heads.stack.position.unique().tolist():
@@ -273,7 +274,7 @@ def _products(unit: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts], dim=1)[: len(unit)]
 
 
-def _columns(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterator[Column]:
+def columns_of(score: Tensor, norms: Tensor, deviation: Tensor, d: int) -> Iterator[Column]:
     """All columns in float32; ``norms`` and ``deviation`` broadcast against the score."""
     score = beyond_rounding(score, 1.0, torch.finfo(score.dtype).eps)
     strength = norms.float() * score
