@@ -15,7 +15,7 @@ from virtual_weights.checkpoint.dictionaries import Decoder, DictionaryPart
 from virtual_weights.runtime.flow.observation import operating_point
 from virtual_weights.stream import Question
 from virtual_weights.stream.attached import Attached, AttachedPart
-from virtual_weights.stream.places import place_of
+from virtual_weights.stream.hook_points import hook_point
 
 TOKENS = torch.tensor([[3, 17, 5, 5, 30, 1, 22, 9], [8, 2, 30, 36, 11, 0, 4, 12]])
 KINDS = (
@@ -79,7 +79,7 @@ def borrowed(stream: vw.Stream, count: int = 6) -> vw.Stream:
             None if bias is None else bias[:count],
             decoders=(decoder,),
         )
-        reading, writing = place_of(f"{mlp.id}.normed", stream.model), place_of(decoder.writes, stream.model)
+        reading, writing = hook_point(f"{mlp.id}.normed", stream.model), hook_point(decoder.writes, stream.model)
         parts.append(AttachedPart(f"own{mlp.layer}", part, reading, ((writing, decoder),)))
     return replace(stream, attached=Attached(parts=tuple(parts)))
 

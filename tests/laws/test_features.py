@@ -441,3 +441,161 @@ def test_features_that_are_neurons_have_the_edges_of_neurons(shape: str) -> None
             assert edges[0][written[1], own] == pytest.approx(edges[0][written[0], own], abs=1e-5)
             heads = [out["L2H1.K", name]["score"] for name in written]
             assert heads[0] == pytest.approx(heads[1], rel=1e-5)
+
+
+def test_what_a_norm_behind_the_part_takes_from_a_feature(tmp_path: Path) -> None:
+    """What is removed of a transcoder at an MLP's own output is what that norm passes of it, token by token."""
+    model: Any = tiny("gemma3", dtype=torch.float64)
+    files.saelens(tmp_path / "tc", 24, F, 1, 5, architecture="transcoder")
+    reference = f"tc={tmp_path / 'tc'}@L0.mlp.normed,L0.mlp.output"
+    stream = vw.open(model, attach=[reference]).to(torch.float64)
+    layer, seen = model.model.layers[0], dict[str, Tensor]()
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, given, output: seen.update(x=given[0], y=output)),
+        model.model.layers[2].pre_feedforward_layernorm.register_forward_pre_hook(lambda _, g: seen.update(late=g[0])),
+    ]
+    with torch.no_grad():
+        before = model(TOKENS, labels=TOKENS).loss
+    for hook in hooks:
+        hook.remove()
+    part, norm = stream.attached["tc"].part, layer.post_feedforward_layernorm
+    assert part.encoder is not None
+    assert part.bias is not None
+    some = slice(0, F)
+    activations = part.activation(seen["x"] @ part.encoder(some).double().T + part.bias.double())
+    scalar = (seen["y"].square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    wrote = activations[..., 2, None] * part.decoders[0].rows(some)[2].double() * (1 + norm.weight) / scalar
+    after = model.model.layers[2].pre_feedforward_layernorm
+    size = (seen["late"].square().mean(-1, keepdim=True) + after.eps).sqrt()
+    moved = (wrote.mean((0, 1)) - wrote) * (1 + after.weight) / size
+    up = model.model.layers[2].mlp.up_proj
+    hook = up.register_forward_hook(lambda _, __, output: output + moved @ up.weight.T)
+    with torch.no_grad():
+        expected = float(model(TOKENS, labels=TOKENS).loss - before)
+    hook.remove()
+    found = vw.EdgeAblation("tc:F2", "L2.mlp.up")(run_of(stream, model))
+    assert found["tc:F2", "L2.mlp.up"]["effect_nats"] == pytest.approx(expected, rel=2e-3, abs=1e-7)
+    both = f"late={tmp_path / 'tc'}@L2.mlp.normed,L2.mlp.added"
+    stream = vw.open(model, attach=[reference, both]).to(torch.float64)
+    averages = coactivations(run_of(stream, model), without_sinks=False)
+    inside = (activations / scalar / size).flatten(0, 1)
+    with torch.no_grad():
+        signals, _ = watched(model, stream, {("state", stream.groups["late"].reads or 0)}, TOKENS)
+    x = next(iter(signals.values()))
+    reads = encoder(stream, "late")
+    target = part.activation((x / size) @ reads.T + part.bias.double()).flatten(0, 1)
+    gated = inside.T @ (target > 0).double() / TOKENS.numel()
+    i, j = averages.pairs["tc>late"].long().T
+    torch.testing.assert_close(averages.gated["tc>late"], gated[i, j])
+
+
+def test_an_edge_out_of_a_feature_that_reads_less(layered: vw.Stream, model: nn.Module) -> None:
+    """Removed together with an edge into it, it is removed as it then writes: nothing of it arrives."""
+    from virtual_weights.runtime.edges.edge import Edge, EdgeSet, Removal, removed
+
+    stream = layered
+    edges = [Edge.of(stream, "L0H0", "tc1:F3.enc"), Edge.of(stream, "tc1:F3", "L2.mlp.up")]
+    nothing = Removal(means={"L0H0": torch.zeros(24), "tc1:F3": torch.zeros(24)})
+    part = stream.attached["tc1"].part
+    column = part.decoders[0].rows(slice(0, F))[3].double()
+    seen = dict[str, Tensor]()
+    mlp: Any = model.model.layers[2].mlp  # pyright: ignore
+    layer: Any = model.model.layers[2]  # pyright: ignore
+
+    def reads(_: Any, given: Any, output: Tensor) -> None:
+        seen["up"] = output
+
+    hook = mlp.up_proj.register_forward_hook(reads)
+    with torch.no_grad(), removed(model, stream, [EdgeSet(tuple(edges))], nothing):
+        hook.remove()
+        hook = mlp.up_proj.register_forward_hook(reads)  # behind what removes
+        late = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, g: seen.update(x=g[0]))
+        model(TOKENS)
+    hook.remove()
+    late.remove()
+    pre, _ = live(stream, model, TOKENS)["tc1"]
+    with torch.no_grad():
+        signals, _ = watched(model, stream, {("inner", "L0.attn")}, TOKENS)
+    head = signals["inner", "L0.attn"][:, :, 0] @ stream.write("L0.attn")[0].double().T
+    assert part.encoder is not None
+    less = (pre[..., 3] - head @ part.encoder(slice(0, F))[3].double()).relu()  # what the feature then is
+    norm = layer.post_attention_layernorm
+    s = (seen["x"].square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    expected = (seen["x"] - less[..., None] * column) * norm.weight / s @ mlp.up_proj.weight.T
+    torch.testing.assert_close(seen["up"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_edges_in_a_run_says_so(model: nn.Module, tmp_path: Path) -> None:
+    files.saelens(tmp_path / "sae", 24, F, 1, 5, architecture="standard")
+    np.save(tmp_path / "v.npy", np.eye(24)[:2])
+    references = [
+        f"sae={tmp_path / 'sae'}@L1.begin",
+        f"out={tmp_path / 'sae'}@L0.mlp.output",
+        f"v={tmp_path / 'v.npy'}@2",
+    ]
+    stream = vw.open(model, attach=references).to(torch.float64)
+    assert stream.groups["sae"].writes == ()
+    assert stream.groups["out"].ports == ()
+    run = run_of(stream, model)
+    for writer, reader in (("L0H1", "sae:F3.enc"), ("out:F1", "L2H0.V"), ("v:F1", "L2H0.V")):
+        with pytest.raises(UsageError, match="does not read a state and write for a part"):
+            vw.EdgeAblation(writer, reader)(run)
+    with pytest.raises(UsageError, match="nothing follows from what they read"):
+        vw.Attribution("enc")(run)
+    assert bool(torch.as_tensor(vw.HeadUnits("enc")(stream)["score"]).isfinite().all())
+    with pytest.raises(UsageError, match="has no v:F1@3"):
+        vw.virtual_weight(stream, "v:F1@3", "L2H0.V")
+
+
+def test_a_raw_reader_moves_no_edge_of_others(tmp_path: Path) -> None:
+    """On a model with LayerNorm it sees the mean of what is written, and nobody else does."""
+    model = tiny("gpt2", dtype=torch.float64)
+    files.saelens(tmp_path / "sae", 24, F, 1, 5, architecture="standard")
+    plain = vw.open(model).to(torch.float64)
+    stream = vw.open(model, attach=[f"sae={tmp_path / 'sae'}@L1.mlp.state"]).to(torch.float64)
+    for question in (
+        vw.Composition("K", writers="all"),
+        vw.NeuronNeuron("in"),
+        vw.VectorWriters(vw.Vector(torch.arange(24.0))),
+    ):
+        one, other = question(plain), question(stream)
+        for column in one.columns:
+            if isinstance(column.values, Tensor):
+                torch.testing.assert_close(
+                    torch.as_tensor(other[column.name]), column.values, rtol=0, atol=0, equal_nan=True
+                )
+    mean = stream.write("L0.attn").mean(1).abs().max()
+    kept = vw.virtual_weight(stream, "L0H1", "sae:F.enc").dense()
+    assert float(mean) < 1e-12
+    ov = stream["L0H1"]
+    assert isinstance(ov, vw.Head)
+    uncentred = stream.attached["sae"].part.encoder
+    assert uncentred is not None
+    raw = plain.weight("o", "L0.attn")
+    assert raw is not None
+    torch.testing.assert_close(kept, uncentred(slice(0, F)).double() @ raw[1].double() @ ov.v.dense().double())
+
+
+def test_averages_of_different_streams_are_not_joined(
+    layered: vw.Stream, crossing: vw.Stream, model: nn.Module
+) -> None:
+    one, other = (coactivations(run_of(stream, model), without_sinks=False) for stream in (layered, crossing))
+    with pytest.raises(UsageError, match="two different streams"):
+        one.joined(other, "both")
+
+
+def test_a_folder_of_other_transcoders_is_left_alone(tmp_path: Path) -> None:
+    small = tiny(MODEL)
+    run = vw.Run.on_repeats(vw.open(small), 64, 16, model=small)
+    vw.train_transcoders(run, tmp_path, (0, 1), features=8, k=4, steps=2)
+    with pytest.raises(UsageError, match=r"layer_0\.safetensors"):
+        vw.train_transcoders(run, tmp_path, (1,), features=8, k=2, steps=2)
+    vw.train_transcoders(run, tmp_path, (0, 1), features=8, k=2, steps=2)
+
+
+def test_twera_of_a_target_that_is_never_above_zero() -> None:
+    from virtual_weights.stream.coactivations import target_weighted_attribution
+
+    weights, product, mean = torch.ones(4), torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([2.0, -1.0, 0.0, 0.0])
+    assert torch.isnan(target_weighted_attribution(weights, product, mean)).tolist() == [False, True, False, True]
+    assert target_weighted_attribution(weights, product, mean, 0.5).tolist() == [0.5, 2.0, 0.0, 2.0]

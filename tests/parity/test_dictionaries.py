@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import virtual_weights as vw
 from virtual_weights.errors import ArchitectureError, UsageError
 from virtual_weights.runtime.features.law import dictionary_fits
-from virtual_weights.stream.effective import centring
+from virtual_weights.stream.effective import as_seen, centring
 
 TOKENS = torch.randint(37, (2, 11), generator=torch.Generator().manual_seed(3))
 MODELS = ("llama-biases-wide-heads", "gpt2", "gemma3", "neox-parallel-partial-rotary")
@@ -40,8 +40,9 @@ def test_pre_activations_are_what_was_written(name: str, shape: str, tmp_path: P
     model = tiny(shape, dtype=torch.float64)
     path = str(written(name, model, tmp_path).path)
     reference = f"{path}@factors" if name == "lora" else path
-    if name in ("gemma scope 2 transcoder", "gemma scope 2 clt") and shape != "gemma3":
-        with pytest.raises(UsageError, match="not a place of this model"):  # it names modules that Gemma alone has
+    particular = name in ("gemma scope 2 transcoder", "gemma scope 2 clt") and shape != "gemma3"
+    if particular or (name, shape) == ("gemma scope embedding", "gpt2"):
+        with pytest.raises(UsageError, match="not a place of this model"):  # of Gemma alone, or before positions
             attached(model, reference)
         return
     if name == "gemma scope att" and shape == "llama-biases-wide-heads":
@@ -54,7 +55,8 @@ def test_pre_activations_are_what_was_written(name: str, shape: str, tmp_path: P
         assert fit.error < 1e-5, fit
         assert all(other.distance > 0.1 for other in fit.elsewhere), fit
     raw = any(part.reading is not None and part.reading.norm is None for part in stream.attached.parts)
-    assert centring(stream) == (stream.spec.centring and not raw)
+    assert centring(as_seen(stream, "enc")) == (stream.spec.centring and not raw)
+    assert centring(stream) == stream.spec.centring
 
 
 @pytest.mark.parametrize("shape", MODELS)
@@ -68,7 +70,7 @@ def test_a_decoder_is_what_a_part_adds(shape: str, tmp_path: Path) -> None:
         plain = vw.open(model).to(torch.float64)
         group = plain.groups[place.rpartition(".")[0]]
         rows = torch.from_numpy(np.load(tmp_path / "v.npy"))
-        maps = stream.write("v")[0]
+        maps = as_seen(stream, "enc").write("v")[0]
         assert maps.shape == (d, 4)
         assert stream.groups["v"].writes == group.writes
         gain = plain.weight("after", group.id)
@@ -145,6 +147,8 @@ def test_what_cannot_be_attached_says_why(tmp_path: Path) -> None:
         vw.open(model, attach=[f"{tmp_path / 'v.npy'}@L9.mlp.normed"])
     with pytest.raises(UsageError, match="two dictionaries are called vec"):
         vw.open(model, attach=[f"{tmp_path / 'v.npy'}@2", f"{tmp_path / 'v.npy'}@3"])
+    with pytest.raises(UsageError, match="called embed, as a part of the model"):
+        vw.open(model, attach=[f"embed={tmp_path / 'v.npy'}@2"])
     with pytest.raises(UsageError, match="names nothing to attach"):
         vw.open(model, attach=[f"{tmp_path / 'v.npy'}@"])
     wide = vw.open(model, attach=[f"{tmp_path / 'wide.npy'}@2"])

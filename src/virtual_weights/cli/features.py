@@ -50,7 +50,7 @@ def features(
     from virtual_weights.runtime.features.coactivity import coactivations
 
     stream = session.stream
-    stream.groups.readers("enc")  # refuses a model without a dictionary before it runs
+    _check_names(stream, source, target)
     column: Any = o.checked_column(by, ("era", "twera", "weight"))
     names = None if labels is None else vw.FeatureLabels.load(labels)
     halves = [
@@ -74,6 +74,18 @@ def features(
         shown.append(f"averages of {both.tokens:,} tokens written to {output}")
     summary = {"tokens": both.tokens, "identity": both.identity, "least": least, "halves": compared}
     return Answer(record, rows, summary, shown)
+
+
+def _check_names(stream: vw.Stream, *names: str | None) -> None:
+    """Refuse, before the model runs, one without a dictionary, and names of none."""
+    readers = {group.id for group in stream.groups.readers("enc")}
+    unknown = next((name for name in names if name is not None and name not in readers), None)
+    if unknown is not None:
+        raise UsageError(
+            f"no dictionary {unknown!r} reads from this stream",
+            expected=f"one of {', '.join(sorted(readers))}",
+            do="correct the name",
+        )
 
 
 def _labelled(row: dict[str, Any], names: vw.FeatureLabels | None) -> dict[str, Any]:
@@ -133,14 +145,16 @@ def train(
     from virtual_weights.stream.provenance import fingerprint_of
 
     what = "lora" if lora else "transcoders"
-    folder = folder or cache_folder() / "trained" / f"{fingerprint_of(session.stream)[:16]}-{what}"
+    sizes = "" if lora else f"-{layers.replace(',', '-').replace(' ', '')}-{features}-{k}"
+    folder = folder or cache_folder() / "trained" / f"{fingerprint_of(session.stream)[:16]}-{what}{sizes}"
     run, seed = session.run, session.options["seed"]
     if lora:
         first, last = train_lora(run, folder, steps=steps or 60, seed=seed, progress=session.step("adapter"))
         rows = [{"loss at first": first, "at last": last}]
     else:
-        wanted = [int(part) for part in o.listed("--layers", layers, "layers such as 8,10,12") if part.isdecimal()]
-        if not wanted:
+        parts = o.listed("--layers", layers, "layers such as 8,10,12")
+        wanted = [int(part) for part in parts if part.isdecimal()]
+        if len(wanted) < len(parts):
             raise UsageError(f"--layers {layers}", expected="layers such as 8,10,12", do="correct them")
         step = session.step("transcoders")
         fits = train_transcoders(

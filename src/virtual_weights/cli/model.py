@@ -153,13 +153,13 @@ def _attached(stream: vw.Stream, module: Any, dtype: Any, bound: float) -> list[
             raise CheckpointError(
                 f"{fit.name} leaves {fit.unexplained:.2f} of the variance unexplained where it reads, {fit.reads}",
                 expected=f"the place that it was trained at; read as {best.what} it leaves {best.unexplained:.2f}",
-                do=f"name the place behind the path: PATH@L3.mlp.{best.what}, or with PATH@READS,WRITES both places",
+                do=f"name the place behind the path: PATH@{best.what}, or both places: PATH@{best.what},WRITES",
             )
     return [_fit_row(fit) for fit in fits]
 
 
 def _fit_row(fit: DictionaryFit) -> dict[str, Any]:
-    others = [f"{other.what}: {other.distance:.0%} off" for other in fit.elsewhere]
+    others = [f"{other.what.rpartition('.')[2]}: {other.distance:.0%} off" for other in fit.elsewhere]
     figures = {name: getattr(fit, name) for name in ("error", "unexplained", "active")}
     figures = {name: None if math.isnan(value) else value for name, value in figures.items()}
     row = {"name": fit.name, "reads": fit.reads, "error": figures["error"]}

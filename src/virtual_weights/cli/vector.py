@@ -79,8 +79,9 @@ def vector(
 def _on_text(stream: vw.Stream, row: dict[str, Any], activity: vw.Record, norm: float) -> dict[str, Any]:
     """A reader with what it receives along the vector on a text, root mean square."""
     name = str(row["reader"])
-    state = stream.states - 1 if name.startswith("unembed") else stream.groups.of(name).reads
-    return {**row, "contribution": row["strength"] / norm * activity[str(state),]["rms"]}
+    group = stream.groups["unembed"] if name.startswith("unembed") else stream.groups.of(name)
+    along = activity[str(group.reads),]["raw" if group.norm is None else "rms"]
+    return {**row, "contribution": row["strength"] / norm * along}
 
 
 def _amounts(text: str) -> tuple[float, ...]:

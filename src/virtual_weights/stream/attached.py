@@ -20,15 +20,16 @@ from virtual_weights.checkpoint.dictionaries import Decoder, Dictionary, Diction
 from virtual_weights.errors import ArchitectureError, UsageError
 from virtual_weights.stream.effective import Read, norm_gain, through_output
 from virtual_weights.stream.group import Component, Group
+from virtual_weights.stream.hook_points import HookPoint, hook_point
 from virtual_weights.stream.names import Label
 from virtual_weights.stream.norm import constant, fold
-from virtual_weights.stream.places import Place, place_of
 
 if TYPE_CHECKING:
     from virtual_weights.stream.stream import Stream
 
 _REFERENCE = re.compile(r"(?:(?P<name>[A-Za-z][\w-]{0,63})=)?(?P<path>.+?)(?:@(?P<place>[\w.,]*))?")
 _FACTORS = "factors"  # in place of a place: an adapter's factors, not folded into the weights
+_TAKEN = ("embed", "pos", "unembed")
 _ADDED_KINDS = ("vec",)  # whose decoders are added to a state, rather than reconstruct it
 
 
@@ -51,7 +52,7 @@ class Reference:
     factors: bool = False
 
     def __str__(self) -> str:
-        places = _FACTORS if self.factors else ",".join(filter(None, (self.reads, self.writes)))
+        places = _FACTORS if self.factors else (self.reads or "") + (f",{self.writes}" if self.writes else "")
         name = "" if self.name is None else f"{self.name}="
         return f"{name}{self.path}{'@' if places else ''}{places}"
 
@@ -89,8 +90,8 @@ class AttachedPart:
 
     name: str
     part: DictionaryPart
-    reading: Place | None
-    writings: tuple[tuple[Place, Decoder], ...]
+    reading: HookPoint | None
+    writings: tuple[tuple[HookPoint, Decoder], ...]
 
     def __repr__(self) -> str:
         reads = "" if self.reading is None else f" reads {self.reading.text};"
@@ -163,7 +164,7 @@ class AttachedPart:
                 do="name another writer; the decoder of what reconstructs a state writes nothing",
             )
         rows = rows or slice(0, self.part.features)
-        maps = [self._written(stream, place, decoder.rows(rows)) for place, decoder in decoders]
+        maps = [self.written(stream, place, decoder.rows(rows)) for place, decoder in decoders]
         if len(maps) == 1:
             return maps[0][None]
         dtype = torch.promote_types(maps[0].dtype, stream.dtype)
@@ -172,20 +173,21 @@ class AttachedPart:
             total += part
         return total[None]
 
-    def constant(self, stream: Stream, state: int) -> Tensor:
-        """What decoders' biases add by a state, (d,), whatever the features do."""
-        total = torch.zeros(stream.d_model, dtype=torch.promote_types(stream.dtype, torch.float32))
-        for place, decoder in self.writings:
-            if place.state <= state and decoder.bias is not None:
-                total += self._written(stream, place, decoder.bias[None])[:, 0]
-        return total
-
-    def _written(self, stream: Stream, place: Place, rows: Tensor) -> Tensor:
-        """Decoder rows (n, d') as they enter the stream, (d, n)."""
+    def written(self, stream: Stream, place: HookPoint, rows: Tensor) -> Tensor:
+        """Decoder rows (n, d') of one place as they enter the stream, (d, n), up to the scalar of a norm behind."""
         if place.what in ("output", "z"):
             assert place.branch is not None
             return through_output(stream, rows, place.branch.id, mixed=place.what == "z")
         return _checked(rows, (len(rows), stream.d_model), f"a decoder of {self.name}").T
+
+    @property
+    def stands_for_parts(self) -> bool:
+        """Whether its activations say what it wrote: it reads a state, and stands for what parts of the model give.
+
+        A steering vector on a state writes nothing that the model has; of the output of a part without its input
+        nothing says what is active.
+        """
+        return self.reading is not None and bool(self.writings) and all(place.written for place, _ in self.writings)
 
 
 @final
@@ -256,6 +258,11 @@ def attached(model: Model, wanted: Iterable[Reference]) -> Attached:
         dictionaries.append(dictionary)
         parts.extend(_placed(model, dictionary, reference))
     names = [part.name for part in parts]
+    taken = next((name for name in names if name in _TAKEN), None)
+    if taken is not None:
+        raise UsageError(
+            f"a dictionary called {taken}, as a part of the model is", expected="another name", do="write NAME=PATH"
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
@@ -285,15 +292,17 @@ def _part(model: Model, dictionary: Dictionary, part: DictionaryPart, reference:
     decoders = part.decoders
     if reference.writes or (reference.reads and dictionary.kind == "vec"):
         decoders = tuple(replace(decoder, writes=reference.writes or reference.reads) for decoder in decoders[:1])
-    unknown = (part.encoder is not None and not reads) or any(not decoder.writes for decoder in decoders)
-    if unknown:
+    if dictionary.kind == "sae":  # it reconstructs what it reads
+        decoders = tuple(replace(decoder, writes=reference.writes or reads or "") for decoder in decoders)
+    silent_reads = part.encoder is not None and not reads
+    if silent_reads or any(not decoder.writes for decoder in decoders):
         raise UsageError(
-            f"{dictionary.path!r} does not say where it reads",
+            f"{dictionary.path!r} does not say where it {'reads' if silent_reads else 'writes'}",
             expected="a place: L8.mlp.normed, L8.mlp.normalized, L8.begin, a hook's name or a state's number",
             do="name it behind the path: PATH@READS, or PATH@READS,WRITES",
         )
-    place = place_of(reads, model) if reads and part.encoder is not None else None
-    writings = [(place_of(decoder.writes, model), decoder) for decoder in decoders]
+    place = hook_point(reads, model) if reads and part.encoder is not None else None
+    writings = [(hook_point(decoder.writes, model), decoder) for decoder in decoders]
     adds = dictionary.kind in _ADDED_KINDS
     writings = [(p, decoder) for p, decoder in writings if p.written or (adds and p.what == "state")]
     writings.sort(key=lambda pair: pair[0].state)

@@ -44,11 +44,9 @@ def open_stream(  # noqa: PLR0913 - how it is opened, by keyword only
         allow_non_finite: do not refuse NaN and infinity.
         table: a TOML file that says what models of one's own types are, in the format of ``models.toml``: see
             docs/add-an-architecture.md.
-        attach: folders of LoRA adapters as peft writes them, which are folded into the weights as they are read,
-            ``W + scale B A``; a run runs the adapted model. And dictionaries (sparse autoencoders, transcoders, plain
-            vectors), whose features read and write beside the model: ``"PATH"``, ``"NAME=PATH"``, and where the
-            file does not say where it reads and writes ``"PATH@READS,WRITES"``, see ``virtual_weights.stream.places``;
-            ``"PATH@factors"`` attaches an adapter's factors instead of folding them.
+        attach: LoRA adapters (folders as peft writes them), folded into the weights as they are read; and dictionaries
+            (``"PATH"``, ``"NAME=PATH"``, ``"PATH@READS,WRITES"``), whose features read and write beside the model, see
+            docs/dictionaries.md; ``"PATH@factors"`` attaches an adapter's factors instead of folding them.
 
     Returns:
         The stream.

@@ -28,8 +28,9 @@ class Coactivations:
 
         product = E[a_i a_j / s]     gated = E[1(a_j > 0) a_i / s]     together = tokens with a_i and a_j other than 0
 
-    for all pairs that are active together at least once; all others are 0. ``Observe`` once, weigh any virtual weight
-    of these dictionaries later.
+    for all pairs that are active together at least once; all others are 0. Where a norm stands behind the part that a
+    source stands for, a_i is over its scalar too. They are taken once, and weigh any virtual weight of these
+    dictionaries later.
 
     Attributes:
         fingerprint: of the stream that ran, dictionaries included.
@@ -73,7 +74,17 @@ class Coactivations:
         return identity(self._tensors(), f"{self.fingerprint} {self.tokens}")
 
     def joined(self, other: Coactivations, text: str) -> Coactivations:
-        """Averages over the tokens of two runs of the same stream."""
+        """Averages over the tokens of two runs of the same stream.
+
+        Raises:
+            UsageError: they are of different ones.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise UsageError(
+                "averages of two different streams",
+                expected="two runs of one model with the same dictionaries",
+                do="join what belongs together",
+            )
         tokens = self.tokens + other.tokens
         share = self.tokens / tokens, other.tokens / tokens
         pairs, product, gated, together = (dict[str, Tensor]() for _ in range(4))
@@ -158,7 +169,11 @@ def target_weighted_attribution(weights: Tensor, product: Tensor, mean: Tensor, 
         least: where ``E[a_j]`` is less, it is divided by this instead. Of a target that is almost never active the
             average is over a few tokens, and without a least value such targets lead every list.
 
+    Returns:
+        0 of pairs that are never active together, NaN where the mean is not above 0.
+
     Reference: as of :func:`expected_attribution`.
     """
     mean = mean.clamp(min=least) if least else mean
-    return torch.where(product != 0, weights * product / mean, 0.0)
+    weighted = torch.where(mean > 0, weights * product / mean, torch.nan)
+    return torch.where(product != 0, weighted, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -265,8 +265,14 @@ def _missing(stream: Stream, role: str, group: str) -> MissingTensorError:
 
 
 def centring(stream: Stream) -> bool:
-    """Whether no reader sees the mean over coordinates of the stream, those that are attached included."""
-    return stream.spec.centring and not stream.attached.raw
+    """Whether the mean over coordinates of what is written is left out, which no reader behind a LayerNorm sees."""
+    return stream.spec.centring and not stream.keeps_mean
+
+
+def as_seen(stream: Stream, port: str) -> Stream:
+    """The stream as readers of a port see it: an encoder that reads a state as it is sees its mean."""
+    raw = port == "enc" and stream.attached.raw and stream.spec.centring
+    return replace(stream, keeps_mean=True) if raw else stream
 
 
 def token_parts(stream: Stream, side: Literal["embed", "unembed"], rows: int = 8192) -> Iterator[Tensor]:

@@ -284,7 +284,11 @@ class Groups:
         whole = replace(label, port=None, state=None)
         units = {"neuron": Label("mlp", label.layer), "feature": Label("dictionary", name=label.name)}
         group = self._by_label.get(units.get(label.kind, whole))
-        if group is None or (label.kind in units and (label.index or 0) >= group.width):
+        beyond = group is not None and label.kind in units and (label.index or 0) >= group.width
+        late = (
+            group is not None and label.state is not None and not (len(group.writes) > 1 and group.reaches(label.state))
+        )
+        if group is None or beyond or late:
             raise UsageError(
                 f"this checkpoint has no {label}", expected="a component that it has", do="list stream.components"
             )

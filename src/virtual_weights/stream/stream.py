@@ -45,6 +45,7 @@ class Stream:
             which adds the same to all logits. False leaves all weights as they are.
         dtype: least precision in which this is done; weights wider than it keep theirs.
         attached: dictionaries, whose features read and write like parts of the model; none of them is run.
+        keeps_mean: writers keep their mean over coordinates where LayerNorm would take it away: see ``as_seen``.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Stream:
     folded: bool = True
     dtype: torch.dtype = torch.float32
     attached: Attached = field(default_factory=Attached)
+    keeps_mean: bool = False
 
     def __repr__(self) -> str:
         spec = self.spec

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import Dense, LinearMap
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.names import Label, parse
 from virtual_weights.stream.stream import Stream
 from virtual_weights.stream.views import Features, Head, Mlp
@@ -33,7 +34,7 @@ def virtual_weight(stream: Stream, writer: str, reader: str, offset: int = 0) ->
     """
     target = parse(reader)
     _check_reach(stream, parse(writer), target)
-    state = stream.groups.of(target).reads
+    stream, state = as_seen(stream, target.port or ""), stream.groups.of(target).reads
     return reading_map(stream, target, offset) @ writing_map(stream, writer, state)
 
 
@@ -45,7 +46,8 @@ def writing_map(stream: Stream, writer: str, state: int | None = None) -> Linear
             f"{writer} does not write", expected="a writer such as L16H0, L3.mlp or embed", do="name a writer"
         )
     if label.kind in ("dictionary", "feature"):
-        by_state = state if label.state is None else label.state
+        grows = len(stream.groups.of(label).writes) > 1
+        by_state = (state if label.state is None else label.state) if grows else label.state
         dec = stream[str(replace(label, port="dec", state=by_state))]
         assert isinstance(dec, LinearMap)
         return dec

@@ -85,7 +85,8 @@ class AllPairs(Blocked[Stream]):
             names.setdefault(question, []).append(name)
         alike: dict[AllPairs, list[AllPairs]] = {}
         for question in names:
-            alike.setdefault(replace(question, port="K"), []).append(question)
+            # an encoder that reads a state as it is may see more of what is written
+            alike.setdefault(replace(question, port="enc" if question.port == "enc" else "K"), []).append(question)
         for questions in alike.values():
             first = questions[0]
             pieces = [(question, piece) for question in questions for piece in question.readers(subject).pieces]

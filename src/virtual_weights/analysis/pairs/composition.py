@@ -27,6 +27,7 @@ from virtual_weights.linalg import singular_values as gains_of
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Block, Head, Question, Stream, parse
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.group import HEAD_PORTS, HeadPort, Port, Writers, check_port, check_writers
 from virtual_weights.stream.virtual import reading_map, virtual_weight
 
@@ -107,7 +108,7 @@ class Composition(AllPairs):
         Returns:
             A Record over (reader, writer), both in order of depth.
         """
-        products = self.products(subject, blocks)
+        products, subject = self.products(subject, blocks), as_seen(subject, self.port)
         return subject.record(
             self,
             products.axes,
@@ -128,6 +129,7 @@ class Composition(AllPairs):
 
     def written(self, stream: Stream) -> MapSide:
         """What writes."""
+        stream = as_seen(stream, self.port)
         groups = stream.groups.heads if self.writers == "all" else stream.groups.readers("Q")
         heads = thin_pieces(groups, head_positions(groups, "O"), partial(writing_circuits, stream), stream.d_model)
         return writing_side(stream, self.writers, heads)

@@ -155,7 +155,7 @@ class Contribution(Question[Stream]):
             varying = "contribution without what is common to all keys of a query, which softmax does not see"
             columns.append(Column("varying", (energy - table.common).clamp(min=0.0), "squared logits", varying))
         raw = [group.id for group in stream.groups.readers(self.port) if self.port == "enc" and group.norm is None]
-        weights = {"tokens_weighted": f"by 1/s^2 of the state's norm, which {', '.join(raw)} does not divide by"}
+        weights = {"tokens_weighted": f"by 1/s^2 of the state's norm, which {', '.join(raw)} does not take"}
         return stream.record(
             self,
             table.axes,

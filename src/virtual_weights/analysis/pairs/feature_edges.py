@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -19,6 +20,7 @@ from virtual_weights.stream.coactivations import (
     expected_attribution,
     target_weighted_attribution,
 )
+from virtual_weights.stream.effective import as_seen
 
 By = Literal["era", "twera", "weight"]
 _PAIRS = 1 << 18  # whose vectors are in memory at once
@@ -45,6 +47,7 @@ class FeatureEdges(Question[Stream]):
         top: how many edges, those of largest magnitude.
         by: ``"era"``, ``"twera"`` or ``"weight"``.
         least: tokens at which source and target are active at least, each.
+        least_mean: where ``E[a_j]`` is less, twera divides by this instead.
         source, target: only of this dictionary; None for all.
 
     Reference: Ameisen et al. 2025, "Circuit Tracing", Global Weights; s is the scalar of the norm through which the
@@ -58,13 +61,16 @@ class FeatureEdges(Question[Stream]):
     least: int = 20
     source: str | None = None
     target: str | None = None
+    least_mean: float = 0.0
 
     def __post_init__(self) -> None:
         if self.by not in ("era", "twera", "weight"):
             raise UsageError(f"by={self.by!r}", expected="era, twera or weight", do="choose one of these")
         check_least(self.least)
-        if self.top < 1:
-            raise UsageError(f"top={self.top}", expected="at least 1", do="pass for example top=100")
+        if self.top < 1 or not 0 <= self.least_mean < float("inf"):
+            raise UsageError(
+                f"top={self.top}, least_mean={self.least_mean}", expected="at least 1, at least 0", do="correct them"
+            )
 
     def __call__(self, stream: Stream, progress: Progress = silent) -> Record:
         """Weigh all pairs that are active together.
@@ -90,18 +96,19 @@ class FeatureEdges(Question[Stream]):
             )
         parts = list[_Edges]()
         for done, key in enumerate(keys, 1):
-            parts.append(edges_between(stream, self.coactivations, key, self.least).strongest(self.by, self.top))
+            parts.append(edges_between(stream, self, key).strongest(self.by, self.top))
             progress(done, len(keys))
         edges = _Edges.joined(parts).strongest(self.by, self.top)
+        (readers, writers), (weight, era, twera) = edges.names(keys), edges.values
         return stream.record(
             self,
-            (Axis("edge", tuple(map(str, range(1, len(edges.weight) + 1)))),),
+            (Axis("edge", tuple(map(str, range(1, len(weight) + 1)))),),
             (
-                Column("reader", edges.readers, "", "the target, a reading feature"),
-                Column("writer", edges.writers, "", "the source, a writing feature"),
-                Column("weight", edges.weight, "weights", "<enc, dec>, the virtual weight"),
-                Column("era", edges.era, "pre-activation", "E[1(a_j > 0) a_i / s] weight"),
-                Column("twera", edges.twera, "pre-activation", "E[a_j a_i / s] / E[a_j] weight"),
+                Column("reader", readers, "", "the target, a reading feature"),
+                Column("writer", writers, "", "the source, a writing feature"),
+                Column("weight", weight, "weights", "<enc, dec>, the virtual weight"),
+                Column("era", era, "pre-activation", "E[1(a_j > 0) a_i / s] weight"),
+                Column("twera", twera, "pre-activation", "E[a_j a_i / s] / E[a_j] weight"),
                 Column("together", edges.counts[0], "tokens", "at which both are active"),
                 Column("reader_active", edges.counts[1], "tokens", "at which the reader is active"),
                 Column("writer_active", edges.counts[2], "tokens", "at which the writer is active"),
@@ -109,7 +116,7 @@ class FeatureEdges(Question[Stream]):
             text=self.coactivations.text,
             tokens=self.coactivations.tokens,
             least=self.least,
-            paths="along the stream directly: not through attention or other features",
+            counted="what goes along the stream directly, not through attention or other features",
             gauge="features: their own basis",
         )
 
@@ -124,40 +131,38 @@ class _Edges:
     """Some pairs of features, (n,) each.
 
     Attributes:
-        writers, readers: names.
-        weight, era, twera: float64.
+        ends: (2, n) numbers of the source and of the target in their dictionaries.
+        keys: (n,) which pair of dictionaries, a number.
+        values: (3, n) weight, era and twera, float64.
         counts: (3, n) tokens at which both, the reader, the writer are active.
     """
 
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
-    weight: Tensor
-    era: Tensor
-    twera: Tensor
+    ends: Tensor
+    keys: Tensor
+    values: Tensor
     counts: Tensor
 
     def strongest(self, by: By, top: int) -> _Edges:
-        """The edges of largest magnitude, in this order."""
-        order = getattr(self, by).abs().argsort(descending=True, stable=True)[:top]
-        return self.of(order)
-
-    def of(self, order: Tensor) -> _Edges:
-        """Some of these."""
-        names = [tuple(side[i] for i in order.tolist()) for side in (self.writers, self.readers)]
-        return _Edges(names[0], names[1], self.weight[order], self.era[order], self.twera[order], self.counts[:, order])
+        """The edges of largest magnitude, in this order; undefined ones last."""
+        sizes = self.values[("weight", "era", "twera").index(by)].abs().nan_to_num(-1.0)
+        order = sizes.argsort(descending=True, stable=True)[:top]
+        return _Edges(self.ends[:, order], self.keys[order], self.values[:, order], self.counts[:, order])
 
     @classmethod
-    def joined(cls, parts: list[_Edges]) -> _Edges:
-        """All of several."""
-        weight, era, twera = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "era", "twera"))
-        return cls(
-            tuple(name for part in parts for name in part.writers),
-            tuple(name for part in parts for name in part.readers),
-            weight,
-            era,
-            twera,
-            torch.cat([part.counts for part in parts], 1),
+    def joined(cls, parts: Sequence[_Edges]) -> _Edges:
+        """All of several, each with its own number."""
+        keys = [torch.full_like(part.keys, number) for number, part in enumerate(parts)]
+        ends, values, counts = (
+            torch.cat([getattr(part, name) for part in parts], 1) for name in ("ends", "values", "counts")
         )
+        return cls(ends, torch.cat(keys), values, counts)
+
+    def names(self, keys: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Readers and writers."""
+        pairs = [keys[int(k)].split(">") for k in self.keys]
+        writers = tuple(f"{source}:F{i}" for (source, _), i in zip(pairs, self.ends[0].tolist(), strict=True))
+        readers = tuple(f"{target}:F{j}.enc" for (_, target), j in zip(pairs, self.ends[1].tolist(), strict=True))
+        return readers, writers
 
 
 def check_least(least: int) -> None:
@@ -166,23 +171,20 @@ def check_least(least: int) -> None:
         raise UsageError(f"least={least}", expected="at least 1 token", do="pass for example least=20")
 
 
-def edges_between(stream: Stream, averages: Coactivations, key: str, least: int) -> _Edges:
+def edges_between(stream: Stream, question: FeatureEdges, key: str) -> _Edges:
     """All edges of one pair of dictionaries between features that are active often enough."""
+    averages = question.coactivations
     source, _, target = key.partition(">")
     active = averages.active[source], averages.active[target]
     pairs = averages.pairs[key].long()
-    rows = ((active[0][pairs[:, 0]] >= least) & (active[1][pairs[:, 1]] >= least)).nonzero()[:, 0]
+    often = (active[0][pairs[:, 0]] >= question.least) & (active[1][pairs[:, 1]] >= question.least)
+    rows = often.nonzero()[:, 0]
     i, j = pairs[rows].T.contiguous()
     weight = _pair_weights(*_vectors(stream, key), i, j)
-    twera = target_weighted_attribution(weight, averages.product[key][rows], averages.mean[target][j])
-    return _Edges(
-        tuple(f"{source}:F{n}" for n in i.tolist()),
-        tuple(f"{target}:F{n}.enc" for n in j.tolist()),
-        weight,
-        expected_attribution(weight, averages.gated[key][rows]),
-        twera,
-        torch.stack([averages.together[key][rows], active[1][j], active[0][i]]),
-    )
+    product, gated, together = (values[key][rows] for values in (averages.product, averages.gated, averages.together))
+    twera = target_weighted_attribution(weight, product, averages.mean[target][j], question.least_mean)
+    values = torch.stack([weight, expected_attribution(weight, gated), twera])
+    return _Edges(torch.stack([i, j]), torch.zeros_like(i), values, torch.stack([together, active[1][j], active[0][i]]))
 
 
 def _pair_weights(dec: Tensor, enc: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -203,6 +205,7 @@ def _pair_weights(dec: Tensor, enc: Tensor, i: Tensor, j: Tensor) -> Tensor:
 def _vectors(stream: Stream, key: str) -> tuple[Tensor, Tensor]:
     """Decoders (F, d) as they have been written before the target reads, and its encoder (F, d)."""
     source, _, target = key.partition(">")
+    stream = as_seen(stream, "enc")
     dec = stream.attached[source].write(stream, stream.groups[target].reads)[0].T
     return centred(stream, dec, -1, stream.dtype), stream.read("enc", target).maps[0]
 
@@ -332,7 +335,7 @@ class _Compared:
         return i * len(self._j) + j, era.abs(), twera.abs()
 
     def _top(self, numbers: Tensor, values: Tensor) -> Tensor:
-        return numbers[values.topk(min(self._question.top, len(values))).indices]
+        return numbers[values.nan_to_num(-1.0).topk(min(self._question.top, len(values))).indices]
 
     def _correlations(
         self, total: int, era: list[tuple[Tensor, Tensor]], twera: list[tuple[Tensor, Tensor]]

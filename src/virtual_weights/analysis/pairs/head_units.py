@@ -19,6 +19,7 @@ from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Block, Stream, Work, cost
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS, HeadPort, NeuronPort
 
 
@@ -74,7 +75,8 @@ class HeadUnits(HeadPairs):
         if self.port in HEAD_PORTS:
             axis = component_axis("head", stream.groups.heads, self.port)
             return some_heads(stream, axis, partial(reading_circuits, port=self.port), self.reader)
-        return some_heads(stream, component_axis("head", stream.groups.heads), writing_circuits, self.writer)
+        axis = component_axis("head", stream.groups.heads)
+        return some_heads(as_seen(stream, self.port), axis, writing_circuits, self.writer)
 
     @classmethod
     def compute(cls, work: Work, subject: Any, progress: Progress = silent) -> Iterator[tuple[Any, str, Block]]:

@@ -35,6 +35,7 @@ from virtual_weights.linalg.decompose import square_roots
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Block, Blocked, Stream, Work, cost
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.group import HEAD_PORTS, HeadPort, NeuronPort
 
 _ROWS = 512  # neurons in one product with heads
@@ -139,7 +140,7 @@ class HeadNeuron(HeadPairs):
 
     def heads(self, stream: Stream) -> Heads:
         axis = component_axis("head", stream.groups.heads)
-        return some_heads(stream, axis, writing_circuits, self.writer)
+        return some_heads(as_seen(stream, self.port), axis, writing_circuits, self.writer)
 
     def answer(self, subject: Stream, blocks: Iterable[Block]) -> Record:
         """A Record over (neuron, head), both in order of depth."""

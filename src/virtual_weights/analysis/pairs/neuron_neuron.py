@@ -26,6 +26,7 @@ from virtual_weights.linalg.null import cosine_tail
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Block, Blocked, Stream, Work, cost
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.group import NeuronPort
 
 
@@ -106,6 +107,7 @@ class NeuronPairs(Blocked[Stream]):
                     yield comparison.task.question, comparison.task.read.name, comparison.block()
 
     def _sides(self, stream: Stream) -> _Sides:
+        stream = as_seen(stream, self.port)
         return _Sides(
             neuron_side(stream, self.port, self.reader), neuron_side(stream, "out", self.writer, self.writers)
         )

@@ -25,6 +25,7 @@ from virtual_weights.analysis.maps.pair_products import AllPairs, lift_columns
 from virtual_weights.linalg import MapStack, Spectrum, one_thread, overlap_moments, standardised
 from virtual_weights.record import Column, Record
 from virtual_weights.stream import Block, Group, Stream
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 
 
@@ -89,6 +90,7 @@ class Overlap(AllPairs):
             Column("dimensions", least, "dimensions", "min(r_r, r_w): 0 where one reads or writes nothing"),
             *lift_columns(products, subject.d_model, torch.finfo(self.dtype).eps),
         )
+        subject = as_seen(subject, self.port)
         return subject.record(self, products.axes, columns, gauge="subspaces: free of heads' inner bases")
 
     def readers(self, stream: Stream) -> MapSide:
@@ -101,6 +103,7 @@ class Overlap(AllPairs):
 
     def written(self, stream: Stream) -> MapSide:
         """What writes."""
+        stream = as_seen(stream, self.port)
         return writing_side(
             stream, self.writers, self._heads(stream, "O"), lambda rows: partial(self._basis, stream, rows)
         )

@@ -33,7 +33,7 @@ from virtual_weights.linalg import (
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream
-from virtual_weights.stream.effective import token_parts
+from virtual_weights.stream.effective import as_seen, token_parts
 from virtual_weights.stream.group import HEAD_PORTS, NEURON_PORTS
 from virtual_weights.stream.stream import centred
 from virtual_weights.stream.vector import Vector, state_of
@@ -135,7 +135,8 @@ class VectorReaders(_OfVector):
                 parts.append(_foremost(_tokens(stream, "unembed", unit, mean), self.tokens))
             elif port in NEURON_PORTS:
                 side = neuron_side(stream, port)
-                met = _single(side.labels, map(side.rows, side.ranges), unit, mean)
+                along, _, _ = self._placed(as_seen(stream, port))
+                met = _single(side.labels, map(side.rows, side.ranges), along, mean)
                 some = (side.positions >= state).nonzero()[:, 0]
                 parts.append((met, some, "feature" if port == "enc" else "neuron"))
             elif port in HEAD_PORTS:

@@ -69,7 +69,7 @@ class Decoder:
     """Where features write.
 
     Attributes:
-        writes: the place, as the file names it, see ``virtual_weights.stream.places``.
+        writes: the place, as the file names it, see ``virtual_weights.stream.hook_points``.
         rows: decoder vectors.
         bias: (d,), what is added beside them; None where nothing.
     """

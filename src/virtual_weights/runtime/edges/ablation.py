@@ -173,7 +173,7 @@ class Ablation(Composite[Run]):
     def __call__(self, subject: Run, progress: Progress = silent, ask: Ask | None = None) -> Record:
         asked = {edge.key: edge for edge in _distinct(subject.stream, self.edges)}
         yardstick = {
-            alike: {edge.key: edge for edge in random_edges(subject.stream, *alike, self.random, self.seed)}
+            alike: {edge.key: edge for edge in random_edges(subject.stream, alike, self.random, self.seed)}
             for alike in dict.fromkeys(map(likeness, asked.values()))
         }
         edges = {**asked, **{k: e for random in yardstick.values() for k, e in random.items() if k not in asked}}

@@ -16,24 +16,25 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.runtime.edges.dictionary_writes import decoder_hooks, feature_writes, pre_activations
+from virtual_weights.runtime.edges.attributed import reading_groups, writing_groups
+from virtual_weights.runtime.edges.dictionary_writes import (
+    feature_writes,
+    gradient_hooks,
+)
 from virtual_weights.runtime.edges.losses import next_token_loss
 from virtual_weights.runtime.running.activations import check_tokens
 from virtual_weights.runtime.running.hooks import (
-    Hook,
     Place,
-    before,
     leaf,
     module_of,
     port_values,
-    state_module,
     watched,
     wide,
 )
 from virtual_weights.runtime.running.run import Run
-from virtual_weights.stream import Group, Question, Stream, cost
-from virtual_weights.stream.effective import projection
-from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers, spans
+from virtual_weights.stream import Group, Question, cost
+from virtual_weights.stream.effective import as_seen, projection
+from virtual_weights.stream.group import READINGS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.question import plain
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -231,7 +232,7 @@ class Attribution(Question[Run]):
                 yield question, question._record(subject, sums.effects(question.port) / len(tokens), len(tokens))
 
     def _record(self, run: Run, effects: Tensor, sequences: int) -> Record:
-        readers, writers = run.stream.groups.readers(self.port), _writers(run.stream, self.writers)
+        readers, writers = reading_groups(run.stream, self.port), writing_groups(run.stream, self.writers)
         names = tuple(name for group in readers for name in group.readers(self.port))
         kv_groups = tuple(name for group in readers for name in group.kv_groups(self.port))
         sources = tuple(label for writer in writers for label in writer.labels)
@@ -259,10 +260,11 @@ class _Sums:
     """
 
     def __init__(self, run: Run, ports: Sequence[Port], how: Attribution) -> None:
-        self.run = run
-        groups = run.stream.groups
-        self.readers: dict[_Reader, Group] = {(port, g.id): g for port in ports for g in groups.readers(port)}
-        self.writers = _writers(run.stream, how.writers)
+        self.run = run = replace(run, stream=as_seen(run.stream, "enc"))
+        self.readers: dict[_Reader, Group] = {
+            (port, g.id): g for port in ports for g in reading_groups(run.stream, port)
+        }
+        self.writers = writing_groups(run.stream, how.writers)
         self.products, self.gradients = dict[_Reader, Tensor](), dict[_Reader, Tensor]()
         count = sum(len(writer.labels) for writer in self.writers)
         self.written = torch.zeros(count, run.stream.d_model, dtype=accumulate, device=run.device)
@@ -294,7 +296,7 @@ class _Sums:
         """What writers write from and readers read, and the gradient of the summed metric at each port's output."""
         module, stream = self.run.module, self.run.stream
         outputs: dict[_Reader, Tensor] = {}
-        places = {writer.place for writer in self.writers}
+        places = {place for writer in self.writers for place in writer.places}
         places |= {("state", group.reads or 0) for group in self.readers.values()}
 
         def keep(reader: _Reader, _module: nn.Module, _given: object, output: Tensor) -> None:
@@ -306,7 +308,7 @@ class _Sums:
             for reader in self.readers:
                 port, group = reader
                 if port == "enc":
-                    for hook in _feature_hooks(module, stream, group, partial(keep, reader, module, None)):
+                    for hook in gradient_hooks(module, stream, group, partial(keep, reader, module, None)):
                         stack.callback(hook.remove)
                     continue
                 hook = module_of(module, stream, READINGS[port], group).register_forward_hook(partial(keep, reader))
@@ -326,11 +328,14 @@ class _Sums:
         """What every writer writes, (writers, B T, d): ``O z`` of heads for z (B, T, m, k), a group at a time."""
         outputs, stream = list[Tensor](), self.run.stream
         for writer in self.writers:
-            z = wide(signals[writer.place])
-            z = z.expand(*tokens.shape, *z.shape[2:]).flatten(0, 1)
             if writer.group.kind == "dictionary":
-                outputs.append(feature_writes(stream, writer.group.id, z, slice(None), writer.first)[None])
-            elif writer.group.kind == "head":
+                written = feature_writes(stream, writer.group.id, signals, slice(None), writer.first)
+                outputs.append(written.flatten(0, 1)[None])
+                continue
+            (place,) = writer.places
+            z = wide(signals[place])
+            z = z.expand(*tokens.shape, *z.shape[2:]).flatten(0, 1)
+            if writer.group.kind == "head":
                 outputs.append(torch.einsum("mdk,tmk->mtd", stream.write(writer.group).to(z), z))
             else:
                 outputs.append(z[None])
@@ -343,50 +348,3 @@ class _Sums:
         maps = (stream.read(*reader) if reader[0] == "enc" else projection(stream, *reader)).maps.to(x)
         gradient = gradient.flatten(0, 1).to(x).reshape(len(x), *maps.shape[:2])
         return torch.einsum("mkd,tmk->mtd", maps, gradient / stream.scale(x, reader[1])[:, None, None])
-
-
-@final
-@dataclass(frozen=True)
-class _Writer:
-    """A group that writes, of a cross-layer dictionary as much as it has written in states ``[first, end)``."""
-
-    group: Group
-    first: int
-    end: int
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        labels = self.group.labels
-        return labels if len(self.group.writes) == 1 else tuple(f"{label}@{self.first}" for label in labels)
-
-    @property
-    def place(self) -> Place:
-        """Where z is seen, of others than heads what they write; of features the state that they read."""
-        if self.group.kind == "dictionary":
-            return "state", self.group.reads or 0
-        return "inner" if self.group.kind == "head" else "written", self.group.id
-
-    def reaches(self, state: int | None) -> bool:
-        return state is not None and self.first <= state < self.end
-
-
-def _writers(stream: Stream, writers: Writers) -> list[_Writer]:
-    """What writes and differs between tokens; of attached dictionaries those whose activations are known."""
-    groups = stream.groups
-    own = groups.kind("head") if writers == "heads" else groups.kind("embed", "pos", "head", "mlp")
-    attached = [group for group in groups.dictionaries if group.ports and writers == "all"]
-    return [_Writer(group, *span) for group in (*own, *attached) for span in spans(group)]
-
-
-def _feature_hooks(module: nn.Module, stream: Stream, name: str, keep: Callable[[Tensor], None]) -> Iterator[Hook]:
-    """Hooks that let a dictionary's pre-activations have gradients: what is added where it writes is 0."""
-    part, differences = stream.attached[name], dict[str, Tensor]()
-
-    def read(states: Tensor) -> None:
-        pre = pre_activations(stream, name, states).requires_grad_()
-        activations = part.part.activation(pre)
-        differences[name] = activations - activations.detach()
-        keep(pre)
-
-    yield before(state_module(module, stream, stream.groups[name].reads or 0), read)
-    yield from decoder_hooks(module, stream, name, lambda: differences[name])

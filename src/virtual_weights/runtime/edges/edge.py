@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from virtual_weights.errors import UsageError
-from virtual_weights.runtime.edges.dictionary_writes import decoder_hooks, pre_activations
+from virtual_weights.runtime.edges.dictionary_writes import decoder_hooks, pre_activations, stands
 from virtual_weights.runtime.edges.written import Written, unit_rows
 from virtual_weights.runtime.running.hooks import (
     Hook,
@@ -24,7 +24,7 @@ from virtual_weights.runtime.running.hooks import (
     wide,
 )
 from virtual_weights.stream import Label, Stream, parse
-from virtual_weights.stream.effective import projection
+from virtual_weights.stream.effective import as_seen, projection
 from virtual_weights.stream.group import READINGS, Port
 
 
@@ -81,6 +81,15 @@ class Edge:
                 expected="a head, an MLP, a neuron or an embedding of this model, such as L5H3, L5.mlp, L5N7 or embed",
                 do="name one of these",
             )
+        silent = next(
+            (n for n in {source.id, target.id} & {g.id for g in stream.groups.attached} if not stands(stream, n)), None
+        )
+        if silent is not None:
+            raise UsageError(
+                f"{silent} does not read a state and write for a part of the model",
+                expected="a transcoder, or another dictionary with an encoder and with decoders that stand for a part",
+                do="ask about its weights: vweights neurons, composition, channel",
+            )
         name = "unembed" if read.kind == "unembed" else read.port
         port: Port | None = next((port for port in target.ports if port == name), None)
         if port is None or target.reads is None:
@@ -106,7 +115,8 @@ class Edge:
     def maps(self, stream: Stream, like: Tensor) -> Tensor:
         """The reader's effective map R~, (k, d), in the dtype and on the device of ``like``."""
         if self.port == "enc":
-            return stream.read(self.port, self.target).maps[0, self.rows].to(like)
+            first, stop, _ = self.rows.indices(stream.groups[self.target].width)
+            return stream.attached[self.target].read(stream, slice(first, stop)).maps[0].to(like)
         return projection(stream, self.port, self.target).maps[self.map_index, self.rows].to(like)
 
     @property
@@ -159,7 +169,7 @@ class EdgeSet:
         """What its removal needs of a run: what writers write from, and the states that readers read."""
         places: set[Place] = {("state", edge.state) for edge in (*self.edges, *self.elsewhere)}
         writers = () if self.removes == "all" else self.edges
-        return places | {Written.of(stream, edge.writer).place for edge in writers}
+        return places.union(*(Written.of(stream, edge.writer).places for edge in writers))
 
 
 def affected(stream: Stream, edge: Edge) -> Written | None:
@@ -288,6 +298,7 @@ def removed(
             do="open the model without fold=False (--no-fold)",
         )
     sets = [edge if isinstance(edge, EdgeSet) else EdgeSet((edge,)) for edge in edges]
+    stream = as_seen(stream, "enc")
     removing = _Removing(model, stream, sets, removal or Removal(), dict(earlier or {}))
     with ExitStack() as stack:
         places = {place for edges in sets for place in edges.places(stream)}
@@ -331,6 +342,7 @@ class _Removing:
         """The block of a batch, and what is added to its port."""
         block = _block(size, len(self.sets), i, self.how)
         shown = {place: self.signals[place] for place in cut.places(self.stream)}
+        shown |= {place: x for place, x in self.signals.items() if place[0] == "features"}
         shown = {place: x.expand(size, *x.shape[1:])[block] for place, x in shown.items()}
         return block, self.how.change(self.stream, cut, shown)
 
@@ -352,7 +364,8 @@ class _Removing:
             if cut.edges[0].target == name:
                 block, moved = self._change(i, cut, len(states))
                 after[block][..., cut.edges[0].rows] += moved
-        return activation(after) - activation(before)
+        self.signals["features", name] = activation(after)  # what they write from now on follows from it
+        return self.signals["features", name] - activation(before)
 
 
 def _module(cut: EdgeSet) -> tuple[str, str]:

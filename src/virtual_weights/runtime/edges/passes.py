@@ -15,6 +15,7 @@ from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate
 from virtual_weights.progress import Progress, silent
 from virtual_weights.runtime.edges.attribution import Metric, metric_of
+from virtual_weights.runtime.edges.dictionary_writes import feature_places
 from virtual_weights.runtime.edges.edge import (
     EdgeSet,
     Removal,
@@ -28,6 +29,7 @@ from virtual_weights.runtime.edges.written import Written
 from virtual_weights.runtime.running.hooks import Place, block_of, watched
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Group, Stream, through_norm
+from virtual_weights.stream.effective import as_seen
 from virtual_weights.stream.norm import without_mean
 
 CHANGED = 0.1
@@ -120,6 +122,7 @@ def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progre
     One pass with every edge serves all sets, and blocks before the first reader give what they gave in it. Progress is
     (sets done, sets in all), counted batch by batch.
     """
+    run = replace(run, stream=as_seen(run.stream, "enc"))
     order = sorted(range(len(sets)), key=lambda i: sets[i].state)  # those that run at once start together
     sets = [sets[i] for i in order]
     tokens = run.sequences(manner.sequences)
@@ -168,11 +171,11 @@ class _Passes:
         state = self.signals["state", group.reads or 0].repeat(copies, 1, 1)
         # of what writers write from, a block that does not run shows nothing
         early = {edge.source for edges in sets for edge in edges.edges} & {g.id for g in stream.groups.attached}
-        states = {("state", stream.groups[name].reads) for name in early}
+        others = {place for name in early for place in feature_places(stream, name)}
         inner = {
             place: torch.cat([z] * copies)
             for place, z in self.signals.items()
-            if place[0] == "inner" or place in states
+            if place[0] == "inner" or place in others
         }
         places = {place for edges in sets for place in _places(stream, edges)}
         with restarted(module, stream, group, state), removed(module, stream, sets, removal, inner):
@@ -189,7 +192,7 @@ class _Passes:
         loss = (change > CHANGED).double().masked_fill(change.isnan(), torch.nan).mean(1)
         if (edge := edges.single) is not None:
             write = affected(self.run.stream, edge)
-            if edge.port == "enc":  # a feature writes nothing that the model has; what follows shows in the logits
+            if edge.port == "enc":  # of features the change of the output is not defined
                 return torch.stack([x.double() for x in (effect, pattern, output, top, loss)], 1)
             before, after = (
                 (without_mean(self.logits, -1), without_mean(logits, -1))  # a softmax sees no more of them
@@ -245,7 +248,8 @@ def _means(run: Run, sets: Sequence[EdgeSet], batches: Sequence[Tensor]) -> dict
     stream, d = run.stream, run.stream.d_model
     writers = {str(edge.writer): Written.of(stream, edge.writer) for edges in sets for edge in edges.edges}
     states = {edge.state for edges in sets if edges.removes != "these" for edge in (*edges.edges, *edges.elsewhere)}
-    places: set[Place] = {*(write.place for write in writers.values()), *(("state", state) for state in states)}
+    places: set[Place] = {("state", state) for state in states}
+    places = places.union(*(write.places for write in writers.values()))
     sums: dict[str | int, Tensor] = {
         name: torch.zeros(d, dtype=accumulate, device=run.device) for name in (*writers, *states)
     }

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from virtual_weights.runtime.edges.dictionary_writes import feature_writes
+from virtual_weights.runtime.edges.dictionary_writes import feature_places, feature_writes
 from virtual_weights.runtime.running.hooks import Place
 from virtual_weights.stream import Group, Label, Stream
 
@@ -41,16 +41,19 @@ class Written:
 
     @property
     def place(self) -> Place:
-        """Where z is seen; of embeddings ``O z`` itself, of features the state that they read."""
-        if self.group.kind == "dictionary":
-            return "state", self.group.reads or 0
+        """Where z of a part of the model is seen; of embeddings ``O z`` itself."""
         return "written" if self.group.kind in ("embed", "pos") else "inner", self.group.id
 
+    @property
+    def places(self) -> set[Place]:
+        """All that its output follows from."""
+        return feature_places(self.stream, self.group.id) if self.group.kind == "dictionary" else {self.place}
+
     def __call__(self, signals: Mapping[Place, Tensor]) -> Tensor:
-        """``O z``, (B, T, d), of what a run showed at ``place``."""
-        signal = signals[self.place]
+        """``O z``, (B, T, d), of what a run showed at ``places``."""
         if self.group.kind == "dictionary":
-            return feature_writes(self.stream, self.group.id, signal, self.rows, self.state)
+            return feature_writes(self.stream, self.group.id, signals, self.rows, self.state)
+        signal = signals[self.place]
         if self.place[0] == "written":
             return signal
         z = signal[..., self.components, self.rows]

@@ -14,9 +14,13 @@ from virtual_weights.stream import Stream, parse
 from virtual_weights.stream.group import Port
 from virtual_weights.stream.names import Kind
 
+Likeness = tuple[Kind, Port, bool]
+"""The kind of the writer, the port, and whether a single feature reads."""
 
-def random_edges(stream: Stream, kind: Kind, port: Port, count: int, seed: int) -> Iterator[Edge]:
+
+def random_edges(stream: Stream, alike: Likeness, count: int, seed: int) -> Iterator[Edge]:
     """Edges of one kind of writer into one port, drawn evenly among those that reach, none twice."""
+    kind, port, feature = alike
     draw, keys = Random(seed), set[tuple[str, str, str]]()
     wholes = {"neuron": "mlp", "feature": "dictionary"}
     groups = (*stream.groups, *stream.groups.dictionaries)
@@ -28,7 +32,7 @@ def random_edges(stream: Stream, kind: Kind, port: Port, count: int, seed: int) 
         label, reader = draw.choice(labels), draw.choice(readers)
         if kind in wholes:
             label = replace(label, kind=kind, index=draw.randrange(stream.groups.of(label).width))
-        if port == "enc":
+        if feature:
             read = parse(reader)
             read = replace(read, kind="feature", index=draw.randrange(stream.groups.of(read).width))
             reader = str(read)
@@ -41,9 +45,9 @@ def random_edges(stream: Stream, kind: Kind, port: Port, count: int, seed: int) 
             yield edge
 
 
-def likeness(edge: Edge) -> tuple[Kind, Port]:
+def likeness(edge: Edge) -> Likeness:
     """What a random edge must have in common with the edge that it is compared with."""
-    return edge.writer.kind, edge.port
+    return edge.writer.kind, edge.port, edge.reader.kind == "feature"
 
 
 def rank_of(key: tuple[str, str, str], sizes: Mapping[tuple[str, str, str], float], yardstick: Iterable[Any]) -> float:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from virtual_weights.errors import ResourceError, UsageError
 from virtual_weights.progress import Progress, silent
+from virtual_weights.runtime.edges.dictionary_writes import scaled, stands
 from virtual_weights.runtime.features.encoding import Encoder, reading_parts
 from virtual_weights.runtime.flow.observation import sinks
 from virtual_weights.runtime.running.hooks import Place, Signal, forward, watching, wide
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import is_token
+from virtual_weights.stream import Stream
 from virtual_weights.stream.coactivations import Coactivations
 from virtual_weights.stream.provenance import fingerprint_of
 
@@ -63,20 +65,22 @@ class _Sums:
         self.stream, self._budget, self._tokens = run.stream, budget, 0
         self._encoders = {part.name: Encoder(run.stream, part, run.device) for part in reading_parts(run.stream)}
         groups = [self.stream.groups[name] for name in self._encoders]
-        self._links = [(a.id, b.id) for a in groups if a.writes for b in groups if a.reaches(b.reads)]
+        self._links = [(a.id, b.id) for a in groups if stands(self.stream, a.id) for b in groups if a.reaches(b.reads)]
+        self._after = {name: _norm_behind(self.stream, name) for name in {source for source, _ in self._links}}
         self.wanted: set[Place] = {("state", encoder.state) for encoder in self._encoders.values()}
+        self.wanted |= {("after", branch) for branch in self._after.values() if branch is not None}
         self._active = {name: torch.zeros(self.stream.groups[name].width, dtype=torch.int64) for name in self._encoders}
         self._mean = {name: torch.zeros(len(count), dtype=torch.float64) for name, count in self._active.items()}
         self._pairs = {link: _PairSums(self.stream.groups[link[1]].width) for link in self._links}
 
     def begin(self, mask: Tensor) -> None:
         """Take note of which places of a batch count, (B, T)."""
-        self._mask, self._states = mask, dict[int, Tensor]()
+        self._mask, self._seen = mask, dict[Place, Tensor]()
         self._tokens += int(mask.sum())
 
-    def see(self, _: Signal, where: Any, tensor: Tensor) -> None:
-        """Keep a state."""
-        self._states[int(where)] = wide(tensor)[self._mask.to(tensor.device)]
+    def see(self, signal: Signal, where: Any, tensor: Tensor) -> None:
+        """Keep a state, or the scalar of a norm behind a part."""
+        self._seen[signal, where] = wide(tensor)[self._mask.to(tensor.device)]
 
     def end(self) -> None:
         """Add the batch, some tokens at a time."""
@@ -86,8 +90,9 @@ class _Sums:
             cut = slice(start, start + step)
             entries = dict[str, _Entries]()
             for name, encoder in self._encoders.items():
-                states = self._states[encoder.state][cut]
-                entries[name] = found = _Entries(encoder(states).cpu(), encoder.scale(states).cpu())
+                states, branch = self._seen["state", encoder.state][cut], self._after.get(name)
+                behind = None if branch is None else self._seen["after", branch][cut].cpu()
+                entries[name] = found = _Entries(encoder(states).cpu(), encoder.scale(states).cpu(), behind)
                 self._active[name] += torch.bincount(found.feature, minlength=len(self._active[name]))
                 self._mean[name].index_add_(0, found.feature, found.value)
             for source, target in self._links:
@@ -125,13 +130,31 @@ class _Sums:
         )
 
 
+def _norm_behind(stream: Stream, name: str) -> str | None:
+    """The branch whose norm behind the part divides what a dictionary writes; None where none does.
+
+    Raises:
+        UsageError: there are several.
+    """
+    points = [point for point, _ in stream.attached[name].writings]
+    branches = {point.branch.id for point in points if scaled(point) and point.branch is not None}
+    if branches and len(points) > 1:
+        raise UsageError(
+            f"what {name} writes passes the norms behind {len(points)} parts, each with a scalar of its own",
+            expected="decoders behind these norms, or one decoder",
+            do="name where it is added: PATH@READS,L3.mlp.added",
+        )
+    return next(iter(branches), None)
+
+
 @final
 class _Entries:
     """The features that are not 0, token by token."""
 
-    def __init__(self, activations: Tensor, scale: Tensor) -> None:
+    def __init__(self, activations: Tensor, scale: Tensor, behind: Tensor | None) -> None:
         self.token, self.feature = activations.nonzero(as_tuple=True)
         self.value = activations[self.token, self.feature].double()
+        self.written = self.value if behind is None else self.value / behind.double()[self.token]
         self.inverse = 1 / scale.double()
         self.of_token = torch.bincount(self.token, minlength=len(activations))
         self.first = self.of_token.cumsum(0) - self.of_token
@@ -167,7 +190,7 @@ class _PairSums:
             chosen = torch.arange(start, stop).repeat_interleave(partners[start:stop])
             place = torch.arange(len(chosen)) + before - (ends - partners)[chosen]
             other = target.first[source.token[chosen]] + place
-            a, b = source.value[chosen], target.value[other]
+            a, b = source.written[chosen], target.value[other]
             flow = a * target.inverse[source.token[chosen]]
             sums = torch.stack([flow * b, torch.where(b > 0, flow, 0.0)])
             self._new.append((source.feature[chosen] * self._width + target.feature[other], sums))

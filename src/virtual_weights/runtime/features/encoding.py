@@ -10,7 +10,7 @@ from torch import Tensor
 from virtual_weights.errors import UsageError
 from virtual_weights.stream import Stream
 from virtual_weights.stream.attached import AttachedPart
-from virtual_weights.stream.group import Group
+from virtual_weights.stream.norm import scale
 
 _ENTRIES = 1 << 25  # activations in memory at once
 
@@ -52,14 +52,13 @@ class Encoder:
         read = part.read(stream)
         self.part, self.state = part, part.reading.state
         self.rows = max(1, _ENTRIES // max(1, part.part.features))
-        self._group: Group = part.group
-        self._stream = stream
+        self._norm = part.reading.norm
         self._maps = read.maps[0].to(device)
         self._constant = None if read.constants is None else read.constants[0].to(device)
 
     def scale(self, states: Tensor) -> Tensor:
         """The norm scalar through which states (n, d) are read, (n,)."""
-        return self._stream.scale(states, self._group)
+        return scale(states, self._norm)
 
     def pre(self, states: Tensor) -> Tensor:
         """Pre-activations ``R~ x / s + c`` of states (n, d), (n, F)."""

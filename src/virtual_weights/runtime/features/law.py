@@ -16,11 +16,12 @@ from virtual_weights.runtime.running.hooks import after, module_of
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.stream import Stream
 from virtual_weights.stream.attached import AttachedPart
-from virtual_weights.stream.effective import added
-from virtual_weights.stream.places import Place, place_of
-from virtual_weights.stream.places import reading as reading_place
+from virtual_weights.stream.effective import added, as_seen
+from virtual_weights.stream.group import WRITINGS
+from virtual_weights.stream.hook_points import HookPoint, hook_point
+from virtual_weights.stream.hook_points import reading as read_as
 
-READINGS = ("state", "normalized", "normed")
+READ_AS = ("state", "normalized", "normed")
 """What an encoder can be given: the state as it is, over its norm's scalar, and that with gain and shift."""
 
 
@@ -30,7 +31,8 @@ class Elsewhere:
     """The same state read otherwise.
 
     Attributes:
-        what: ``"state"``: as it is; ``"normalized"``: over its norm's scalar; ``"normed"``: with gain and shift too.
+        what: the place, such as ``"L8.mlp.state"``: as it is; ``"L8.mlp.normalized"``: over its norm's scalar;
+            ``"L8.mlp.normed"``: with gain and shift too.
         distance: of its pre-activations from the dictionary's own, root mean square over root mean square.
         unexplained: as of the dictionary, if it read so.
     """
@@ -92,33 +94,33 @@ def _fit(live: _Live, part: AttachedPart) -> DictionaryFit:
             pre = live.own(part, other)
             distance = float((pre - own).square().mean().sqrt() / own.square().mean().sqrt())
             unexplained = _unexplained(live, part, part.part.activation(pre), other)
-            elsewhere.append(Elsewhere(other.what, distance, unexplained))
+            elsewhere.append(Elsewhere(f"{other.site}.{other.what}", distance, unexplained))
     unexplained, active = _unexplained(live, part, activations, reading), (activations != 0).double().sum(1).mean()
     return DictionaryFit(part.name, reading.text, error, tuple(elsewhere), unexplained, float(active))
 
 
-def _outside(stream: Stream, part: AttachedPart) -> Place | None:
+def _outside(stream: Stream, part: AttachedPart) -> HookPoint | None:
     """Where a dictionary reads that reads the output of a part."""
-    return None if part.part.reads is None else place_of(part.part.reads, stream.model)
+    return None if part.part.reads is None else hook_point(part.part.reads, stream.model)
 
 
-def _others(stream: Stream, reading: Place) -> list[Place]:
+def _others(stream: Stream, reading: HookPoint) -> list[HookPoint]:
     """Other readings of the same state, by the norm of the same part or of what reads it first."""
     sited = (group.branch for group in stream.groups.sited(reading.state) if group.branch is not None)
     branch = reading.branch or next(sited, None)
     norm = stream.spec.head.norm if branch is None else branch.before
     if norm is None or (branch is None and reading.state < stream.states - 1):
         return []
-    places = [reading_place(what, reading.state, what, branch, norm) for what in READINGS]
-    return [place for place in places if (place.norm, place.gained) != (reading.norm, reading.gained)]
+    points = {(p.norm, p.gained): p for p in (read_as(what, reading.state, what, branch, norm) for what in READ_AS)}
+    return [point for how, point in points.items() if how != (reading.norm, reading.gained)]
 
 
-def _unexplained(live: _Live, part: AttachedPart, activations: Tensor, reading: Place) -> float:
+def _unexplained(live: _Live, part: AttachedPart, activations: Tensor, reading: HookPoint) -> float:
     """Squared error over variance of what a decoder gives, beside what is there in the model; of one decoder alone."""
     decoders = part.part.decoders
     if len(decoders) != 1 or not decoders[0].writes:
         return math.nan
-    target = next((place for place, _ in part.writings), None) or place_of(decoders[0].writes, live.stream.model)
+    target = next((place for place, _ in part.writings), None) or hook_point(decoders[0].writes, live.stream.model)
     y, a = live.value(target)[1:], activations[1:]
     given = a @ decoders[0].rows(slice(0, part.part.features)).to(accumulate)
     if decoders[0].bias is not None:
@@ -133,7 +135,7 @@ class _Live:
     """What a model has at places, on one prompt, as its own modules give it."""
 
     def __init__(self, run: Run) -> None:
-        self.stream = replace(run.stream, folded=True)
+        self.stream = as_seen(replace(run.stream, folded=True), "enc")
         self._norms: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         hooks = list(self._hooks(run, list(_places(run.stream))))
@@ -143,7 +145,7 @@ class _Live:
             for hook in hooks:
                 hook.remove()
 
-    def _hooks(self, run: Run, places: Iterable[Place]) -> Iterable[Any]:
+    def _hooks(self, run: Run, places: Iterable[HookPoint]) -> Iterable[Any]:
         """Hooks on norms and on output maps."""
 
         def keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -153,10 +155,10 @@ class _Live:
             norm = module_of(run.module, run.stream, "norm", site)
             yield after(norm, lambda tensor, name=site: keep(self._norms, name, tensor))
         for branch in {place.branch.id for place in places if place.branch is not None and place.written}:
-            output = module_of(run.module, run.stream, WRITES[branch.rpartition(".")[2]], branch)
+            output = module_of(run.module, run.stream, WRITINGS[run.stream.groups[branch].kind], branch)
             yield after(output, lambda tensor, name=branch: keep(self._outputs, name, tensor))
 
-    def value(self, place: Place) -> Tensor:
+    def value(self, place: HookPoint) -> Tensor:
         """What the model has at a place, (T, d) float64."""
         if not place.written and place.norm is None:
             return self._activations.signals["state", place.state].to(accumulate)
@@ -173,7 +175,7 @@ class _Live:
             return given
         return added(self.stream, given, self.stream.groups[place.branch.id])
 
-    def own(self, part: AttachedPart, place: Place) -> Tensor:
+    def own(self, part: AttachedPart, place: HookPoint) -> Tensor:
         """Pre-activations (T, F) of what the model has at a place, by the encoder as it lies in the file."""
         assert part.part.encoder is not None
         pre = self.value(place) @ part.part.encoder(slice(0, part.part.features)).to(accumulate).T
@@ -189,11 +191,7 @@ class _Live:
         return pre if read.constants is None else pre + read.constants[0].to(accumulate)
 
 
-WRITES = {"attn": "o", "mlp": "down"}
-"""The role of the output map of each kind of branch."""
-
-
-def _places(stream: Stream) -> Iterable[Place]:
+def _places(stream: Stream) -> Iterable[HookPoint]:
     """All places of attached dictionaries, and the norms through which the states that they read are read."""
     for part in stream.attached.parts:
         reading = part.reading or _outside(stream, part)
@@ -203,4 +201,4 @@ def _places(stream: Stream) -> Iterable[Place]:
         yield from (place for place, _ in part.writings)
         for decoder in part.part.decoders:
             if decoder.writes:
-                yield place_of(decoder.writes, stream.model)
+                yield hook_point(decoder.writes, stream.model)

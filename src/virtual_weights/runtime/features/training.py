@@ -75,6 +75,7 @@ def train_transcoders(  # noqa: PLR0913 - sizes and steps, by keyword only
         UsageError: the model has no such MLP, or a number makes no sense.
     """
     _check(run, layers, features, k, steps)
+    _check_folder(Path(folder), layers)
     from safetensors.torch import save_file
 
     folder, fits = Path(folder), list[Fit]()
@@ -113,6 +114,17 @@ def _check(run: Run, layers: Sequence[int], features: int, k: int, steps: int) -
             f"this model has no MLP in layer {', '.join(map(str, missing))}",
             expected=f"layers from 0 to {run.stream.spec.n_layers - 1} with an MLP",
             do="name other layers",
+        )
+
+
+def _check_folder(folder: Path, layers: Sequence[int]) -> None:
+    """Refuse one with other layers, which one file of settings would then be wrong for."""
+    others = {path.name for path in folder.glob("layer_*.safetensors")} - {f"layer_{n}.safetensors" for n in layers}
+    if others:
+        raise UsageError(
+            f"{str(folder)!r} holds {', '.join(sorted(others))} already, with settings of their own",
+            expected="a folder of its own for what is trained together",
+            do="name another folder, or remove these files",
         )
 
 

@@ -24,9 +24,9 @@ class VectorActivity(Question[Run]):
     """What of every state lies along a direction, as readers of that state see it.
 
     With v of length 1, x a state and s the norm scalar with which it is read: ``mean``, ``E[<v, x>/s]``; ``rms``, the
-    root of ``E[<v, x>^2/s^2]``; ``share``, ``E[<v, x>^2/s^2] / E[|x|^2/s^2]``, which is 1/d of a random direction. Where
-    a reader's map gives ``||C v||`` of the vector, ``rms ||C v||`` is what it receives along it on this text, root mean
-    square.
+    root of ``E[<v, x>^2/s^2]``; ``share``, ``E[<v, x>^2/s^2] / E[|x|^2/s^2]``, 1/d of a random direction; ``raw``, the
+    root of ``E[<v, x>^2]``, for what reads the state as it is. Where a reader's map gives ``||C v||`` of the vector,
+    ``rms ||C v||`` is what it receives along it on this text, root mean square.
 
     Attributes:
         vector: the direction.
@@ -53,15 +53,16 @@ class VectorActivity(Question[Run]):
         vector = centred(stream, self.vector.of(stream))
         unit, sums, mask = (
             (vector / vector.norm()).to(subject.device),
-            torch.zeros(3, states, dtype=accumulate),
+            torch.zeros(4, states, dtype=accumulate),
             Tensor(),
         )
 
         def see(_: Signal, state: Any, tensor: Tensor) -> None:
             x = wide(tensor)[mask.to(tensor.device)]
             s = stream.scale(x, state)
-            along, size = (x @ unit.to(x)) / s, through_norm(stream, x).square().sum(1) / s**2
-            sums[:, state] += torch.stack([along.sum(), along.square().sum(), size.sum()]).to("cpu", accumulate)
+            along, size = x @ unit.to(x), through_norm(stream, x).square().sum(1) / s**2
+            powers = (along / s).sum(), (along / s).square().sum(), size.sum(), along.square().sum()
+            sums[:, state] += torch.stack(powers).to("cpu", accumulate)
 
         for tokens in subject.batches():
             mask = is_token(tokens)
@@ -69,10 +70,11 @@ class VectorActivity(Question[Run]):
             with watching(subject.module, stream, places(stream, "state"), see):
                 forward(subject.module, tokens.clamp(min=0))
             progress(done, subject.count)
-        mean, square, size = sums / done
+        mean, square, size, raw = sums / done
         columns = (
             Column("mean", mean, "1", "E[<v, x>/s], v of length 1"),
             Column("rms", square.sqrt(), "1", "root of E[<v, x>^2/s^2]"),
+            Column("raw", raw.sqrt(), "1", "root of E[<v, x>^2]"),
             Column("share", square / size, "1, in [0, 1]", "of E[|x|^2/s^2]; 1/d of a random direction"),
         )
         return subject.record(self, (Axis("state", tuple(map(str, range(states)))),), columns)

@@ -19,7 +19,7 @@ from virtual_weights.stream.group import HEAD_PORTS, READINGS, WRITINGS, Port
 from virtual_weights.stream.layout import columns
 from virtual_weights.stream.names import Kind
 
-Signal = Literal["state", "inner", "written", "pattern", "after", "within"] | Port
+Signal = Literal["state", "inner", "written", "pattern", "after", "within", "features"] | Port
 """What can be seen, B prompts of T tokens:
 
 =============  =============================================================================================
@@ -33,6 +33,7 @@ gate, up, in   (B, T, n) pre-activations, constants included
 unembed        (B, T, V) the logits
 pattern        (B, heads, T, T) attention probabilities, [query, key]
 after, within  (B, T) the scalar of the norm on what a part gives, and of the norm on its inner activations
+features       (B, T, F) activations of an attached dictionary, where edges into it are removed; no module has them
 =============  =============================================================================================
 """
 
@@ -219,7 +220,7 @@ def _hook(module: nn.Module, stream: Stream, place: Place, see: See) -> Hook:
         return module_of(module, stream, WRITINGS[group.kind], group.id).register_forward_hook(inner)
     if signal == "written":
         return _written(module, stream, group, partial(see, signal, where))
-    assert signal != "within"
+    assert signal not in ("within", "features")
     reader = module_of(module, stream, READINGS[signal], group.id)
     return after(reader, lambda tensor: see(signal, where, port_values(stream, signal, group.id, tensor)))
 

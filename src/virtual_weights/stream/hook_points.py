@@ -18,6 +18,10 @@ TransformerLens                  here                                  what it i
 The same of ``ln1`` and ``attn``. Modules of transformers are named with ``.input`` or ``.output`` behind them, such as
 ``model.layers.8.mlp.input``; which norm is which is looked up in the model's own table.
 
+``hook_mlp_in`` is what dictionaries that name it read, behind the norm, as circuit-tracer takes it; HookedTransformer
+of TransformerLens calls so what comes before the norm: name the place where that is meant. ``hook_embed`` is a state
+only of a model without learned positions.
+
 Source: circuit-tracer, ``utils/tl_nnsight_mapping.py``; TransformerLens issue 747 for LayerNorm.
 """
 
@@ -37,7 +41,7 @@ _LENS = {
     "ln1.hook_normalized": "attn.normalized",
     "ln2.hook_normalized": "mlp.normalized",
     "attn.hook_in": "attn.normed",
-    "hook_attn_in": "attn.normed",
+    "hook_attn_in": "attn.state",
     "mlp.hook_in": "mlp.normed",
     "hook_mlp_in": "mlp.normed",
     "attn.hook_out": "attn.output",
@@ -60,12 +64,12 @@ _LAST = {
 }
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.input")
 _EMBED = re.compile(r"(?:.*\.)?(?:embed_tokens|wte)\.output")
-_READS = ("begin", "end", "state", "normalized", "normed")
+_READS = ("state", "normalized", "normed")
 
 
 @final
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """A place of the stream, or of a branch.
 
     Attributes:
@@ -99,7 +103,7 @@ class Place:
         return self.what in ("output", "added", "z")
 
 
-def place_of(text: str, model: Model) -> Place:
+def hook_point(text: str, model: Model) -> HookPoint:
     """A place by its name.
 
     Args:
@@ -110,9 +114,9 @@ def place_of(text: str, model: Model) -> Place:
         UsageError: this model has no such place.
     """
     if text.isdecimal() and int(text) < model.spec.states:
-        return Place(text, int(text), "state")
-    if text in ("hook_embed", "embed") or (_EMBED.fullmatch(text) and not model.has("pos", "pos")):
-        return Place(text, 0, "state")
+        return HookPoint(text, int(text), "state")
+    if (text in ("hook_embed", "embed") or _EMBED.fullmatch(text)) and not model.has("pos", "pos"):
+        return HookPoint(text, 0, "state")
     if text in _LAST or _HEAD.fullmatch(text):
         what = _LAST.get(text, "normed")
         return reading(text, model.spec.states - 1, what, None, model.spec.head.norm)
@@ -134,25 +138,25 @@ def place_of(text: str, model: Model) -> Place:
     return place
 
 
-def _layer_place(text: str, layer: int, what: str | None, model: Model) -> Place | None:
+def _layer_place(text: str, layer: int, what: str | None, model: Model) -> HookPoint | None:
     branches = [branch for branch in model.spec.branches if branch.id.startswith(f"L{layer}.")]
     if not branches or what is None:
         return None
     if what in ("begin", "end"):
         ends = (min(b.reads for b in branches), max(b.writes for b in branches))
-        return Place(text, ends[what == "end"], "state")
+        return HookPoint(text, ends[what == "end"], "state")
     part, _, kind = what.partition(".")
     branch = model.spec.branch(f"L{layer}.{part}")
     if branch is None or (kind == "z" and part != "attn"):
         return None
     if kind in _READS:
         return reading(text, branch.reads, kind, branch, branch.before)
-    return Place(text, branch.writes, kind, branch)
+    return HookPoint(text, branch.writes, kind, branch)
 
 
-def reading(text: str, state: int, what: str, branch: Branch | None, norm: Norm | None) -> Place:
+def reading(text: str, state: int, what: str, branch: Branch | None, norm: Norm | None) -> HookPoint:
     """A place that is read: a state as it is, or what a norm makes of it."""
-    return Place(text, state, what, branch, None if what == "state" else norm)
+    return HookPoint(text, state, what, branch, None if what == "state" else norm)
 
 
 def _module_what(module: re.Match[str], model: Model) -> str | None:
