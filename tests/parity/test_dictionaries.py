@@ -160,3 +160,20 @@ def test_what_cannot_be_attached_says_why(tmp_path: Path) -> None:
     assert (both.groups["b"].writes, both.groups["b"].ports) == ((), ("enc",)), "what is read behind a norm is no sum"
     with pytest.raises(UsageError, match="nothing that is attached"):
         vw.Composition("enc")(vw.open(model))
+
+
+@pytest.mark.real
+def test_a_transcoder_of_the_real_model_reads_where_it_says(tmp_path: Path) -> None:
+    """Trained for seconds, it explains more than the mean; read before the gain, far less than nothing."""
+    stream = vw.open("smollm2-135m")
+    run = vw.Run.on_text(stream, tokens=1024, length=128)
+    vw.train_transcoders(run, tmp_path, (8,), features=128, k=16, steps=60)
+    path = tmp_path / "layer_8.safetensors"
+    references = [f"right={path}@L8.mlp.normed,L8.mlp.output", f"wrong={path}@L8.mlp.normalized,L8.mlp.output"]
+    attached = vw.open("smollm2-135m", attach=references)
+    prompt = vw.Run.on_text(attached, tokens=128, length=128, model=run.module)
+    right, wrong = dictionary_fits(prompt)
+    assert max(right.error, wrong.error) < 1e-5
+    assert right.unexplained < 0.9
+    assert wrong.unexplained > 1.0
+    assert min(other.distance for other in right.elsewhere) > 0.1
