@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 # A variable, since a comma in $(call) would end the argument.
-EXTRAS := .[recovery,runtime]
+EXTRAS := .[recovery,runtime,serve]
 # One more try, since a registry may be busy for a moment.
 twice = $(1) || { echo "once more in 5 s"; sleep 5; $(1); }
 

@@ -21,6 +21,7 @@ from virtual_weights.cli.map import PARTS
 
 Capture = pytest.CaptureFixture[str]
 NAMES = [entry[0] for entry in VERBS]
+ENDING = [name for name in NAMES if name != "serve"]  # which test_serve.py runs
 SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, vocab_size=97)
 LAYERS = {"3": "0", "5": "1", "16": "0", "17": "1", "18": "2", "23": "1"}  # of the examples, of the small model
 
@@ -54,14 +55,14 @@ def example_of(text: str, folder: Path) -> list[str]:
     return [str(folder) if word == "smollm2-135m" else word for word in shlex.split(example)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENDING)
 def test_the_example_of_a_verb_runs(
     name: str, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = help_of(name, capsys, monkeypatch)
     assert re.search(r"about \d+ (s|min)", text)
-    if name in ("edges", "status", "export"):
+    if name in ("edges", "status", "export", "report"):
         assert run(["map", str(folder), "-o", "atlas", "--only", "composition"]) == 0
     if name == "vector":
         np.save("happy.npy", np.arange(vw.open(folder).d_model))
@@ -84,14 +85,17 @@ def test_every_verb_stands_in_one_group(capsys: Capture, monkeypatch: pytest.Mon
 
 
 def test_an_option_takes_the_same_value_in_every_verb() -> None:
-    """What ``-o`` names is a folder or a file, and what ``--only`` lists depends on the verb."""
+    """What ``-o`` names is a folder or a file, and what ``--only`` lists depends on the verb.
+
+    A port is one of a component, or of this machine for ``serve``.
+    """
     values: dict[str, set[str]] = {}
     commands: Any = get_command(app)
     for name, command in commands.commands.items():
         context = command.make_context(name, [], resilient_parsing=True)
         for parameter in command.get_params(context):
             values.setdefault(parameter.opts[0], set()).add(parameter.display_type_rich(ctx=context))
-    assert {name for name, kinds in values.items() if len(kinds) > 1} == {"-o", "--only"}
+    assert {name for name, kinds in values.items() if len(kinds) > 1} == {"-o", "--only", "--port"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import typer
 
 from virtual_weights.cli import INTERRUPTED
 from virtual_weights.cli.ablate import ablate, attribute
-from virtual_weights.cli.atlas import export, status
+from virtual_weights.cli.atlas import export, report, status
 from virtual_weights.cli.channel import channel
 from virtual_weights.cli.composition import composition, subspaces
 from virtual_weights.cli.depth import linear, paths
@@ -31,6 +31,7 @@ from virtual_weights.cli.neurons import neurons
 from virtual_weights.cli.observe import labels, observe
 from virtual_weights.cli.options import Command, Group
 from virtual_weights.cli.plan import plan
+from virtual_weights.cli.serve import serve
 from virtual_weights.cli.statements import statements
 from virtual_weights.cli.trace import trace
 from virtual_weights.cli.validate import validate
@@ -67,7 +68,9 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("plan", plan, START, "4 s", WEIGHTS, f"{_M}"),
     ("edges", edges, START, "4 s", "reads an atlas", "atlas --reader L18H6.K --top 10"),
     ("status", status, START, "2 s", "reads an atlas", "atlas"),
+    ("report", report, START, "5 s", "reads an atlas", "atlas"),
     ("export", export, START, "4 s", "reads an atlas", "atlas -o edges.parquet --question composition"),
+    ("serve", serve, START, "", "reads an atlas", "atlas --no-browser"),
     ("composition", composition, START, "4 s", EITHER, f"{_M} --port K --top 10"),
     ("trace", trace, START, "10 s", RUN, f"{_M} {_PROMPT}"),
     ("neurons", neurons, PAIRS, "3 s", WEIGHTS, f"{_M} --reader L18N5"),
@@ -95,9 +98,11 @@ VERBS: tuple[tuple[str, Callable[..., None], str, str, str, str], ...] = (
     ("train", train, MODELS, "2 min", RUN, f"{_M} -o transcoders"),
     ("rotate", rotate, MODELS, "8 s", WEIGHTS, f"{_M} -o rotated --seed 1"),
 )
-"""Every verb with its group, about how long its example takes, whether it runs the model, and the example."""
+"""Every verb with its group, about how long its example takes ("" if it does not end), whether it runs the model, and
+the example."""
 for _name, _function, _panel, _time, _runs, _example in VERBS:
-    _about = f"{_runs[0].upper()}{_runs[1:]}. The example takes about {_time} on two processor cores."
+    _about = f"The example takes about {_time} on two processor cores." if _time else "Ends with Ctrl-C."
+    _about = f"{_runs[0].upper()}{_runs[1:]}. {_about}"
     _epilog = f"{_about}\n\nExample: vweights {_name} {_example}"
     _help = _paragraphs(_function.__doc__)
     app.command(_name, cls=Command, help=_help, rich_help_panel=_panel, epilog=_epilog)(_function)

@@ -1,4 +1,4 @@
-"""``vweights status`` and ``export``: what is in an atlas, and its edges as a file for other programs."""
+"""``vweights status``, ``report`` and ``export``: what is in an atlas, as a page, and as a file for other programs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,32 @@ def status(
     Answer(header, records, {"atlas": str(atlas), **figures}, shown).give(model, as_json)
     if found.faults:
         raise typer.Exit(1)
+
+
+def report(
+    atlas: o.AtlasFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            callback=o.checked_file,
+            help="HTML file to write; by default the atlas's own, with what vweights serve shows",
+        ),
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Write the report of an atlas anew, in one HTML file that needs nothing else."""
+    store = vw.Atlas.open(atlas)
+    path = vw.report(store, output)
+    size = path.stat().st_size
+    shown: list[Table | str] = [f"{path}, {size / 1e6:.1f} MB"]
+    if output is None:
+        shown.append(f"the same in a browser, page by page: vweights serve {atlas}")
+    header = _header(store, "report", {})
+    summary = {"atlas": str(atlas), "file": str(path), "bytes": size}
+    Answer(header, [], summary, shown).give(str(store.manifest.get("model") or store.fingerprint), as_json)
 
 
 def export(

@@ -15,6 +15,7 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.errors import writing
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
+from virtual_weights.report.documents import FOLDER, write_documents
 from virtual_weights.report.evidence import evidence
 from virtual_weights.report.tables import EDGES_PER_PORT, density, drawn, plain, statements, strongest, table
 from virtual_weights.survey.plan import shown_of
@@ -22,7 +23,8 @@ from virtual_weights.survey.plan import shown_of
 MOST_LISTED = 200
 _ERASURES = ("alignment", "z", "erasure")
 _TABLES = ("bandwidth", "head_erasers", "channel", "labels")
-_BESIDE = ("contribution", "attribution")  # matrices of which the page shows what it says of the leading edges
+_BESIDE = ("contribution", "attribution", "channel_tokens", "offset_profile")
+"""Of the first two the page shows what they say of the leading edges; the last two are the explorer's."""
 
 
 def payload(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +107,8 @@ def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Re
 
     Args:
         atlas: the atlas.
-        path: the file, replaced whole; ``report.html`` in the folder of the atlas by default.
+        path: the file, replaced whole; by default ``report.html`` in the folder of the atlas, and with it what the
+            explorer shows (``vweights serve``), in its folder ``explorer``.
         records: answers that are shown rather than others which the atlas holds to the same questions, such as those
             under another convention.
 
@@ -115,9 +118,12 @@ def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Re
     Example:
         >>> vw.report(vw.Atlas.open("atlas"))  # doctest: +SKIP
     """
+    shown, own = shown_of(atlas, records), path is None
     path = atlas.path / "report.html" if path is None else Path(path)
     with writing(path):
-        write_report(path, shown_of(atlas, records), atlas.manifest)
+        write_report(path, shown, atlas.manifest)
+        if own:
+            write_documents(atlas.path / FOLDER, shown, atlas.manifest)
     return path
 
 

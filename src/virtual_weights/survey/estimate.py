@@ -11,6 +11,8 @@ from typing import Any, final
 import torch
 
 from virtual_weights.analysis.channels.channel import Channel
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
+from virtual_weights.analysis.channels.offsets import OffsetProfile
 from virtual_weights.analysis.crowding.coherence import Coherence
 from virtual_weights.analysis.crowding.interference import Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
@@ -321,6 +323,16 @@ def _channel(question: Any, s: _Sizes) -> Effort:
     return Effort(read=2.0 * s.d * s.tokens * 2, small=4.0 * s.k**3, memory=8.0 * s.d * 8192)
 
 
+def _channel_tokens(question: Any, s: _Sizes) -> Effort:
+    """Every end of every block beside all tokens of both sides."""
+    rows = 16.0 * s.tokens * s.d * question.blocks
+    return Effort(read=2.0 * s.d * s.tokens * 2, double=rows, small=4.0 * s.k**3, memory=8.0 * s.d * 8192)
+
+
+def _offsets(question: Any, s: _Sizes) -> Effort:
+    return Effort(read=8.0 * s.d * s.k, small=4.0 * s.k**3 * len(question.offsets), memory=8.0 * s.d * s.k)
+
+
 def _statements(question: Any, s: _Sizes) -> Effort:
     """What they ask beside what a map has answered."""
     del question
@@ -344,5 +356,7 @@ _OTHERS: Mapping[type[Question[Any]], Callable[[Any, _Sizes], Effort]] = {
     Recovery: _recovery,
     Basis: _basis,
     Channel: _channel,
+    ChannelTokens: _channel_tokens,
+    OffsetProfile: _offsets,
     Statements: _statements,
 }

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, final
 
 from virtual_weights.analysis.channels.channel import Channel
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
+from virtual_weights.analysis.channels.offsets import OffsetProfile
 from virtual_weights.analysis.crowding.coherence import Coherence
 from virtual_weights.analysis.crowding.interference import Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
@@ -47,7 +49,8 @@ _NEURON_TABLES: tuple[Any, ...] = (NeuronNeuron, NeuronReaders, NeuronCosines)
 _ASKED = frozenset(
     question.question
     for question in (
-        *(Composition, Overlap, Subspaces, Channel, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
+        *(Channel, ChannelTokens, OffsetProfile),
+        *(Composition, Overlap, Subspaces, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
         *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Ablation, Statements),
     )
 )
@@ -138,14 +141,17 @@ class Plan:
         return Composition(port, self.rotary_offset, "all")
 
     def _spectra(self, survey: Survey) -> Iterator[Question[Any]]:
-        """Spectra of the strongest edges into keys, one for each pair of a writer and a key/value group."""
+        """What the strongest edges into keys carry, one for each pair of a writer and a key/value group."""
         keys = among_heads(survey.stream, [survey.ask(self._composition("K"))])["K"]
         pairs = set[tuple[str, str]]()
         for row in keys.top(_SPECTRA * 8).rows():
             pair = str(row["writer"]), str(row.get("reader_group") or row["reader"])
             if pair not in pairs and len(pairs) < _SPECTRA:
                 pairs.add(pair)
-                yield Channel(pair[0], str(row["reader"]), self.rotary_offset)
+                writer, reader = pair[0], str(row["reader"])
+                yield Channel(writer, reader, self.rotary_offset)
+                yield ChannelTokens(writer, reader, rotary_offset=self.rotary_offset)
+                yield OffsetProfile(writer, reader)
 
     def _flow(self, survey: Survey, run: Run) -> Iterator[Record]:
         """Labels of heads, contributions to every port, attribution and ablation of the foremost edges."""

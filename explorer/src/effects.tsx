@@ -1,0 +1,188 @@
+/** What the model loses when one connection is removed: each edge with its interval, over the range of random ones. */
+
+import { scaleSymlog } from "d3-scale";
+import { useMemo } from "preact/hooks";
+import type { Address } from "./address";
+import type { Effect, MapDocument } from "./data";
+import { figure, ofLoss, portClass, ramp, signed } from "./marks";
+import { Behind } from "./table";
+
+const VERDICTS: Record<string, string> = { causal: "matters", negligible: "too small", inconclusive: "open" };
+const PORTS: Record<string, string> = { K: "into keys", Q: "into queries", V: "into values" };
+const ROW = 36;
+
+interface Props {
+  map: MapDocument;
+  address: Address;
+  go: (change: Partial<Address>, replace?: boolean) => void;
+  width: number;
+  theme: string;
+}
+
+export function EffectsPage({ map, address, go, width, theme }: Props) {
+  const colour = useMemo(ramp, [theme]);
+  const asked = map.effects.filter((one) => one.kind === "asked");
+  const manner = map.ablation;
+  if (!asked.length || !manner) {
+    return (
+      <main>
+        <h1>What the model loses when one connection is removed</h1>
+        <p class="note">
+          No edge was removed yet: <code>vweights map {map.model} -o ATLAS --repeated</code> removes some, and{" "}
+          <code>vweights ablate {map.model} WRITER READER --repeated</code> any.
+        </p>
+      </main>
+    );
+  }
+  const inner = Math.min(1240, width);
+  const narrow = width < 760;
+  const [left, right] = narrow ? [8, inner - 8] : [220, inner - 190];
+  const ends = map.effects.flatMap((one) => [one.effect, one.low ?? one.effect, one.high ?? one.effect]);
+  const x = scaleSymlog([Math.min(-0.1, ...ends) * 1.1, Math.max(0.1, ...ends) * 1.1], [left, right]).constant(0.006);
+  const ports = [...new Set(["K", "Q", "V", ...asked.map((one) => one.port)])].filter((port) => asked.some((one) => one.port === port));
+  const sel = address.state.sel ?? "";
+  const key = (one: Effect) => `${one.writer}>${one.reader}.${one.port}`;
+  let y = 34;
+  const blocks = ports.map((port) => {
+    const rows = asked.filter((one) => one.port === port).sort((a, b) => b.effect - a.effect);
+    const random = map.effects.filter((one) => one.kind === "random" && one.port === port).map((one) => one.effect);
+    const top = y;
+    y += ROW * (rows.length + 1) + 14;
+    return { port, rows, random, top };
+  });
+  const ticks = [-5, -1, -0.5, -0.1, -0.01, 0, 0.01, 0.1, 0.5, 1, 5].filter((t) => t >= x.domain()[0]! && t <= x.domain()[1]!);
+  const least = Number(manner.least ?? 0.01);
+  const rowsOf = () =>
+    map.effects.map((one) => ({
+      writer: one.writer,
+      reader: `${one.reader}.${one.port}`,
+      shared_with: one.shared.join(" "),
+      kind: one.kind,
+      effect_nats: one.effect,
+      low: one.low,
+      high: one.high,
+      verdict: one.verdict,
+      loss_changed: one.changed,
+    }));
+  return (
+    <main class="effects">
+      <h1>
+        What the model loses when one connection is removed <Behind name="effects" rows={rowsOf} />
+      </h1>
+      <p class="lead">
+        {asked.length} edges, removed one at a time, against {map.effects.length - asked.length} random ones.{" "}
+        {manner.text}; loss with every edge {figure(manner.clean_loss, 2)} nats.
+      </p>
+      <svg width={inner} height={y + 8} role="group" aria-label={`effects of ${asked.length} edges`}>
+        {blocks.map(({ port, rows, random, top }) =>
+          random.length ? (
+            <rect
+              key={port}
+              class="range"
+              x={x(Math.min(...random)) - 3}
+              width={x(Math.max(...random)) - x(Math.min(...random)) + 6}
+              y={top}
+              height={ROW * (rows.length + 1) + 4}
+              rx={3}
+            />
+          ) : null,
+        )}
+        {ticks.map((t) => (
+          <g key={t} class={t === 0 ? "zero" : "tick"}>
+            <path d={`M${x(t)},26V${y}`} />
+            {(!narrow || [-0.1, 0, 0.1, 1, 5].includes(t)) && (
+              <text x={x(t)} y={20} text-anchor="middle">
+                {t === 0 ? "0" : signed(t, 2).replace(/\.?0+$/, "").replace("0.", ".")}
+              </text>
+            )}
+          </g>
+        ))}
+        {[-least, least].map((t) => (
+          <path key={t} class="least" d={`M${x(t)},26V${y}`} />
+        ))}
+        <text x={x(0) - 90} y={8} text-anchor="end">
+          ← better without
+        </text>
+        <text x={x(0) + 90} y={8}>
+          worse without: the edge helps →
+        </text>
+        {blocks.map(({ port, rows, random, top }) => (
+          <g key={port}>
+            {random.map((value, i) => (
+              <circle key={i} class="random" cx={x(value)} cy={top + 12 + 7 * (i % 3)} r={2.6} />
+            ))}
+            <text class="part" x={0} y={top + 18}>
+              <tspan class={portClass(port)}>{port}</tspan> {PORTS[port] ?? ""}
+            </text>
+            {!narrow && (
+              <text x={inner} y={top + 18} text-anchor="end">
+                {random.length ? `${random.length} random, up to ${figure(Math.max(...random.map(Math.abs)))}` : "none random"}
+              </text>
+            )}
+            {rows.map((one, i) => {
+              const at = top + ROW * (i + 1) + 12;
+              const matters = one.verdict === "causal";
+              return (
+                <g
+                  key={key(one)}
+                  class={`effect-row ${key(one) === sel ? "selected" : ""}`}
+                  tabIndex={0}
+                  role="button"
+                  aria-label={`${one.writer} to ${one.reader}, ${port}, ${signed(one.effect)} nats, ${VERDICTS[one.verdict]}`}
+                  onClick={() => go({ state: { ...address.state, sel: key(one) } })}
+                  onDblClick={() => go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })}
+                  onKeyDown={(event) =>
+                    event.key === "Enter" && go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })
+                  }
+                >
+                  <rect x={0} y={at - 16} width={inner} height={ROW - 4} />
+                  <text class="name" x={4} y={narrow ? at - 4 : at + 4}>
+                    {one.writer} → {one.reader}.<tspan class={portClass(port)}>{port}</tspan>
+                    <tspan class="others"> {one.shared.map((name) => name.replace(/^L\d+/, "")).join(" ")}</tspan>
+                  </text>
+                  {one.low !== null && one.high !== null && (
+                    <path
+                      class="interval"
+                      style={{ stroke: matters ? colour(Math.sign(one.effect)) : undefined }}
+                      d={`M${x(one.low)},${at - 5}V${at + 5}M${x(one.low)},${at}H${x(one.high)}M${x(one.high)},${at - 5}V${at + 5}`}
+                    />
+                  )}
+                  <circle
+                    class={matters ? "effect" : "effect open"}
+                    cx={x(one.effect)}
+                    cy={at}
+                    r={matters ? 6 : 4}
+                    style={{ fill: matters ? colour(ofLoss(one.effect)) : undefined }}
+                  />
+                  {!narrow && (
+                    <>
+                      <text class="value" x={inner - 96} y={at + 4} text-anchor="end">
+                        {signed(one.effect, Math.abs(one.effect) < 0.02 ? 3 : 2)}
+                      </text>
+                      <text class={matters ? "verdict matters" : "verdict"} x={inner} y={at + 4} text-anchor="end">
+                        {VERDICTS[one.verdict] ?? one.verdict}
+                      </text>
+                    </>
+                  )}
+                </g>
+              );
+            })}
+          </g>
+        ))}
+      </svg>
+      <p class="note">
+        Line: 95% interval over {manner.sequences} sequences. Grey band: the range of the random edges of that port, a
+        yardstick and never the verdict. Matters: the interval lies beyond ±{figure(least, 2)} nats (dotted). Linear within
+        ±.006, logarithmic beyond. Open: it does not decide.
+      </p>
+      {Number(manner.sequences) < 32 && (
+        <p class="note">
+          {manner.sequences} sequences were run; a t-interval asks for 32:{" "}
+          <code>
+            vweights ablate {map.model} {asked[0]!.writer} {asked[0]!.reader}.{asked[0]!.port} --repeated --sequences 32
+          </code>
+        </p>
+      )}
+    </main>
+  );
+}

@@ -1,0 +1,325 @@
+/** Where to look: all edges of a port, those in the brush as a list, and where they run. */
+
+import { useEffect, useMemo, useState } from "preact/hooks";
+import type { Address } from "./address";
+import { type MapDocument, type Pairs, loadPairs } from "./data";
+import { type Edge, edgesOf, nameOf } from "./edges";
+import { BEHAVIOURS, Sign, figure, percent, portClass, signed } from "./marks";
+import { Scatter } from "./scatter";
+import { StreamMap } from "./stream";
+import { Behind } from "./table";
+
+interface Props {
+  map: MapDocument;
+  address: Address;
+  go: (change: Partial<Address>, replace?: boolean) => void;
+  width: number;
+}
+
+const MEASURES: Record<string, { of: (edge: Edge) => number; least: number; step: number; unit: string }> = {
+  lift: { of: (edge) => edge.lift, least: 2.5, step: 0.1, unit: "" },
+  score: { of: (edge) => edge.score, least: 0.12, step: 0.005, unit: "" },
+  share: { of: (edge) => edge.share, least: 0.05, step: 0.01, unit: "" },
+};
+
+export function MapPage({ map, address, go, width }: Props) {
+  const heads = ["K", "Q", "V"].filter((port) => map.ports.includes(port));
+  const port = heads.includes(address.state.port ?? "") ? address.state.port! : heads[0]!;
+  const [pairs, setPairs] = useState<Pairs | null>(null);
+  useEffect(() => {
+    let wanted = true;
+    setPairs(null);
+    void loadPairs(port).then((found) => wanted && setPairs(found));
+    return () => {
+      wanted = false;
+    };
+  }, [port]);
+  const edges = useMemo(() => (pairs ? edgesOf(map, pairs) : []), [pairs]);
+  const measure = MEASURES[address.state.measure ?? ""] ? address.state.measure! : "lift";
+  const { of, least: usual, step } = MEASURES[measure]!;
+  const least = Number(address.state.least ?? usual);
+  const [writer, reader] = [address.state.writer ?? "", address.state.reader ?? ""];
+  const [from, to] = [Number(address.state.from ?? 1), Number(address.state.to ?? map.layers - 1)];
+  const pin = address.state.pin ?? "";
+  const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
+  const fits = (edge: Edge) =>
+    (!writer || behaviour(edge.writer) === writer) &&
+    (!reader || behaviour(edge.reader) === reader) &&
+    edge.layers >= from &&
+    edge.layers <= to;
+  const held = (edge: Edge) => of(edge) >= least && fits(edge);
+  const inside = useMemo(
+    () => edges.filter(held).sort((a, b) => of(b) - of(a)),
+    [edges, least, measure, writer, reader, from, to],
+  );
+  const set = (key: string, value: string, replace = false) =>
+    go({ state: { ...address.state, [key]: value } }, replace);
+  const reset = () => go({ state: port === heads[0] ? {} : { port } });
+  const open = (edge: Edge) => go({ page: "pair", name: `${edge.writer}/${edge.reader}.${edge.port}`, state: {} });
+  const chance = 1 / Math.sqrt(map.width);
+  const narrow = width < 900;
+  const columns = width >= 1240;
+  const scatterWidth = columns ? Math.round(width * 0.645) : width;
+  const largest = edges.reduce((a, e) => Math.max(a, of(e) || -Infinity), -Infinity);
+  const pinned = edges.find((edge) => nameOf(edge) === pin) ?? null;
+  const rows = () =>
+    inside.map((e) => ({
+      writer: e.writer,
+      reader: `${e.reader}.${e.port}`,
+      shared_with: e.others.join(" "),
+      score: e.score,
+      expected: e.expected,
+      lift: e.lift,
+      share: e.share,
+      first_order_nats: e.attribution,
+      removed_nats: e.effect?.effect ?? null,
+    }));
+  return (
+    <main class="map">
+      <div class={columns ? "two" : "one"}>
+        <section style={{ width: scatterWidth }}>
+          <h1>Which connections stand out, and which of them matter?</h1>
+          <p class="lead">
+            Every {port} edge between two heads of {map.model}: how strongly it composes, against what its two ends alone
+            would give.
+          </p>
+          {pairs ? (
+            <Scatter
+              edges={edges}
+              held={held}
+              least={measure === "lift" ? least : 99}
+              chance={chance}
+              pin={pin}
+              behaviour={behaviour}
+              onPin={(edge) => set("pin", edge ? nameOf(edge) : "")}
+              onOpen={open}
+              width={scatterWidth}
+              height={narrow ? 300 : columns ? Math.min(560, Math.round(scatterWidth * 0.418)) : 400}
+            />
+          ) : (
+            <p class="note">Reading the {port} edges …</p>
+          )}
+          <p class="legend">
+            <i class="key disc" /> removed in a run <i class="key ring" /> first order, beyond ±.1 nats{" "}
+            <i class="key dot" /> from the weights alone
+            <span class="ramp" aria-hidden="true" /> loss without the edge, −3 to +3 nats
+          </p>
+        </section>
+        <section class="list">
+          <h2>
+            In the brush{" "}
+            <small>
+              {measure} ≥ {figure(least, 2)}: {inside.length.toLocaleString("en")} of {edges.length.toLocaleString("en")}{" "}
+              channels
+            </small>
+            <Behind name={`edges-${port}`} rows={rows} />
+          </h2>
+          {inside.length === 0 && edges.length > 0 ? (
+            <p class="note">
+              No edge. The largest {measure} here is{" "}
+              <button onClick={() => set("least", String(Math.floor(largest * 20) / 20))}>{figure(largest, 2)}</button>.
+            </p>
+          ) : (
+            <table class="edges">
+              <thead>
+                <tr>
+                  <th>writer → reader.{port}</th>
+                  <th>score</th>
+                  <th>lift</th>
+                  <th>share of the input</th>
+                  <th>loss without it, nats</th>
+                </tr>
+              </thead>
+              <tbody>
+                {inside.slice(0, columns ? 9 : 12).map((edge) => (
+                  <tr
+                    key={nameOf(edge)}
+                    class={nameOf(edge) === pin ? "selected" : ""}
+                    tabIndex={0}
+                    onClick={() => set("pin", nameOf(edge))}
+                    onKeyDown={(event) => event.key === "Enter" && (nameOf(edge) === pin ? open(edge) : set("pin", nameOf(edge)))}
+                  >
+                    <td>
+                      <Sign behaviour={behaviour(edge.writer)} /> <b>{edge.writer}</b> →{" "}
+                      <Sign behaviour={behaviour(edge.reader)} /> <b>{edge.reader}</b>{" "}
+                      <small>{edge.others.map((other) => other.replace(/^L\d+/, "")).join(" ")}</small>
+                    </td>
+                    <td>{figure(edge.score)}</td>
+                    <td>{signed(edge.lift)}</td>
+                    <td>{percent(edge.share)}</td>
+                    <td>
+                      {edge.effect ? (
+                        <b>{signed(edge.effect.effect)}</b>
+                      ) : Number.isNaN(edge.attribution) ? (
+                        "not run"
+                      ) : (
+                        <span class="muted">{signed(edge.attribution)} est.</span>
+                      )}
+                    </td>
+                  </tr>
+                ))}
+              </tbody>
+            </table>
+          )}
+          {inside.length > 9 && <p class="note">{inside.length - Math.min(inside.length, columns ? 9 : 12)} more in the table.</p>}
+          {pinned && <Pin edge={pinned} chance={chance} behaviour={behaviour} onOpen={() => open(pinned)} map={map} />}
+        </section>
+      </div>
+      <div class="filters" role="group" aria-label="filters">
+        <span class="label">Port</span>
+        {heads.map((name) => (
+          <button
+            key={name}
+            class={`port ${portClass(name)}`}
+            aria-pressed={name === port}
+            onClick={() => go({ state: { ...address.state, port: name, pin: "" } })}
+          >
+            <i /> {name}
+          </button>
+        ))}
+        {(["writer", "reader"] as const).map((side) => (
+          <label key={side}>
+            {side}{" "}
+            <select value={address.state[side] ?? ""} onChange={(e) => set(side, e.currentTarget.value)}>
+              <option value="">any behaviour</option>
+              {Object.entries(BEHAVIOURS).map(([key, name]) => (
+                <option key={key} value={key}>
+                  {name}
+                </option>
+              ))}
+            </select>
+          </label>
+        ))}
+        <label>
+          layers apart, at most{" "}
+          <input
+            type="range"
+            min={1}
+            max={map.layers - 1}
+            value={to}
+            onInput={(e) => set("to", e.currentTarget.value, true)}
+          />{" "}
+          <output>{to}</output>
+        </label>
+        <label>
+          measure{" "}
+          <select
+            value={measure}
+            onChange={(e) => go({ state: { ...address.state, measure: e.currentTarget.value, least: "" } })}
+          >
+            {Object.keys(MEASURES)
+              .filter((name) => name !== "share" || edges.some((edge) => !Number.isNaN(edge.share)))
+              .map((name) => (
+                <option key={name}>{name}</option>
+              ))}
+          </select>
+        </label>
+        <label>
+          at least{" "}
+          <input
+            type="range"
+            min={0}
+            max={Number.isFinite(largest) ? Math.ceil(largest / step) * step : 1}
+            step={step}
+            value={least}
+            onInput={(e) => set("least", e.currentTarget.value, true)}
+          />{" "}
+          <output>{figure(least, 2)}</output>
+        </label>
+        <span class="count">
+          <b>{inside.length.toLocaleString("en")}</b> edges · <button onClick={reset}>Reset</button>
+        </span>
+      </div>
+      <section>
+        <h2>Where they run</h2>
+        <p class="lead">
+          What the brush holds, on the stream
+          {inside.length > 300 ? `: the 300 foremost of ${inside.length.toLocaleString("en")}` : ""}. Heads hang below it,
+          one row each; an arc lands on its head. Arc width is score above chance, under every filter.
+        </p>
+        <div class="scroll" tabIndex={narrow ? 0 : -1}>
+          <StreamMap
+            map={map}
+            edges={inside.slice(0, 300)}
+            chance={chance}
+            pin={pin}
+            behaviour={behaviour}
+            onPin={(edge) => set("pin", nameOf(edge))}
+            onHead={(head) => go({ page: "head", name: head })}
+            width={Math.max(width, narrow ? 860 : 0)}
+          />
+        </div>
+        <p class="legend">
+          {Object.entries(BEHAVIOURS).map(([key, name]) => (
+            <span key={key}>
+              <Sign behaviour={key} /> {name}
+            </span>
+          ))}
+          <span>
+            <Sign behaviour={null} /> no label
+          </span>
+          {Object.keys(map.behaviours).length === 0 && (
+            <span>
+              Behaviour is not stored: <code>vweights map {map.model} -o ATLAS --repeated</code>
+            </span>
+          )}
+        </p>
+      </section>
+    </main>
+  );
+}
+
+function Pin({
+  edge,
+  chance,
+  behaviour,
+  onOpen,
+  map,
+}: {
+  edge: Edge;
+  chance: number;
+  behaviour: (head: string) => string | null;
+  onOpen: () => void;
+  map: MapDocument;
+}) {
+  return (
+    <div class="pinned" role="status">
+      <p>
+        <Sign behaviour={behaviour(edge.writer)} /> <b>{edge.writer}</b> → <Sign behaviour={behaviour(edge.reader)} />{" "}
+        <b>
+          {edge.reader}.<span class={portClass(edge.port)}>{edge.port}</span>
+        </b>{" "}
+        pinned
+        <button class="open" onClick={onOpen}>
+          Open the pair
+        </button>
+      </p>
+      <dl>
+        <div>
+          <dt>could</dt>
+          <dd>
+            <b>{figure(edge.score / chance, 1)} ×</b> chance
+          </dd>
+        </div>
+        <div>
+          <dt>does</dt>
+          <dd>{Number.isNaN(edge.share) ? "not run" : <><b>{percent(edge.share)}</b> of its {edge.port} input</>}</dd>
+        </div>
+        <div>
+          <dt>costs</dt>
+          <dd>
+            {edge.effect ? (
+              <>
+                <b>{signed(edge.effect.effect)}</b> nats, {figure(edge.effect.low, 2)} to {figure(edge.effect.high, 2)}
+              </>
+            ) : (
+              <code>
+                vweights ablate {map.model} {edge.writer} {edge.reader}.{edge.port}
+              </code>
+            )}
+          </dd>
+        </div>
+      </dl>
+    </div>
+  );
+}

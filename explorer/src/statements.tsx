@@ -1,0 +1,70 @@
+/** Published statements about the residual stream, and which of them hold on this model. */
+
+import { useEffect, useState } from "preact/hooks";
+import { type MapDocument, type Statements, loadStatements } from "./data";
+
+/** A verdict with its sign: it may name its condition. */
+function verdict(text: string): string {
+  if (text.startsWith("holds under")) return "◐ holds under a condition";
+  return `${text.startsWith("holds") ? "✓" : text.startsWith("fails") ? "✕" : "?"} ${text}`;
+}
+
+export function StatementsPage({ map }: { map: MapDocument }) {
+  const [found, setFound] = useState<Statements | null>(null);
+  useEffect(() => void (map.stored.includes("statements") && loadStatements().then(setFound)), []);
+  if (!map.stored.includes("statements")) {
+    return (
+      <main>
+        <h1>Statements about the stream</h1>
+        <p class="note">
+          Not stored: <code>vweights map {map.model} -o ATLAS</code>
+        </p>
+      </main>
+    );
+  }
+  const plain = (value: unknown): string =>
+    typeof value === "number" ? String(+value.toPrecision(4)) : typeof value === "object" ? JSON.stringify(value) : String(value);
+  return (
+    <main class="statements">
+      <h1>{found?.rows.length ?? 25} published statements about the stream, tested</h1>
+      <p class="lead">A verdict is computed from this model's own numbers. Open one for the claim, what is true, and the evidence.</p>
+      {found?.rows.map((row) => (
+        <details key={row.id}>
+          <summary>
+            <b>{row.id}</b> <span class="title">{row.title}</span>
+            <span class="verdict">
+              {verdict(String(row.verdict))}
+            </span>
+          </summary>
+          <dl>
+            {(["seed", "corrected", "condition", "why", "witnesses"] as const).map((name) =>
+              row[name] && !(name === "corrected" && row.corrected === row.seed) ? (
+                <div key={name}>
+                  <dt>{{ seed: "claim", corrected: "what is true", condition: "condition", why: "here", witnesses: "witnesses" }[name]}</dt>
+                  <dd>{row[name]}</dd>
+                </div>
+              ) : null,
+            )}
+            {row.evidence && typeof row.evidence === "object" && (
+              <div>
+                <dt>evidence</dt>
+                <dd>
+                  <table>
+                    <tbody>
+                      {Object.entries(row.evidence).map(([name, value]) => (
+                        <tr key={name}>
+                          <th>{name.replaceAll("_", " ")}</th>
+                          <td>{plain(value)}</td>
+                        </tr>
+                      ))}
+                    </tbody>
+                  </table>
+                </dd>
+              </div>
+            )}
+          </dl>
+        </details>
+      ))}
+    </main>
+  );
+}

@@ -1,0 +1,185 @@
+"""What the explorer shows, as JSON documents: the map of a model, and all pairs of every port."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from virtual_weights.record import Record
+from virtual_weights.record.durable import replacing
+from virtual_weights.report.tables import plain, statements, table
+from virtual_weights.stream.names import parse
+
+FORMAT = "virtual-weights explorer 1"
+FOLDER = "explorer"
+"""Where the documents lie in an atlas."""
+
+_CARRIED = ("channel", "channel_tokens", "offset_profile")
+_TABLES = {"bandwidth": table, "statements": statements}
+_PAIRS = {"composition": ("score", "lift"), "contribution": ("share",), "attribution": ("attribution",)}
+
+
+def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The documents of a model.
+
+    Args:
+        records: answers, of which those that a page shows are taken; of several to one question the last.
+        manifest: the model's name, sizes, components and provenance.
+
+    Returns:
+        By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition; ``"bandwidth"`` and
+        ``"statements"``, see ``tables``, where they are stored; ``"pair-L16H0-L18H6.K"`` and the like, what a pair
+        carries: ``channel``, ``channel_tokens`` and ``offset_profile``. Numbers of pairs are of
+        half precision, little-endian, in base64, readers by writers; NaN where a writer cannot reach.
+    """
+    by_question: dict[tuple[str, str], Record] = {}
+    carried: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record.question in _CARRIED and record.parameters.get("reader") is not None:
+            writer = record.parameters.get("writer") or record.parameters.get("name")
+            carried.setdefault(f"pair-{writer}-{record.parameters['reader']}", {})[record.question] = table(record)
+        else:
+            by_question[record.question, str(record.parameters.get("port", ""))] = record
+    ports = [port for question, port in by_question if question == "composition"]
+    tables = {name: make(by_question[name, ""]) for name, make in _TABLES.items() if (name, "") in by_question}
+    return {
+        "map": {**_map(by_question, manifest, ports), "stored": [*tables, *carried]},
+        **{f"pairs-{port}": _pairs(by_question, port) for port in ports},
+        **tables,
+        **carried,
+    }
+
+
+def write_documents(folder: Path, records: Iterable[Record], manifest: Mapping[str, Any]) -> None:
+    """Write the documents into a folder, each whole, and last their index with sizes and checksums."""
+    folder.mkdir(exist_ok=True)
+    entries: dict[str, Any] = {}
+    for name, document in documents(records, manifest).items():
+        content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        file = f"{name.lower()}.json"
+        _write(folder / file, content)
+        entries[name] = {"file": file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _write(folder / "index.json", json.dumps({"format": FORMAT, "documents": entries}).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as aside:
+        aside.write_bytes(content)
+
+
+def _map(
+    records: Mapping[tuple[str, str], Record], manifest: Mapping[str, Any], ports: Sequence[str]
+) -> dict[str, Any]:
+    """Model, parts, behaviours of heads and effects of removed edges."""
+    labels = records.get(("labels", ""))
+    sizes = manifest["sizes"]
+    run = next((record.stamp for record in records.values() if "text" in record.stamp), None)
+    return {
+        "model": str(manifest["model"]),
+        "width": sizes["d_model"],
+        "layers": sizes["n_layers"],
+        "norm": str(manifest.get("norm", "")),
+        "version": str(manifest.get("version", "")),
+        "parts": [_part(component) for component in manifest["components"]],
+        "ports": list(ports),
+        "behaviours": {} if labels is None else _behaviours(labels),
+        "threshold": None if labels is None else labels.parameters.get("threshold"),
+        "effects": [effect for (question, _), r in records.items() if question == "ablation" for effect in _effects(r)],
+        "ablation": _manner(records.get(("ablation", ""))),
+        "run": None if run is None else {name: plain(run.get(name)) for name in ("text", "tokens", "sequences")},
+    }
+
+
+def _part(component: Mapping[str, Any]) -> dict[str, Any]:
+    label = parse(str(component["label"]))
+    names = ("label", "kind", "layer", "reads", "writes", "group")
+    return {**{name: component[name] for name in names}, "head": label.index if label.kind == "head" else None}
+
+
+def _behaviours(record: Record) -> dict[str, Any]:
+    """Of every head its label, and its attention to each kind of place."""
+    names = [column.name for column in record.columns if column.name != "label"]
+    scores = {name: np.asarray(record[name], dtype=np.float64) for name in names}
+    labels = list(record["label"])
+    return {
+        head: {"label": labels[i], "scores": {name: plain(float(scores[name][i])) for name in names}}
+        for i, head in enumerate(record.axes[0].labels)
+    }
+
+
+def _effects(record: Record) -> list[dict[str, Any]]:
+    """Removed edges, those asked about and those drawn at random."""
+    effects: list[dict[str, Any]] = []
+    for row in record.rows():
+        reader, _, port = str(row["reader"]).partition(".")
+        effects.append(
+            {
+                "port": port or reader,
+                "writer": row["writer"],
+                "reader": reader,
+                "shared": [name.partition(".")[0] for name in str(row["shared_with"] or "").split()],
+                "kind": row["kind"],
+                "effect": row["effect_nats"],
+                "low": row["low"],
+                "high": row["high"],
+                "verdict": row["verdict"],
+                "changed": row["loss_changed"],
+            }
+        )
+    return effects
+
+
+def _manner(record: Record | None) -> dict[str, Any] | None:
+    """How edges were removed, and by what rule."""
+    if record is None:
+        return None
+    said = {**record.parameters, **record.stamp}
+    return {name: plain(said.get(name)) for name in ("least", "sequences", "replacement", "text", "clean_loss")}
+
+
+def _pairs(records: Mapping[tuple[str, str], Record], port: str) -> dict[str, Any]:
+    """All pairs of one port: what weights say, and what a run adds where it was asked."""
+    composition = records["composition", port]
+    readers, writers = composition.axis("reader"), composition.axis("writer")
+    columns: dict[str, str] = {}
+    for question, names in _PAIRS.items():
+        record = records.get((question, port))
+        for name in names:
+            if record is not None and name in [column.name for column in record.columns]:
+                columns[name] = _halves(_aligned(record, name, readers.labels, writers.labels))
+    return {
+        "port": port,
+        "readers": [label.removesuffix(f".{port}") for label in readers.labels],
+        "writers": list(writers.labels),
+        "groups": list(readers.groups),
+        "columns": columns,
+        "stamp": plain(dict(composition.stamp)),
+    }
+
+
+def _aligned(record: Record, column: str, readers: Sequence[str], writers: Sequence[str]) -> np.ndarray:
+    """A column (readers, writers) in the order of other labels, NaN of what it has not."""
+    values = np.asarray(record[column], dtype=np.float64)
+    own = record.axis("reader").labels, record.axis("writer").labels
+    if (tuple(readers), tuple(writers)) == own:
+        return values
+    found = np.full((len(readers), len(writers)), np.nan)
+    rows, places = (
+        [{name: i for i, name in enumerate(side)}.get(n, -1) for n in wanted]
+        for side, wanted in zip(own, (readers, writers), strict=True)
+    )
+    rows, places = np.array(rows), np.array(places)
+    there = np.ix_(rows >= 0, places >= 0)
+    found[there] = values[np.ix_(rows[rows >= 0], places[places >= 0])]
+    return found
+
+
+def _halves(values: np.ndarray) -> str:
+    with np.errstate(over="ignore"):
+        return base64.b64encode(values.astype("<f2").tobytes()).decode()

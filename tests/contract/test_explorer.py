@@ -1,0 +1,152 @@
+"""The explorer: its documents say what the records say, and its bundle is what its sources give."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import shutil
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny
+
+import virtual_weights as vw
+from virtual_weights.report.documents import documents
+from virtual_weights.survey.plan import Part, Plan, map_model, shown_of
+
+ROOT = Path(__file__).parents[2]
+STATIC = files("virtual_weights.report") / "static"
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> vw.Atlas:
+    path = tmp_path_factory.mktemp("explored")
+    tiny("llama-grouped-untied").save_pretrained(path / "model")
+    stream = vw.open(path / "model")
+    run = vw.Run.on_repeats(stream, 64, 16)
+    map_model(stream, path / "atlas", plan=Plan((Part.composition,), edges=4), run=run)
+    atlas = vw.Atlas.open(path / "atlas")
+    vw.report(atlas)
+    return atlas
+
+
+def decoded(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float64)
+
+
+def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
+    records, found = shown_of(atlas), documents(shown_of(atlas), atlas.manifest)
+    composition = {str(r.parameters["port"]): r for r in records if r.question == "composition"}
+    stored = set(found["map"]["stored"])
+    assert set(found) == {"map", *(f"pairs-{port}" for port in composition), *stored}
+    channels = {(r.parameters["writer"], r.parameters["reader"]): r for r in records if r.question == "channel"}
+    assert stored == {f"pair-{writer}-{reader}" for writer, reader in channels}
+    for (writer, reader), record in channels.items():
+        carried = found[f"pair-{writer}-{reader}"]
+        assert set(carried) == {"channel", "channel_tokens", "offset_profile"}
+        gains = next(column["values"] for column in carried["channel"]["columns"] if column["name"] == "gain")
+        assert gains == torch.as_tensor(record["gain"]).tolist()
+    for port, record in composition.items():
+        pairs = found[f"pairs-{port}"]
+        assert pairs["writers"] == list(record.axis("writer").labels)
+        assert pairs["groups"] == list(record.axis("reader").groups)
+        for name in ("score", "lift"):
+            values = decoded(pairs["columns"][name]).reshape(len(pairs["readers"]), -1)
+            expected = torch.as_tensor(record[name]).double().numpy()
+            np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
+    shares = {str(r.parameters["port"]): r for r in records if r.question == "contribution"}
+    columns = {port: record for port, record in shares.items() if "share" in [c.name for c in record.columns]}
+    assert columns
+    for port, record in columns.items():
+        values = decoded(found[f"pairs-{port}"]["columns"]["share"]).reshape(record["share"].shape)
+        np.testing.assert_allclose(values, torch.as_tensor(record["share"]).double().numpy(), rtol=1e-3, atol=1e-4)
+    labels = next(record for record in records if record.question == "labels")
+    behaviours = found["map"]["behaviours"]
+    assert {head: entry["label"] for head, entry in behaviours.items()} == dict(
+        zip(labels.axes[0].labels, labels["label"], strict=True)
+    )
+    ablation = next(record for record in records if record.question == "ablation")
+    assert [effect["effect"] for effect in found["map"]["effects"]] == [row["effect_nats"] for row in ablation.rows()]
+    assert {part["label"] for part in found["map"]["parts"]} == {c["label"] for c in atlas.manifest["components"]}
+
+
+def test_the_index_knows_every_document(atlas: vw.Atlas) -> None:
+    folder = atlas.path / "explorer"
+    index = json.loads((folder / "index.json").read_text())
+    assert {entry["file"] for entry in index["documents"].values()} | {"index.json"} == {
+        p.name for p in folder.iterdir()
+    }
+    for entry in index["documents"].values():
+        content = (folder / entry["file"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert vw.status(atlas, check=True).faults == ()
+
+
+def test_the_bundle_is_what_its_sources_give(tmp_path: Path) -> None:
+    if shutil.which("npm") is None or not (ROOT / "explorer").is_dir():
+        pytest.skip("there is no npm to build the bundle with")
+    copy = tmp_path / "explorer"
+    shutil.copytree(ROOT / "explorer", copy, ignore=shutil.ignore_patterns("node_modules"))
+    fetched = subprocess.run(["npm", "ci"], cwd=copy, capture_output=True, text=True, timeout=300, check=False)
+    if fetched.returncode:
+        pytest.skip(f"npm could not fetch what the bundle is built with: {fetched.stderr[-200:]}")
+    subprocess.run(["npm", "run", "--silent", "check"], cwd=copy, check=True, timeout=120)
+    (tmp_path / "built").mkdir()
+    subprocess.run(["node", "build.mjs", "../built"], cwd=copy, check=True, timeout=60)
+    for name in ("explorer.js", "explorer.css", "explorer.licences.txt"):
+        assert (tmp_path / "built" / name).read_bytes() == (STATIC / name).read_bytes(), name
+    assert len((STATIC / "explorer.js").read_bytes()) < 600_000
+
+
+def dom(page: Path, address: str) -> str:
+    """What a browser makes of a page, as HTML."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("there is no Chromium to look with")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--window-size=1440,1000"]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    done = subprocess.run(
+        [browser, *flags, profile, "--dump-dom", f"{page.as_uri()}{address}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout
+
+
+def embedded(found: dict[str, Any]) -> str:
+    data = json.dumps(found).replace("<", "\\u003c")
+    texts = {name: (STATIC / f"explorer.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    return (
+        f'<!doctype html><meta charset="utf-8"><style>{texts["css"]}</style><div id="page"></div>'
+        f'<script id="documents" type="application/json">{data}</script><script>{texts["js"]}</script>'
+    )
+
+
+def test_pages_show_heads_and_edges_and_run_no_names(atlas: vw.Atlas, tmp_path: Path) -> None:
+    found = documents(shown_of(atlas), atlas.manifest)
+    poison = "<img src=x onerror=document.title='poisoned'><script>document.title='poisoned'</script>"
+    found["map"]["model"] = poison
+    found["map"]["run"]["text"] = poison
+    page = tmp_path / "page.html"
+    page.write_text(embedded(found), encoding="utf-8")
+    shown = dom(page, "#/map?port=K&least=-9")
+    assert "Which connections stand out" in shown
+    assert html.escape(poison, quote=False) in shown
+    assert "<title>poisoned" not in shown
+    assert "<img" not in shown
+    edges = vw.edges(atlas, "L2H0.K", top=3)
+    card = dom(page, "#/head/L2H0")
+    assert "Where it attends" in card
+    assert f'aria-label="{len(vw.edges(atlas, "L2H0.K", top=10_000))} writers, port K"' in card
+    assert all(f">{edge['writer']}<" in card or edge["writer"] in card for edge in edges)
+    assert "No head L9H9" in dom(page, "#/head/L9H9")
