@@ -34,7 +34,8 @@ export interface MapDocument {
   behaviours: Record<string, { label: string | null; scores: Record<string, number> }>;
   threshold: number | null;
   effects: Effect[];
-  stored: string[];
+  /** Names of documents; of what a pair carries by writer/reader.port. */
+  stored: Record<string, string>;
   ablation: { least: number | null; sequences: number | null; text: string | null; clean_loss: number | null } | null;
   run: { text: string; tokens: number; sequences: number | null } | null;
 }

@@ -36,7 +36,7 @@ export function LayersPage({ map, address, go, width, theme }: Props) {
       wanted = false;
     };
   }, [port]);
-  useEffect(() => void (map.stored.includes("bandwidth") && loadBandwidth().then(setBandwidth)), []);
+  useEffect(() => void (map.stored.bandwidth && loadBandwidth().then(setBandwidth)), []);
   const heads = (labels: string[]): Head[] =>
     labels.flatMap((label, index) => {
       const found = /^L(\d+)H(\d+)$/.exec(label);

@@ -27,16 +27,15 @@ const column = (table: Table | undefined, name: string) => table?.columns.find((
 export function PairPage({ map, address, go, width }: Props) {
   const [writer = "", target = ""] = address.name.split("/");
   const [reader = "", port = ""] = target.split(".");
-  const name = `pair-${writer}-${target}`;
-  const stored = map.stored.includes(name);
+  const stored = map.stored[address.name];
   const [pairs, setPairs] = useState<Pairs | null>(null);
   const [carried, setCarried] = useState<Carried | null>(null);
   useEffect(() => {
     setPairs(null);
     setCarried(null);
     if (map.ports.includes(port)) void loadPairs(port).then(setPairs);
-    if (stored) void loadCarried(name).then(setCarried);
-  }, [name]);
+    if (stored) void loadCarried(stored).then(setCarried);
+  }, [address.name]);
   const edge: Edge | undefined = useMemo(
     () => (pairs ? edgesOf(map, pairs).find((one) => one.writer === writer && [one.reader, ...one.others].includes(reader)) : undefined),
     [pairs],

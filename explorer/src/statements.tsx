@@ -11,8 +11,8 @@ function verdict(text: string): string {
 
 export function StatementsPage({ map }: { map: MapDocument }) {
   const [found, setFound] = useState<Statements | null>(null);
-  useEffect(() => void (map.stored.includes("statements") && loadStatements().then(setFound)), []);
-  if (!map.stored.includes("statements")) {
+  useEffect(() => void (map.stored.statements && loadStatements().then(setFound)), []);
+  if (!map.stored.statements) {
     return (
       <main>
         <h1>Statements about the stream</h1>

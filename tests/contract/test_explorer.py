@@ -44,12 +44,12 @@ def decoded(text: str) -> np.ndarray:
 def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     records, found = shown_of(atlas), documents(shown_of(atlas), atlas.manifest)
     composition = {str(r.parameters["port"]): r for r in records if r.question == "composition"}
-    stored = set(found["map"]["stored"])
-    assert set(found) == {"map", *(f"pairs-{port}" for port in composition), *stored}
+    stored = found["map"]["stored"]
+    assert set(found) == {"map", *(f"pairs-{port}" for port in composition), *stored.values()}
     channels = {(r.parameters["writer"], r.parameters["reader"]): r for r in records if r.question == "channel"}
-    assert stored == {f"pair-{writer}-{reader}" for writer, reader in channels}
+    assert set(stored) == {f"{writer}/{reader}" for writer, reader in channels}
     for (writer, reader), record in channels.items():
-        carried = found[f"pair-{writer}-{reader}"]
+        carried = found[stored[f"{writer}/{reader}"]]
         assert set(carried) == {"channel", "channel_tokens", "offset_profile"}
         gains = next(column["values"] for column in carried["channel"]["columns"] if column["name"] == "gain")
         assert gains == torch.as_tensor(record["gain"]).tolist()

@@ -432,8 +432,7 @@ def test_the_page_is_installed() -> None:
 
 SERVER = """
 import atexit, sys, webbrowser
-from virtual_weights.cli import main, serve
-serve.server_module().bundle = lambda: {name: b"page" for name in ("explorer.html", "explorer.js", "explorer.css")}
+from virtual_weights.cli import main
 webbrowser.open = lambda address: print("browser:", address, file=sys.stderr)
 atexit.register(lambda: print("torch" in sys.modules, "numpy" in sys.modules, "uvicorn" in sys.modules))
 main()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from virtual_weights.cli import options as o
 from virtual_weights.errors import UsageError
-
-_SERVER = "virtual_weights.report.serve"
 
 
 def serve(
@@ -33,19 +29,9 @@ def serve(
             expected="the packages of the extra 'serve'",
             do="pip install -c constraints.txt '.[serve]' in a clone of this project",
         )
-    server_module().serve(atlas, port, not no_browser, announce=_announce)
+    from virtual_weights.report import serve as server
 
-
-def server_module() -> ModuleType:
-    """The module ``virtual_weights.report.serve``, without the package around it, which loads torch."""
-    if _SERVER not in sys.modules:
-        path = Path(__file__).parents[1] / "report" / "serve.py"
-        spec = spec_from_file_location(_SERVER, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[_SERVER] = module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[_SERVER]
+    server.serve(atlas, port, not no_browser, announce=_announce)
 
 
 def _announce(address: str) -> None:

@@ -1,5 +1,8 @@
-"""The report: a view of Records as one HTML file. No maths, no torch."""
+"""The report: a view of Records as one HTML file, and the server of the explorer. No maths.
 
-from virtual_weights.report.page import page, payload, report, write_report
+A name is imported when it is first used, so that the server does without torch.
+"""
 
-__all__ = ["page", "payload", "report", "write_report"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -34,25 +34,28 @@ def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[st
 
     Returns:
         By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition; ``"bandwidth"`` and
-        ``"statements"``, see ``tables``, where they are stored; ``"pair-L16H0-L18H6.K"`` and the like, what a pair
-        carries: ``channel``, ``channel_tokens`` and ``offset_profile``. Numbers of pairs are of
-        half precision, little-endian, in base64, readers by writers; NaN where a writer cannot reach.
+        ``"statements"``, see ``tables``, where they are stored; ``"pair-0"`` and the like, what a pair carries:
+        ``channel``, ``channel_tokens`` and ``offset_profile``. The map's ``"stored"`` has the names of the last three
+        kinds, of a pair by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes that of a file.
+        Numbers of pairs are of half precision, little-endian, in base64, readers by writers; NaN where a writer cannot
+        reach.
     """
     by_question: dict[tuple[str, str], Record] = {}
     carried: dict[str, dict[str, Any]] = {}
     for record in records:
         if record.question in _CARRIED and record.parameters.get("reader") is not None:
             writer = record.parameters.get("writer") or record.parameters.get("name")
-            carried.setdefault(f"pair-{writer}-{record.parameters['reader']}", {})[record.question] = table(record)
+            carried.setdefault(f"{writer}/{record.parameters['reader']}", {})[record.question] = table(record)
         else:
             by_question[record.question, str(record.parameters.get("port", ""))] = record
     ports = [port for question, port in by_question if question == "composition"]
     tables = {name: make(by_question[name, ""]) for name, make in _TABLES.items() if (name, "") in by_question}
+    numbers = {pair: f"pair-{i}" for i, pair in enumerate(carried)}
     return {
-        "map": {**_map(by_question, manifest, ports), "stored": [*tables, *carried]},
+        "map": {**_map(by_question, manifest, ports), "stored": {name: name for name in tables} | numbers},
         **{f"pairs-{port}": _pairs(by_question, port) for port in ports},
         **tables,
-        **carried,
+        **{numbers[pair]: content for pair, content in carried.items()},
     }
 
 
