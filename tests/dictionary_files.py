@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,10 +64,10 @@ def jump(pre: Tensor, threshold: Tensor | float) -> Tensor:
     return pre * (pre > threshold)
 
 
-def largest(pre: Tensor, k: int, by: Tensor | None = None) -> Tensor:
-    """The k largest of each row as they are, zeros elsewhere; compared by another tensor, if there is one."""
-    kept = (pre if by is None else by).argsort(-1, descending=True)[..., :k]
-    mask = torch.zeros_like(pre).scatter(-1, kept, 1.0)
+def largest(pre: Tensor, k: int) -> Tensor:
+    """The k largest of each row as they are, zeros elsewhere."""
+    strongest = pre.argsort(-1, descending=True)[..., :k]
+    mask = torch.zeros_like(pre).scatter(-1, strongest, 1.0)
     return pre * mask
 
 
@@ -413,10 +413,10 @@ def llamascopium(
         norms = t["W_D"].norm(dim=1)
         weighted = pre * norms
         if act == "jumprelu":
-            kept = jump(weighted, t["activation_function.log_jumprelu_threshold"].exp())
+            gated = jump(weighted, t["activation_function.log_jumprelu_threshold"].exp())
         else:
-            kept = largest(weighted.clamp(min=0), k) if act == "topk" else weighted.clamp(min=0)
-        a = kept / norms
+            gated = largest(weighted.clamp(min=0), k) if act == "topk" else weighted.clamp(min=0)
+        a = gated / norms
         scale = math.sqrt(d) / (3.0 if place != place_out else 7.0)
         return pre, a, [(a @ t["W_D"] + t["b_D"]) / scale]
 
@@ -443,8 +443,8 @@ def llamascopium_clt(folder: Path, d: int, features: int, layers: int, seed: int
             weight = torch.stack([t[f"W_D.{j}"][i].square().sum(1) for j in range(i, layers)]).sum(0).sqrt()
             threshold = t["activation_function.log_jumprelu_threshold"][i].exp()
             weighted = pre * weight
-            kept = jump(weighted, threshold) if act == "jumprelu" else largest(weighted.clamp(min=0), k)
-            a = kept / weight
+            gated = jump(weighted, threshold) if act == "jumprelu" else largest(weighted.clamp(min=0), k)
+            a = gated / weight
             outs = [a @ t[f"W_D.{j}"][i] for j in range(i, layers)]
             outs[0] = outs[0] + t[f"b_D.{i}"]
             return pre, a, [y / (math.sqrt(d) / norms[writes[j]]) for j, y in enumerate(outs, i)]
@@ -523,9 +523,9 @@ def clt_forge(
         def function(x: Tensor, i: int = i) -> tuple[Tensor, Tensor, list[Tensor]]:
             pre = (x * t["estimated_norm_scaling_factor_in"][i]) @ t["W_enc"][i] + t["b_enc"][i]
             a = jump(pre, t["log_threshold"][i].exp())
-            own = [(n, j) for n, (source, j) in enumerate(pairs) if source == i]
+            numbers = [(n, j) for n, (source, j) in enumerate(pairs) if source == i]
             scale = t["estimated_norm_scaling_factor_out"]
-            return pre, a, [(a @ t["W_dec"][n] + t["b_dec"][n]) / scale[j] for n, j in own]
+            return pre, a, [(a @ t["W_dec"][n] + t["b_dec"][n]) / scale[j] for n, j in numbers]
 
         writes = [f"blocks.{j}.hook_mlp_out" for source, j in pairs if source == i]
         written.parts.append(Part(i, f"blocks.{i}.ln2.hook_normalized", writes, function))
@@ -555,26 +555,36 @@ def _only(vectors: Tensor, *, reads: bool) -> Function:
     return function
 
 
+def _modules(layers: int) -> Iterator[tuple[int, str, str, str]]:
+    """Layer, path, tag and hook of every module."""
+    for layer in range(layers):
+        for leaf, (tag, hook) in _MODULES.items():
+            yield layer, f"model.layers.{layer}.{leaf}", tag, hook
+
+
+def _module_part(layer: int, tag: str, hook: str, readers: Tensor, writers: Tensor) -> Part:
+    """The part of a module, which reads the stream or writes to it."""
+    place = f"blocks.{layer}.{hook}"
+    if hook.endswith("in"):
+        return Part(layer, place, [], _only(readers.double(), reads=True), tag)
+    return Part(layer, None, [place], _only(writers.double(), reads=False), tag)
+
+
 def components(folder: Path, d: int, features: int, layers: int, seed: int, *, form: str = "dashed") -> Written:
     draw, inner = Draw(seed), 7
     t: dict[str, Tensor] = {"target_model.model.norm.weight": draw(d)}
     path = folder / "components.safetensors"
     written = Written(path, "comp")
-    for layer in range(layers):
-        for leaf, (tag, hook) in _MODULES.items():
-            module = f"model.layers.{layer}.{leaf}"
-            into, out = (d, inner) if hook.endswith("in") else (inner, d)
-            v, u = draw(into, features), draw(features, out)
-            prefix = {
-                "dashed": f"_components.{module.replace('.', '-')}",
-                "older": f"target_model.{module}.components",
-                "newer": f"target_model.{module}",
-            }[form]
-            t |= {f"{prefix}.V": v, f"{prefix}.U": u}
-            reads = hook.endswith("in")
-            place = f"blocks.{layer}.{hook}"
-            function = _only((v.T if reads else u).double(), reads=reads)
-            written.parts.append(Part(layer, place if reads else None, [] if reads else [place], function, tag))
+    for layer, module, tag, hook in _modules(layers):
+        into, out = (d, inner) if hook.endswith("in") else (inner, d)
+        v, u = draw(into, features), draw(features, out)
+        prefix = {
+            "dashed": f"_components.{module.replace('.', '-')}",
+            "older": f"target_model.{module}.components",
+            "newer": f"target_model.{module}",
+        }[form]
+        t |= {f"{prefix}.V": v, f"{prefix}.U": u}
+        written.parts.append(_module_part(layer, tag, hook, v.T, u))
     save(path, t)
     return written
 
@@ -583,17 +593,12 @@ def lora(folder: Path, d: int, rank: int, layers: int, seed: int) -> Written:
     draw, inner, alpha = Draw(seed), 7, 5.0
     t: dict[str, Tensor] = {}
     written = Written(folder, "lora")
-    for layer in range(layers):
-        for leaf, (tag, hook) in _MODULES.items():
-            name = f"base_model.model.model.layers.{layer}.{leaf}"
-            into, out = (d, inner) if hook.endswith("in") else (inner, d)
-            a, b = draw(rank, into), draw(out, rank)
-            t |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-            reads = hook.endswith("in")
-            vectors = a.double() if reads else alpha / rank * b.T.double()
-            place = f"blocks.{layer}.{hook}"
-            part = Part(layer, place if reads else None, [] if reads else [place], _only(vectors, reads=reads), tag)
-            written.parts.append(part)
+    for layer, module, tag, hook in _modules(layers):
+        into, out = (d, inner) if hook.endswith("in") else (inner, d)
+        a, b = draw(rank, into), draw(out, rank)
+        name = f"base_model.model.{module}"
+        t |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        written.parts.append(_module_part(layer, tag, hook, a, alpha / rank * b.T.double()))
     save(folder / "adapter_model.safetensors", t)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "base_model_name_or_path": "m"}
     write_json(folder / "adapter_config.json", config)

@@ -34,6 +34,7 @@ from virtual_weights.checkpoint.dictionaries.gemma_scope import (
 from virtual_weights.checkpoint.dictionaries.llama_scope import is_llama_scope, open_llama_scope
 from virtual_weights.checkpoint.dictionaries.llamascopium import is_llamascopium, open_llamascopium
 from virtual_weights.checkpoint.dictionaries.lora import open_factors
+from virtual_weights.checkpoint.dictionaries.npz import open_npy
 from virtual_weights.checkpoint.dictionaries.saelens import is_saelens, open_saelens
 from virtual_weights.checkpoint.dictionaries.sparsify import is_sparsify, open_sparsify
 from virtual_weights.checkpoint.dictionaries.tables import inner_folder, malformed, open_tensors
@@ -59,6 +60,19 @@ READABLE = (
     ".npy or .safetensors"
 )
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".dcp")
+_Opener = Callable[[Path], Dictionary]
+_FORMATS: tuple[tuple[Callable[[Path, Sequence[str]], bool], _Opener], ...] = (
+    (is_gemma_scope_crossing, open_gemma_scope_crossing),
+    (lambda _, names: is_circuit_tracer(names), open_circuit_tracer),
+    (lambda _, names: is_saelens(names), open_saelens),
+    (lambda _, names: is_sparsify(names), open_sparsify),
+    (lambda _, names: is_clt_forge(names), open_clt_forge),
+    (lambda _, names: is_gemma_scope(names), open_gemma_scope),
+    (lambda _, names: is_llama_scope(names), open_llama_scope),
+    (is_llamascopium, open_llamascopium),
+    (is_dictionary_learning, open_dictionary_learning),
+)
+"""Whether a folder with these names is of a format, and what opens it, in the order in which they are tried."""
 
 
 def open_dictionary(path: str | Path) -> Dictionary:
@@ -88,33 +102,25 @@ def open_dictionary(path: str | Path) -> Dictionary:
     if opener is not None:
         return opener(where)
     folders = [inner_folder(where, name) for name in names if (where / name).is_dir()]
-    found = [(folder, opener) for folder in folders if (opener := _opener(folder, names_in(folder)))]
-    if not found:
+    openers = [(folder, opener) for folder in folders if (opener := _opener(folder, names_in(folder)))]
+    if not openers:
         raise _unknown(where, names)
-    return _together(where, [opener(folder) for folder, opener in found])
+    return _together(where, [opener(folder) for folder, opener in openers])
 
 
-def _opener(folder: Path, names: Sequence[str]) -> Callable[[Path], Dictionary] | None:
+def _opener(folder: Path, names: Sequence[str]) -> _Opener | None:
     """What opens a folder; None where it holds no dictionary itself."""
-    if is_circuit_tracer(names) and not is_gemma_scope_crossing(folder, names):
-        return open_circuit_tracer
-    kinds: tuple[tuple[Callable[[], bool], Callable[[Path], Dictionary]], ...] = (
-        (lambda: is_gemma_scope_crossing(folder, names), open_gemma_scope_crossing),
-        (lambda: is_saelens(names), open_saelens),
-        (lambda: is_sparsify(names), open_sparsify),
-        (lambda: is_clt_forge(names), open_clt_forge),
-        (lambda: is_gemma_scope(names), open_gemma_scope),
-        (lambda: is_llama_scope(names), open_llama_scope),
-        (lambda: is_llamascopium(folder, names), open_llamascopium),
-        (lambda: is_dictionary_learning(folder, names), open_dictionary_learning),
-    )
-    for holds, opener in kinds:
-        if holds():
-            return opener
+    if opener := _opener_of_format(folder, names):
+        return opener
     files = [name for name in names if name.endswith((".safetensors", ".npy", ".gguf"))]
     if "adapter_config.json" in names or len(files) != 1:
         return None
     return lambda parent: _open_file(parent / files[0])
+
+
+def _opener_of_format(folder: Path, names: Sequence[str]) -> _Opener | None:
+    """What opens a folder of settings and weights; None where it is none."""
+    return next((opener for is_of_format, opener in _FORMATS if is_of_format(folder, names)), None)
 
 
 def _open_file(path: Path) -> Dictionary:
@@ -122,26 +128,26 @@ def _open_file(path: Path) -> Dictionary:
     if path.suffix == ".npz":
         return open_gemma_scope_archive(path)
     if path.suffix == ".npy":
-        return open_plain_vectors(path)
+        return open_plain_vectors(open_npy(path))
     if path.suffix == ".gguf":
         return open_control_vectors(path)
     if path.suffix != ".safetensors":
         raise _unknown(path, [path.name])
-    beside = names_in(path.parent)
     if path.name in ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "clt_weights.safetensors"):
-        opener = _opener(
-            path.parent, [name for name in beside if name == path.name or not name.endswith(".safetensors")]
-        )
-        if opener is not None:
-            return opener(path.parent)
-    tensors = open_tensors(path).source.tensors
-    if {"W_enc", "b_enc", "W_dec", "b_dec"} <= tensors.keys():
+        names = [name for name in names_in(path.parent) if name == path.name or not name.endswith(".safetensors")]
+        opener = _opener_of_format(path.parent, names)
+        if opener is None:  # without its settings, it could be misread
+            raise _unknown(path, [path.name])
+        return opener(path.parent)
+    tensors = open_tensors(path)
+    infos = tensors.source.tensors
+    if {"W_enc", "b_enc", "W_dec", "b_dec"} <= infos.keys():
         return open_layer_file(path)
-    if is_components(tensors):
-        return open_components(path)
-    if len(tensors) == 1:
-        return open_plain_vectors(path)
-    raise _unknown(path, list(tensors))
+    if is_components(infos):
+        return open_components(tensors)
+    if len(infos) == 1:
+        return open_plain_vectors(tensors)
+    raise _unknown(path, list(infos))
 
 
 def _together(folder: Path, dictionaries: Sequence[Dictionary]) -> Dictionary:
@@ -168,7 +174,6 @@ def _together(folder: Path, dictionaries: Sequence[Dictionary]) -> Dictionary:
         tuple(parts),
         tuple(source for dictionary in dictionaries for source in dictionary.sources),
         "\n".join(dictionary.settings for dictionary in dictionaries),
-        first.model,
     )
 
 

@@ -16,19 +16,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.dictionary import (
+    Activation,
+    Decoder,
+    Dictionary,
+    DictionaryKind,
+    DictionaryPart,
+)
 from virtual_weights.checkpoint.dictionaries.flat_yaml import parse_flat_yaml
 from virtual_weights.checkpoint.dictionaries.hooks import full_hook
 from virtual_weights.checkpoint.dictionaries.tables import (
     Tensors,
     count_setting,
     malformed,
+    numbers_in,
     open_tensors,
     read_settings,
-    unsupported,
 )
 from virtual_weights.checkpoint.folder import MAX_CONFIG, names_in, pin_inside
 from virtual_weights.errors import MissingTensorError
@@ -36,7 +43,6 @@ from virtual_weights.errors import MissingTensorError
 CONFIG = "config.yaml"
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 _ENCODER = re.compile(r"W_enc_(\d+)\.safetensors")
-_READS, _WRITES = "hook_resid_mid", "hook_mlp_out"
 
 
 def is_circuit_tracer(names: Sequence[str]) -> bool:
@@ -67,25 +73,24 @@ def open_layer_file(path: Path) -> Dictionary:
     match = _LAYER.fullmatch(path.name)
     tensors = open_tensors(path, settings)
     part = _layer_part(tensors, int(match[1]) if match else None, settings)
-    return _dictionary(path, "tc", "a transcoder of circuit-tracer", [part], [tensors], settings)
+    return _dictionary(path, "tc", "a transcoder of circuit-tracer", [part], [tensors])
 
 
 def _per_layer(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Dictionary:
-    layers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, names) if match)
+    layers = numbers_in(names, _LAYER)
+    listed = settings.get("transcoders")
     if not layers:
-        listed = settings.get("transcoders")
         raise MissingTensorError(
             f"{str(folder)!r} holds no layer_0.safetensors, layer_1.safetensors, ..."
             + (f"; its {CONFIG} names files elsewhere, such as {str(listed[0])!r:.200}" if listed else ""),
             expected=f"the files of the set beside {CONFIG}",
             do=f"fetch them and put them beside {CONFIG} as layer_{{i}}.safetensors; nothing is fetched here",
         )
-    listed = settings.get("transcoders")
     if isinstance(listed, list) and len(listed) != len(layers):
         raise malformed(str(folder), f"{len(layers)} layers lie beside a list of {len(listed)}", "a file for each")
     files = [open_tensors(folder / f"layer_{layer}.safetensors", settings) for layer in layers]
     parts = [_layer_part(file, layer, settings) for file, layer in zip(files, layers, strict=True)]
-    return _dictionary(folder, "tc", "transcoders of circuit-tracer", parts, files, settings)
+    return _dictionary(folder, "tc", "transcoders of circuit-tracer", parts, files)
 
 
 def _layer_part(tensors: Tensors, layer: int | None, settings: Mapping[str, Any]) -> DictionaryPart:
@@ -101,31 +106,26 @@ def _layer_part(tensors: Tensors, layer: int | None, settings: Mapping[str, Any]
         )
     decoder = tensors.table("W_dec", "rows", features, width)
     skip = tensors.matrix("W_skip", width, encoder.width) if "W_skip" in tensors else None
+    reads, writes = _hooks(settings)
+    placed = layer is not None and bool(settings)  # the library's default hooks count only beside settings
     return DictionaryPart(
         layer,
         features,
-        full_hook(_hook(settings, "feature_input_hook", _READS), layer) if _has_hooks(settings, layer) else None,
+        full_hook(reads, layer) if placed else None,
         encoder,
         tensors.vector("b_enc", features),
         _activation(tensors, "activation_function.threshold", features, settings),
-        (Decoder(_writes(settings, layer), decoder, tensors.vector("b_dec", width)),),
+        (Decoder(full_hook(writes, layer) if placed else "", decoder, tensors.vector("b_dec", width)),),
         skip,
     )
 
 
-def _has_hooks(settings: Mapping[str, Any], layer: int | None) -> bool:
-    """Whether the file says where it reads; its library's default counts only beside settings."""
-    return layer is not None and bool(settings)
-
-
-def _hook(settings: Mapping[str, Any], name: str, default: str) -> str:
-    return str(settings.get(name) or default)
-
-
-def _writes(settings: Mapping[str, Any], layer: int | None) -> str:
-    if not _has_hooks(settings, layer):
-        return ""
-    return full_hook(_hook(settings, "feature_output_hook", _WRITES), layer)
+def _hooks(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """The hooks that are read and written, by default those of the library."""
+    return (
+        str(settings.get("feature_input_hook") or "hook_resid_mid"),
+        str(settings.get("feature_output_hook") or "hook_mlp_out"),
+    )
 
 
 def _activation(tensors: Tensors, threshold: str, features: int, settings: Mapping[str, Any]) -> Activation:
@@ -134,7 +134,7 @@ def _activation(tensors: Tensors, threshold: str, features: int, settings: Mappi
         raise malformed(tensors.where, f"activation is {kind!r}", "relu, topk, or none for JumpReLU or ReLU")
     if kind == "topk" or (kind is None and "k" in tensors):
         stored = int(tensors.number("k")) if "k" in tensors else None
-        k = count_setting(tensors.where, {"k": settings.get("k", stored)}, "k", features)
+        k = count_setting(tensors.where, "k", settings.get("k", stored), features)
         if stored not in (None, k):
             raise malformed(tensors.where, f"k is {k} in {CONFIG} and {stored} in the tensors", "one k")
         return Activation("topk", k=k)
@@ -144,7 +144,7 @@ def _activation(tensors: Tensors, threshold: str, features: int, settings: Mappi
 
 
 def _cross_layer(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Dictionary:
-    layers = sorted(int(match[1]) for match in map(_ENCODER.fullmatch, names) if match)
+    layers = numbers_in(names, _ENCODER)
     if layers != list(range(len(layers))) or not layers:
         raise malformed(str(folder), f"there are W_enc files of layers {layers}", "one of every layer from 0")
     if joint := any(name.startswith("W_dec_norm") for name in names):
@@ -157,7 +157,7 @@ def _cross_layer(folder: Path, names: Sequence[str], settings: Mapping[str, Any]
         name = "a cross-layer top-k transcoder of ByteDance"
     else:
         name = "a cross-layer transcoder of circuit-tracer"
-    return _dictionary(folder, "clt", name, parts, [*encoders, *decoders], settings)
+    return _dictionary(folder, "clt", name, parts, [*encoders, *decoders])
 
 
 def _crossing_part(
@@ -166,14 +166,15 @@ def _crossing_part(
     file, layers = encoders[i], len(encoders)
     encoder = file.table(f"W_enc_{i}", "rows")
     features = encoder.features
-    if encoder.shape() != encoders[0].shape("W_enc_0", None, None):
-        raise malformed(file.where, f"its shape is {encoder.shape()}", f"{encoders[0].shape('W_enc_0', None, None)}")
+    shape = encoders[0].shape("W_enc_0", None, None)
+    if encoder.shape() != shape:
+        raise malformed(file.where, f"its shape is {encoder.shape()}", f"{shape}")
     decoder = decoders[i].table(f"W_dec_{i}", "row slots", features)
-    if decoders[i].source.tensors[f"W_dec_{i}"].shape[1] != layers - i:
-        shape = decoders[i].source.tensors[f"W_dec_{i}"].shape
+    shape = decoders[i].source.tensors[f"W_dec_{i}"].shape
+    if shape[1] != layers - i:
         raise malformed(decoders[i].where, f"W_dec_{i} has shape {shape}", f"({features}, {layers - i}, d)")
     bias = file.vector(f"b_dec_{i}", decoder.width) if f"b_dec_{i}" in file else None
-    writes = _hook(settings, "feature_output_hook", _WRITES)
+    reads, writes = _hooks(settings)
     skip = file.matrix(f"W_skip_{i}", encoder.width, decoder.width).T if f"W_skip_{i}" in file else None
     jumps = f"threshold_{i}" in file
     if jumps != ("threshold_0" in encoders[0]):
@@ -181,7 +182,7 @@ def _crossing_part(
     return DictionaryPart(
         i,
         features,
-        full_hook(_hook(settings, "feature_input_hook", _READS), i),
+        full_hook(reads, i),
         encoder,
         file.vector(f"b_enc_{i}", features) if f"b_enc_{i}" in file else None,
         Activation("jumprelu", threshold=file.vector(f"threshold_{i}", features)) if jumps else Activation("relu"),
@@ -193,16 +194,10 @@ def _crossing_part(
 
 
 def _of_joint_top_k(part: DictionaryPart, folder: Path, settings: Mapping[str, Any], layers: int) -> DictionaryPart:
-    k = count_setting(str(folder), settings, "k", part.features)
-    return DictionaryPart(
-        part.layer,
-        part.features,
-        part.reads,
-        part.encoder,
-        part.bias,
-        Activation("relu"),
-        part.decoders,
-        part.skip,
+    k = count_setting(str(folder), "k", settings.get("k"), part.features)
+    return replace(
+        part,
+        activation=Activation("relu"),
         unfolded=f"of all features of all {layers} layers together, only the {k * layers} with the largest activation "
         "times decoder norm stay",
     )
@@ -220,15 +215,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _dictionary(
-    path: Path,
-    kind: Any,
-    name: str,
-    parts: Sequence[DictionaryPart],
-    files: Sequence[Tensors],
-    settings: Mapping[str, Any],
+    path: Path, kind: DictionaryKind, name: str, parts: Sequence[DictionaryPart], files: Sequence[Tensors]
 ) -> Dictionary:
-    if len({part.features for part in parts}) > 1 and kind == "clt":
-        raise unsupported(str(path), "has layers of different sizes", "as many features in each", "fetch it again")
-    model = settings.get("model_name")
-    sources = tuple(file.source for file in files)
-    return Dictionary(str(path), kind, name, tuple(parts), sources, model=str(model) if model else None)
+    return Dictionary(str(path), kind, name, tuple(parts), tuple(file.source for file in files))

@@ -26,8 +26,11 @@ from virtual_weights.checkpoint.dictionaries.tables import (
     count_setting,
     joined,
     malformed,
+    numbers_in,
     open_tensors,
     read_settings,
+    switch_setting,
+    unscaled,
     unsupported,
 )
 from virtual_weights.checkpoint.folder import names_in
@@ -54,29 +57,27 @@ def open_clt_forge(folder: Path) -> Dictionary:
             str(folder), f"has activation_fn = {settings['activation_fn']!r}", "jumprelu", "train it with jumprelu"
         )
     names = names_in(folder)
-    ranks = sorted(int(match[1]) for match in map(_RANK.fullmatch, names) if match)
+    ranks = numbers_in(names, _RANK)
     if WEIGHTS in names:
         files = [open_tensors(folder / WEIGHTS, settings)]
-    elif not ranks or ranks != list(range(len(ranks))) or ranks[-1] + 1 != settings.get("world_size", ranks[-1] + 1):
+    elif not ranks or ranks != list(range(len(ranks))) or settings.get("world_size", len(ranks)) != len(ranks):
         raise malformed(str(folder), f"there are files of ranks {ranks}", "one of every rank from 0")
     else:
         files = [open_tensors(folder / f"rank{rank}_{WEIGHTS}", settings) for rank in ranks]
-    layers = count_setting(str(folder), settings, "n_layers", 1 << 12)
-    width = count_setting(str(folder), settings, "d_in", 1 << 30)
-    crossing = settings.get("cross_layer_decoders", True)
-    if not isinstance(crossing, bool):
-        raise malformed(str(folder), f"cross_layer_decoders is {crossing!r}", "true or false")
-    features = sum(_checked(file, layers, width, layers * (layers + 1) // 2 if crossing else layers) for file in files)
+    layers = count_setting(str(folder), "n_layers", settings.get("n_layers"), 1 << 12)
+    width = count_setting(str(folder), "d_in", settings.get("d_in"), 1 << 30)
+    crossing = switch_setting(str(folder), "cross_layer_decoders", settings.get("cross_layer_decoders", True))
+    pairs = layers * (layers + 1) // 2 if crossing else layers
+    features = sum(_features(file, layers, width, pairs) for file in files)
     if features != settings.get("d_latent", features):
         raise malformed(str(folder), f"d_latent is {settings['d_latent']!r}, the files hold {features}", "the same")
     parts = tuple(_part(files, layer, layers, crossing=crossing) for layer in range(layers))
-    model, sources = settings.get("model_name"), tuple(file.source for file in files)
     name = f"a {'cross-layer transcoder' if crossing else 'set of transcoders'} of CLT-Forge"
-    kind = "clt" if crossing else "tc"
-    return Dictionary(str(folder), kind, name, parts, sources, model=str(model) if model else None)
+    sources = tuple(file.source for file in files)
+    return Dictionary(str(folder), "clt" if crossing else "tc", name, parts, sources)
 
 
-def _checked(file: Tensors, layers: int, width: int, pairs: int) -> int:
+def _features(file: Tensors, layers: int, width: int, pairs: int) -> int:
     """How many features a file holds; refuses shapes that disagree."""
     features = file.shape("W_enc", layers, width, None)[2]
     for name, sizes in {
@@ -101,8 +102,7 @@ def _part(files: Sequence[Tensors], layer: int, layers: int, *, crossing: bool) 
     for target in targets:
         scale, pair = _factor(files[0], _OUT, target), first + target - layer
         rows = joined(tuple(file.table("W_dec", "row planes").at(pair).times(1 / scale) for file in files))
-        offset = offsets[pair] if scale == 1 else offsets[pair].double() / scale
-        decoders.append(Decoder(f"blocks.{target}.hook_mlp_out", rows, offset))
+        decoders.append(Decoder(f"blocks.{target}.hook_mlp_out", rows, unscaled(offsets[pair], scale)))
     thresholds = torch.cat([file.source.read("log_threshold", row)[0] for file in files])
     return DictionaryPart(
         layer,

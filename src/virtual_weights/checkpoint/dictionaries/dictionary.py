@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -17,6 +17,14 @@ Rows = Callable[[slice], Tensor]
 DictionaryKind = Literal["sae", "tc", "clt", "lorsa", "comp", "lora", "vec"]
 """Sparse autoencoder, transcoder, cross-layer transcoder, Lorsa heads, parameter components, low-rank factors, plain
 vectors."""
+
+KIND_NAMES: Mapping[DictionaryKind, str] = {
+    "sae": "a sparse autoencoder",
+    "tc": "a transcoder",
+    "clt": "a cross-layer transcoder",
+    "lorsa": "Lorsa heads",
+}
+"""What one is called before the name of its format."""
 
 
 @final
@@ -125,7 +133,6 @@ class Dictionary:
         parts: in order of depth.
         sources: of the tensors; their fingerprints and the settings make the identity.
         settings: what else decides how it is read.
-        model: which model it belongs to, as the file says; None where it does not.
     """
 
     path: str
@@ -134,4 +141,3 @@ class Dictionary:
     parts: tuple[DictionaryPart, ...]
     sources: tuple[Source, ...]
     settings: str = ""
-    model: str | None = None

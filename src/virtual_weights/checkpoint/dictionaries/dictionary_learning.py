@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from torch import Tensor
 
 from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
 from virtual_weights.checkpoint.dictionaries.tables import (
-    Table,
     Tensors,
     count_setting,
     folded_bias,
+    gated_activation,
     malformed,
     open_tensors,
     read_settings,
@@ -40,14 +39,15 @@ from virtual_weights.errors import UnsafeCheckpointError
 CONFIG, PICKLE = "config.json", "ae.pt"
 _CLASSES = {
     "AutoEncoder": "bias",
-    "AutoEncoderNew": "",
+    "AutoEncoderNew": "decoder.bias",
     "GatedAutoEncoder": "decoder_bias",
     "AutoEncoderTopK": "b_dec",
     "BatchTopKSAE": "b_dec",
     "MatryoshkaBatchTopKSAE": "b_dec",
-    "JumpReluAutoEncoder": "",
+    "JumpReluAutoEncoder": "b_dec",
 }
-"""What each class subtracts from its input."""
+"""What a class adds to its output, and subtracts from its input unless it is one of these two."""
+_SUBTRACT_NOTHING = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 _SITES = {
     "resid_post": "hook_resid_post",
@@ -87,9 +87,7 @@ def open_dictionary_learning(folder: Path) -> Dictionary:
     tensors = open_tensors(folder / files[0], settings)
     name = _class(tensors, trainer)
     part = _part(tensors, name, trainer)
-    model = trainer.get("lm_name")
-    form = f"{name} of dictionary_learning"
-    return Dictionary(str(folder), "sae", form, (part,), (tensors.source,), model=str(model) if model else None)
+    return Dictionary(str(folder), "sae", f"{name} of dictionary_learning", (part,), (tensors.source,))
 
 
 def _class(tensors: Tensors, trainer: Mapping[str, Any]) -> str:
@@ -121,15 +119,14 @@ def _part(tensors: Tensors, name: str, trainer: Mapping[str, Any]) -> Dictionary
     encoder = tensors.table("W_enc", "columns") if plain else tensors.table("encoder.weight", "rows")
     features, width = encoder.features, encoder.width
     decoder = tensors.table(*(("W_dec", "rows") if plain else ("decoder.weight", "columns")), features, width)
-    bias_names = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
-    offset = tensors.vector(bias_names.get(name, "b_dec"), width)
-    own = "gate_bias" if name == "GatedAutoEncoder" else "b_enc" if plain else "encoder.bias"
-    bias: Tensor | None = tensors.vector(own, features)
+    offset = tensors.vector(_CLASSES[name], width)
+    bias_name = "gate_bias" if name == "GatedAutoEncoder" else "b_enc" if plain else "encoder.bias"
+    bias: Tensor | None = tensors.vector(bias_name, features)
     activation = _activation(tensors, name, features)
-    if _CLASSES[name]:
+    if name not in _SUBTRACT_NOTHING:
         bias = folded_bias(bias, encoder, offset)
     if name == "GatedAutoEncoder":
-        activation = _gated(tensors, encoder, offset, bias)
+        activation = gated_activation(tensors, "mag_bias", encoder, bias, offset)
     layer = trainer.get("layer")
     layer = layer if isinstance(layer, int) and not isinstance(layer, bool) else None
     place = _place(trainer, layer)
@@ -138,9 +135,7 @@ def _part(tensors: Tensors, name: str, trainer: Mapping[str, Any]) -> Dictionary
 
 def _activation(tensors: Tensors, name: str, features: int) -> Activation:
     if name == "AutoEncoderTopK":
-        return Activation(
-            "topk", k=count_setting(tensors.where, {"k": tensors.number("k")}, "k", features), positive=True
-        )
+        return Activation("topk", k=count_setting(tensors.where, "k", tensors.number("k"), features), positive=True)
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = tensors.number("threshold")
         if not threshold >= 0:
@@ -154,13 +149,6 @@ def _activation(tensors: Tensors, name: str, features: int) -> Activation:
     if name == "JumpReluAutoEncoder":
         return Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True)
     return Activation("relu")
-
-
-def _gated(tensors: Tensors, encoder: Table, offset: Tensor, bias: Tensor | None) -> Activation:
-    """The magnitude ``exp(r_mag) E (x - offset) + mag_bias`` in terms of the gate's pre-activation."""
-    scale = tensors.vector("r_mag", encoder.features).double().exp()
-    shift = tensors.vector("mag_bias", encoder.features).double() - scale * encoder.product(offset)
-    return replace(Activation("gated", scale=scale), offset=bias, shift=shift)
 
 
 def _place(trainer: Mapping[str, Any], layer: int | None) -> str | None:

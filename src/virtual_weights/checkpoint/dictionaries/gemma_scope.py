@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from torch import Tensor
+
 from virtual_weights.checkpoint.dictionaries.dictionary import (
+    KIND_NAMES,
     Activation,
     Decoder,
     Dictionary,
@@ -28,7 +31,15 @@ from virtual_weights.checkpoint.dictionaries.dictionary import (
 )
 from virtual_weights.checkpoint.dictionaries.hooks import at_layer, layer_of
 from virtual_weights.checkpoint.dictionaries.npz import open_npz
-from virtual_weights.checkpoint.dictionaries.tables import Tensors, malformed, open_tensors, read_settings, unsupported
+from virtual_weights.checkpoint.dictionaries.tables import (
+    Table,
+    Tensors,
+    malformed,
+    open_tensors,
+    read_settings,
+    refuse_factor,
+    unsupported,
+)
 from virtual_weights.checkpoint.folder import names_in
 
 ARCHIVE, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
@@ -84,28 +95,14 @@ def open_gemma_scope_archive(path: Path) -> Dictionary:
     tensors = open_npz(path, {"place": site.reads})
     lower = "w_enc" in tensors
     encoder = tensors.table("w_enc" if lower else "W_enc", "columns")
-    if "scaling_factor" in tensors and not bool((tensors.source.read("scaling_factor") == 1).all()):
-        raise unsupported(
-            str(path),
-            "scales its activations by 'scaling_factor' before they are decoded",
-            "no such factor, or ones",
-            "multiply W_dec by it row by row, and write the archive without it",
-        )
-    features, width = encoder.features, encoder.width
-    decoder = tensors.table("w_dec" if lower else "W_dec", "rows", features)
+    refuse_factor(tensors, "scaling_factor", "write the archive")
+    decoder = tensors.table("w_dec" if lower else "W_dec", "rows", encoder.features)
     offset = tensors.vector("b_dec", decoder.width)
     if site.reads == "hook_embed":  # trained on rows of the embedding, which the model multiplies by sqrt(d)
+        width = encoder.width
         encoder, decoder, offset = encoder.times(width**-0.5), decoder.times(width**0.5), offset.double() * width**0.5
-    part = DictionaryPart(
-        site.layer,
-        features,
-        site.reads,
-        encoder,
-        tensors.vector("b_enc", features),
-        Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True),
-        (Decoder(site.writes or "", decoder, offset),),
-    )
-    name = f"Gemma Scope, {'a transcoder' if site.kind == 'tc' else 'a sparse autoencoder'}"
+    part = _part(tensors, site.layer, site.reads, encoder, (Decoder(site.writes or "", decoder, offset),))
+    name = f"Gemma Scope, {KIND_NAMES[site.kind]}"
     return Dictionary(str(path), site.kind, name, (part,), (tensors.source,), settings=f"{site.reads} {site.writes}")
 
 
@@ -117,41 +114,32 @@ def open_gemma_scope_crossing(folder: Path) -> Dictionary:
     """
     names = names_in(folder)
     config = read_settings(folder, CONFIG) if CONFIG in names else {}
-    found = {int(match[1]): match[0] for match in map(_LAYER_FILE.fullmatch, names) if match}
-    layers = sorted(found)
+    files_by_layer = {int(match[1]): match[0] for match in map(_LAYER_FILE.fullmatch, names) if match}
+    layers = sorted(files_by_layer)
     if layers != list(range(len(layers))):
         raise malformed(str(folder), f"there are files of layers {layers}", "one of every layer from 0")
-    files = [open_tensors(folder / found[layer], config) for layer in layers]
+    files = [open_tensors(folder / files_by_layer[layer], config) for layer in layers]
     reads = _place(config, "hf_hook_point_in") or "model.layers.0.pre_feedforward_layernorm.output"
     writes = _place(config, "hf_hook_point_out") or "model.layers.0.post_feedforward_layernorm.output"
     parts = tuple(_crossing_part(layer, files, reads, writes) for layer in layers)
-    model, sources = config.get("model_name"), tuple(file.source for file in files)
-    name = "Gemma Scope 2, a cross-layer transcoder"
-    return Dictionary(str(folder), "clt", name, parts, sources, model=str(model) if model else None)
+    sources = tuple(file.source for file in files)
+    return Dictionary(str(folder), "clt", f"Gemma Scope 2, {KIND_NAMES['clt']}", parts, sources)
 
 
 def _crossing_part(layer: int, files: Sequence[Tensors], reads: str, writes: str) -> DictionaryPart:
     tensors = files[layer]
     encoder = tensors.table("w_enc", "columns")
-    features = encoder.features
-    decoder = tensors.table("w_dec", "row slots", features)
+    decoder = tensors.table("w_dec", "row slots", encoder.features)
     slots = tensors.source.tensors["w_dec"].shape[1]
     if slots != len(files):
         raise malformed(tensors.where, f"w_dec writes to {slots} layers of {len(files)}", "a slot for each layer")
     offset = tensors.vector("b_dec", decoder.width)
-    return DictionaryPart(
-        layer,
-        features,
-        at_layer(reads, layer),
-        encoder,
-        tensors.vector("b_enc", features),
-        Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True),
-        tuple(
-            Decoder(at_layer(writes, to), decoder.at(to), offset if to == layer else None)
-            for to in range(layer, len(files))
-        ),
-        _skip(tensors, encoder.width, decoder.width),
+    decoders = tuple(
+        Decoder(at_layer(writes, to), decoder.at(to), offset if to == layer else None)
+        for to in range(layer, len(files))
     )
+    skip = _skip(tensors, encoder.width, decoder.width)
+    return _part(tensors, layer, at_layer(reads, layer), encoder, decoders, skip)
 
 
 def _second(folder: Path) -> Dictionary:
@@ -166,8 +154,7 @@ def _second(folder: Path) -> Dictionary:
         )
     tensors = open_tensors(folder / WEIGHTS, config)
     encoder = tensors.table("w_enc", "columns")
-    features = encoder.features
-    decoder = tensors.table("w_dec", "rows", features)
+    decoder = tensors.table("w_dec", "rows", encoder.features)
     site = _site_of_config(folder, config)
     skip = _skip(tensors, encoder.width, decoder.width)
     if config.get("affine_connection") is not None and bool(config["affine_connection"]) != (skip is not None):
@@ -177,22 +164,29 @@ def _second(folder: Path) -> Dictionary:
             f"{says}, and there is {'one' if skip is not None else 'none'}",
             "settings that fit the tensors",
         )
-    part = DictionaryPart(
-        site.layer,
-        features,
-        site.reads,
-        encoder,
-        tensors.vector("b_enc", features),
-        Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True),
-        (Decoder(site.writes or "", decoder, tensors.vector("b_dec", decoder.width)),),
-        skip,
+    offset = tensors.vector("b_dec", decoder.width)
+    part = _part(tensors, site.layer, site.reads, encoder, (Decoder(site.writes or "", decoder, offset),), skip)
+    name = f"Gemma Scope 2, {KIND_NAMES[site.kind]}"
+    return Dictionary(str(folder), site.kind, name, (part,), (tensors.source,), settings=f"{site.reads} {site.writes}")
+
+
+def _part(
+    tensors: Tensors,
+    layer: int | None,
+    reads: str | None,
+    encoder: Table,
+    decoders: tuple[Decoder, ...],
+    skip: Tensor | None = None,
+) -> DictionaryPart:
+    """The part of an encoder and its decoders, with the bias and the thresholds that every file has."""
+    features = encoder.features
+    activation = Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True)
+    return DictionaryPart(
+        layer, features, reads, encoder, tensors.vector("b_enc", features), activation, decoders, skip
     )
-    name = f"Gemma Scope 2, {'a transcoder' if site.kind == 'tc' else 'a sparse autoencoder'}"
-    model, places = config.get("model_name"), f"{site.reads} {site.writes}"
-    return Dictionary(str(folder), site.kind, name, (part,), (tensors.source,), places, str(model) if model else None)
 
 
-def _skip(tensors: Tensors, width: int, width_out: int) -> Any:
+def _skip(tensors: Tensors, width: int, width_out: int) -> Tensor | None:
     """The affine connection as (d_out, d_in)."""
     name = "affine_skip_connection"
     return tensors.matrix(name, width, width_out).T if name in tensors else None

@@ -17,8 +17,15 @@ from typing import Any
 
 import torch
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.dictionary import (
+    KIND_NAMES,
+    Activation,
+    Decoder,
+    Dictionary,
+    DictionaryPart,
+)
 from virtual_weights.checkpoint.dictionaries.hooks import layer_of
+from virtual_weights.checkpoint.dictionaries.llamascopium import refuse_gated_encoder
 from virtual_weights.checkpoint.dictionaries.tables import (
     Table,
     Tensors,
@@ -28,6 +35,7 @@ from virtual_weights.checkpoint.dictionaries.tables import (
     malformed,
     open_tensors,
     read_settings,
+    unscaled,
     unsupported,
 )
 from virtual_weights.checkpoint.folder import names_in
@@ -47,24 +55,19 @@ def open_llama_scope(folder: Path) -> Dictionary:
         CheckpointError: the tensors contradict the settings, or the settings name what no part can say.
     """
     config = read_settings(folder, CONFIG)
-    if config.get("use_glu_encoder"):
-        raise unsupported(
-            str(folder),
-            "has a gated encoder (use_glu_encoder): its pre-activation is a product of two products",
-            "use_glu_encoder false",
-            "use a dictionary of the same release without it",
-        )
+    refuse_gated_encoder(folder, config)
     inner = inner_folder(folder, "checkpoints")
     names = names_in(inner)
     file = next((name for name in ("pruned.safetensors", "final.safetensors") if name in names), "final.safetensors")
     tensors = open_tensors(inner / file, config)
-    width = count_setting(str(folder), config, "d_model", 1 << 30)
+    width = count_setting(str(folder), "d_model", config.get("d_model"), 1 << 30)
     encoder = tensors.table("encoder.weight", "rows", config.get("d_sae"), width)
     decoder = tensors.table("decoder.weight", "columns", encoder.features, width)
     scale_in, scale_out = (_scale(str(folder), config, side, width) for side in ("in", "out"))
     offset = tensors.vector("decoder.bias", width) if config.get("use_decoder_bias", True) else None
     bias = tensors.vector("encoder.bias", encoder.features)
-    folded = folded_bias(bias, encoder, offset) if _subtracts(config) and offset is not None else bias
+    subtracts = bool(config.get("apply_decoder_bias_to_pre_encoder"))
+    folded = folded_bias(bias, encoder, offset) if subtracts and offset is not None else bias
     reads, writes = config.get("hook_point_in"), config.get("hook_point_out")
     reads, writes = (place if isinstance(place, str) else None for place in (reads, writes))
     part = DictionaryPart(
@@ -74,18 +77,10 @@ def open_llama_scope(folder: Path) -> Dictionary:
         encoder.times(scale_in),
         folded,
         _activation(tensors, config, decoder),
-        (
-            Decoder(
-                writes or "", decoder.times(1 / scale_out), offset if offset is None else offset.double() / scale_out
-            ),
-        ),
+        (Decoder(writes or "", decoder.times(1 / scale_out), unscaled(offset, scale_out)),),
     )
-    kind, name = ("sae", "a sparse autoencoder") if reads == writes else ("tc", "a transcoder")
-    return Dictionary(str(folder), kind, f"Llama Scope, {name}", (part,), (tensors.source,))
-
-
-def _subtracts(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("apply_decoder_bias_to_pre_encoder"))
+    kind = "sae" if reads == writes else "tc"
+    return Dictionary(str(folder), kind, f"Llama Scope, {KIND_NAMES[kind]}", (part,), (tensors.source,))
 
 
 def _activation(tensors: Tensors, config: Mapping[str, Any], decoder: Table) -> Activation:
@@ -94,7 +89,7 @@ def _activation(tensors: Tensors, config: Mapping[str, Any], decoder: Table) -> 
     if kind == "relu":
         return Activation("relu")
     if kind == "topk":
-        k = count_setting(tensors.where, config, "top_k", decoder.features)
+        k = count_setting(tensors.where, "top_k", config.get("top_k"), decoder.features)
         return Activation("topk", k=k, weights=norms, positive=True)
     threshold = config.get("jump_relu_threshold")
     if kind != "jumprelu" or isinstance(threshold, bool) or not isinstance(threshold, (int, float)):

@@ -23,7 +23,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.dictionary import (
+    KIND_NAMES,
+    Activation,
+    Decoder,
+    Dictionary,
+    DictionaryPart,
+)
 from virtual_weights.checkpoint.dictionaries.hooks import layer_of
 from virtual_weights.checkpoint.dictionaries.tables import (
     Tensors,
@@ -33,6 +39,7 @@ from virtual_weights.checkpoint.dictionaries.tables import (
     malformed,
     open_tensors,
     read_settings,
+    unscaled,
     unsupported,
 )
 from virtual_weights.checkpoint.folder import names_in
@@ -70,6 +77,24 @@ def open_llamascopium(folder: Path) -> Dictionary:
             "sae, clt or lorsa",
             "of a crosscoder, write the vectors of one place as plain vectors and open those",
         )
+    refuse_gated_encoder(folder, config)
+    tensors = open_tensors(_weights(folder), config)
+    if kind == "clt":
+        parts = _cross_layer(tensors, config)
+    else:
+        parts = (_single(tensors, config, lorsa=kind == "lorsa"),)
+        parts = (*parts, *_query_key(tensors, config)) if kind == "lorsa" else parts
+    if kind == "sae" and config.get("hook_point_in") != config.get("hook_point_out"):
+        kind = "tc"
+    return Dictionary(str(folder), kind, f"{KIND_NAMES[kind]} of llamascopium", parts, (tensors.source,))
+
+
+def refuse_gated_encoder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse settings, of this library or of its versions before, that say that the encoder is gated.
+
+    Raises:
+        CheckpointError: they do.
+    """
     if config.get("use_glu_encoder"):
         raise unsupported(
             str(folder),
@@ -77,16 +102,6 @@ def open_llamascopium(folder: Path) -> Dictionary:
             "use_glu_encoder false",
             "use a dictionary of the same release without it",
         )
-    tensors = open_tensors(_weights(folder), config)
-    if kind == "clt":
-        parts = _cross_layer(tensors, config)
-    else:
-        parts = (_single(tensors, config, lorsa=kind == "lorsa"),)
-        parts = (*parts, *_query_key(tensors, config)) if kind == "lorsa" else parts
-    transcoding = kind == "sae" and config.get("hook_point_in") != config.get("hook_point_out")
-    form = {"sae": "a transcoder" if transcoding else "a sparse autoencoder", "clt": "a cross-layer transcoder"}
-    name = f"{form.get(kind, 'Lorsa heads')} of llamascopium"
-    return Dictionary(str(folder), "tc" if transcoding else kind, name, parts, (tensors.source,))
 
 
 def _weights(folder: Path) -> Path:
@@ -115,16 +130,15 @@ def _single(tensors: Tensors, config: Mapping[str, Any], *, lorsa: bool) -> Dict
     scale_in, scale_out = _scale(tensors, config, reads), _scale(tensors, config, writes)
     encoder = tensors.table("W_V", "rows") if lorsa else tensors.table("W_E", "columns")
     features = encoder.features
-    _check_width(tensors, config, encoder.width)
+    if config.get("d_model") != encoder.width:
+        says = f"d_model is {config.get('d_model')!r}, the vectors have {encoder.width}"
+        raise malformed(tensors.where, says, "the same")
     decoder = tensors.table("W_O" if lorsa else "W_D", "rows", features)
     offset = tensors.vector("b_D", decoder.width) if config.get("use_decoder_bias", True) else None
-    weighs = config.get("sparsity_include_decoder_norm", True) and config.get("act_fn") != "relu"
-    norms = decoder.squared_norms().sqrt() if weighs else None
+    norms = decoder.squared_norms().sqrt() if _weighs(config) else None
     threshold = tensors.vector(_THRESHOLD, features) if config.get("act_fn") == "jumprelu" else None
     activation, batched = _activation(tensors, config, features, threshold, norms)
-    texts = [_per_token(tensors, config), batched]
-    if lorsa:
-        texts.append("sums the encoder's products over earlier tokens by the pattern of a head before the activation")
+    sums = "sums the encoder's products over earlier tokens by the pattern of a head before the activation"
     return DictionaryPart(
         layer_of(reads),
         features,
@@ -132,8 +146,8 @@ def _single(tensors: Tensors, config: Mapping[str, Any], *, lorsa: bool) -> Dict
         encoder.times(scale_in),
         tensors.vector("b_V" if lorsa else "b_E", features),
         activation,
-        (Decoder(writes, decoder.times(1 / scale_out), _unscaled(offset, scale_out)),),
-        unfolded="; ".join(filter(None, texts)) or None,
+        (Decoder(writes, decoder.times(1 / scale_out), unscaled(offset, scale_out)),),
+        unfolded=_all_of(_per_token(tensors, config), batched, sums if lorsa else None),
     )
 
 
@@ -142,25 +156,24 @@ def _query_key(tensors: Tensors, config: Mapping[str, Any]) -> tuple[DictionaryP
     reads = _hook(tensors, config, "hook_point_in")
     scale = _scale(tensors, config, reads)
     normed = "divides each head's vector by its root mean square" if config.get("use_post_qk_ln") else None
-    texts = [_per_token(tensors, config), normed]
-    if config.get("positional_embedding_type", "rotary") == "rotary":
-        texts.append("rotates pairs of channels by the token's position")
+    rotary = config.get("positional_embedding_type", "rotary") == "rotary"
+    rotated = "rotates pairs of channels by the token's position" if rotary else None
+    unfolded = _all_of(_per_token(tensors, config), normed, rotated)
     parts = list[DictionaryPart]()
     for tag, name in (("q", "Q"), ("k", "K")):
         heads, _, channels = tensors.shape(f"W_{name}", None, config.get("d_model"), config.get("d_qk_head"))
         tensors.shape(f"b_{name}", heads, channels)
         table = tensors.table(f"W_{name}", "column planes")
-        planes = [table.at(head).times(scale) for head in range(heads)]
         parts.append(
             DictionaryPart(
                 layer_of(reads),
                 heads * channels,
                 reads,
-                joined(tuple(planes)),
+                joined([table.at(head).times(scale) for head in range(heads)]),
                 tensors.source.read(f"b_{name}").reshape(-1),
                 Activation("linear"),
                 tag=tag,
-                unfolded="; ".join(filter(None, texts)) or None,
+                unfolded=unfolded,
             )
         )
     return tuple(parts)
@@ -185,13 +198,12 @@ def _cross_layer(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Dictionar
     for layer in range(layers):
         tables = [tensors.table(f"W_D.{to}", "row planes").at(layer) for to in range(layer, layers)]
         norms = None
-        if config.get("sparsity_include_decoder_norm", True) and config.get("act_fn") != "relu":
+        if _weighs(config):
             norms = torch.stack([table.squared_norms() for table in tables]).sum(0).sqrt()
         threshold = tensors.source.read(_THRESHOLD, slice(layer, layer + 1))[0] if jumps else None
         activation, batched = _activation(tensors, config, features, threshold, norms)
         scales = [_scale(tensors, config, writes[to]) for to in range(layer, layers)]
-        offset = _unscaled(tensors.vector(f"b_D.{layer}", width), scales[0]) if biased else None
-        texts = [_per_token(tensors, config), batched]
+        offset = unscaled(tensors.vector(f"b_D.{layer}", width), scales[0]) if biased else None
         parts.append(
             DictionaryPart(
                 layer_of(reads[layer]),
@@ -204,10 +216,15 @@ def _cross_layer(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Dictionar
                     Decoder(writes[layer + i], table.times(1 / scale), None if i else offset)
                     for i, (table, scale) in enumerate(zip(tables, scales, strict=True))
                 ),
-                unfolded="; ".join(filter(None, texts)) or None,
+                unfolded=_all_of(_per_token(tensors, config), batched),
             )
         )
     return tuple(parts)
+
+
+def _weighs(config: Mapping[str, Any]) -> bool:
+    """Whether pre-activations are compared times the norms of their decoders."""
+    return bool(config.get("sparsity_include_decoder_norm", True)) and config.get("act_fn") != "relu"
 
 
 def _activation(
@@ -218,7 +235,7 @@ def _activation(
     if kind == "relu":
         return Activation("relu"), None
     if kind == "topk":
-        k = count_setting(tensors.where, {"k": config.get("top_k", 50)}, "k", features)
+        k = count_setting(tensors.where, "k", config.get("top_k", 50), features)
         return Activation("topk", k=k, weights=norms, positive=True), None
     if kind == "jumprelu" and threshold is not None:
         values = threshold.double().exp()
@@ -246,8 +263,7 @@ def _scale(tensors: Tensors, config: Mapping[str, Any], hook: str) -> float:
     norm = tensors.number(_NORM + hook)
     if not 0 < norm < math.inf:
         raise malformed(tensors.where, f"{_NORM + hook!r} is {norm}", "a number above 0")
-    width = config.get("d_model")
-    return math.sqrt(count_setting(tensors.where, {"d_model": width}, "d_model", 1 << 30)) / norm
+    return math.sqrt(count_setting(tensors.where, "d_model", config.get("d_model"), 1 << 30)) / norm
 
 
 def _per_token(tensors: Tensors, config: Mapping[str, Any]) -> str | None:
@@ -259,8 +275,9 @@ def _per_token(tensors: Tensors, config: Mapping[str, Any]) -> str | None:
     raise malformed(tensors.where, f"norm_activation is {kind!r}", "token-wise, batch-wise, dataset-wise or inference")
 
 
-def _unscaled(offset: Tensor | None, scale: float) -> Tensor | None:
-    return offset if offset is None or scale == 1 else offset.double() / scale
+def _all_of(*texts: str | None) -> str | None:
+    """The texts that there are as one; None where there are none."""
+    return "; ".join(filter(None, texts)) or None
 
 
 def _hook(tensors: Tensors, config: Mapping[str, Any], name: str) -> str:
@@ -272,8 +289,3 @@ def _hook(tensors: Tensors, config: Mapping[str, Any], name: str) -> str:
 
 def _are_hooks(hooks: Any) -> TypeGuard[list[str]]:
     return isinstance(hooks, list) and bool(hooks) and all(isinstance(hook, str) and hook for hook in hooks)
-
-
-def _check_width(tensors: Tensors, config: Mapping[str, Any], width: int) -> None:
-    if config.get("d_model") != width:
-        raise malformed(tensors.where, f"d_model is {config.get('d_model')!r}, the vectors have {width}", "the same")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from virtual_weights.checkpoint.adapter import Adapter, LowRank
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
-from virtual_weights.checkpoint.dictionaries.modules import Module, module_of
+from virtual_weights.checkpoint.dictionaries.dictionary import Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.modules import TAGS, Module, module_of, module_part
 from virtual_weights.checkpoint.dictionaries.tables import Tensors, unsupported
 
 
@@ -36,27 +36,12 @@ def open_factors(path: str | Path) -> Dictionary:
             "fold the adapter into its base instead: attach it to the model",
         )
     parts = [_part(tensors, module, adapter.modules[name]) for name, module in modules.items() if module is not None]
-    order = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "unembed")
-    parts.sort(key=lambda part: (1 << 30 if part.layer is None else part.layer, order.index(part.tag)))
-    base = adapter.weights.config.get("base_model_name_or_path")
-    return Dictionary(
-        tensors.where,
-        "lora",
-        "low-rank factors of peft",
-        tuple(parts),
-        (adapter.weights,),
-        model=str(base) if base else None,
-    )
+    parts.sort(key=lambda part: (1 << 30 if part.layer is None else part.layer, TAGS.index(part.tag)))
+    return Dictionary(tensors.where, "lora", "low-rank factors of peft", tuple(parts), (adapter.weights,))
 
 
 def _part(tensors: Tensors, module: Module, factors: LowRank) -> DictionaryPart:
     rank = tensors.shape(factors.down, None, None)[0]
     if module.side == "reads":
-        encoder = tensors.table(factors.down, "rows", rank)
-        return DictionaryPart(
-            module.layer, rank, module.place, encoder, activation=Activation("linear"), tag=module.tag
-        )
-    decoder = Decoder(module.place, tensors.table(factors.up, "columns", rank).times(factors.scale))
-    return DictionaryPart(
-        module.layer, rank, None, None, activation=Activation("linear"), decoders=(decoder,), tag=module.tag
-    )
+        return module_part(module, rank, tensors.table(factors.down, "rows", rank))
+    return module_part(module, rank, tensors.table(factors.up, "columns", rank).times(factors.scale))

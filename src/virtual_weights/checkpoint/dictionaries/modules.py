@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, final
 
+from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, DictionaryPart, Rows
+
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)")
 _ATTENTION = {
     "q_proj": "q",
@@ -37,6 +39,9 @@ _MLP = {
     "fc2": "down",
     "dense_4h_to_h": "down",
 }
+TAGS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "unembed")
+"""The tags of modules, in their order in a layer."""
+
 _ATTENTION_OF = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -47,8 +52,7 @@ class Module:
 
     Attributes:
         layer: None of the embedding and the unembedding.
-        tag: ``"q"``, ``"k"``, ``"v"``, ``"qkv"``, ``"o"``, ``"gate"``, ``"up"``, ``"gate_up"``, ``"down"``, ``"embed"``
-            or ``"unembed"``.
+        tag: one of ``TAGS``.
         side: whether it reads the stream or writes to it.
         place: where.
     """
@@ -87,3 +91,23 @@ def module_of(path: str) -> Module | None:
         return None
     side: Literal["reads", "writes"] = "writes" if tag in ("o", "down") else "reads"
     return Module(layer, tag, side, f"blocks.{layer}.{branch}.hook_{'out' if side == 'writes' else 'in'}")
+
+
+def module_part(module: Module, features: int, vectors: Rows) -> DictionaryPart:
+    """Linear features that read or write where a module does, with the module's tag.
+
+    Args:
+        module: whose place and side it is.
+        features: how many.
+        vectors: (F, d), readers or writers.
+    """
+    reads = module.side == "reads"
+    return DictionaryPart(
+        module.layer,
+        features,
+        module.place if reads else None,
+        vectors if reads else None,
+        activation=Activation("linear"),
+        decoders=() if reads else (Decoder(module.place, vectors),),
+        tag=module.tag,
+    )

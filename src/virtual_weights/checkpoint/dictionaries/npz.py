@@ -6,6 +6,7 @@ The formats: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.h
 from __future__ import annotations
 
 import ast
+import math
 import struct
 import zipfile
 import zlib
@@ -31,7 +32,7 @@ _MAX_PACKED = 8 << 30
 _DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "|b1": "BOOL"}
 
 
-def open_npy(path: Path, settings: Mapping[str, Any] | None = None) -> Tensors:
+def open_npy(path: Path) -> Tensors:
     """Open one array under the name ``"array"``.
 
     Raises:
@@ -39,12 +40,15 @@ def open_npy(path: Path, settings: Mapping[str, Any] | None = None) -> Tensors:
         UnsafeCheckpointError: it holds pickled objects.
     """
     file = pin_inside(path.parent, path.name)
-    stored = {"array": _array(file, "array", 0, file.size)}
-    return Tensors(SafetensorsSource(path.parent, stored, Opening(str(path), settings or {}, False)), str(path))
+    return _tensors(path, {"array": _array(file, "array", 0, file.size)}, {})
 
 
-def open_npz(path: Path, settings: Mapping[str, Any] | None = None) -> Tensors:
+def open_npz(path: Path, settings: Mapping[str, Any]) -> Tensors:
     """Open an archive of arrays; those that are packed (``savez_compressed``) are unpacked into memory.
+
+    Args:
+        path: of the archive.
+        settings: count in its fingerprint.
 
     Raises:
         CheckpointError: it is not sound.
@@ -61,7 +65,7 @@ def open_npz(path: Path, settings: Mapping[str, Any] | None = None) -> Tensors:
             names = [member.filename.removesuffix(".npy") for member in members]
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 packed = {name: _unpacked(archive, member, path) for name, member in zip(names, members, strict=True)}
-                return Tensors(MappingSource(packed, settings or {}, reference=str(path)), str(path))
+                return Tensors(MappingSource(packed, settings, reference=str(path)), str(path))
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise malformed(
             str(path), f"the archive cannot be read: {error!s:.200}", "an archive of numpy.savez"
@@ -70,7 +74,11 @@ def open_npz(path: Path, settings: Mapping[str, Any] | None = None) -> Tensors:
         name: _array(file, name, _begin(file, member), member.file_size)
         for name, member in zip(names, members, strict=True)
     }
-    return Tensors(SafetensorsSource(path.parent, stored, Opening(str(path), settings or {}, False)), str(path))
+    return _tensors(path, stored, settings)
+
+
+def _tensors(path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Tensors:
+    return Tensors(SafetensorsSource(path.parent, stored, Opening(str(path), settings, False)), str(path))
 
 
 def _begin(file: PinnedFile, member: zipfile.ZipInfo) -> int:
@@ -86,23 +94,27 @@ def _begin(file: PinnedFile, member: zipfile.ZipInfo) -> int:
 
 
 def _array(file: PinnedFile, name: str, begin: int, length: int) -> StoredTensor:
-    """An array by its header; one in Fortran's order has its axes reversed, as it lies."""
+    """An array by its header, without its values."""
     where = f"{file.path} ({name})"
     start = file.read(begin, min(12, length))
     if start[:6] != b"\x93NUMPY" or len(start) < 12 or start[6] not in (1, 2, 3):
         raise malformed(where, f"it begins with {start[:8]!r}", "an array of numpy")
-    size, at = (
-        (int.from_bytes(start[8:10], "little"), 10) if start[6] == 1 else (int.from_bytes(start[8:12], "little"), 12)
-    )
+    at, size = _header_span(start)
     if size > _MAX_HEADER or at + size > length:
         raise malformed(where, f"its header claims {size:,} bytes", f"at most {_MAX_HEADER:,}, inside the file")
     shape, dtype = _header(where, file.read(begin + at, size))
-    nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if at + size + nbytes != length:
         raise malformed(
             where, f"{shape} of {dtype} take {nbytes:,} bytes of {length - at - size:,}", "as many as there are"
         )
     return StoredTensor(TensorInfo(shape, _DTYPES[dtype], nbytes), file, begin + at + size)
+
+
+def _header_span(start: bytes) -> tuple[int, int]:
+    """Where the header of an array begins, and its length: of 2 bytes in version 1 of the format, of 4 since."""
+    at = 10 if start[6:7] == b"\x01" else 12
+    return at, int.from_bytes(start[8:at], "little")
 
 
 def _header(where: str, raw: bytes) -> tuple[tuple[int, ...], str]:
@@ -123,8 +135,7 @@ def _header(where: str, raw: bytes) -> tuple[tuple[int, ...], str]:
         raise malformed(where, f"its type is {dtype!r:.100}", f"one of {', '.join(_DTYPES)}")
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
         raise malformed(where, f"its shape is {shape!r:.200}", "a tuple of sizes")
-    fortran = header["fortran_order"] is True and len(shape) > 1
-    if fortran:
+    if header["fortran_order"] is True and len(shape) > 1:
         raise malformed(where, "its values lie in Fortran's order", "C order", "write numpy.ascontiguousarray of it")
     return shape, dtype
 
@@ -138,13 +149,12 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> 
             "write the arrays unpacked, with numpy.savez",
         )
     raw = archive.read(member)
-    at = 10 if raw[6:7] == b"\x01" else 12
-    size = int.from_bytes(raw[8:at], "little")
+    at, size = _header_span(raw)
     where = f"{path} ({member.filename})"
     if raw[:6] != b"\x93NUMPY" or size > _MAX_HEADER or at + size > len(raw):
         raise malformed(where, f"it begins with {raw[:8]!r}", "an array of numpy")
     shape, dtype = _header(where, raw[at : at + size])
     values = np.frombuffer(raw, dtype, offset=at + size)
-    if values.size != int(np.prod(shape, dtype=object)):
+    if values.size != math.prod(shape):
         raise malformed(where, f"{values.size:,} values for the shape {shape}", "as many as the shape says")
     return torch.from_numpy(values.reshape(shape).copy())

@@ -21,18 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.dictionary import (
+    KIND_NAMES,
+    Activation,
+    Decoder,
+    Dictionary,
+    DictionaryPart,
+)
 from virtual_weights.checkpoint.dictionaries.hooks import full_hook, layer_of
 from virtual_weights.checkpoint.dictionaries.tables import (
-    Table,
     Tensors,
     count_setting,
     folded_bias,
+    gated_activation,
     malformed,
     open_tensors,
     read_settings,
+    refuse_factor,
+    unscaled,
     unsupported,
 )
 from virtual_weights.checkpoint.folder import names_in
@@ -81,10 +88,9 @@ def open_saelens(folder: Path) -> Dictionary:
     part = _part(tensors, settings, transcoding)
     if _ARCHITECTURES[architecture] == "pursuit":
         part = replace(part, unfolded=_pursuit(settings) + (f"; it {part.unfolded}" if part.unfolded else ""))
-    metadata = settings["metadata"]
-    name = f"{'a transcoder' if transcoding else 'a sparse autoencoder'} of SAELens ({architecture})"
-    model, kind = metadata.get("model_name"), "tc" if transcoding else "sae"
-    return Dictionary(str(folder), kind, name, (part,), (tensors.source,), model=str(model) if model else None)
+    kind = "tc" if transcoding else "sae"
+    name = f"{KIND_NAMES[kind]} of SAELens ({architecture})"
+    return Dictionary(str(folder), kind, name, (part,), (tensors.source,))
 
 
 def _part(tensors: Tensors, settings: Mapping[str, Any], transcoding: bool) -> DictionaryPart:
@@ -96,13 +102,14 @@ def _part(tensors: Tensors, settings: Mapping[str, Any], transcoding: bool) -> D
     factor, per_token = _scaling(Path(tensors.where).parent, settings)
     bias = None if kind == "pursuit" else tensors.vector("b_gate" if kind == "gated" else "b_enc", features)
     subtracts = settings["apply_b_dec_to_input"] and not transcoding
-    activation = _activation(kind, tensors, features, settings)
     if subtracts:
         bias = folded_bias(bias, encoder, offset)
     elif kind == "pursuit":
         offset = torch.zeros_like(offset)
     if kind == "gated":
-        activation = replace(activation, offset=bias, shift=_magnitude_bias(tensors, encoder, offset, subtracts))
+        activation = gated_activation(tensors, "b_mag", encoder, bias, offset if subtracts else None)
+    else:
+        activation = _activation(kind, tensors, features, settings)
     encode, decode = encoder.times(factor), decoder.times(1 / factor)
     if kind == "topk" and settings.get("rescale_acts_by_decoder_norm"):
         norms = decoder.squared_norms().sqrt()
@@ -112,7 +119,7 @@ def _part(tensors: Tensors, settings: Mapping[str, Any], transcoding: bool) -> D
     if "skip" in settings["architecture"]:
         skip = tensors.matrix("W_skip", decoder.width, encoder.width)
     reads, writes = _places(settings["metadata"], transcoding)
-    if per_token in _PER_TOKEN.values() and not transcoding:
+    if settings["normalize_activations"] in _PER_TOKEN and not transcoding:
         per_token = f"{per_token}, and undoes it in the output"
     return DictionaryPart(
         layer_of(reads),
@@ -121,7 +128,7 @@ def _part(tensors: Tensors, settings: Mapping[str, Any], transcoding: bool) -> D
         encode,
         bias,
         activation,
-        (Decoder(writes or "", decode, offset if factor == 1 else offset.double() / factor),),
+        (Decoder(writes or "", decode, unscaled(offset, factor)),),
         skip,
         unfolded=per_token,
     )
@@ -131,23 +138,8 @@ def _activation(kind: str, tensors: Tensors, features: int, settings: Mapping[st
     if kind == "jumprelu":
         return Activation("jumprelu", threshold=tensors.vector("threshold", features), positive=True)
     if kind == "topk":
-        return Activation("topk", k=count_setting(tensors.where, settings, "k", features), positive=True)
-    if kind == "gated":
-        return Activation("gated", scale=tensors.vector("r_mag", features).double().exp())
+        return Activation("topk", k=count_setting(tensors.where, "k", settings.get("k"), features), positive=True)
     return Activation("linear" if kind == "pursuit" else "relu")
-
-
-def _magnitude_bias(tensors: Tensors, encoder: Table, offset: Tensor, subtracts: bool) -> Tensor:
-    """What a gated magnitude adds to ``exp(r_mag) W_enc x``.
-
-    With t the shift ``W_enc b_dec`` and the gate's bias ``b_gate - t``, magnitude = exp(r) (W_enc x - t) + b_mag; the
-    part computes ``scale (gate - offset) + shift`` with offset the folded bias, hence shift = b_mag - exp(r) t.
-    """
-    shift = tensors.vector("b_mag", encoder.features)
-    if not subtracts or not bool(offset.any()):
-        return shift
-    scale = tensors.vector("r_mag", encoder.features).double().exp()
-    return shift.double() - scale * encoder.product(offset)
 
 
 def _pursuit(settings: Mapping[str, Any]) -> str:
@@ -227,13 +219,7 @@ def _refuse(tensors: Tensors, settings: Mapping[str, Any]) -> None:
     if settings.get("activation_fn") not in (None, "relu", "topk"):
         raise unsupported(where, f"has activation_fn = {settings['activation_fn']!r}", "relu or topk", "retrain it")
     for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in tensors and not bool((tensors.source.read(name) == 1).all()):
-            raise unsupported(
-                where,
-                f"scales its activations by {name!r} before they are decoded",
-                "no such factor, or ones",
-                "multiply W_dec by it row by row, and save the weights without it",
-            )
+        refuse_factor(tensors, name, "save the weights")
     if settings.get("hook_head_index", settings["metadata"].get("hook_head_index")) is not None:
         raise unsupported(
             where,

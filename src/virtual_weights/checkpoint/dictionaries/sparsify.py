@@ -14,7 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart
+from virtual_weights.checkpoint.dictionaries.dictionary import (
+    KIND_NAMES,
+    Activation,
+    Decoder,
+    Dictionary,
+    DictionaryPart,
+)
 from virtual_weights.checkpoint.dictionaries.hooks import layer_of
 from virtual_weights.checkpoint.dictionaries.tables import (
     count_setting,
@@ -22,6 +28,7 @@ from virtual_weights.checkpoint.dictionaries.tables import (
     malformed,
     open_tensors,
     read_settings,
+    switch_setting,
     unsupported,
 )
 
@@ -49,16 +56,16 @@ def open_sparsify(folder: Path) -> Dictionary:
             "topk",
             "train it with activation topk: in a group maximum, features of one group exclude each other",
         )
-    width = count_setting(where, settings, "d_in", 1 << 30)
+    width = count_setting(where, "d_in", settings.get("d_in"), 1 << 30)
     if settings.get("num_latents"):
-        features = count_setting(where, settings, "num_latents", 1 << 40)
+        features = count_setting(where, "num_latents", settings["num_latents"], 1 << 40)
     else:
-        factor = settings.get("expansion_factor", 32)
-        features = width * count_setting(where, {"expansion_factor": factor}, "expansion_factor", 1 << 20)
+        factor = count_setting(where, "expansion_factor", settings.get("expansion_factor", 32), 1 << 20)
+        features = width * factor
     encoder = tensors.table("encoder.weight", "rows", features, width)
     offset, bias = tensors.vector("b_dec", width), tensors.vector("encoder.bias", features)
-    transcoding = _switch(where, settings.get("transcode", False), "transcode")
-    skipping = _switch(where, settings.get("skip_connection", False), "skip_connection")
+    transcoding = switch_setting(where, "transcode", settings.get("transcode", False))
+    skipping = switch_setting(where, "skip_connection", settings.get("skip_connection", False))
     if skipping != ("W_skip" in tensors):
         raise malformed(where, f"skip_connection is {skipping}", "W_skip if and only if it is true")
     module = folder.name
@@ -69,15 +76,9 @@ def open_sparsify(folder: Path) -> Dictionary:
         reads,
         encoder,
         bias if transcoding else folded_bias(bias, encoder, offset),
-        Activation("topk", k=count_setting(where, {"k": settings.get("k", 32)}, "k", features), positive=True),
+        Activation("topk", k=count_setting(where, "k", settings.get("k", 32), features), positive=True),
         (Decoder(writes, tensors.table("W_dec", "rows", features, width), offset),),
         tensors.matrix("W_skip", width, width) if skipping else None,
     )
-    kind, name = ("tc", "a transcoder") if transcoding else ("sae", "a sparse autoencoder")
-    return Dictionary(where, kind, f"{name} of sparsify", (part,), (tensors.source,), settings=module)
-
-
-def _switch(where: str, value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise malformed(where, f"{name} is {value!r}", "true or false")
-    return value
+    kind = "tc" if transcoding else "sae"
+    return Dictionary(where, kind, f"{KIND_NAMES[kind]} of sparsify", (part,), (tensors.source,), settings=module)

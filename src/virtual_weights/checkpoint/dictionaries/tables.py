@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -11,7 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from virtual_weights.checkpoint.dictionaries.dictionary import Rows
+from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Rows
 from virtual_weights.checkpoint.folder import MAX_CONFIG, MAX_CONFIG_ITEMS, pin_inside, read_json_object
 from virtual_weights.checkpoint.safetensors_source import open_safetensors_file
 from virtual_weights.checkpoint.source import Opening, Source
@@ -22,6 +23,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8
 
 Layout = Literal["rows", "columns", "row planes", "column planes", "row slots"]
 """``(F, d)``; ``(d, F)``; ``(n, F, d)``; ``(n, d, F)``; ``(F, n, d)``: in the last three, one of n is meant."""
+
+_AXES: dict[Layout, tuple[int, int]] = {
+    "rows": (0, 1),
+    "columns": (1, 0),
+    "row planes": (1, 2),
+    "column planes": (2, 1),
+    "row slots": (0, 2),
+}
+"""Which axes of a tensor are F and d."""
 
 
 @final
@@ -70,9 +80,8 @@ class Table:
         """The inner product of every feature's vector with one of (d,), in float64, (F,); without ``factors``."""
         vector = vector.double() * self.factor
         result = torch.zeros(self.features, dtype=torch.float64)
-        by_columns = self.layout in ("columns", "column planes")
         for begin, piece in self._pieces():
-            if by_columns:
+            if self._by_columns:
                 result += vector[begin : begin + len(piece)] @ piece.double()
             else:
                 result[begin : begin + len(piece)] = piece.double() @ vector
@@ -81,10 +90,9 @@ class Table:
     def squared_norms(self) -> Tensor:
         """Of every feature's vector, in float64, (F,); without ``factors``."""
         result = torch.zeros(self.features, dtype=torch.float64)
-        by_columns = self.layout in ("columns", "column planes")
         for begin, piece in self._pieces():
             squares = piece.double().square() * self.factor**2
-            if by_columns:
+            if self._by_columns:
                 result += squares.sum(0)
             else:
                 result[begin : begin + len(piece)] = squares.sum(1)
@@ -106,24 +114,29 @@ class Table:
         """(F, d)."""
         return self.features, self.width
 
+    @property
+    def _by_columns(self) -> bool:
+        features, width = _AXES[self.layout]
+        return width < features
+
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Begin and content of parts, along features (part, d), or along the width (part, F) where columns lie so."""
         if self.layout in ("row planes", "column planes"):
             plane = self.source.read(self.name, slice(self.index, self.index + 1))[0]
-            yield from ((i, plane[i : i + step]) for i, step in _steps(len(plane), plane.shape[1]))
+            yield from ((rows.start, plane[rows]) for rows in _ranges(len(plane), plane.shape[1]))
             return
         shape = self.source.tensors[self.name].shape
-        for i, step in _steps(shape[0], math.prod(shape[1:])):
-            piece = self.source.read(self.name, slice(i, min(i + step, shape[0])))
-            yield i, piece[:, self.index] if self.layout == "row slots" else piece
+        for rows in _ranges(shape[0], math.prod(shape[1:])):
+            piece = self.source.read(self.name, rows)
+            yield rows.start, piece[:, self.index] if self.layout == "row slots" else piece
 
 
-def _steps(length: int, width: int) -> Iterator[tuple[int, int]]:
+def _ranges(length: int, width: int) -> Iterator[slice]:
     step = max(1, _VALUES_AT_ONCE // max(1, width))
-    return ((begin, step) for begin in range(0, length, step))
+    return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))
 
 
-def joined(tables: tuple[Table, ...]) -> Rows:
+def joined(tables: Sequence[Table]) -> Rows:
     """The features of several tables, one after the other."""
     if len(tables) == 1:
         return tables[0]
@@ -207,21 +220,10 @@ class Tensors:
         Raises:
             CheckpointError: it is missing, or of another shape.
         """
-        sizes = {
-            "rows": (features, width),
-            "columns": (width, features),
-            "row planes": (None, features, width),
-            "column planes": (None, width, features),
-            "row slots": (features, None, width),
-        }[layout]
+        f, d = _AXES[layout]
+        sizes: list[int | None] = [None] * (max(f, d) + 1)
+        sizes[f], sizes[d] = features, width
         shape = self.shape(name, *sizes)
-        f, d = {
-            "rows": (0, 1),
-            "columns": (1, 0),
-            "row planes": (1, 2),
-            "column planes": (2, 1),
-            "row slots": (0, 2),
-        }[layout]
         return Table(self.source, name, layout, shape[f], shape[d])
 
 
@@ -233,6 +235,11 @@ def open_tensors(path: Path, settings: Mapping[str, Any] | None = None) -> Tenso
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder, of a sensible size."""
     return read_json_object(pin_inside(folder, name), MAX_CONFIG, MAX_CONFIG_ITEMS)
+
+
+def numbers_in(names: Iterable[str], pattern: re.Pattern[str]) -> list[int]:
+    """The numbers in those names of files that a pattern with one group describes, sorted."""
+    return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
 
 
 def inner_folder(folder: Path, name: str) -> Path:
@@ -259,13 +266,70 @@ def folded_bias(bias: Tensor | None, encoder: Table, subtracted: Tensor) -> Tens
     return -shift if bias is None else bias.double() - shift
 
 
-def count_setting(where: str, settings: Mapping[str, Any], name: str, most: int) -> int:
+def unscaled(offset: Tensor | None, factor: float) -> Tensor | None:
+    """What a decoder adds where its output is divided by a factor."""
+    return offset if offset is None or factor == 1 else offset.double() / factor
+
+
+def gated_activation(
+    tensors: Tensors, bias_name: str, encoder: Table, gate_bias: Tensor | None, subtracted: Tensor | None
+) -> Activation:
+    """The activation of a gate and of a magnitude ``exp(r_mag) W_enc (x - v) + b_mag``, from the gate's pre-activation.
+
+    With t the shift ``W_enc v`` the magnitude is ``exp(r_mag) (W_enc x - t) + b_mag``, and an activation computes
+    ``scale (gate - offset) + shift`` with offset the gate's bias, hence shift = b_mag - exp(r_mag) t.
+
+    Args:
+        tensors: with ``r_mag``.
+        bias_name: of b_mag.
+        encoder: W_enc.
+        gate_bias: as it is folded.
+        subtracted: v; None where nothing.
+    """
+    scale = tensors.vector("r_mag", encoder.features).double().exp()
+    shift = tensors.vector(bias_name, encoder.features)
+    if subtracted is not None and bool(subtracted.any()):
+        shift = shift.double() - scale * encoder.product(subtracted)
+    return Activation("gated", scale=scale, offset=gate_bias, shift=shift)
+
+
+def refuse_factor(tensors: Tensors, name: str, save: str) -> None:
+    """Refuse a tensor of factors of the activations that are not all 1.
+
+    Args:
+        tensors: of the dictionary.
+        name: of the factors, which need not be there.
+        save: what to do once they are in the decoder.
+
+    Raises:
+        CheckpointError: there are such factors.
+    """
+    if name in tensors and not bool((tensors.source.read(name) == 1).all()):
+        raise unsupported(
+            tensors.where,
+            f"scales its activations by {name!r} before they are decoded",
+            "no such factor, or ones",
+            f"multiply W_dec by it row by row, and {save} without it",
+        )
+
+
+def switch_setting(where: str, name: str, value: object) -> bool:
+    """A setting that must be true or false.
+
+    Raises:
+        MalformedCheckpointError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise malformed(where, f"{name} is {value!r}", "true or false")
+    return value
+
+
+def count_setting(where: str, name: str, value: object, most: int) -> int:
     """A setting that must be a whole number from 1 to ``most``.
 
     Raises:
-        MalformedCheckpointError: it is missing or something else.
+        MalformedCheckpointError: it is missing (None) or something else.
     """
-    value = settings.get(name)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:

@@ -11,8 +11,7 @@ import re
 from pathlib import Path
 
 from virtual_weights.checkpoint.dictionaries.dictionary import Activation, Decoder, Dictionary, DictionaryPart, Rows
-from virtual_weights.checkpoint.dictionaries.npz import open_npy
-from virtual_weights.checkpoint.dictionaries.tables import Tensors, malformed, open_tensors, unsupported
+from virtual_weights.checkpoint.dictionaries.tables import Tensors, malformed, unsupported
 from virtual_weights.checkpoint.gguf_source import open_gguf
 from virtual_weights.checkpoint.source import Opening
 
@@ -51,30 +50,24 @@ def open_control_vectors(path: Path) -> Dictionary:
         )
         for layer in sorted(layers)
     )
-    hint = source.config.get("controlvector.model_hint")
-    return Dictionary(str(path), "vec", "control vectors", parts, (source,), model=str(hint) if hint else None)
+    return Dictionary(str(path), "vec", "control vectors", parts, (source,))
 
 
-def open_plain_vectors(path: Path) -> Dictionary:
-    """Open rows (k, d), or one vector (d,), that say nothing of where they belong.
+def open_plain_vectors(tensors: Tensors) -> Dictionary:
+    """The rows (k, d), or the one vector (d,), of a file's only tensor, which says nothing of where they belong.
 
     Raises:
-        CheckpointError: the file is not sound, or holds anything else.
-        UnsafeCheckpointError: it holds pickled objects.
+        CheckpointError: it is anything else.
     """
-    tensors = open_npy(path) if path.suffix == ".npy" else open_tensors(path)
-    names = list(tensors.source.tensors)
-    if len(names) != 1:
-        raise malformed(str(path), f"it holds {len(names)} tensors", "one, of vectors (k, d) or a vector (d,)")
-    name = names[0]
-    shape = tensors.source.tensors[name].shape
+    ((name, info),) = tensors.source.tensors.items()
+    shape = info.shape
     if len(shape) not in (1, 2):
-        raise malformed(str(path), f"{name!r} has shape {shape}", "vectors (k, d), or one vector (d,)")
+        raise malformed(tensors.where, f"{name!r} has shape {shape}", "vectors (k, d), or one vector (d,)")
     tensors.shape(name, *(None for _ in shape))
     rows = tensors.table(name, "rows") if len(shape) == 2 else _single(tensors, name)
     features = shape[0] if len(shape) == 2 else 1
     part = DictionaryPart(None, features, None, rows, activation=Activation("linear"), decoders=(Decoder("", rows),))
-    return Dictionary(str(path), "vec", "plain vectors", (part,), (tensors.source,))
+    return Dictionary(tensors.where, "vec", "plain vectors", (part,), (tensors.source,))
 
 
 def _single(tensors: Tensors, name: str) -> Rows:
