@@ -42,19 +42,19 @@ def decoded(text: str) -> np.ndarray:
 
 
 def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
-    records, found = shown_of(atlas), documents(shown_of(atlas), atlas.manifest)
+    records, contents = shown_of(atlas), documents(shown_of(atlas), atlas.manifest)
     composition = {str(r.parameters["port"]): r for r in records if r.question == "composition"}
-    stored = found["map"]["stored"]
-    assert set(found) == {"map", *(f"pairs-{port}" for port in composition), *stored.values()}
+    stored = contents["map"]["stored"]
+    assert set(contents) == {"map", *(f"pairs-{port}" for port in composition), *stored.values()}
     channels = {(r.parameters["writer"], r.parameters["reader"]): r for r in records if r.question == "channel"}
     assert set(stored) == {f"{writer}/{reader}" for writer, reader in channels}
     for (writer, reader), record in channels.items():
-        carried = found[stored[f"{writer}/{reader}"]]
+        carried = contents[stored[f"{writer}/{reader}"]]
         assert set(carried) == {"channel", "channel_tokens", "offset_profile"}
         gains = next(column["values"] for column in carried["channel"]["columns"] if column["name"] == "gain")
         assert gains == torch.as_tensor(record["gain"]).tolist()
     for port, record in composition.items():
-        pairs = found[f"pairs-{port}"]
+        pairs = contents[f"pairs-{port}"]
         assert pairs["writers"] == list(record.axis("writer").labels)
         assert pairs["groups"] == list(record.axis("reader").groups)
         for name in ("score", "lift"):
@@ -66,16 +66,16 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     columns = {port: record for port, record in shares.items() if "share" in [c.name for c in record.columns]}
     assert columns
     for port, record in columns.items():
-        values = decoded(found[f"pairs-{port}"]["columns"]["share"]).reshape(record["share"].shape)
+        values = decoded(contents[f"pairs-{port}"]["columns"]["share"]).reshape(record["share"].shape)
         np.testing.assert_allclose(values, torch.as_tensor(record["share"]).double().numpy(), rtol=1e-3, atol=1e-4)
     labels = next(record for record in records if record.question == "labels")
-    behaviours = found["map"]["behaviours"]
+    behaviours = contents["map"]["behaviours"]
     assert {head: entry["label"] for head, entry in behaviours.items()} == dict(
         zip(labels.axes[0].labels, labels["label"], strict=True)
     )
     ablation = next(record for record in records if record.question == "ablation")
-    assert [effect["effect"] for effect in found["map"]["effects"]] == [row["effect_nats"] for row in ablation.rows()]
-    assert {part["label"] for part in found["map"]["parts"]} == {c["label"] for c in atlas.manifest["components"]}
+    assert [row["effect"] for row in contents["map"]["effects"]] == [row["effect_nats"] for row in ablation.rows()]
+    assert {part["label"] for part in contents["map"]["parts"]} == {c["label"] for c in atlas.manifest["components"]}
 
 
 def test_the_index_knows_every_document(atlas: vw.Atlas) -> None:
@@ -123,8 +123,8 @@ def dom(page: Path, address: str) -> str:
     return done.stdout
 
 
-def embedded(found: dict[str, Any]) -> str:
-    data = json.dumps(found).replace("<", "\\u003c")
+def embedded(contents: dict[str, Any]) -> str:
+    data = json.dumps(contents).replace("<", "\\u003c")
     texts = {name: (STATIC / f"explorer.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return (
         f'<!doctype html><meta charset="utf-8"><style>{texts["css"]}</style><div id="page"></div>'
@@ -133,12 +133,12 @@ def embedded(found: dict[str, Any]) -> str:
 
 
 def test_pages_show_heads_and_edges_and_run_no_names(atlas: vw.Atlas, tmp_path: Path) -> None:
-    found = documents(shown_of(atlas), atlas.manifest)
+    contents = documents(shown_of(atlas), atlas.manifest)
     poison = "<img src=x onerror=document.title='poisoned'><script>document.title='poisoned'</script>"
-    found["map"]["model"] = poison
-    found["map"]["run"]["text"] = poison
+    contents["map"]["model"] = poison
+    contents["map"]["run"]["text"] = poison
     page = tmp_path / "page.html"
-    page.write_text(embedded(found), encoding="utf-8")
+    page.write_text(embedded(contents), encoding="utf-8")
     shown = dom(page, "#/map?port=K&least=-9")
     assert "Which connections stand out" in shown
     assert html.escape(poison, quote=False) in shown

@@ -1,6 +1,8 @@
-"""The typed result of a question."""
+"""The typed result of a question.
 
-from virtual_weights.record.axes import Axis, Column, Header, Value, Values
-from virtual_weights.record.record import Record
+A name is imported when it is first used: ``record.durable`` is for programs without torch too.
+"""
 
-__all__ = ["Axis", "Column", "Header", "Record", "Value", "Values"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

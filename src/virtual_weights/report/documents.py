@@ -13,12 +13,9 @@ import numpy as np
 
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
+from virtual_weights.report.format import FORMAT, INDEX
 from virtual_weights.report.tables import plain, statements, table
 from virtual_weights.stream.names import parse
-
-FORMAT = "virtual-weights explorer 1"
-FOLDER = "explorer"
-"""Where the documents lie in an atlas."""
 
 _CARRIED = ("channel", "channel_tokens", "offset_profile")
 _TABLES = {"bandwidth": table, "statements": statements}
@@ -68,7 +65,7 @@ def write_documents(folder: Path, records: Iterable[Record], manifest: Mapping[s
         file = f"{name.lower()}.json"
         _write(folder / file, content)
         entries[name] = {"file": file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(folder / "index.json", json.dumps({"format": FORMAT, "documents": entries}).encode())
+    _write(folder / INDEX, json.dumps({"format": FORMAT, "documents": entries}).encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -142,8 +139,8 @@ def _manner(record: Record | None) -> dict[str, Any] | None:
     """How edges were removed, and by what rule."""
     if record is None:
         return None
-    said = {**record.parameters, **record.stamp}
-    return {name: plain(said.get(name)) for name in ("least", "sequences", "replacement", "text", "clean_loss")}
+    settings = {**record.parameters, **record.stamp}
+    return {name: plain(settings.get(name)) for name in ("least", "sequences", "replacement", "text", "clean_loss")}
 
 
 def _pairs(records: Mapping[tuple[str, str], Record], port: str) -> dict[str, Any]:
@@ -169,18 +166,19 @@ def _pairs(records: Mapping[tuple[str, str], Record], port: str) -> dict[str, An
 def _aligned(record: Record, column: str, readers: Sequence[str], writers: Sequence[str]) -> np.ndarray:
     """A column (readers, writers) in the order of other labels, NaN of what it has not."""
     values = np.asarray(record[column], dtype=np.float64)
-    own = record.axis("reader").labels, record.axis("writer").labels
-    if (tuple(readers), tuple(writers)) == own:
+    labels = record.axis("reader").labels, record.axis("writer").labels
+    if (tuple(readers), tuple(writers)) == labels:
         return values
-    found = np.full((len(readers), len(writers)), np.nan)
-    rows, places = (
-        [{name: i for i, name in enumerate(side)}.get(n, -1) for n in wanted]
-        for side, wanted in zip(own, (readers, writers), strict=True)
-    )
-    rows, places = np.array(rows), np.array(places)
-    there = np.ix_(rows >= 0, places >= 0)
-    found[there] = values[np.ix_(rows[rows >= 0], places[places >= 0])]
-    return found
+    aligned = np.full((len(readers), len(writers)), np.nan)
+    rows, columns = _places(labels[0], readers), _places(labels[1], writers)
+    aligned[np.ix_(rows >= 0, columns >= 0)] = values[np.ix_(rows[rows >= 0], columns[columns >= 0])]
+    return aligned
+
+
+def _places(labels: Sequence[str], order: Sequence[str]) -> np.ndarray:
+    """Where the labels of another order stand among these, -1 where they do not."""
+    places = {label: place for place, label in enumerate(labels)}
+    return np.array([places.get(label, -1) for label in order])
 
 
 def _halves(values: np.ndarray) -> str:

@@ -15,8 +15,9 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.errors import writing
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
-from virtual_weights.report.documents import FOLDER, write_documents
+from virtual_weights.report.documents import write_documents
 from virtual_weights.report.evidence import evidence
+from virtual_weights.report.format import FOLDER
 from virtual_weights.report.tables import EDGES_PER_PORT, density, drawn, plain, statements, strongest, table
 from virtual_weights.survey.plan import shown_of
 
@@ -118,13 +119,13 @@ def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Re
     Example:
         >>> vw.report(vw.Atlas.open("atlas"))  # doctest: +SKIP
     """
-    shown, own = shown_of(atlas, records), path is None
-    path = atlas.path / "report.html" if path is None else Path(path)
-    with writing(path):
-        write_report(path, shown, atlas.manifest)
-        if own:
+    shown = shown_of(atlas, records)
+    file = atlas.path / "report.html" if path is None else Path(path)
+    with writing(file):
+        write_report(file, shown, atlas.manifest)
+        if path is None:
             write_documents(atlas.path / FOLDER, shown, atlas.manifest)
-    return path
+    return file
 
 
 def write_report(path: Path, records: Iterable[Record], manifest: Mapping[str, Any]) -> None:

@@ -6,14 +6,12 @@ a document is sent only if it still has the size and the sha256 that the index g
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import socket
-import stat
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -29,9 +27,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from virtual_weights.errors import RecordError, UsageError, VirtualWeightsError
+from virtual_weights.record.durable import reading
+from virtual_weights.report.format import FOLDER, FORMAT, INDEX
 
-FORMAT = "virtual-weights explorer 1"
-FOLDER, INDEX = "explorer", "index.json"
 LOOPBACK = "127.0.0.1"
 MAX_INDEX = 4 << 20
 MAX_DOCUMENT = 1 << 30
@@ -330,20 +328,8 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
         OSError: it or the explorer's folder is not there, or is a link, a pipe or anything but a regular file.
         ValueError: it is larger than the limit.
     """
-    # as record.durable has it, which cannot be imported without torch; O_NONBLOCK: a pipe would wait for a writer
-    flags = os.O_RDONLY | os.O_NONBLOCK
-    descriptor = os.open(folder, flags | os.O_DIRECTORY)
-    try:
-        for inside in (FOLDER, name):
-            outer = descriptor
-            descriptor = os.open(inside, flags | os.O_NOFOLLOW, dir_fd=outer)
-            os.close(outer)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            content = file.read(limit + 1)
-    finally:
-        os.close(descriptor)
+    with reading(folder, FOLDER, name) as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
     return content

@@ -225,10 +225,8 @@ def through_output(stream: Stream, rows: Tensor, branch: str, *, mixed: bool) ->
     """Vectors (n, k) of what a part gives, or (``mixed``) of heads' values side by side, as they enter, (d, n)."""
     if mixed:
         maps = writer(stream, branch).movedim(1, 0).flatten(1)
-        return (
-            maps.to(torch.promote_types(maps.dtype, rows.dtype))
-            @ rows.to(torch.promote_types(maps.dtype, rows.dtype)).T
-        )
+        dtype = torch.promote_types(maps.dtype, rows.dtype)
+        return maps.to(dtype) @ rows.to(dtype).T
     return _weighed(stream, rows.T[None], stream.groups[branch])[0] if stream.folded else rows.T
 
 

@@ -132,11 +132,11 @@ class Features:
 
     def map(self, port: str) -> LinearMap:
         """``"enc"`` or ``"dec"``."""
-        found = {"enc": self.enc, "dec": self.dec}.get(port)
-        if found is None:
+        linear_map = {"enc": self.enc, "dec": self.dec}.get(port)
+        if linear_map is None:
             raise UsageError(
                 f"{self.label} has no {port}",
                 expected="enc of what reads a state, dec of what adds to one",
                 do="name the other",
             )
-        return found
+        return linear_map

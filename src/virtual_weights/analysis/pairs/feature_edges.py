@@ -348,20 +348,20 @@ class _Compared:
         i, j = sample // len(self._j), sample % len(self._j)
         weight = _pair_weights(self._dec, self._enc, i, j).abs()
         values = [_at(sample, *pairs) for pairs in (*era, *twera)]
-        found = {
+        correlations = {
             "weight_era": rank_correlation(weight, values[1]),
             "era_era": rank_correlation(values[0], values[1]),
             "twera_twera": rank_correlation(values[2], values[3]),
         }
-        return {name: torch.nan if value is None else value for name, value in found.items()}
+        return {name: torch.nan if value is None else value for name, value in correlations.items()}
 
 
-def _places(wanted: Tensor, numbers: Tensor) -> Tensor:
+def _places(ascending: Tensor, numbers: Tensor) -> Tensor:
     """Where numbers stand in an ascending list, -1 where they do not."""
-    if not len(wanted):
+    if not len(ascending):
         return torch.full_like(numbers, -1)
-    place = torch.searchsorted(wanted, numbers).clamp(max=len(wanted) - 1)
-    return torch.where(wanted[place] == numbers, place, -1)
+    place = torch.searchsorted(ascending, numbers).clamp(max=len(ascending) - 1)
+    return torch.where(ascending[place] == numbers, place, -1)
 
 
 def _at(sample: Tensor, numbers: Tensor, values: Tensor) -> Tensor:

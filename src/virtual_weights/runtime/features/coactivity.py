@@ -92,9 +92,9 @@ class _Sums:
             for name, encoder in self._encoders.items():
                 states, branch = self._seen["state", encoder.state][cut], self._after.get(name)
                 behind = None if branch is None else self._seen["after", branch][cut].cpu()
-                entries[name] = found = _Entries(encoder(states).cpu(), encoder.scale(states).cpu(), behind)
-                self._active[name] += torch.bincount(found.feature, minlength=len(self._active[name]))
-                self._mean[name].index_add_(0, found.feature, found.value)
+                entries[name] = active = _Entries(encoder(states).cpu(), encoder.scale(states).cpu(), behind)
+                self._active[name] += torch.bincount(active.feature, minlength=len(self._active[name]))
+                self._mean[name].index_add_(0, active.feature, active.value)
             for source, target in self._links:
                 self._pairs[source, target].add(entries[source], entries[target])
         self._check()

@@ -122,12 +122,12 @@ def _unexplained(live: _Live, part: AttachedPart, activations: Tensor, reading: 
         return math.nan
     target = next((place for place, _ in part.writings), None) or hook_point(decoders[0].writes, live.stream.model)
     y, a = live.value(target)[1:], activations[1:]
-    given = a @ decoders[0].rows(slice(0, part.part.features)).to(accumulate)
+    output = a @ decoders[0].rows(slice(0, part.part.features)).to(accumulate)
     if decoders[0].bias is not None:
-        given = given + decoders[0].bias.to(accumulate)
+        output = output + decoders[0].bias.to(accumulate)
     if part.part.skip is not None:
-        given = given + live.value(reading)[1:] @ part.part.skip.to(accumulate).T
-    return float((given - y).square().sum() / (y - y.mean(0)).square().sum())
+        output = output + live.value(reading)[1:] @ part.part.skip.to(accumulate).T
+    return float((output - y).square().sum() / (y - y.mean(0)).square().sum())
 
 
 @final
@@ -148,8 +148,8 @@ class _Live:
     def _hooks(self, run: Run, places: Iterable[HookPoint]) -> Iterable[Any]:
         """Hooks on norms and on output maps."""
 
-        def keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-            kept[name] = tensor[0].cpu().to(accumulate)
+        def keep(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+            tensors[name] = tensor[0].cpu().to(accumulate)
 
         for site in {place.site for place in places if place.norm is not None}:
             norm = module_of(run.module, run.stream, "norm", site)
@@ -170,10 +170,10 @@ class _Live:
         assert place.branch is not None
         if place.what == "z":
             return self._activations.signals["inner", place.branch.id].to(accumulate).flatten(1)
-        given = self._outputs[place.branch.id]
+        output = self._outputs[place.branch.id]
         if place.what == "output" or (place.branch.after is None and place.branch.factor == 1.0):
-            return given
-        return added(self.stream, given, self.stream.groups[place.branch.id])
+            return output
+        return added(self.stream, output, self.stream.groups[place.branch.id])
 
     def own(self, part: AttachedPart, place: HookPoint) -> Tensor:
         """Pre-activations (T, F) of what the model has at a place, by the encoder as it lies in the file."""

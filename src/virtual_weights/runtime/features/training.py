@@ -131,7 +131,7 @@ def _check_folder(folder: Path, layers: Sequence[int]) -> None:
 @torch.no_grad()
 def _collected(run: Run, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
     """What every MLP received and gave, (tokens, d) float32, first tokens of chunks left out."""
-    kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+    pairs: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
     mask = torch.zeros(0)
     hooks: list[Any] = []
 
@@ -139,11 +139,11 @@ def _collected(run: Run, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tenso
         side.append(tensor.detach()[mask.to(tensor.device)].float().cpu())
 
     for layer in layers:
-        group, (received, given) = run.stream.groups[f"L{layer}.mlp"], kept[layer]
+        group, (inputs, outputs) = run.stream.groups[f"L{layer}.mlp"], pairs[layer]
         read = module_of(run.module, run.stream, "gate" if "gate" in group.ports else "up", group.id)
         wrote = module_of(run.module, run.stream, "down", group.id)
-        hooks.append(before(read, partial(keep, received)))
-        hooks.append(after(wrote, partial(keep, given)))
+        hooks.append(before(read, partial(keep, inputs)))
+        hooks.append(after(wrote, partial(keep, outputs)))
     try:
         for tokens in run.batches():
             mask = is_token(tokens)
@@ -152,7 +152,7 @@ def _collected(run: Run, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: (torch.cat(x), torch.cat(y)) for layer, (x, y) in kept.items()}
+    return {layer: (torch.cat(x), torch.cat(y)) for layer, (x, y) in pairs.items()}
 
 
 @final
