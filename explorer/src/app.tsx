@@ -8,6 +8,7 @@ import { EffectsPage } from "./effects";
 import { HeadPage } from "./head";
 import { LayersPage } from "./layers";
 import { MapPage } from "./map";
+import type { PageProps } from "./page";
 import { PairPage } from "./pair";
 import { StatementsPage } from "./statements";
 
@@ -42,7 +43,7 @@ function App() {
   });
   if (failure) return <p class="failure">The atlas cannot be read: {failure}</p>;
   if (!map) return <p class="failure">Reading the atlas …</p>;
-  const inner = Math.min(2200, width) - (width < 700 ? 32 : 48);
+  const props: PageProps = { map, address, go, width: Math.min(2200, width) - (width < 700 ? 32 : 48), theme };
   const find = (text: string) => {
     const [writer, reader] = text.toUpperCase().split(/\s*(?:>|→|->)\s*/);
     const head = map.parts.find((part) => part.kind === "head" && part.label === (reader ?? writer)!.split(".")[0]);
@@ -110,15 +111,15 @@ function App() {
       </header>
       <div id="content" key={theme}>
         {address.page === "head" ? (
-          <HeadPage map={map} address={address} go={go} width={inner} theme={theme} />
+          <HeadPage {...props} />
         ) : address.page === "map" ? (
-          <MapPage map={map} address={address} go={go} width={inner} />
+          <MapPage {...props} />
         ) : address.page === "layers" ? (
-          <LayersPage map={map} address={address} go={go} width={inner} theme={theme} />
+          <LayersPage {...props} />
         ) : address.page === "effects" ? (
-          <EffectsPage map={map} address={address} go={go} width={inner} theme={theme} />
+          <EffectsPage {...props} />
         ) : address.page === "pair" ? (
-          <PairPage map={map} address={address} go={go} width={inner} />
+          <PairPage {...props} />
         ) : address.page === "statements" ? (
           <StatementsPage map={map} />
         ) : (

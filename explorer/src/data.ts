@@ -98,17 +98,17 @@ const embedded: Record<string, unknown> | null = (() => {
 const known = new Map<string, Promise<unknown>>();
 
 function load(name: string): Promise<unknown> {
-  let found = known.get(name);
-  if (!found) {
-    found = embedded
+  let promise = known.get(name);
+  if (!promise) {
+    promise = embedded
       ? Promise.resolve(embedded[name])
       : fetch(`/api/documents/${name}`).then((answer) => {
           if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
           return answer.json() as Promise<unknown>;
         });
-    known.set(name, found);
+    known.set(name, promise);
   }
-  return found;
+  return promise;
 }
 
 let halves: Float32Array | null = null;
@@ -148,9 +148,9 @@ export const loadMap = () => load("map") as Promise<MapDocument>;
 const pairs = new Map<string, Promise<Pairs>>();
 
 export function loadPairs(port: string): Promise<Pairs> {
-  let found = pairs.get(port);
-  if (!found) {
-    found = load(`pairs-${port}`).then((stored) => {
+  let promise = pairs.get(port);
+  if (!promise) {
+    promise = load(`pairs-${port}`).then((stored) => {
       const { columns, ...rest } = stored as StoredPairs;
       const values = new Map<string, Float32Array>();
       return {
@@ -164,9 +164,9 @@ export function loadPairs(port: string): Promise<Pairs> {
         },
       };
     });
-    pairs.set(port, found);
+    pairs.set(port, promise);
   }
-  return found;
+  return promise;
 }
 
 export const loadBandwidth = () => load("bandwidth") as Promise<Bandwidth>;

@@ -2,24 +2,16 @@
 
 import { scaleSymlog } from "d3-scale";
 import { useMemo } from "preact/hooks";
-import type { Address } from "./address";
-import type { Effect, MapDocument } from "./data";
+import type { Effect } from "./data";
 import { figure, ofLoss, portClass, ramp, signed } from "./marks";
+import type { PageProps } from "./page";
 import { Behind } from "./table";
 
 const VERDICTS: Record<string, string> = { causal: "matters", negligible: "too small", inconclusive: "open" };
 const PORTS: Record<string, string> = { K: "into keys", Q: "into queries", V: "into values" };
 const ROW = 36;
 
-interface Props {
-  map: MapDocument;
-  address: Address;
-  go: (change: Partial<Address>, replace?: boolean) => void;
-  width: number;
-  theme: string;
-}
-
-export function EffectsPage({ map, address, go, width, theme }: Props) {
+export function EffectsPage({ map, address, go, width, theme }: PageProps) {
   const colour = useMemo(ramp, [theme]);
   const asked = map.effects.filter((one) => one.kind === "asked");
   const manner = map.ablation;

@@ -1,18 +1,10 @@
 /** Who feeds a head, and whom it feeds: all writers on the left, its card in the middle, all readers on the right. */
 
 import { useEffect, useMemo, useState } from "preact/hooks";
-import type { Address } from "./address";
 import { type MapDocument, type Pairs, type Part, loadPairs } from "./data";
 import { BEHAVIOURS, Sign, figure, overChance, percent, portClass, ramp, signed } from "./marks";
+import type { PageProps } from "./page";
 import { Behind } from "./table";
-
-interface Props {
-  map: MapDocument;
-  address: Address;
-  go: (change: Partial<Address>, replace?: boolean) => void;
-  width: number;
-  theme: string;
-}
 
 interface Cell {
   label: string;
@@ -28,13 +20,13 @@ const SAYS: Record<string, string> = {
 };
 const LATER: Record<string, string> = { Q: "later queries", K: "later keys", V: "later values" };
 
-export function HeadPage({ map, address, go, width, theme }: Props) {
+export function HeadPage({ map, address, go, width, theme }: PageProps) {
   const part = map.parts.find((one) => one.label === address.name);
   const ports = ["Q", "K", "V"].filter((port) => map.ports.includes(port));
   const [all, setAll] = useState<Record<string, Pairs>>({});
   useEffect(() => {
-    void Promise.all(map.ports.map(loadPairs)).then((found) =>
-      setAll(Object.fromEntries(found.map((pairs) => [pairs.port, pairs]))),
+    void Promise.all(map.ports.map(loadPairs)).then((ports) =>
+      setAll(Object.fromEntries(ports.map((pairs) => [pairs.port, pairs]))),
     );
   }, []);
   const heads = map.parts.filter((one) => one.kind === "head");

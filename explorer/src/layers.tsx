@@ -1,18 +1,10 @@
 /** Which depths talk to which: every pair of heads, rows read and columns write, with the width of the stream beside. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import type { Address } from "./address";
-import { type Bandwidth, type MapDocument, type Pairs, loadBandwidth, loadPairs } from "./data";
+import { type Bandwidth, loadBandwidth } from "./data";
 import { css, figure, overChance, portClass, ramp } from "./marks";
+import { type PageProps, usePort } from "./page";
 import { Behind } from "./table";
-
-interface Props {
-  map: MapDocument;
-  address: Address;
-  go: (change: Partial<Address>, replace?: boolean) => void;
-  width: number;
-  theme: string;
-}
 
 interface Head {
   index: number;
@@ -21,26 +13,17 @@ interface Head {
   label: string;
 }
 
-export function LayersPage({ map, address, go, width, theme }: Props) {
-  const ports = ["K", "Q", "V"].filter((port) => map.ports.includes(port));
-  const port = ports.includes(address.state.port ?? "") ? address.state.port! : ports[0]!;
-  const [pairs, setPairs] = useState<Pairs | null>(null);
+export function LayersPage(props: PageProps) {
+  const { map, address, go, width, theme } = props;
+  const { ports, port, pairs } = usePort(props);
   const [bandwidth, setBandwidth] = useState<Bandwidth | null>(null);
   const [at, setAt] = useState<{ reader: Head; writer: Head; value: number; x: number; y: number } | null>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
-  useEffect(() => {
-    let wanted = true;
-    setPairs(null);
-    void loadPairs(port).then((found) => wanted && setPairs(found));
-    return () => {
-      wanted = false;
-    };
-  }, [port]);
   useEffect(() => void (map.stored.bandwidth && loadBandwidth().then(setBandwidth)), []);
   const heads = (labels: string[]): Head[] =>
     labels.flatMap((label, index) => {
-      const found = /^L(\d+)H(\d+)$/.exec(label);
-      return found ? [{ index, label, layer: Number(found[1]), head: Number(found[2]) }] : [];
+      const match = /^L(\d+)H(\d+)$/.exec(label);
+      return match ? [{ index, label, layer: Number(match[1]), head: Number(match[2]) }] : [];
     });
   const readers = useMemo(() => (pairs ? heads(pairs.readers) : []), [pairs]);
   const writers = useMemo(() => (pairs ? heads(pairs.writers) : []), [pairs]);

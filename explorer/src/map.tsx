@@ -1,20 +1,13 @@
 /** Where to look: all edges of a port, those in the brush as a list, and where they run. */
 
-import { useEffect, useMemo, useState } from "preact/hooks";
-import type { Address } from "./address";
-import { type MapDocument, type Pairs, loadPairs } from "./data";
+import { useMemo } from "preact/hooks";
+import type { MapDocument } from "./data";
 import { type Edge, edgesOf, nameOf } from "./edges";
 import { BEHAVIOURS, Sign, figure, percent, portClass, signed } from "./marks";
+import { type PageProps, usePort } from "./page";
 import { Scatter } from "./scatter";
 import { StreamMap } from "./stream";
 import { Behind } from "./table";
-
-interface Props {
-  map: MapDocument;
-  address: Address;
-  go: (change: Partial<Address>, replace?: boolean) => void;
-  width: number;
-}
 
 const MEASURES: Record<string, { of: (edge: Edge) => number; least: number; step: number; unit: string }> = {
   lift: { of: (edge) => edge.lift, least: 2.5, step: 0.1, unit: "" },
@@ -22,18 +15,9 @@ const MEASURES: Record<string, { of: (edge: Edge) => number; least: number; step
   share: { of: (edge) => edge.share, least: 0.05, step: 0.01, unit: "" },
 };
 
-export function MapPage({ map, address, go, width }: Props) {
-  const heads = ["K", "Q", "V"].filter((port) => map.ports.includes(port));
-  const port = heads.includes(address.state.port ?? "") ? address.state.port! : heads[0]!;
-  const [pairs, setPairs] = useState<Pairs | null>(null);
-  useEffect(() => {
-    let wanted = true;
-    setPairs(null);
-    void loadPairs(port).then((found) => wanted && setPairs(found));
-    return () => {
-      wanted = false;
-    };
-  }, [port]);
+export function MapPage(props: PageProps) {
+  const { map, address, go, width } = props;
+  const { ports, port, pairs } = usePort(props);
   const edges = useMemo(() => (pairs ? edgesOf(map, pairs) : []), [pairs]);
   const measure = MEASURES[address.state.measure ?? ""] ? address.state.measure! : "lift";
   const { of, least: usual, step } = MEASURES[measure]!;
@@ -54,7 +38,7 @@ export function MapPage({ map, address, go, width }: Props) {
   );
   const set = (key: string, value: string, replace = false) =>
     go({ state: { ...address.state, [key]: value } }, replace);
-  const reset = () => go({ state: port === heads[0] ? {} : { port } });
+  const reset = () => go({ state: port === ports[0] ? {} : { port } });
   const open = (edge: Edge) => go({ page: "pair", name: `${edge.writer}/${edge.reader}.${edge.port}`, state: {} });
   const chance = 1 / Math.sqrt(map.width);
   const narrow = width < 900;
@@ -167,7 +151,7 @@ export function MapPage({ map, address, go, width }: Props) {
       </div>
       <div class="filters" role="group" aria-label="filters">
         <span class="label">Port</span>
-        {heads.map((name) => (
+        {ports.map((name) => (
           <button
             key={name}
             class={`port ${portClass(name)}`}

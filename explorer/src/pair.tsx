@@ -2,18 +2,11 @@
 
 import { scaleLinear } from "d3-scale";
 import { useEffect, useMemo, useState } from "preact/hooks";
-import type { Address } from "./address";
-import { type Carried, type MapDocument, type Pairs, type Table, loadCarried, loadPairs } from "./data";
+import { type Carried, type Pairs, type Table, loadCarried, loadPairs } from "./data";
 import { type Edge, edgesOf } from "./edges";
 import { Sign, figure, percent, portClass, signed } from "./marks";
+import type { PageProps } from "./page";
 import { Behind } from "./table";
-
-interface Props {
-  map: MapDocument;
-  address: Address;
-  go: (change: Partial<Address>, replace?: boolean) => void;
-  width: number;
-}
 
 interface Tokens {
   directions: string;
@@ -24,7 +17,7 @@ interface Tokens {
 
 const column = (table: Table | undefined, name: string) => table?.columns.find((one) => one.name === name)?.values ?? [];
 
-export function PairPage({ map, address, go, width }: Props) {
+export function PairPage({ map, address, go, width }: PageProps) {
   const [writer = "", target = ""] = address.name.split("/");
   const [reader = "", port = ""] = target.split(".");
   const stored = map.stored[address.name];
@@ -128,11 +121,11 @@ function Contents({ carried, width }: { carried: Carried; width: number }) {
   const rows = useMemo(() => tokensOf(carried.channel_tokens), [carried]);
   const above = rows.some((row) => Object.values(row.ends).some((end) => end.some((one) => Math.abs(one.cosine) > one.random)));
   const tokens = (row: Tokens, end: string) => {
-    const found = (row.ends[end] ?? []).filter((one) => all || Math.abs(one.cosine) > one.random);
-    return found.length === 0 ? (
+    const tokens = (row.ends[end] ?? []).filter((one) => all || Math.abs(one.cosine) > one.random);
+    return tokens.length === 0 ? (
       <span class="muted">none above chance</span>
     ) : (
-      found.slice(0, 5).map((one, i) => (
+      tokens.slice(0, 5).map((one, i) => (
         <span key={i} class={Math.abs(one.cosine) > one.random ? "token above" : "token"}>
           {one.text} <small>{figure(one.cosine, 2)}</small>
         </span>
@@ -141,8 +134,8 @@ function Contents({ carried, width }: { carried: Carried; width: number }) {
   };
   const table = () =>
     rows.flatMap((row) =>
-      Object.entries(row.ends).flatMap(([end, found]) =>
-        found.map((one) => ({ directions: row.directions, gain: row.gain, end, token: one.text, cosine: one.cosine, chance: one.random })),
+      Object.entries(row.ends).flatMap(([end, tokens]) =>
+        tokens.map((one) => ({ directions: row.directions, gain: row.gain, end, token: one.text, cosine: one.cosine, chance: one.random })),
       ),
     );
   return (
@@ -189,20 +182,20 @@ function Contents({ carried, width }: { carried: Carried; width: number }) {
 }
 
 function tokensOf(table: Table | undefined): Tokens[] {
-  const found = new Map<string, Tokens>();
+  const rows = new Map<string, Tokens>();
   const [directions, gains, energies, ends, texts, ids, cosines, randoms] = [
     "directions", "gain", "energy", "end", "text", "token", "cosine", "random",
   ].map((name) => column(table, name)) as [string[], number[], number[], string[], (string | null)[], number[], number[], number[]];
   for (let i = 0; i < directions.length; i++) {
     const key = directions[i]!;
-    let row = found.get(key);
-    if (!row) found.set(key, (row = { directions: key, gain: gains[i]!, energy: energies[i]!, ends: {} }));
+    let row = rows.get(key);
+    if (!row) rows.set(key, (row = { directions: key, gain: gains[i]!, energy: energies[i]!, ends: {} }));
     const text = texts[i] === null || texts[i] === undefined ? `#${ids[i]}` : `“${texts[i]!.replaceAll("\n", "⏎")}”`;
     (row.ends[ends[i]!] ??= []).push({ text, cosine: cosines[i]!, random: randoms[i]! });
   }
-  for (const row of found.values())
+  for (const row of rows.values())
     for (const end of Object.values(row.ends)) end.sort((a, b) => Math.abs(b.cosine) - Math.abs(a.cosine));
-  return [...found.values()];
+  return [...rows.values()];
 }
 
 function Gains({ channel }: { channel: Table | undefined }) {

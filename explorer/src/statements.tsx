@@ -10,8 +10,8 @@ function verdict(text: string): string {
 }
 
 export function StatementsPage({ map }: { map: MapDocument }) {
-  const [found, setFound] = useState<Statements | null>(null);
-  useEffect(() => void (map.stored.statements && loadStatements().then(setFound)), []);
+  const [statements, setStatements] = useState<Statements | null>(null);
+  useEffect(() => void (map.stored.statements && loadStatements().then(setStatements)), []);
   if (!map.stored.statements) {
     return (
       <main>
@@ -26,9 +26,9 @@ export function StatementsPage({ map }: { map: MapDocument }) {
     typeof value === "number" ? String(+value.toPrecision(4)) : typeof value === "object" ? JSON.stringify(value) : String(value);
   return (
     <main class="statements">
-      <h1>{found?.rows.length ?? 25} published statements about the stream, tested</h1>
+      <h1>{statements?.rows.length ?? 25} published statements about the stream, tested</h1>
       <p class="lead">A verdict is computed from this model's own numbers. Open one for the claim, what is true, and the evidence.</p>
-      {found?.rows.map((row) => (
+      {statements?.rows.map((row) => (
         <details key={row.id}>
           <summary>
             <b>{row.id}</b> <span class="title">{row.title}</span>
