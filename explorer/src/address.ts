@@ -1,4 +1,4 @@
-/** The address of a page holds its whole state: `#/map?port=K&lift=2.5&pin=L16H0>L18H6.K`. */
+/** The address of a page holds its whole state: `#/map?port=K&least=2.5&pin=L16H0>L18H6.K`. */
 
 import { useEffect, useState } from "preact/hooks";
 
@@ -8,15 +8,25 @@ export interface Address {
   state: Record<string, string>;
 }
 
-const ORDER = ["port", "measure", "least", "from", "to", "writer", "reader", "sel", "pin", "lens"];
+const ORDER = ["port", "measure", "least", "from", "to", "writer", "reader", "sel", "text", "token", "pin", "lens"];
+const SETTLED = 200; // milliseconds after which a slider's place is written into the address
+
+/** What was escaped, or the same where the escape is none. */
+function unescaped(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
 
 export function parse(hash: string): Address {
   const [path = "", query = ""] = hash.replace(/^#\/?/, "").split("?");
-  const [page, ...rest] = path.split("/").map(decodeURIComponent);
+  const [page, ...rest] = path.split("/").map(unescaped);
   const state: Record<string, string> = {};
   for (const part of query.split("&")) {
     const at = part.indexOf("=");
-    if (at > 0) state[decodeURIComponent(part.slice(0, at))] = decodeURIComponent(part.slice(at + 1));
+    if (at > 0) state[unescaped(part.slice(0, at))] = unescaped(part.slice(at + 1));
   }
   return { page: page || "map", name: rest.join("/"), state };
 }
@@ -32,21 +42,31 @@ export function format({ page, name, state }: Address): string {
   return `#/${page}${name ? `/${name.split("/").map(escaped).join("/")}` : ""}${query ? `?${query}` : ""}`;
 }
 
-/** The address, and how to change it: pages and pins make history, sliding replaces it. */
+let current = parse(location.hash);
+let waiting = 0;
+
+/** The address, and how to change it: pages and pins make history; sliding replaces it, once it has come to rest. */
 export function useAddress(): [Address, (change: Partial<Address>, replace?: boolean) => void] {
-  const [address, setAddress] = useState(() => parse(location.hash));
+  const [address, setAddress] = useState(current);
   useEffect(() => {
-    const changed = () => setAddress(parse(location.hash));
+    const changed = () => setAddress((current = parse(location.hash)));
     addEventListener("hashchange", changed);
-    return () => removeEventListener("hashchange", changed);
+    addEventListener("popstate", changed);
+    return () => {
+      removeEventListener("hashchange", changed);
+      removeEventListener("popstate", changed);
+    };
   }, []);
   const go = (change: Partial<Address>, replace = false) => {
-    const current = parse(location.hash);
     const next = { ...current, ...change, state: change.state ?? (change.page ? {} : current.state) };
-    const hash = format(next);
-    if (replace) history.replaceState(null, "", hash);
-    else if (hash !== location.hash) history.pushState(null, "", hash);
-    setAddress(next);
+    clearTimeout(waiting);
+    if (replace) waiting = setTimeout(() => history.replaceState(null, "", format(next)), SETTLED);
+    else {
+      history.replaceState(null, "", format(current));
+      if (format(next) !== location.hash) history.pushState(null, "", format(next));
+      if (next.page !== current.page || next.name !== current.name) scrollTo(0, 0);
+    }
+    setAddress((current = next));
   };
   return [address, go];
 }

@@ -40,21 +40,35 @@ export interface MapDocument {
   run: { text: string; tokens: number; sequences: number | null } | null;
 }
 
+export type Value = number | string | null;
+
 export interface Table {
   labels: string[];
-  columns: { name: string; unit: string; meaning: string; values: (number | string | null)[] }[];
+  columns: { name: string; unit: string; meaning: string; values: Value[] }[];
+  parameters: Record<string, unknown>;
   stamp: Record<string, unknown>;
 }
 
-export interface Bandwidth extends Table {
-  columns: { name: string; unit: string; meaning: string; values: (number | null)[] }[];
-}
+/** A column of a table, empty where it has no such column. */
+export const column = (table: Table | undefined, name: string): Value[] =>
+  table?.columns.find((one) => one.name === name)?.values ?? [];
+export const numbers = (table: Table | undefined, name: string) =>
+  column(table, name).map((value) => (typeof value === "number" ? value : NaN));
 
-/** What a pair carries. */
+/** What a pair carries, and what its edge does token by token, on one text or several. */
 export interface Carried {
   channel?: Table;
   channel_tokens?: Table;
   offset_profile?: Table;
+  pair_angles?: Table;
+  edge_tokens?: Table[];
+}
+
+/** Details of all heads: gains of their circuits, what OV does, and the tokens of its first directions. */
+export interface Heads {
+  circuits?: { labels: string[]; ov: (number | null)[][]; qk: (number | null)[][] };
+  erasers?: Table;
+  tokens?: Table;
 }
 
 export interface Statements {
@@ -71,22 +85,25 @@ export interface Statements {
   }[];
 }
 
+/** Names of all pairs of one port, and where their numbers are. */
 interface StoredPairs {
   port: string;
   readers: string[];
   writers: string[];
+  /** The key/value group of each reader; empty where none shares a map. */
   groups: string[];
-  columns: Record<string, string>;
+  /** Log2 of how widely each writer is heard, and of how widely each reader listens. */
+  writer_effect: (number | null)[];
+  reader_effect: (number | null)[];
+  /** The first reader of each window, and where the last ends. */
+  windows: number[];
+  columns: Record<string, string[]>;
   stamp: Record<string, unknown>;
 }
 
-/** All pairs of one port; values are NaN where a writer cannot reach. */
-export interface Pairs {
-  port: string;
-  readers: string[];
-  writers: string[];
-  groups: string[];
-  stamp: Record<string, unknown>;
+/** Pairs of one port with the columns that were asked for, readers by writers. */
+export interface Pairs extends Omit<StoredPairs, "columns" | "windows"> {
+  /** NaN where a writer cannot reach or nothing is known; a score is infinite where an end of the pair is zero. */
   column(name: string): Float32Array | null;
 }
 
@@ -97,7 +114,8 @@ const embedded: Record<string, unknown> | null = (() => {
 
 const known = new Map<string, Promise<unknown>>();
 
-function load(name: string): Promise<unknown> {
+/** A document by its name, read once. */
+export function load<T>(name: string): Promise<T> {
   let promise = known.get(name);
   if (!promise) {
     promise = embedded
@@ -108,7 +126,7 @@ function load(name: string): Promise<unknown> {
         });
     known.set(name, promise);
   }
-  return promise;
+  return promise as Promise<T>;
 }
 
 let halves: Float32Array | null = null;
@@ -133,42 +151,46 @@ function table(): Float32Array {
   return halves;
 }
 
-function decoded(text: string): Float32Array {
+/** Numbers of half precision in base64, put into an array from a place on. */
+export function decode(text: string, into: Float32Array, start = 0): Float32Array {
   const binary = atob(text);
-  const values = new Float32Array(binary.length / 2);
   const all = table();
-  for (let i = 0; i < values.length; i++) {
-    values[i] = all[binary.charCodeAt(2 * i) | (binary.charCodeAt(2 * i + 1) << 8)]!;
+  for (let i = 0; 2 * i < binary.length; i++) {
+    into[start + i] = all[binary.charCodeAt(2 * i) | (binary.charCodeAt(2 * i + 1) << 8)]!;
   }
-  return values;
+  return into;
 }
 
-export const loadMap = () => load("map") as Promise<MapDocument>;
+export const loadMap = () => load<MapDocument>("map");
 
-const pairs = new Map<string, Promise<Pairs>>();
+const columns = new Map<string, Promise<Float32Array>>();
 
-export function loadPairs(port: string): Promise<Pairs> {
-  let promise = pairs.get(port);
+function loadColumn(stored: StoredPairs, name: string): Promise<Float32Array> {
+  const key = `${stored.port}/${name}`;
+  let promise = columns.get(key);
   if (!promise) {
-    promise = load(`pairs-${port}`).then((stored) => {
-      const { columns, ...rest } = stored as StoredPairs;
-      const values = new Map<string, Float32Array>();
-      return {
-        ...rest,
-        column(name) {
-          const text = columns[name];
-          if (text === undefined) return null;
-          let array = values.get(name);
-          if (!array) values.set(name, (array = decoded(text)));
-          return array;
-        },
-      };
+    const { windows, writers, readers } = stored;
+    promise = Promise.all(stored.columns[name]!.map((window) => load<{ values: string }>(window))).then((parts) => {
+      const values = new Float32Array(readers.length * writers.length);
+      parts.forEach((part, i) => decode(part.values, values, windows[i]! * writers.length));
+      return values;
     });
-    pairs.set(port, promise);
+    columns.set(key, promise);
   }
   return promise;
 }
 
-export const loadBandwidth = () => load("bandwidth") as Promise<Bandwidth>;
-export const loadStatements = () => load("statements") as Promise<Statements>;
-export const loadCarried = (name: string) => load(name) as Promise<Carried>;
+const ALL = ["score", "lift", "share", "attribution"];
+
+/** Pairs of a port with those of the columns that this atlas has. */
+export async function loadPairs(port: string, names: string[] = ALL): Promise<Pairs> {
+  const stored = await load<StoredPairs>(`pairs-${port}`);
+  const there = names.filter((name) => stored.columns[name]);
+  const values = await Promise.all(there.map((name) => loadColumn(stored, name)));
+  return { ...stored, column: (name) => values[there.indexOf(name)] ?? null };
+}
+
+export const loadBandwidth = () => load<Table>("bandwidth");
+export const loadStatements = () => load<Statements>("statements");
+export const loadCarried = (name: string) => load<Carried>(name);
+export const loadHeads = () => load<Heads>("heads");

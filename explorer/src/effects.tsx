@@ -1,17 +1,19 @@
 /** What the model loses when one connection is removed: each edge with its interval, over the range of random ones. */
 
 import { scaleSymlog } from "d3-scale";
-import { useMemo } from "preact/hooks";
-import type { Effect } from "./data";
-import { figure, ofLoss, portClass, ramp, signed } from "./marks";
+import { useEffect, useMemo, useState } from "preact/hooks";
+import { type Carried, type Effect, type Table, loadCarried } from "./data";
+import { Command, figure, ofLoss, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
 import { Behind } from "./table";
+import { Along, Chosen, ColouredText, rowsOf, tokensOf } from "./text";
 
 const VERDICTS: Record<string, string> = { causal: "matters", negligible: "too small", inconclusive: "open" };
 const PORTS: Record<string, string> = { K: "into keys", Q: "into queries", V: "into values" };
 const ROW = 36;
 
-export function EffectsPage({ map, address, go, width, theme }: PageProps) {
+export function EffectsPage(props: PageProps) {
+  const { map, address, go, width, theme } = props;
   const colour = useMemo(ramp, [theme]);
   const asked = map.effects.filter((one) => one.kind === "asked");
   const manner = map.ablation;
@@ -20,20 +22,22 @@ export function EffectsPage({ map, address, go, width, theme }: PageProps) {
       <main>
         <h1>What the model loses when one connection is removed</h1>
         <p class="note">
-          No edge was removed yet: <code>vweights map {map.model} -o ATLAS --repeated</code> removes some, and{" "}
-          <code>vweights ablate {map.model} WRITER READER --repeated</code> any.
+          No edge was removed yet. This removes some: <Command text={`vweights map ${map.model} -o ATLAS --repeated`} /> and this
+          any: <Command text={`vweights ablate ${map.model} WRITER READER --repeated`} />
         </p>
       </main>
     );
   }
-  const inner = Math.min(1240, width);
+  const beside = width >= 1240;
+  const inner = beside ? Math.round(Math.min(1240, width * 0.6)) : Math.min(1240, width);
   const narrow = width < 760;
   const [left, right] = narrow ? [8, inner - 8] : [220, inner - 190];
   const ends = map.effects.flatMap((one) => [one.effect, one.low ?? one.effect, one.high ?? one.effect]);
   const x = scaleSymlog([Math.min(-0.1, ...ends) * 1.1, Math.max(0.1, ...ends) * 1.1], [left, right]).constant(0.006);
   const ports = [...new Set(["K", "Q", "V", ...asked.map((one) => one.port)])].filter((port) => asked.some((one) => one.port === port));
-  const sel = address.state.sel ?? "";
   const key = (one: Effect) => `${one.writer}>${one.reader}.${one.port}`;
+  const selected = asked.find((one) => key(one) === address.state.sel) ?? [...asked].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect))[0]!;
+  const sel = key(selected);
   let y = 34;
   const blocks = ports.map((port) => {
     const rows = asked.filter((one) => one.port === port).sort((a, b) => b.effect - a.effect);
@@ -44,7 +48,7 @@ export function EffectsPage({ map, address, go, width, theme }: PageProps) {
   });
   const ticks = [-5, -1, -0.5, -0.1, -0.01, 0, 0.01, 0.1, 0.5, 1, 5].filter((t) => t >= x.domain()[0]! && t <= x.domain()[1]!);
   const least = Number(manner.least ?? 0.01);
-  const rowsOf = () =>
+  const rows = () =>
     map.effects.map((one) => ({
       writer: one.writer,
       reader: `${one.reader}.${one.port}`,
@@ -59,12 +63,14 @@ export function EffectsPage({ map, address, go, width, theme }: PageProps) {
   return (
     <main class="effects">
       <h1>
-        What the model loses when one connection is removed <Behind name="effects" rows={rowsOf} />
+        What the model loses when one connection is removed <Behind name="effects" rows={rows} />
       </h1>
       <p class="lead">
         {asked.length} edges, removed one at a time, against {map.effects.length - asked.length} random ones.{" "}
         {manner.text}; loss with every edge {figure(manner.clean_loss, 2)} nats.
       </p>
+      <div class={beside ? "two" : "one"}>
+      <section style={{ width: inner }}>
       <svg width={inner} height={y + 8} role="group" aria-label={`effects of ${asked.length} edges`}>
         {blocks.map(({ port, rows, random, top }) =>
           random.length ? (
@@ -121,7 +127,8 @@ export function EffectsPage({ map, address, go, width, theme }: PageProps) {
                   tabIndex={0}
                   role="button"
                   aria-label={`${one.writer} to ${one.reader}, ${port}, ${signed(one.effect)} nats, ${VERDICTS[one.verdict]}`}
-                  onClick={() => go({ state: { ...address.state, sel: key(one) } })}
+                  aria-pressed={key(one) === sel}
+                  onClick={() => go({ state: { sel: key(one) } })}
                   onDblClick={() => go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })}
                   onKeyDown={(event) =>
                     event.key === "Enter" && go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })
@@ -170,11 +177,104 @@ export function EffectsPage({ map, address, go, width, theme }: PageProps) {
       {Number(manner.sequences) < 32 && (
         <p class="note">
           {manner.sequences} sequences were run; a t-interval asks for 32:{" "}
-          <code>
-            vweights ablate {map.model} {asked[0]!.writer} {asked[0]!.reader}.{asked[0]!.port} --repeated --sequences 32
-          </code>
+          <Command
+            text={`vweights ablate ${map.model} ${selected.writer} ${selected.reader}.${selected.port} --repeated --sequences 32`}
+          />
         </p>
       )}
+      </section>
+      <TextPanel {...props} effect={selected} width={beside ? width - inner - 40 : inner} />
+      </div>
     </main>
+  );
+}
+
+/** Where in a text the selected edge matters. */
+function TextPanel({ map, address, go, effect, width, theme }: PageProps & { effect: Effect }) {
+  const stored = map.stored[`${effect.writer}/${effect.reader}.${effect.port}`];
+  const [carried, setCarried] = useState<Carried | null>(null);
+  useEffect(() => {
+    setCarried(null);
+    if (stored) void loadCarried(stored).then(setCarried);
+  }, [stored]);
+  const texts: Table[] = carried?.edge_tokens ?? [];
+  const at = Math.max(0, Math.min(texts.length - 1, Number(address.state.text ?? 1) - 1));
+  const table = texts[at];
+  const all = useMemo(() => (table ? tokensOf(table) : []), [table]);
+  const set = (state: Record<string, string>) => go({ state: { sel: address.state.sel ?? "", ...state } });
+  const turn = (by: number) => texts.length > 1 && set({ text: String(((at + by + texts.length) % texts.length) + 1) });
+  useEffect(() => {
+    const key = (event: KeyboardEvent) => {
+      if (event.target instanceof HTMLInputElement) return;
+      if (event.key === "[") turn(-1);
+      else if (event.key === "]") turn(1);
+    };
+    addEventListener("keydown", key);
+    return () => removeEventListener("keydown", key);
+  });
+  const shown = useMemo(() => all.filter((token) => token.sequence === all[0]?.sequence), [all]);
+  const counted = all.filter((token) => !Number.isNaN(token.change));
+  const changed = counted.filter((token) => Math.abs(token.change) > 0.1).length;
+  const mean = counted.reduce((sum, token) => sum + token.change, 0) / (counted.length || 1);
+  const strongest = [...shown].filter((t) => !Number.isNaN(t.change)).sort((a, b) => Math.abs(b.change) - Math.abs(a.change))[0];
+  const chosen = shown.find((token) => String(token.at) === address.state.token) ?? strongest;
+  const several = new Set(all.map((token) => token.sequence)).size;
+  return (
+    <section class="aside" key={theme}>
+      <h2>
+        Where in a text{" "}
+        <small>
+          without {effect.writer} → {effect.reader}.<span class={portClass(effect.port)}>{effect.port}</span>
+        </small>{" "}
+        {texts.length > 1 && (
+          <span class="step">
+            text <b>{at + 1}</b> of {texts.length}{" "}
+            <button onClick={() => turn(-1)} aria-label="the text before">
+              [
+            </button>
+            <button onClick={() => turn(1)} aria-label="the next text">
+              ]
+            </button>
+          </span>
+        )}
+        {all.length > 0 && <Behind name="tokens" rows={() => rowsOf(all)} />}
+      </h2>
+      {!stored || (carried && !table) ? (
+        <p class="note">
+          Its effect token by token is not stored:{" "}
+          <Command text={`vweights ablate ${map.model} ${effect.writer} ${effect.reader}.${effect.port} --by-token`} />
+        </p>
+      ) : !carried ? (
+        <p class="note">Reading …</p>
+      ) : (
+        <>
+          <ColouredText tokens={shown} chosen={chosen?.at ?? -1} onChoose={(token) => set({ text: address.state.text ?? "", token: String(token) })} />
+          <p class="legend">
+            −2 nats <span class="ramp" /> +2 nats
+            <span>
+              {changed} of {counted.length} tokens change by more than .1 nats; the mean is {signed(mean, 3)}.
+            </span>
+          </p>
+          {chosen && <Chosen token={chosen} />}
+          {shown.length > 2 && (
+            <>
+              <h2>
+                Along the text{" "}
+                <small>
+                  loss by position{several > 1 ? `, mean of ${several} sequences` : ""}
+                </small>
+              </h2>
+              <Along tokens={all} width={Math.min(width, 700)} />
+              <p class="note">{String(table?.stamp.text ?? "")}</p>
+            </>
+          )}
+        </>
+      )}
+      <p class="actions">
+        <button onClick={() => go({ page: "pair", name: `${effect.writer}/${effect.reader}.${effect.port}`, state: {} })}>
+          Open the pair
+        </button>
+      </p>
+    </section>
   );
 }

@@ -1,10 +1,13 @@
 /** Who feeds a head, and whom it feeds: all writers on the left, its card in the middle, all readers on the right. */
 
 import { useEffect, useMemo, useState } from "preact/hooks";
+import { Card } from "./card";
 import { type MapDocument, type Pairs, type Part, loadPairs } from "./data";
-import { BEHAVIOURS, Sign, figure, overChance, percent, portClass, ramp, signed } from "./marks";
+import { figure, overChance, percent, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
 import { Behind } from "./table";
+
+const COLUMNS = ["score", "share", "attribution"];
 
 interface Cell {
   label: string;
@@ -19,131 +22,61 @@ const SAYS: Record<string, string> = {
   V: "what it moves",
 };
 const LATER: Record<string, string> = { Q: "later queries", K: "later keys", V: "later values" };
+const PORTS = ["Q", "K", "V"];
 
-export function HeadPage({ map, address, go, width, theme }: PageProps) {
+export function HeadPage({ map, address, go, theme }: PageProps) {
   const part = map.parts.find((one) => one.label === address.name);
-  const ports = ["Q", "K", "V"].filter((port) => map.ports.includes(port));
   const [all, setAll] = useState<Record<string, Pairs>>({});
   useEffect(() => {
-    void Promise.all(map.ports.map(loadPairs)).then((ports) =>
+    void Promise.all(map.ports.map((port) => loadPairs(port, COLUMNS))).then((ports) =>
       setAll(Object.fromEntries(ports.map((pairs) => [pairs.port, pairs]))),
     );
   }, []);
-  const heads = map.parts.filter((one) => one.kind === "head");
-  if (!part || part.kind !== "head") {
+  if (!part) {
+    const heads = map.parts.filter((one) => one.kind === "head");
     return (
       <main>
-        <h1>No head {address.name}</h1>
+        <h1>No part {address.name}</h1>
         <p class="note">
-          This model has heads from {heads[0]?.label} to {heads.at(-1)?.label}.
+          This model has heads from {heads[0]?.label} to {heads.at(-1)?.label}, and parts such as{" "}
+          {map.parts.find((one) => one.kind === "mlp")?.label ?? "embed"}.
         </p>
       </main>
     );
   }
+  const alike = map.parts.filter((one) => one.kind === part.kind);
   const move = (by: number) => {
-    const at = heads.indexOf(part);
-    const next = heads[at + by];
+    const next = alike[alike.indexOf(part) + by];
     if (next) go({ page: "head", name: next.label, state: {} });
   };
-  const behaviours = map.behaviours[part.label];
-  const effects = map.effects.filter(
-    (one) => one.kind === "asked" && (one.writer === part.label || [one.reader, ...one.shared].includes(part.label)),
-  );
-  const open = (label: string) => label.includes("H") && go({ page: "head", name: label.split(".")[0]!, state: {} });
+  const open = (label: string) => go({ page: "head", name: label, state: {} });
+  const pair = (name: string) => go({ page: "pair", name, state: {} });
+  const reads = part.kind === "head" ? PORTS : Object.keys(all).filter((port) => all[port]!.readers.includes(part.label));
+  const strip = { map, part, theme, onOpen: open, onPair: pair };
   return (
     <main class="component">
       <section class="side">
         <h2>All that writes into it</h2>
         <p class="lead">Every earlier part by layer and head; colour: score over chance, log₂.</p>
-        {ports.map((port) => (
-          <Strip key={port} map={map} pairs={all[port]} port={port} part={part} into theme={theme} onOpen={open} />
-        ))}
-      </section>
-      <section class="card">
-        <h1>
-          {part.label} <Sign behaviour={behaviours?.label} /> <small>{BEHAVIOURS[behaviours?.label ?? ""] ?? "no label"}</small>
-          <span class="step">
-            <button onClick={() => move(-1)} aria-label="the head before">
-              ←
-            </button>{" "}
-            <button onClick={() => move(1)} aria-label="the next head">
-              →
-            </button>
-          </span>
-        </h1>
-        {part.group && (
-          <p>
-            Keys and values shared with{" "}
-            {heads
-              .filter((one) => one.group === part.group && one !== part)
-              .map((one) => one.label)
-              .join(", ") || "none"}
-            .
-          </p>
-        )}
-        <h3>
-          Where it attends <small>mean over repeated random tokens</small>
-        </h3>
-        {behaviours ? (
-          <table class="bars">
-            <tbody>
-              {Object.entries(behaviours.scores)
-                .sort((a, b) => b[1] - a[1])
-                .map(([name, value]) => (
-                  <tr key={name}>
-                    <th>{BEHAVIOURS[name] ?? name}</th>
-                    <td>
-                      <i style={{ width: `${100 * value}%` }} />
-                    </td>
-                    <td>{figure(value, 2)}</td>
-                  </tr>
-                ))}
-            </tbody>
-          </table>
-        ) : (
-          <p class="note">
-            Not stored: <code>vweights map {map.model} -o ATLAS --repeated</code>
-          </p>
-        )}
-        <h3>
-          When its edges were removed <small>nats</small>
-        </h3>
-        {effects.length ? (
-          <table class="edges">
-            <tbody>
-              {effects.map((one) => (
-                <tr key={`${one.writer}${one.reader}${one.port}`}>
-                  <td>{one.writer === part.label ? "out" : "in"}</td>
-                  <td>
-                    {one.writer} → {one.reader}.<span class={portClass(one.port)}>{one.port}</span>
-                  </td>
-                  <td>
-                    <b>{signed(one.effect)}</b>
-                  </td>
-                  <td class="muted">
-                    {figure(one.low, 2)} to {figure(one.high, 2)}
-                  </td>
-                </tr>
-              ))}
-            </tbody>
-          </table>
-        ) : (
-          <p class="note">
-            None was: <code>vweights ablate {map.model} WRITER {part.label}.K</code>
-          </p>
-        )}
-        <hr />
-        <p class="note">
-          What reaches it on a text of yours: <code>vweights trace {map.model} --prompt "…" --reader {part.label}.K</code>
+        {reads
+          .filter((port) => map.ports.includes(port))
+          .map((port) => (
+            <Strip key={port} {...strip} pairs={all[port]} port={port} into />
+          ))}
+        {reads.length === 0 && <p class="note">It reads nothing of the stream.</p>}
+        <p class="legend">
+          ¼ chance <span class="ramp" /> 4 × chance <i class="key box" /> listed: the five foremost
+          <i class="key dead" /> writes or reads nothing
         </p>
       </section>
+      <Card map={map} part={part} onMove={move} onPair={pair} />
       <section class="side">
         <h2>All that it feeds</h2>
         <p class="lead">Every later reader; same colour, same scale.</p>
-        {ports.map((port) => (
-          <Strip key={port} map={map} pairs={all[port]} port={port} part={part} theme={theme} onOpen={open} />
+        {PORTS.filter((port) => map.ports.includes(port)).map((port) => (
+          <Strip key={port} {...strip} pairs={all[port]} port={port} />
         ))}
-        <Others map={map} all={all} part={part} theme={theme} width={width} />
+        <Others map={map} all={all} part={part} theme={theme} />
       </section>
     </main>
   );
@@ -160,7 +93,7 @@ export function cellsOf(pairs: Pairs, label: string, into: boolean): Cell[] {
     const at = into ? fixed * writers.length + i : i * writers.length + fixed;
     const value = score?.[at] ?? NaN;
     if (!Number.isNaN(value)) {
-      cells.push({ label: other, value, share: share?.[at] ?? NaN, attribution: attribution?.[at] ?? NaN });
+      cells.push({ label: other, value: value < Infinity ? value : NaN, share: share?.[at] ?? NaN, attribution: attribution?.[at] ?? NaN });
     }
   });
   return cells;
@@ -174,9 +107,10 @@ interface StripProps {
   into?: boolean;
   theme: string;
   onOpen: (label: string) => void;
+  onPair: (name: string) => void;
 }
 
-function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripProps) {
+function Strip({ map, pairs, port, part, into = false, theme, onOpen, onPair }: StripProps) {
   const [tip, setTip] = useState<{ cell: Cell; x: number; y: number } | null>(null);
   const cells = useMemo(() => (pairs ? cellsOf(pairs, part.label, into) : []), [pairs, part.label, into]);
   const colour = useMemo(ramp, [theme]);
@@ -191,7 +125,15 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
   const wide = Math.min(20, 350 / Math.max(1, last - first + 1 + (into ? 1 : 0)));
   const tall = Math.min(13.6, 122 / rows);
   const left = 24 + (into ? wide : 0);
-  const measure = (cell: Cell) => (Number.isNaN(cell.share) ? cell.value : cell.share);
+  const ran = cells.some((cell) => !Number.isNaN(cell.share));
+  const estimated = !into && cells.some((cell) => !Number.isNaN(cell.attribution));
+  const measure = (cell: Cell) => (estimated ? Math.abs(cell.attribution) : ran ? cell.share : cell.value) || 0;
+  const removed = (cell: Cell) =>
+    map.effects.find(
+      (one) => !into && one.port === port && one.writer === part.label && [one.reader, ...one.shared].includes(cell.label),
+    );
+  const pairOf = (label: string) => (into ? `${label}/${part.label}.${port}` : `${part.label}/${label}.${port}`);
+  const isHead = (label: string) => /^L\d+H\d+$/.test(label);
   const groupOf = (cell: Cell) => (into || !pairs ? "" : pairs.groups[pairs.readers.indexOf(cell.label)]) || cell.label;
   const foremost: { cell: Cell; shared: string[] }[] = [];
   for (const cell of [...cells].sort((a, b) => measure(b) - measure(a))) {
@@ -217,12 +159,13 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
         over_chance: cell.value / chance,
         share: cell.share,
         first_order_nats: cell.attribution,
+        removed_nats: removed(cell)?.effect ?? null,
       }));
   const height = tall * rows + (into && others.length ? tall + 20 : 18);
   return (
     <div class="strip">
       <h3>
-        <span class={portClass(port)}>{port}</span> {into ? SAYS[port] : LATER[port]}
+        <span class={portClass(port)}>{port}</span> {into ? (SAYS[port] ?? "what it reads") : LATER[port]}
       </h3>
       {!pairs ? (
         <p class="note">Reading …</p>
@@ -233,10 +176,36 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
           <svg
             width={left + wide * (last - first + 1) + 34}
             height={height}
-            role="img"
+            role="application"
             aria-label={`${cells.length} ${into ? "writers" : "readers"}, port ${port}`}
+            tabIndex={0}
             onPointerLeave={() => setTip(null)}
+            onBlur={() => setTip(null)}
+            onKeyDown={(event) => {
+              const step = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+              if (step) {
+                const from = tip ? byLabel.get(tip.cell.label) : null;
+                const next = from
+                  ? heads.find((cell) => {
+                      const one = byLabel.get(cell.label);
+                      return one?.layer === (from.layer ?? 0) + step[0]! && one.head === (from.head ?? 0) + step[1]!;
+                    })
+                  : foremost.find(({ cell }) => isHead(cell.label))?.cell ?? heads[0];
+                const at = next && place(next);
+                if (next && at) setTip({ cell: next, x: at[0], y: at[1] });
+                event.preventDefault();
+              } else if (event.key === "Enter" && tip) {
+                if (isHead(part.label)) onPair(pairOf(tip.cell.label));
+                else onOpen(tip.cell.label);
+              }
+            }}
           >
+            {tip && (
+              <rect class="cursor" x={tip.x - 0.5} y={tip.y - 0.5} width={wide + 1} height={tall + 1} />
+            )}
+            <pattern id="dead" width="4" height="4" patternUnits="userSpaceOnUse">
+              <path class="hatch" d="M0,4L4,0" />
+            </pattern>
             {into && others.some((cell) => cell.label === "embed") && (
               <text class="axis" x={0} y={height - 2}>
                 embed
@@ -257,10 +226,10 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
                   y={at[1] + 0.5}
                   width={Math.max(1, wide - 1)}
                   height={Math.max(1, tall - 1)}
-                  fill={colour(overChance(cell.value / chance))}
+                  fill={Number.isNaN(cell.value) ? "url(#dead)" : colour(overChance(cell.value / chance))}
                   class={outlined.has(cell.label) ? "outlined" : ""}
                   onPointerEnter={() => setTip({ cell, x: at[0], y: at[1] })}
-                  onClick={() => onOpen(cell.label)}
+                  onClick={() => (isHead(cell.label) && isHead(part.label) ? onPair(pairOf(cell.label)) : onOpen(cell.label))}
                 />
               ) : null;
             })}
@@ -276,7 +245,7 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
             ))}
           </svg>
           {tip && (
-            <div class="tip" style={{ left: Math.min(210, tip.x + 10), top: tip.y - 58 }}>
+            <div class="tip" role="status" style={{ left: Math.min(210, tip.x + 10), top: tip.y - 58 }}>
               <b>{into ? `${tip.cell.label} → ${part.label}.${port}` : `${part.label} → ${tip.cell.label}.${port}`}</b>
               <br />
               score {figure(tip.cell.value)}, {figure(tip.cell.value / chance, 1)} × chance
@@ -288,16 +257,25 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
               )}
             </div>
           )}
-          <ol>
-            {foremost.map(({ cell, shared }) => (
-              <li key={cell.label}>
-                <button onClick={() => onOpen(cell.label)} disabled={!/H\d+$/.test(cell.label)}>
-                  {cell.label}
-                  <small> {shared.map((other) => other.replace(/^L\d+/, "")).join(" ")}</small>
-                </button>
-                <span>{Number.isNaN(cell.share) ? figure(cell.value) : percent(cell.share)}</span>
-              </li>
-            ))}
+          <ol class={estimated ? "three-columns" : ""}>
+            <li class="muted">
+              <span />
+              <span>{ran ? "share" : "score"}</span>
+              {estimated && <span>loss without it</span>}
+            </li>
+            {foremost.map(({ cell, shared }) => {
+              const effect = removed(cell);
+              return (
+                <li key={cell.label}>
+                  <button onClick={() => onOpen(cell.label)}>
+                    {together([cell.label, ...shared])}
+                  </button>
+                  <span>{ran ? percent(cell.share) : figure(cell.value)}</span>
+                  {estimated &&
+                    (effect ? <b>{signed(effect.effect)}</b> : <span class="muted">{signed(cell.attribution)} est.</span>)}
+                </li>
+              );
+            })}
             <li>
               <span class="muted">+ {cells.length - foremost.reduce((n, one) => n + 1 + one.shared.length, 0)} more</span>{" "}
               <Behind name={`${part.label}-${port}-${into ? "writers" : "readers"}`} rows={rowsOf} />
@@ -309,7 +287,16 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen }: StripPro
   );
 }
 
-function Others({ map, all, part, theme }: { map: MapDocument; all: Record<string, Pairs>; part: Part; theme: string; width: number }) {
+/** Heads that share a map under one name, L19H6–8. */
+function together(labels: string[]): string {
+  const heads = labels.map((label) => Number(/H(\d+)$/.exec(label)?.[1] ?? NaN)).sort((a, b) => a - b);
+  if (labels.length === 1 || heads.some(Number.isNaN)) return labels.join(", ");
+  const stem = labels[0]!.replace(/\d+$/, "");
+  const run = heads.every((head, i) => i === 0 || head === heads[i - 1]! + 1);
+  return run ? `${stem}${heads[0]}–${heads.at(-1)}` : `${stem}${heads.join(", ")}`;
+}
+
+function Others({ map, all, part, theme }: { map: MapDocument; all: Record<string, Pairs>; part: Part; theme: string }) {
   const colour = useMemo(ramp, [theme]);
   const chance = 1 / Math.sqrt(map.width);
   const ports = map.ports.filter((port) => !["Q", "K", "V"].includes(port) && all[port]);
@@ -321,6 +308,7 @@ function Others({ map, all, part, theme }: { map: MapDocument; all: Record<strin
       </h3>
       {ports.map((port) => {
         const cells = cellsOf(all[port]!, part.label, false);
+        if (!cells.length) return null;
         const wide = Math.min(20, 340 / Math.max(1, cells.length));
         return (
           <div key={port} class="row">

@@ -1,7 +1,7 @@
 /** Which depths talk to which: every pair of heads, rows read and columns write, with the width of the stream beside. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { type Bandwidth, loadBandwidth } from "./data";
+import { type Table, loadBandwidth, numbers } from "./data";
 import { css, figure, overChance, portClass, ramp } from "./marks";
 import { type PageProps, usePort } from "./page";
 import { Behind } from "./table";
@@ -16,7 +16,7 @@ interface Head {
 export function LayersPage(props: PageProps) {
   const { map, address, go, width, theme } = props;
   const { ports, port, pairs } = usePort(props);
-  const [bandwidth, setBandwidth] = useState<Bandwidth | null>(null);
+  const [bandwidth, setBandwidth] = useState<Table | null>(null);
   const [at, setAt] = useState<{ reader: Head; writer: Head; value: number; x: number; y: number } | null>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   useEffect(() => void (map.stored.bandwidth && loadBandwidth().then(setBandwidth)), []);
@@ -60,7 +60,7 @@ export function LayersPage(props: PageProps) {
     readers.forEach((r, row) => {
       writers.forEach((w, column) => {
         const value = score[r.index * pairs.writers.length + w.index]!;
-        if (Number.isNaN(value)) return;
+        if (!(value < Infinity)) return;
         const step = Math.round(64 * overChance(value / chance));
         let tone = known.get(step);
         if (!tone) known.set(step, (tone = shade(step / 64)));
@@ -180,16 +180,17 @@ export function LayersPage(props: PageProps) {
 }
 
 /** Directions in use at each depth, entropy ranks, depth downwards. */
-function Depth({ bandwidth, width, height, top }: { bandwidth: Bandwidth; width: number; height: number; top: number }) {
-  const column = (name: string) => bandwidth.columns.find((one) => one.name === name)?.values ?? [];
+function Depth({ bandwidth, width, height, top }: { bandwidth: Table; width: number; height: number; top: number }) {
   const d = Number(bandwidth.stamp.d_model);
   const states = bandwidth.labels.length;
   const x = (value: number) => 8 + ((width - 90) * value) / d;
   const y = (state: number) => top + ((height - 40) * state) / Math.max(1, states - 1);
-  const path = (values: (number | null)[]) =>
-    values.map((value, i) => (value === null ? "" : `${i ? "L" : "M"}${x(value)},${y(i)}`)).join("");
-  const [written, read, live] = ["written_entropy_rank", "read_entropy_rank_blocks", "live_entropy_rank"].map(column);
-  const name = (values: (number | null)[], at: number): [number, number] => [x(Number(values[at] ?? 0)) + 6, y(at)];
+  const path = (values: number[]) =>
+    values.map((value, i) => (Number.isNaN(value) ? "" : `${i ? "L" : "M"}${x(value)},${y(i)}`)).join("");
+  const [written, read, live] = ["written_entropy_rank", "read_entropy_rank_blocks", "live_entropy_rank"].map((name) =>
+    numbers(bandwidth, name),
+  );
+  const name = (values: number[], at: number): [number, number] => [x(values[at] || 0) + 6, y(at)];
   const late = Math.floor(states * 0.72);
   const rowsOf = () =>
     bandwidth.labels.map((state, i) => ({

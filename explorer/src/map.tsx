@@ -2,62 +2,78 @@
 
 import { useMemo } from "preact/hooks";
 import type { MapDocument } from "./data";
-import { type Edge, edgesOf, nameOf } from "./edges";
+import { type Edge, type Edges, edgeAt, edgesOf, nameOf, placeOfName, ranked } from "./edges";
 import { BEHAVIOURS, Sign, figure, percent, portClass, signed } from "./marks";
 import { type PageProps, usePort } from "./page";
 import { Scatter } from "./scatter";
 import { StreamMap } from "./stream";
 import { Behind } from "./table";
 
-const MEASURES: Record<string, { of: (edge: Edge) => number; least: number; step: number; unit: string }> = {
-  lift: { of: (edge) => edge.lift, least: 2.5, step: 0.1, unit: "" },
-  score: { of: (edge) => edge.score, least: 0.12, step: 0.005, unit: "" },
-  share: { of: (edge) => edge.share, least: 0.05, step: 0.01, unit: "" },
+const MEASURES: Record<string, { of: (edges: Edges) => Float32Array; least: number; step: number }> = {
+  lift: { of: (edges) => edges.lift, least: 2.5, step: 0.1 },
+  score: { of: (edges) => edges.score, least: 0.12, step: 0.005 },
+  share: { of: (edges) => edges.share, least: 0.05, step: 0.01 },
 };
+const ARCS = 300;
 
 export function MapPage(props: PageProps) {
   const { map, address, go, width } = props;
   const { ports, port, pairs } = usePort(props);
-  const edges = useMemo(() => (pairs ? edgesOf(map, pairs) : []), [pairs]);
+  const edges = useMemo(() => (pairs ? edgesOf(map, pairs) : null), [pairs]);
   const measure = MEASURES[address.state.measure ?? ""] ? address.state.measure! : "lift";
   const { of, least: usual, step } = MEASURES[measure]!;
   const least = Number(address.state.least ?? usual);
   const [writer, reader] = [address.state.writer ?? "", address.state.reader ?? ""];
-  const [from, to] = [Number(address.state.from ?? 1), Number(address.state.to ?? map.layers - 1)];
+  const to = Number(address.state.to ?? map.layers - 1);
   const pin = address.state.pin ?? "";
   const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
-  const fits = (edge: Edge) =>
-    (!writer || behaviour(edge.writer) === writer) &&
-    (!reader || behaviour(edge.reader) === reader) &&
-    edge.layers >= from &&
-    edge.layers <= to;
-  const held = (edge: Edge) => of(edge) >= least && fits(edge);
-  const inside = useMemo(
-    () => edges.filter(held).sort((a, b) => of(b) - of(a)),
-    [edges, least, measure, writer, reader, from, to],
+  const order = useMemo(() => {
+    if (!edges || !pairs) return null;
+    const wanted = (names: string[], label: string) => names.map((name) => !label || behaviour(name) === label);
+    const [writers, readers] = [wanted(pairs.writers, writer), wanted(pairs.readers, reader)];
+    const fits = Uint8Array.from(
+      { length: edges.count },
+      (_, i) => Number(writers[edges.writer[i]!] && readers[edges.reader[i]!] && edges.apart[i]! <= to),
+    );
+    return ranked(of(edges), fits);
+  }, [edges, measure, writer, reader, to]);
+  const inside = order?.countFrom(least) ?? 0;
+  const foremost = useMemo(
+    () => (edges && order ? [...order.foremost(least).subarray(0, ARCS)].map((at) => edgeAt(edges, at)) : []),
+    [order, least],
   );
   const set = (key: string, value: string, replace = false) =>
     go({ state: { ...address.state, [key]: value } }, replace);
   const reset = () => go({ state: port === ports[0] ? {} : { port } });
-  const open = (edge: Edge) => go({ page: "pair", name: `${edge.writer}/${edge.reader}.${edge.port}`, state: {} });
+  const open = (edge: Edge) =>
+    go({ page: "pair", name: `${edge.writer}/${edge.reader}.${edge.port}`, state: {} });
+  const pinAt = (at: number) => set("pin", at < 0 || !edges ? "" : nameOf(edgeAt(edges, at)));
   const chance = 1 / Math.sqrt(map.width);
   const narrow = width < 900;
   const columns = width >= 1240;
   const scatterWidth = columns ? Math.round(width * 0.645) : width;
-  const largest = edges.reduce((a, e) => Math.max(a, of(e) || -Infinity), -Infinity);
-  const pinned = edges.find((edge) => nameOf(edge) === pin) ?? null;
-  const rows = () =>
-    inside.map((e) => ({
-      writer: e.writer,
-      reader: `${e.reader}.${e.port}`,
-      shared_with: e.others.join(" "),
-      score: e.score,
-      expected: e.expected,
-      lift: e.lift,
-      share: e.share,
-      first_order_nats: e.attribution,
-      removed_nats: e.effect?.effect ?? null,
-    }));
+  const listed = foremost.slice(0, columns ? 9 : 12);
+  const largest = order?.largest ?? NaN;
+  const at = edges ? placeOfName(edges, pin) : -1;
+  const pinned = edges && at >= 0 ? edgeAt(edges, at) : null;
+  const rows = () => {
+    if (!edges || !order) return [];
+    const places = Int32Array.from({ length: edges.count }, (_, i) => i).filter((i) => order.fits[i] && order.values[i]! >= least);
+    return [...places.sort((a, b) => order.values[b]! - order.values[a]!)].map((i) => {
+      const e = edgeAt(edges, i);
+      return {
+        writer: e.writer,
+        reader: `${e.reader}.${e.port}`,
+        shared_with: e.others.join(" "),
+        score: e.score,
+        expected: e.expected,
+        lift: e.lift,
+        share: e.share,
+        first_order_nats: e.attribution,
+        removed_nats: e.effect?.effect ?? null,
+      };
+    });
+  };
   return (
     <main class="map">
       <div class={columns ? "two" : "one"}>
@@ -67,16 +83,18 @@ export function MapPage(props: PageProps) {
             Every {port} edge between two heads of {map.model}: how strongly it composes, against what its two ends alone
             would give.
           </p>
-          {pairs ? (
+          {edges && order ? (
             <Scatter
               edges={edges}
-              held={held}
-              least={measure === "lift" ? least : 99}
+              ranked={order}
+              measure={measure}
+              least={least}
               chance={chance}
-              pin={pin}
+              pin={at}
               behaviour={behaviour}
-              onPin={(edge) => set("pin", edge ? nameOf(edge) : "")}
-              onOpen={open}
+              onPin={pinAt}
+              onOpen={(place) => open(edgeAt(edges, place))}
+              onBrush={(value) => set("least", String(value), true)}
               width={scatterWidth}
               height={narrow ? 300 : columns ? Math.min(560, Math.round(scatterWidth * 0.418)) : 400}
             />
@@ -93,12 +111,12 @@ export function MapPage(props: PageProps) {
           <h2>
             In the brush{" "}
             <small>
-              {measure} ≥ {figure(least, 2)}: {inside.length.toLocaleString("en")} of {edges.length.toLocaleString("en")}{" "}
+              {measure} ≥ {figure(least, 2)}: {inside.toLocaleString("en")} of {(edges?.count ?? 0).toLocaleString("en")}{" "}
               channels
             </small>
             <Behind name={`edges-${port}`} rows={rows} />
           </h2>
-          {inside.length === 0 && edges.length > 0 ? (
+          {inside === 0 && edges ? (
             <p class="note">
               No edge. The largest {measure} here is{" "}
               <button onClick={() => set("least", String(Math.floor(largest * 20) / 20))}>{figure(largest, 2)}</button>.
@@ -115,7 +133,7 @@ export function MapPage(props: PageProps) {
                 </tr>
               </thead>
               <tbody>
-                {inside.slice(0, columns ? 9 : 12).map((edge) => (
+                {listed.map((edge) => (
                   <tr
                     key={nameOf(edge)}
                     class={nameOf(edge) === pin ? "selected" : ""}
@@ -145,7 +163,7 @@ export function MapPage(props: PageProps) {
               </tbody>
             </table>
           )}
-          {inside.length > 9 && <p class="note">{inside.length - Math.min(inside.length, columns ? 9 : 12)} more in the table.</p>}
+          {inside > listed.length && <p class="note">{(inside - listed.length).toLocaleString("en")} more in the table.</p>}
           {pinned && <Pin edge={pinned} chance={chance} behaviour={behaviour} onOpen={() => open(pinned)} map={map} />}
         </section>
       </div>
@@ -165,7 +183,7 @@ export function MapPage(props: PageProps) {
           <label key={side}>
             {side}{" "}
             <select value={address.state[side] ?? ""} onChange={(e) => set(side, e.currentTarget.value)}>
-              <option value="">any behaviour</option>
+              <option value="">any label</option>
               {Object.entries(BEHAVIOURS).map(([key, name]) => (
                 <option key={key} value={key}>
                   {name}
@@ -175,7 +193,7 @@ export function MapPage(props: PageProps) {
           </label>
         ))}
         <label>
-          layers apart, at most{" "}
+          layers apart ≤{" "}
           <input
             type="range"
             min={1}
@@ -192,15 +210,16 @@ export function MapPage(props: PageProps) {
             onChange={(e) => go({ state: { ...address.state, measure: e.currentTarget.value, least: "" } })}
           >
             {Object.keys(MEASURES)
-              .filter((name) => name !== "share" || edges.some((edge) => !Number.isNaN(edge.share)))
+              .filter((name) => name !== "share" || pairs?.column("share"))
               .map((name) => (
                 <option key={name}>{name}</option>
               ))}
           </select>
         </label>
         <label>
-          at least{" "}
+          ≥{" "}
           <input
+            aria-label={`least ${measure}`}
             type="range"
             min={0}
             max={Number.isFinite(largest) ? Math.ceil(largest / step) * step : 1}
@@ -211,20 +230,20 @@ export function MapPage(props: PageProps) {
           <output>{figure(least, 2)}</output>
         </label>
         <span class="count">
-          <b>{inside.length.toLocaleString("en")}</b> edges · <button onClick={reset}>Reset</button>
+          <b>{inside.toLocaleString("en")}</b> edges · <button onClick={reset}>Reset</button>
         </span>
       </div>
       <section>
         <h2>Where they run</h2>
         <p class="lead">
           What the brush holds, on the stream
-          {inside.length > 300 ? `: the 300 foremost of ${inside.length.toLocaleString("en")}` : ""}. Heads hang below it,
+          {inside > ARCS ? `: the ${ARCS} foremost of ${inside.toLocaleString("en")}` : ""}. Heads hang below it,
           one row each; an arc lands on its head. Arc width is score above chance, under every filter.
         </p>
         <div class="scroll" tabIndex={narrow ? 0 : -1}>
           <StreamMap
             map={map}
-            edges={inside.slice(0, 300)}
+            edges={foremost}
             chance={chance}
             pin={pin}
             behaviour={behaviour}

@@ -1,6 +1,7 @@
 /** What stands for what: behaviours are shapes, measures are a ramp, ports are hues. */
 
 import { interpolateLab } from "d3-interpolate";
+import { useState } from "preact/hooks";
 
 export const BEHAVIOURS: Record<string, string> = {
   induction: "induction",
@@ -66,3 +67,19 @@ export const percent = (value: number | null | undefined) =>
   value === null || value === undefined || Number.isNaN(value) ? "–" : `${(100 * value).toFixed(1)} %`;
 
 export const portClass = (port: string) => (["Q", "K", "V"].includes(port) ? `port-${port}` : "port-MLP");
+
+/** A command to run, with a button that copies it. */
+export function Command({ text }: { text: string }) {
+  const [copied, setCopied] = useState(false);
+  return (
+    <span class="command">
+      <code>{text}</code>{" "}
+      <button
+        aria-label={`copy ${text}`}
+        onClick={() => void navigator.clipboard?.writeText(text).then(() => setCopied(true), () => setCopied(false))}
+      >
+        {copied ? "copied" : "copy"}
+      </button>
+    </span>
+  );
+}

@@ -1,235 +1,368 @@
-/** What one edge carries: could, does, costs; its directions in tokens; gains against chance; rotary offsets. */
+/** What one edge carries: potential, actual, causal; its directions in tokens; gains, angles, offsets; what else arrives. */
 
-import { scaleLinear } from "d3-scale";
+import { scaleLinear, scaleSqrt, scaleSymlog } from "d3-scale";
 import { useEffect, useMemo, useState } from "preact/hooks";
-import { type Carried, type Pairs, type Table, loadCarried, loadPairs } from "./data";
-import { type Edge, edgesOf } from "./edges";
-import { Sign, figure, percent, portClass, signed } from "./marks";
+import { type Carried, type MapDocument, type Pairs, type Table, loadCarried, loadPairs, numbers } from "./data";
+import { type Edge, edgeAt, edgesOf, placeOf } from "./edges";
+import { cellsOf } from "./head";
+import { BEHAVIOURS, Command, Sign, figure, ofLoss, percent, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
 import { Behind } from "./table";
+import { Contexts } from "./text";
+import { Tokens, rowsOf } from "./tokens";
 
-interface Tokens {
-  directions: string;
-  gain: number;
-  energy: number;
-  ends: Record<string, { text: string; cosine: number; random: number }[]>;
-}
+const ARRIVES: Record<string, string> = { Q: "these queries", K: "these keys", V: "these values" };
+const WIDE = 500; // of a chart on the right
 
-const column = (table: Table | undefined, name: string) => table?.columns.find((one) => one.name === name)?.values ?? [];
-
-export function PairPage({ map, address, go, width }: PageProps) {
+export function PairPage({ map, address, go, width, theme }: PageProps) {
   const [writer = "", target = ""] = address.name.split("/");
   const [reader = "", port = ""] = target.split(".");
-  const stored = map.stored[address.name];
   const [pairs, setPairs] = useState<Pairs | null>(null);
   const [carried, setCarried] = useState<Carried | null>(null);
+  const edge = useMemo(() => {
+    const edges = pairs ? edgesOf(map, pairs) : null;
+    const at = edges ? placeOf(edges, writer, reader) : -1;
+    return edges && pairs && at >= 0 ? exact(edgeAt(edges, at), pairs, reader) : null;
+  }, [pairs, address.name]);
+  const near = [reader, ...(edge?.others ?? [])].find((name) => map.stored[`${writer}/${name}.${port}`]);
+  const stored = near === undefined ? undefined : map.stored[`${writer}/${near}.${port}`];
   useEffect(() => {
     setPairs(null);
-    setCarried(null);
     if (map.ports.includes(port)) void loadPairs(port).then(setPairs);
-    if (stored) void loadCarried(stored).then(setCarried);
   }, [address.name]);
-  const edge: Edge | undefined = useMemo(
-    () => (pairs ? edgesOf(map, pairs).find((one) => one.writer === writer && [one.reader, ...one.others].includes(reader)) : undefined),
-    [pairs],
-  );
-  const chance = 1 / Math.sqrt(map.width);
+  useEffect(() => {
+    setCarried(null);
+    if (stored) void loadCarried(stored).then(setCarried);
+  }, [stored]);
   const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
   if (!map.ports.includes(port) || (pairs && !edge)) {
+    const example = map.parts.find((part) => part.kind === "head")?.label ?? "L0H0";
     return (
       <main>
         <h1>No edge {address.name.replace("/", " → ")}</h1>
-        <p class="note">An edge goes from a head to a later head's Q, K or V, for example {map.parts.find((p) => p.kind === "head")?.label} → …</p>
+        <p class="note">
+          An edge goes from a head to the Q, K or V of a later head, for example from {example} to L1H0.K, and both must write and
+          read something.
+        </p>
       </main>
     );
   }
+  const says = (head: string) => BEHAVIOURS[behaviour(head) ?? ""];
   return (
     <main class="pair">
-      <h1>
-        <Sign behaviour={behaviour(writer)} /> {writer} → <Sign behaviour={behaviour(reader)} /> {reader}.
-        <span class={portClass(port)}>{port}</span>
-        <span class="step">
-          <button onClick={() => go({ page: "head", name: writer, state: {} })}>{writer}</button>{" "}
-          <button onClick={() => go({ page: "head", name: reader, state: {} })}>{reader}</button>
-        </span>
-      </h1>
-      {edge && (
-        <dl class="three">
-          <div>
-            <dt>could</dt>
-            <dd>
-              <b>{figure(edge.score / chance, 1)} ×</b> chance
-              <small>
-                score {figure(edge.score)}, lift {signed(edge.lift)}: {figure(edge.expected)} would be expected of its ends
-              </small>
-            </dd>
-          </div>
-          <div>
-            <dt>does</dt>
-            <dd>
-              {Number.isNaN(edge.share) ? (
-                <code>vweights map {map.model} -o ATLAS --repeated</code>
-              ) : (
-                <>
-                  <b>{percent(edge.share)}</b> of its {port} input
-                  <small>{map.run ? `on ${map.run.text}` : ""}</small>
-                </>
-              )}
-            </dd>
-          </div>
-          <div>
-            <dt>costs</dt>
-            <dd>
-              {edge.effect ? (
-                <>
-                  <b>{signed(edge.effect.effect)}</b> nats
-                  <small>
-                    {figure(edge.effect.low, 2)} to {figure(edge.effect.high, 2)}, removed in a run
-                  </small>
-                </>
-              ) : Number.isNaN(edge.attribution) ? (
-                <code>
-                  vweights ablate {map.model} {writer} {target} --repeated
-                </code>
-              ) : (
-                <>
-                  <b>{signed(edge.attribution)}</b> nats, first order
-                  <small>
-                    <code>
-                      vweights ablate {map.model} {writer} {target} --repeated
-                    </code>
-                  </small>
-                </>
-              )}
-            </dd>
-          </div>
-        </dl>
-      )}
-      {!stored ? (
-        <p class="note">
-          What it carries is not stored; <code>vweights channel {map.model} {writer} {target} --nearest 5</code> computes it.
-        </p>
-      ) : (
-        carried && <Contents carried={carried} width={width} />
-      )}
+      <div class="three">
+        <h1>
+          <Sign behaviour={behaviour(writer)} /> {writer} → <Sign behaviour={behaviour(reader)} /> {reader}.
+          <span class={portClass(port)}>{port}</span>
+          <small>
+            {says(writer) && says(reader) ? `From a head labelled ${says(writer)} to one labelled ${says(reader)}` : `Port ${port}`}
+            {edge && edge.others.length > 0 && `; the same map is read by ${edge.others.join(", ")}`}
+          </small>
+        </h1>
+        {edge && <Figures map={map} edge={edge} target={target} pairs={pairs!} />}
+      </div>
+      <p class="actions">
+        <button onClick={() => go({ page: "head", name: writer, state: {} })}>All of {writer}</button>
+        <button onClick={() => go({ page: "head", name: reader, state: {} })}>All of {reader}</button>
+        {edge && (
+          <>
+            <button onClick={() => go({ page: "map", name: "", state: { port, pin: `${edge.writer}>${edge.reader}.${port}` } })}>
+              Pin on the map
+            </button>
+            {edge.effect && (
+              <button onClick={() => go({ page: "effects", name: "", state: { sel: `${edge.effect!.writer}>${edge.effect!.reader}.${port}` } })}>
+                Where in a text it matters
+              </button>
+            )}
+          </>
+        )}
+      </p>
+      <div class={width >= 1140 ? "two" : "one"}>
+        <section class="main">
+          {stored && near !== reader && (
+            <p class="note">
+              Directions, angles and tokens below are stored for {near}.{port}, which shares the {port === "K" ? "key" : "value"}; of
+              this reader: <Command text={`vweights channel ${map.model} ${writer} ${target} --nearest 5`} />
+            </p>
+          )}
+          {!stored ? (
+            <p class="note">
+              What it carries is not stored: <Command text={`vweights channel ${map.model} ${writer} ${target} --nearest 5`} />
+            </p>
+          ) : (
+            carried && <Directions carried={carried} writer={writer} target={target} port={port} address={address} go={go} />
+          )}
+          {carried?.edge_tokens && <Contexts texts={carried.edge_tokens} port={port} />}
+        </section>
+        <section class="aside">
+          {edge && pairs && <MainEffects map={map} edge={edge} pairs={pairs} />}
+          {carried?.pair_angles && <Angles angles={carried.pair_angles} />}
+          {carried?.offset_profile && <Offsets profile={carried.offset_profile} />}
+          {edge && pairs && <Arriving pairs={pairs} reader={edge.reader} writer={writer} port={port} map={map} />}
+          {edge?.effect && <Among map={map} edge={edge} theme={theme} />}
+        </section>
+      </div>
     </main>
   );
 }
 
-function Contents({ carried, width }: { carried: Carried; width: number }) {
-  const [all, setAll] = useState(false);
-  const rows = useMemo(() => tokensOf(carried.channel_tokens), [carried]);
-  const above = rows.some((row) => Object.values(row.ends).some((end) => end.some((one) => Math.abs(one.cosine) > one.random)));
-  const tokens = (row: Tokens, end: string) => {
-    const tokens = (row.ends[end] ?? []).filter((one) => all || Math.abs(one.cosine) > one.random);
-    return tokens.length === 0 ? (
-      <span class="muted">none above chance</span>
-    ) : (
-      tokens.slice(0, 5).map((one, i) => (
-        <span key={i} class={Math.abs(one.cosine) > one.random ? "token above" : "token"}>
-          {one.text} <small>{figure(one.cosine, 2)}</small>
-        </span>
-      ))
-    );
-  };
-  const table = () =>
-    rows.flatMap((row) =>
-      Object.entries(row.ends).flatMap(([end, tokens]) =>
-        tokens.map((one) => ({ directions: row.directions, gain: row.gain, end, token: one.text, cosine: one.cosine, chance: one.random })),
-      ),
-    );
+/** The same edge with the figures of one of the readers that share the map. */
+function exact(edge: Edge, pairs: Pairs, reader: string): Edge {
+  const at = pairs.readers.indexOf(reader) * pairs.writers.length + pairs.writers.indexOf(edge.writer);
+  const [score, lift, share, attribution] = ["score", "lift", "share", "attribution"].map((name) => pairs.column(name)?.[at] ?? NaN);
+  const others = [edge.reader, ...edge.others].filter((name) => name !== reader);
+  return { ...edge, reader, others, score: score!, lift: lift!, share: share!, attribution: attribution!, expected: score! * 2 ** (-lift! / 2) };
+}
+
+function Figures({ map, edge, target, pairs }: { map: MapDocument; edge: Edge; target: string; pairs: Pairs }) {
+  const chance = 1 / Math.sqrt(map.width);
+  const cells = cellsOf(pairs, edge.reader, true);
+  const place = 1 + cells.filter((cell) => cell.share > edge.share).length;
+  const foremost = [...cells].sort((a, b) => b.share - a.share).find((cell) => cell.label !== edge.writer);
+  const command = `vweights ablate ${map.model} ${edge.writer} ${target} --repeated`;
+  const random = map.effects.filter((one) => one.kind === "random" && one.port === edge.port).map((one) => Math.abs(one.effect));
   return (
-    <div class={width >= 1140 ? "two" : "one"}>
-      <section style={{ flex: 1.35, minWidth: 0 }}>
-        <h2>
-          What is written, and what is read <Behind name="tokens" rows={table} />
-        </h2>
-        <p class="lead">
-          Directions by gain; beside each the nearest tokens, embedding or unembedding.{" "}
-          {above ? "" : "No token of any direction stands nearer than chance. "}
-          <button onClick={() => setAll(!all)}>{all ? "Only those above chance" : "Show the nearest anyway"}</button>
-        </p>
-        <div class="scroll" tabIndex={0}>
-          <table class="tokens">
-            <thead>
-              <tr>
-                <th>written tokens</th>
-                <th>gain</th>
-                <th>read tokens</th>
-              </tr>
-            </thead>
-            <tbody>
-              {rows.map((row) => (
-                <tr key={row.directions}>
-                  <td>{tokens(row, "written")}</td>
-                  <td>
-                    <b>{row.gain.toPrecision(3)}</b>
-                    <small> {row.directions}</small>
-                  </td>
-                  <td>{tokens(row, "read")}</td>
-                </tr>
-              ))}
-            </tbody>
-          </table>
-        </div>
-      </section>
-      <section style={{ flex: 1, minWidth: 0 }}>
-        <Gains channel={carried.channel} />
-        {carried.offset_profile && <Offsets profile={carried.offset_profile} />}
-      </section>
-    </div>
+    <dl>
+      <div>
+        <dt>Potential</dt>
+        <dd>
+          <b>{figure(edge.score / chance, 1)} ×</b> chance, score {figure(edge.score)}
+          <small>
+            lift {signed(edge.lift)}: {figure(2 ** edge.lift, 1)} × the energy its ends explain
+          </small>
+        </dd>
+      </div>
+      <div>
+        <dt>Actual</dt>
+        <dd>
+          {Number.isNaN(edge.share) ? (
+            <>
+              not run <Command text={`vweights map ${map.model} -o ATLAS --repeated`} />
+            </>
+          ) : (
+            <>
+              <b>{percent(edge.share)}</b> of the input of {ARRIVES[edge.port] ?? "this port"}
+              <small>
+                {place}
+                {["th", "st", "nd", "rd"][place % 100 > 3 && place % 100 < 21 ? 0 : Math.min(place % 10, 4) % 4]} of {cells.length} writers
+                {foremost && `, ${place === 1 ? "before" : "after"} ${foremost.label}`}
+              </small>
+            </>
+          )}
+        </dd>
+      </div>
+      <div>
+        <dt>Causal</dt>
+        <dd>
+          {edge.effect ? (
+            <>
+              <b class={edge.effect.effect > 0 ? "up" : "down"}>{signed(edge.effect.effect)}</b> nats without it
+              {edge.effect.low !== null && `, 95%: ${figure(edge.effect.low, 2)} to ${figure(edge.effect.high, 2)}`}
+              <small>
+                {random.length > 0 && `largest of ${random.length} random ${edge.port} edges ${figure(Math.max(...random))}; `}
+                {map.ablation?.sequences} sequences
+                {Number(map.ablation?.sequences) < 32 && " of the 32 that an interval asks for"}
+              </small>
+            </>
+          ) : (
+            <>
+              {Number.isNaN(edge.attribution) ? "not run" : `${signed(edge.attribution)} nats, to first order`}{" "}
+              <Command text={command} />
+            </>
+          )}
+        </dd>
+      </div>
+    </dl>
   );
 }
 
-function tokensOf(table: Table | undefined): Tokens[] {
-  const rows = new Map<string, Tokens>();
-  const [directions, gains, energies, ends, texts, ids, cosines, randoms] = [
-    "directions", "gain", "energy", "end", "text", "token", "cosine", "random",
-  ].map((name) => column(table, name)) as [string[], number[], number[], string[], (string | null)[], number[], number[], number[]];
-  for (let i = 0; i < directions.length; i++) {
-    const key = directions[i]!;
-    let row = rows.get(key);
-    if (!row) rows.set(key, (row = { directions: key, gain: gains[i]!, energy: energies[i]!, ends: {} }));
-    const text = texts[i] === null || texts[i] === undefined ? `#${ids[i]}` : `“${texts[i]!.replaceAll("\n", "⏎")}”`;
-    (row.ends[ends[i]!] ??= []).push({ text, cosine: cosines[i]!, random: randoms[i]! });
-  }
-  for (const row of rows.values())
-    for (const end of Object.values(row.ends)) end.sort((a, b) => Math.abs(b.cosine) - Math.abs(a.cosine));
-  return [...rows.values()];
-}
-
-function Gains({ channel }: { channel: Table | undefined }) {
-  if (!channel) return null;
-  const gains = column(channel, "gain") as number[];
-  const edge = Number(channel.stamp.null_edge ?? 0);
-  const y = scaleLinear([0, Math.max(edge, ...gains) * 1.05], [150, 8]);
-  const step = 460 / Math.max(1, gains.length);
-  const over = gains.filter((gain) => gain > edge).length;
+function Directions({
+  carried,
+  writer,
+  target,
+  port,
+  address,
+  go,
+}: { carried: Carried; writer: string; target: string; port: string } & Pick<PageProps, "address" | "go">) {
+  const rows = useMemo(() => rowsOf(carried.channel_tokens), [carried]);
+  const edge = Number(carried.channel?.stamp.null_edge ?? 0);
+  const table = () =>
+    rows.flatMap((row) =>
+      Object.entries(row.ends).flatMap(([end, tokens]) =>
+        tokens.map((one) => ({
+          directions: row.directions,
+          gain: row.gain,
+          cosine_written_read: row.between,
+          end,
+          token: one.text,
+          cosine: one.cosine,
+          chance: one.random,
+          side: one.side,
+        })),
+      ),
+    );
   return (
     <>
       <h2>
-        All gains{" "}
+        What it carries, direction by direction <Behind name="tokens" rows={table} />
+      </h2>
+      <p class="lead">
+        Written by {writer}, read by {target}. Bold: nearer than the best of as many random directions. Underlined: on both sides,
+        which at a cosine near 1 is one finding, not two. Near-equal gains share a row.
+      </p>
+      <div class={`scroll bars-${port}`} tabIndex={0}>
+        <Tokens
+          rows={rows}
+          ends={["written", "read"]}
+          chart
+          edge={edge}
+          chosen={address.state.row}
+          onChoose={(row) => go({ state: { ...address.state, row: row === address.state.row ? "" : row } })}
+        />
+      </div>
+      {carried.channel && <Gains channel={carried.channel} port={port} />}
+    </>
+  );
+}
+
+function Gains({ channel, port }: { channel: Table; port: string }) {
+  const gains = numbers(channel, "gain");
+  const edge = Number(channel.stamp.null_edge ?? 0);
+  const y = scaleLinear([0, Math.max(edge, ...gains) * 1.05], [150, 8]);
+  const width = 740;
+  const step = width / Math.max(1, gains.length);
+  const above = gains.filter((gain) => gain > edge);
+  const energy = (values: number[]) => values.reduce((sum, gain) => sum + gain * gain, 0);
+  return (
+    <>
+      <h2>
+        All {gains.length} gains{" "}
         <Behind name="gains" rows={() => gains.map((gain, i) => ({ direction: i + 1, gain, null_edge: edge }))} />
       </h2>
       <p class="lead">
-        {over} of {gains.length} are larger than the largest of a random orientation would be (dotted).
+        {above.length} above the null edge (dotted: what the largest gain reaches in 99% of random orientations); they hold{" "}
+        {((100 * energy(above)) / (energy(gains) || 1)).toFixed(0)}% of the energy.
       </p>
-      <svg width={500} height={176} role="img" aria-label={`${gains.length} gains, ${over} above chance`}>
-        {gains.map((gain, i) => (
-          <rect key={i} class={gain > edge ? "gain above" : "gain"} x={30 + step * i} width={Math.max(1, step - 1)} y={y(gain)} height={150 - y(gain)} />
+      <div class={`scroll bars-${port}`} tabIndex={0}>
+        <svg width={width + 40} height={176} role="img" aria-label={`${gains.length} gains, ${above.length} above the null edge`}>
+          {gains.map((gain, i) => (
+            <rect
+              key={i}
+              class={gain > edge ? "gain above" : "gain"}
+              x={36 + step * i}
+              width={Math.max(1, step - 1.5)}
+              y={y(gain)}
+              height={150 - y(gain)}
+            />
+          ))}
+          <path class="least" d={`M36,${y(edge)}H${width + 36}`} />
+          <text x={width + 36} y={y(edge) - 4} text-anchor="end">
+            null edge {edge.toPrecision(3)}
+          </text>
+          {y.ticks(3).map((t) => (
+            <text key={t} x={30} y={y(t) + 4} text-anchor="end">
+              {t}
+            </text>
+          ))}
+          {[1, above.length, gains.length]
+            .filter((n, i, all) => n > 0 && all.indexOf(n) === i)
+            .map((n) => (
+              <text key={n} x={36 + step * (n - 0.5)} y={166} text-anchor="middle">
+                {n}
+              </text>
+            ))}
+        </svg>
+      </div>
+    </>
+  );
+}
+
+/** Where the energy of a pair comes from: both main effects and the lift add up in log2. */
+function MainEffects({ map, edge, pairs }: { map: MapDocument; edge: Edge; pairs: Pairs }) {
+  const heard = pairs.writer_effect[pairs.writers.indexOf(edge.writer)] ?? null;
+  const listens = pairs.reader_effect[pairs.readers.indexOf(edge.reader)] ?? null;
+  if (heard === null || listens === null) return null;
+  const total = Math.log2(edge.score ** 2 * map.width);
+  const parts: [string, number, number][] = [];
+  let at = 0;
+  for (const [name, value] of [
+    [`heard widely: ${edge.writer}`, heard],
+    [`listens widely: ${edge.reader}.${edge.port}`, listens],
+    ["less the mean of all", total - heard - listens - edge.lift],
+    ["lift of this pair", edge.lift],
+  ] as const) {
+    parts.push([name, at, at + value]);
+    at += value;
+  }
+  parts.push(["score of the pair", 0, total]);
+  const ends = parts.flatMap(([, from, to]) => [from, to]);
+  const x = scaleLinear([Math.min(-0.5, ...ends), Math.max(1, ...ends)], [170, WIDE - 50]);
+  return (
+    <>
+      <h2>
+        Where its score comes from <small>log₂ of energy over chance</small>{" "}
+        <Behind name="main-effects" rows={() => parts.map(([part, from, to]) => ({ part, log2: to - from }))} />
+      </h2>
+      <svg width={WIDE} height={24 * parts.length + 20} role="img" aria-label={parts.map(([name, from, to]) => `${name} ${signed(to - from)}`).join(", ")}>
+        {x.ticks(5).map((t) => (
+          <g key={t} class={t === 0 ? "zero" : "tick"}>
+            <path d={`M${x(t)},0V${24 * parts.length}`} />
+            <text x={x(t)} y={24 * parts.length + 14} text-anchor="middle">
+              {t === 0 ? "chance" : signed(t, 0)}
+            </text>
+          </g>
         ))}
-        <path class="least" d={`M30,${y(edge)}H490`} />
-        <text x={24} y={154} text-anchor="end">
-          0
-        </text>
-        <text x={24} y={y(Math.max(...gains)) + 4} text-anchor="end">
-          {Math.max(...gains).toPrecision(2)}
-        </text>
-        <text x={30} y={168}>
+        {parts.map(([name, from, to], i) => (
+          <g key={name} class={i === 3 ? "part-lift" : i === 4 ? "part-total" : "part-main"}>
+            <text class={i > 2 ? "row-name strong" : "row-name"} x={0} y={24 * i + 16}>
+              {name}
+            </text>
+            <rect x={x(Math.min(from, to))} width={Math.max(1, Math.abs(x(to) - x(from)))} y={24 * i + 5} height={14} />
+            <text class={i > 2 ? "row-name strong" : "row-name"} x={x(Math.max(from, to)) + 6} y={24 * i + 16}>
+              {signed(to - from)}
+            </text>
+          </g>
+        ))}
+      </svg>
+    </>
+  );
+}
+
+/** Cosines of all principal angles, over those of random subspaces. */
+function Angles({ angles }: { angles: Table }) {
+  const cosines = numbers(angles, "cosine");
+  const [low, high] = [numbers(angles, "random_low"), numbers(angles, "random_high")];
+  const y = scaleLinear([0, 1], [110, 8]);
+  const x = (i: number) => 34 + (450 * i) / Math.max(1, cosines.length - 1);
+  const above = cosines.filter((cosine, i) => cosine > high[i]!).length;
+  const band = [...high.map((v, i) => [x(i), y(v)]), ...low.map((v, i) => [x(i), y(v)]).reverse()];
+  return (
+    <>
+      <h2>
+        Do they meet in the same subspace?{" "}
+        <Behind
+          name="angles"
+          rows={() => cosines.map((cosine, i) => ({ direction: i + 1, cosine, random_low: low[i]!, random_high: high[i]! }))}
+        />
+      </h2>
+      <p class="lead">
+        Cosines of the {cosines.length} principal angles; {above} above the band of random subspaces.
+      </p>
+      <svg width={WIDE} height={130} role="img" aria-label={`${cosines.length} principal angles, ${above} above random`}>
+        <path class="range" d={`M${band.map((p) => p.join()).join("L")}Z`} />
+        {cosines.map((cosine, i) => (
+          <circle key={i} class="end" cx={x(i)} cy={y(cosine)} r={2.2} />
+        ))}
+        {[0, 0.5, 1].map((t) => (
+          <text key={t} x={28} y={y(t) + 4} text-anchor="end">
+            {figure(t, 1).replace(".0", "")}
+          </text>
+        ))}
+        <text x={34} y={126}>
           1
         </text>
-        <text x={490} y={168} text-anchor="end">
-          {gains.length}
+        <text x={484} y={126} text-anchor="end">
+          {cosines.length}
         </text>
       </svg>
     </>
@@ -237,33 +370,125 @@ function Gains({ channel }: { channel: Table | undefined }) {
 }
 
 function Offsets({ profile }: { profile: Table }) {
-  const scores = column(profile, "score") as number[];
-  const labels = profile.labels;
-  const y = scaleLinear([0, Math.max(...scores) * 1.1], [110, 8]);
-  const x = (i: number) => 34 + (450 * i) / Math.max(1, scores.length - 1);
+  const scores = numbers(profile, "score");
+  const offsets = profile.labels.map(Number);
+  const [least, most] = [Math.min(...scores), Math.max(...scores)];
+  const y = scaleLinear([0, most * 1.1], [110, 8]);
+  const x = scaleSymlog([0, Math.max(1, ...offsets)], [34, 484]).constant(2);
   return (
     <>
       <h2>
-        By rotary offset <Behind name="offsets" rows={() => labels.map((offset, i) => ({ offset, score: scores[i]! }))} />
+        By rotary offset <Behind name="offsets" rows={() => profile.labels.map((offset, i) => ({ offset, score: scores[i]! }))} />
       </h2>
-      <p class="lead">Score where the key stands so many tokens before its query.</p>
-      <svg width={500} height={136} role="img" aria-label="score by rotary offset">
-        <path class="curve" d={scores.map((score, i) => `${i ? "L" : "M"}${x(i)},${y(score)}`).join("")} />
-        {scores.map((score, i) => (
-          <circle key={i} class="end" cx={x(i)} cy={y(score)} r={2} />
-        ))}
-        {labels.map((label, i) =>
-          i % 5 === 0 ? (
-            <text key={label} x={x(i)} y={128} text-anchor="middle">
-              {label}
+      <p class="lead">
+        Score where the key stands so many tokens before its query:{" "}
+        {most > 0 && most - least < 0.02 * most ? "flat, " : ""}
+        {most > 0 ? `${((100 * (most - least)) / most).toFixed(1)}% between its least and its most.` : "zero."}
+      </p>
+      <svg width={WIDE} height={130} role="img" aria-label={`score by rotary offset, from ${figure(least)} to ${figure(most)}`}>
+        <path class="curve" d={scores.map((score, i) => `${i ? "L" : "M"}${x(offsets[i]!)},${y(score)}`).join("")} />
+        {offsets
+          .filter((offset) => [0, 1, 4, 16, 32, 64, 256, 1024].includes(offset) || offset === Math.max(...offsets))
+          .map((offset) => (
+            <text key={offset} x={x(offset)} y={126} text-anchor="middle">
+              {offset}
             </text>
-          ) : null,
+          ))}
+        {[0, most].map((t) => (
+          <text key={t} x={28} y={y(t) + 4} text-anchor="end">
+            {t === 0 ? "0" : figure(t)}
+          </text>
+        ))}
+      </svg>
+    </>
+  );
+}
+
+/** What else arrives at the same input, by share. */
+function Arriving({ pairs, reader, writer, port, map }: { pairs: Pairs; reader: string; writer: string; port: string; map: MapDocument }) {
+  const cells = cellsOf(pairs, reader, true)
+    .filter((cell) => !Number.isNaN(cell.share))
+    .sort((a, b) => b.share - a.share);
+  if (!cells.length) return null;
+  const y = scaleSqrt([0, cells[0]!.share], [110, 14]);
+  const step = 450 / cells.length;
+  const marked = [...new Set([0, 1, 2, cells.findIndex((cell) => cell.label === writer)])].filter((i) => cells[i]);
+  return (
+    <>
+      <h2>
+        What else arrives at {ARRIVES[port] ?? reader} <small>share, {cells.length} writers, square-root scale</small>{" "}
+        <Behind name={`${reader}-${port}-shares`} rows={() => cells.map(({ label, share }) => ({ writer: label, share }))} />
+      </h2>
+      <svg
+        width={WIDE}
+        height={124}
+        role="img"
+        aria-label={`shares of ${cells.length} writers on ${map.run?.text ?? "the text"}; the largest ${cells[0]!.label}, ${percent(cells[0]!.share)}`}
+      >
+        {cells.map((cell, i) => (
+          <rect
+            key={cell.label}
+            class={cell.label === writer ? `bar fill-${port}` : "bar"}
+            x={44 + step * i}
+            width={Math.max(0.8, step - 0.8)}
+            y={y(cell.share)}
+            height={110 - y(cell.share)}
+          />
+        ))}
+        {marked.map((i, row) => (
+          <g key={i} class="named">
+            <path d={`M${44 + step * (i + 0.5)},${y(cells[i]!.share)}L${96 + step * i},${18 + 18 * row}`} />
+            <text x={100 + step * i} y={22 + 18 * row}>
+              {cells[i]!.label} {percent(cells[i]!.share)}
+            </text>
+          </g>
+        ))}
+        {[cells[0]!.share, 0.01].map((t) => (
+          <text key={t} x={38} y={y(t) + 4} text-anchor="end">
+            {percent(t)}
+          </text>
+        ))}
+      </svg>
+    </>
+  );
+}
+
+/** The effect of the edge among those of random edges of its port. */
+function Among({ map, edge, theme }: { map: MapDocument; edge: Edge; theme: string }) {
+  const colour = useMemo(ramp, [theme]);
+  const random = map.effects.filter((one) => one.kind === "random" && one.port === edge.port).map((one) => one.effect);
+  const effect = edge.effect!.effect;
+  const ends = [...random, effect, -0.01, 0.01];
+  const x = scaleSymlog([Math.min(...ends) * 1.1, Math.max(...ends) * 1.1], [20, WIDE - 20]).constant(0.006);
+  const largest = Math.max(...random.map(Math.abs));
+  return (
+    <>
+      <h2>
+        Does it matter?{" "}
+        <small>
+          loss without the edge, nats; grey: {random.length} random {edge.port} edges
+        </small>
+      </h2>
+      <svg width={WIDE} height={84} role="img" aria-label={`${signed(effect)} nats, random edges up to ${figure(largest)}`}>
+        {random.length > 0 && (
+          <rect class="range" x={x(Math.min(...random)) - 3} width={x(Math.max(...random)) - x(Math.min(...random)) + 6} y={4} height={54} rx={3} />
         )}
-        <text x={28} y={y(Math.max(...scores)) + 4} text-anchor="end">
-          {figure(Math.max(...scores))}
-        </text>
-        <text x={28} y={114} text-anchor="end">
-          0
+        {[-1, -0.1, -0.01, 0, 0.01, 0.1, 1, 5]
+          .filter((t) => t >= x.domain()[0]! && t <= x.domain()[1]!)
+          .map((t) => (
+            <g key={t} class={t === 0 ? "zero" : "tick"}>
+              <path d={`M${x(t)},4V58`} />
+              <text x={x(t)} y={74} text-anchor="middle">
+                {t === 0 ? "0" : signed(t, 2).replace(/\.?0+$/, "").replace("0.", ".")}
+              </text>
+            </g>
+          ))}
+        {random.map((value, i) => (
+          <circle key={i} class="random" cx={x(value)} cy={28 + 8 * (i % 3)} r={3} />
+        ))}
+        <circle class="effect" cx={x(effect)} cy={22} r={6} style={{ fill: colour(ofLoss(effect)) }} />
+        <text class="row-name strong" x={x(effect) + (effect > 0 ? -12 : 12)} y={26} text-anchor={effect > 0 ? "end" : "start"}>
+          {signed(effect)} nats{random.length > 0 && largest > 0 && Math.abs(effect) > 2 * largest ? `, ${Math.round(Math.abs(effect) / largest)} × the largest random edge` : ""}
         </text>
       </svg>
     </>

@@ -2,50 +2,52 @@
 
 import { scaleLog } from "d3-scale";
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { type Edge, nameOf } from "./edges";
+import { type Edge, type Edges, type Ranked, edgeAt, nameOf } from "./edges";
 import { Glyph, css, figure, ofLoss, ramp, signed } from "./marks";
 
 const MARGIN = { left: 44, right: 12, top: 8, bottom: 40 };
 const TICKS = [0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3, 0.5, 1];
 const tick = (t: number) => figure(t, 3).replace(/0+$/, "").replace(/\.$/, "");
+const ESTIMATED = 0.1; // nats to first order from which an edge that was not removed has a ring
 
 interface Props {
-  edges: Edge[];
-  held: (edge: Edge) => boolean;
+  edges: Edges;
+  ranked: Ranked;
+  /** What the brush goes by, and how much of it an edge inside has at least. */
+  measure: string;
   least: number;
   chance: number;
-  pin: string;
+  pin: number;
   behaviour: (head: string) => string | null;
-  onPin: (edge: Edge | null) => void;
-  onOpen: (edge: Edge) => void;
+  onPin: (at: number) => void;
+  onOpen: (at: number) => void;
+  /** The brush's edge was dragged to here. */
+  onBrush: (least: number) => void;
   width: number;
   height: number;
 }
 
-export function Scatter({ edges, held, least, chance, pin, behaviour, onPin, onOpen, width, height }: Props) {
+export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour, onPin, onOpen, onBrush, width, height }: Props) {
   const canvas = useRef<HTMLCanvasElement>(null);
-  const [hover, setHover] = useState<Edge | null>(null);
-  const scales = useMemo(() => {
-    const finite = edges.filter((edge) => edge.expected > 0 && edge.score > 0);
-    const low = quantile(finite.map((edge) => edge.expected), 0.0005);
-    const x = scaleLog([low, Math.max(...finite.map((e) => e.expected)) * 1.06], [MARGIN.left, width - MARGIN.right]);
-    const y = scaleLog(
-      [quantile(finite.map((e) => e.score), 0.0005), Math.max(...finite.map((e) => e.score)) * 1.12],
-      [height - MARGIN.bottom, MARGIN.top],
-    );
-    return { x, y, below: finite.filter((e) => e.expected < x.domain()[0]! || e.score < y.domain()[0]!).length };
-  }, [edges, width, height]);
-  const { x, y } = scales;
-  const place = (edge: Edge): [number, number] => [
-    Math.max(MARGIN.left, x(edge.expected)),
-    Math.min(height - MARGIN.bottom, y(edge.score)),
-  ];
-  const foremost = useMemo(
+  const [hover, setHover] = useState(-1);
+  const drag = useRef<{ x: number; y: number; moved: boolean } | null>(null);
+  const plot = useMemo(() => placed(edges, width, height), [edges, width, height]);
+  const { x, y, px, py } = plot;
+  const place = (at: number): [number, number] => [px[at]!, py[at]!];
+  const named = useMemo(() => {
+    const rings: number[] = [];
+    for (let i = 0; i < edges.count; i++) if (Math.abs(edges.attribution[i]!) > ESTIMATED && !edges.effects.has(i)) rings.push(i);
+    return { rings, discs: [...edges.effects.keys()] };
+  }, [edges]);
+  const labels = useMemo(
     () =>
-      edges
-        .filter((edge) => edge.effect || Math.abs(edge.attribution) > 0.1)
-        .sort((a, b) => Number(!!a.effect) - Number(!!b.effect)),
-    [edges],
+      spread(
+        [...edges.effects]
+          .filter(([, effect]) => effect.kind === "asked" && Math.abs(effect.effect) > 0.3)
+          .map(([at]) => ({ edge: edgeAt(edges, at), at: place(at) })),
+        width,
+      ),
+    [plot],
   );
 
   useEffect(() => {
@@ -53,82 +55,82 @@ export function Scatter({ edges, held, least, chance, pin, behaviour, onPin, onO
     const pen = node?.getContext("2d");
     if (!node || !pen) return;
     const density = devicePixelRatio || 1;
-    node.width = width * density;
-    node.height = height * density;
+    node.width = Math.round(width * density);
+    node.height = Math.round(height * density);
+    points(pen, plot, edges, ranked, least, density);
     pen.setTransform(density, 0, 0, density, 0, 0);
-    pen.clearRect(0, 0, width, height);
-    const ink = css("point");
-    pen.fillStyle = ink;
-    for (const edge of edges) {
-      const inside = held(edge);
-      pen.globalAlpha = inside ? 0.85 : 0.26;
-      const [px, py] = place(edge);
-      const size = inside ? 2.6 : 1.8;
-      pen.fillRect(px - size / 2, py - size / 2, size, size);
-    }
-    pen.globalAlpha = 1;
     const colour = ramp();
-    for (const edge of foremost) {
-      const [px, py] = place(edge);
-      const change = edge.effect?.effect ?? edge.attribution;
+    for (const at of named.rings) {
+      const change = edges.attribution[at]!;
       pen.beginPath();
-      pen.arc(px, py, edge.effect ? 5.5 : 3.2, 0, 7);
-      if (edge.effect) {
-        pen.fillStyle = colour(ofLoss(change));
-        pen.fill();
-        pen.strokeStyle = css("paper");
-        pen.lineWidth = 1;
-      } else {
-        pen.fillStyle = css("paper");
-        pen.fill();
-        pen.strokeStyle = colour(Math.sign(change) * Math.max(0.45, Math.abs(ofLoss(change))));
-        pen.lineWidth = 1.4;
-      }
+      pen.arc(px[at]!, py[at]!, 3.2, 0, 7);
+      pen.fillStyle = css("paper");
+      pen.fill();
+      pen.strokeStyle = colour(Math.sign(change) * Math.max(0.45, Math.abs(ofLoss(change))));
+      pen.lineWidth = 1.4;
       pen.stroke();
     }
-  });
+    for (const at of named.discs) {
+      pen.beginPath();
+      pen.arc(px[at]!, py[at]!, 5.5, 0, 7);
+      pen.fillStyle = colour(ofLoss(edges.effects.get(at)!.effect));
+      pen.fill();
+      pen.strokeStyle = css("paper");
+      pen.lineWidth = 1;
+      pen.stroke();
+    }
+  }, [plot, ranked, least]);
 
-  const nearest = (event: PointerEvent): Edge | null => {
+  const within = (event: PointerEvent): [number, number] => {
     const box = (event.currentTarget as Element).getBoundingClientRect();
-    const [mx, my] = [event.clientX - box.left, event.clientY - box.top];
-    let best: Edge | null = null;
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  const nearest = ([mx, my]: [number, number]): number => {
+    let best = -1;
     let distance = 14 ** 2;
-    for (const edge of edges) {
-      const [px, py] = place(edge);
-      const d = (px - mx) ** 2 + (py - my) ** 2 - (edge.effect ? 40 : 0);
-      if (d < distance) [best, distance] = [edge, d];
+    for (let i = 0; i < edges.count; i++) {
+      const d = (px[i]! - mx) ** 2 + (py[i]! - my) ** 2;
+      if (d < distance) [best, distance] = [i, d];
+    }
+    for (const at of named.discs) {
+      const d = (px[at]! - mx) ** 2 + (py[at]! - my) ** 2 - 40;
+      if (d < distance) [best, distance] = [at, d];
     }
     return best;
   };
-  const pinned = edges.find((edge) => nameOf(edge) === pin) ?? null;
-  const order = useMemo(() => [...edges].sort((a, b) => b.lift - a.lift), [edges]);
+  const brushed = measure === "lift" || measure === "score";
+  const dragged = ([mx, my]: [number, number]) => {
+    const value = measure === "lift" ? 2 * Math.log2(y.invert(my) / x.invert(mx)) : y.invert(my);
+    onBrush(measure === "lift" ? Math.round(value * 20) / 20 : Math.round(value * 1000) / 1000);
+  };
+  const order = useMemo(() => [...ranked.foremost(-Infinity)], [ranked]);
   const keyed = (event: KeyboardEvent) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step) {
-      const at = pinned ? order.indexOf(pinned) : step > 0 ? -1 : order.length;
-      onPin(order[Math.max(0, Math.min(order.length - 1, at + step))] ?? null);
+      const at = pin >= 0 ? order.indexOf(pin) : step > 0 ? -1 : order.length;
+      onPin(order[Math.max(0, Math.min(order.length - 1, at + step))] ?? -1);
       event.preventDefault();
-    } else if (event.key === "Enter" && pinned) onOpen(pinned);
+    } else if (event.key === "Enter" && pin >= 0) onOpen(pin);
   };
-  const lines = [-3, -2, -1, 0, 1, 2, 3];
   const [x0, x1] = x.domain() as [number, number];
-  const clipped = `M${MARGIN.left},${MARGIN.top}H${width - MARGIN.right}V${height - MARGIN.bottom}H${MARGIN.left}Z`;
-  const along = (lift: number) =>
-    `M${x(x0)},${y(x0 * 2 ** (lift / 2))}L${x(x1)},${y(x1 * 2 ** (lift / 2))}`;
-  const named = foremost.filter((edge) => edge.effect?.kind === "asked" && Math.abs(edge.effect.effect) > 0.3);
-  const labels = spread(named.map((edge) => ({ edge, at: place(edge) })), width);
+  const along = (lift: number) => `M${x(x0)},${y(x0 * 2 ** (lift / 2))}L${x(x1)},${y(x1 * 2 ** (lift / 2))}`;
+  const frame = `M${MARGIN.left},${MARGIN.top}H${width - MARGIN.right}V${height - MARGIN.bottom}H${MARGIN.left}Z`;
+  const region =
+    measure === "lift"
+      ? `${along(least)}L${x(x1)},${MARGIN.top - 400}L${x(x0)},${MARGIN.top - 400}Z`
+      : measure === "score" && least > 0
+        ? `M${MARGIN.left},${y(least)}H${width}V${MARGIN.top}H${MARGIN.left}Z`
+        : "";
+  const tip = hover >= 0 ? edgeAt(edges, hover) : null;
   return (
     <div class="scatter" style={{ width, height }}>
       <svg width={width} height={height} class="under" aria-hidden="true">
         <clipPath id="plot">
-          <path d={clipped} />
+          <path d={frame} />
         </clipPath>
         <g clip-path="url(#plot)">
-          <path
-            class="brush"
-            d={`${along(least)}L${x(x1)},${MARGIN.top - 400}L${x(x0)},${MARGIN.top - 400}Z`}
-          />
-          {lines.map((lift) => (
+          <path class="brush" d={region} />
+          {[-3, -2, -1, 0, 1, 2, 3].map((lift) => (
             <path key={lift} class={lift === 0 ? "as-expected" : "lift-line"} d={along(lift)} />
           ))}
         </g>
@@ -175,13 +177,31 @@ export function Scatter({ edges, held, least, chance, pin, behaviour, onPin, onO
         class="over"
         tabIndex={0}
         role="application"
-        aria-label={`${edges.length} edges; arrows go through them by lift, Enter opens`}
-        onPointerMove={(event) => setHover(nearest(event as unknown as PointerEvent))}
-        onPointerLeave={() => setHover(null)}
-        onClick={(event) => onPin(nearest(event as unknown as PointerEvent))}
+        aria-label={`${edges.count} edges; arrows go through the foremost, Enter opens`}
+        onPointerDown={(event) => {
+          const [mx, my] = within(event as unknown as PointerEvent);
+          drag.current = { x: mx, y: my, moved: false };
+        }}
+        onPointerMove={(event) => {
+          const at = within(event as unknown as PointerEvent);
+          const from = drag.current;
+          if (from && event.buttons) {
+            if (!from.moved && brushed && Math.hypot(at[0] - from.x, at[1] - from.y) > 6) {
+              from.moved = true;
+              event.currentTarget.setPointerCapture(event.pointerId);
+              setHover(-1);
+            }
+            if (from.moved) dragged(at);
+          } else setHover(nearest(at));
+        }}
+        onPointerLeave={() => setHover(-1)}
+        onClick={(event) => {
+          if (!drag.current?.moved) onPin(nearest(within(event as unknown as PointerEvent)));
+          drag.current = null;
+        }}
         onDblClick={(event) => {
-          const edge = nearest(event as unknown as PointerEvent);
-          if (edge) onOpen(edge);
+          const at = nearest(within(event as unknown as PointerEvent));
+          if (at >= 0) onOpen(at);
         }}
         onKeyDown={keyed}
       >
@@ -193,44 +213,98 @@ export function Scatter({ edges, held, least, chance, pin, behaviour, onPin, onO
             </text>
           </g>
         ))}
-        {pinned && (
-          <circle class="pin" cx={place(pinned)[0]} cy={place(pinned)[1]} r={8.5} />
-        )}
-        {hover && <circle class="hover" cx={place(hover)[0]} cy={place(hover)[1]} r={7} />}
+        {pin >= 0 && <circle class="pin" cx={px[pin]} cy={py[pin]} r={8.5} />}
+        {hover >= 0 && <circle class="hover" cx={px[hover]} cy={py[hover]} r={7} />}
       </svg>
-      {hover && (
-        <div
-          class="tip"
-          style={{
-            left: Math.min(width - 260, place(hover)[0] + 14),
-            top: Math.max(0, place(hover)[1] - 70),
-          }}
-        >
+      {tip && (
+        <div class="tip" style={{ left: Math.min(width - 260, px[hover]! + 14), top: Math.max(0, py[hover]! - 70) }}>
           <b>
             <svg class="sign" width="12" height="12" viewBox="-6 -6 12 12">
-              <Glyph behaviour={behaviour(hover.writer)} />
+              <Glyph behaviour={behaviour(tip.writer)} />
             </svg>{" "}
-            {hover.writer} → {hover.reader}.{hover.port}
+            {tip.writer} → {tip.reader}.{tip.port}
           </b>
           <br />
-          score {figure(hover.score)}, {figure(hover.score / chance, 1)} × chance, lift {signed(hover.lift)}
+          score {figure(tip.score)}, {figure(tip.score / chance, 1)} × chance, lift {signed(tip.lift)}
           <br />
-          {hover.effect
-            ? `removed: ${signed(hover.effect.effect)} nats`
-            : Number.isNaN(hover.attribution)
+          {tip.effect
+            ? `removed: ${signed(tip.effect.effect)} nats`
+            : Number.isNaN(tip.attribution)
               ? "not run"
-              : `first order: ${signed(hover.attribution)} nats`}
+              : `first order: ${signed(tip.attribution)} nats`}
         </div>
       )}
-      {scales.below > 0 && <p class="note clip">{scales.below} pairs stand on the axes, which end before them.</p>}
+      {plot.clipped > 0 && (
+        <p class="note clip">
+          {plot.clipped.toLocaleString("en")} {plot.clipped === 1 ? "pair stands" : "pairs stand"} on the axes, which end before them.
+        </p>
+      )}
     </div>
   );
 }
 
-function quantile(values: number[], q: number): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.floor(q * (sorted.length - 1))] ?? 0.01;
+interface Plot {
+  x: (value: number) => number;
+  y: (value: number) => number;
+  px: Float32Array;
+  py: Float32Array;
+  clipped: number;
 }
+
+/** Scales, which leave out the lowest twentieth of a per cent, and where each edge stands. */
+function placed(edges: Edges, width: number, height: number) {
+  const [left, right] = [MARGIN.left, width - MARGIN.right];
+  const [bottom, top] = [height - MARGIN.bottom, MARGIN.top];
+  const range = (values: Float32Array, room: number): [number, number] => {
+    const sorted = values.filter((value) => value > 0).sort();
+    return [sorted[Math.floor(0.0005 * (sorted.length - 1))] ?? 0.01, (sorted.at(-1) ?? 1) * room];
+  };
+  const x = scaleLog(range(edges.expected, 1.06), [left, right]);
+  const y = scaleLog(range(edges.score, 1.12), [bottom, top]);
+  const [ax, bx] = line(x.domain() as [number, number], left, right);
+  const [ay, by] = line(y.domain() as [number, number], bottom, top);
+  const px = new Float32Array(edges.count);
+  const py = new Float32Array(edges.count);
+  let clipped = 0;
+  for (let i = 0; i < edges.count; i++) {
+    const [u, v] = [ax + bx * Math.log(edges.expected[i]!), ay + by * Math.log(edges.score[i]!)];
+    if (u < left || v > bottom) clipped++;
+    px[i] = Math.max(left, u);
+    py[i] = Math.min(bottom, v);
+  }
+  return { x, y, px, py, clipped };
+}
+
+/** The line from log values to pixels: offset and slope. */
+function line([low, high]: [number, number], from: number, to: number): [number, number] {
+  const slope = (to - from) / (Math.log(high) - Math.log(low));
+  return [from - slope * Math.log(low), slope];
+}
+
+/** All edges as squares, those in the brush darker and larger, pixel by pixel. */
+function points(pen: CanvasRenderingContext2D, plot: Plot, edges: Edges, ranked: Ranked, least: number, density: number) {
+  const { width, height } = pen.canvas;
+  const image = pen.createImageData(width, height);
+  const cells = new Uint32Array(image.data.buffer);
+  const [red, green, blue] = channels(css("point"));
+  const tone = (blue << 16) | (green << 8) | red; // little-endian
+  const dark = ((0.85 * 255) << 24) | tone;
+  const { values, fits } = ranked;
+  const shades = new Uint32Array(256); // what a pixel becomes that one more faint square covers
+  for (let a = 0; a < 256; a++) shades[a] = ((a + (255 - a) * 0.26) << 24) | tone;
+  const square = (i: number, size: number, inside: boolean) => {
+    const [u, v] = [Math.round(plot.px[i]! * density - size / 2), Math.round(plot.py[i]! * density - size / 2)];
+    if (u < 0 || v < 0 || u + size > width || v + size > height) return;
+    for (let row = v * width; row < (v + size) * width; row += width)
+      for (let cell = row + u; cell < row + u + size; cell++) cells[cell] = inside ? dark : shades[cells[cell]! >>> 24]!;
+  };
+  const [small, large] = [Math.max(1, Math.round(1.8 * density)), Math.max(2, Math.round(2.6 * density))];
+  for (let i = 0; i < edges.count; i++) if (!(fits[i] && values[i]! >= least)) square(i, small, false);
+  for (let i = 0; i < edges.count; i++) if (fits[i] && values[i]! >= least) square(i, large, true);
+  pen.putImageData(image, 0, 0);
+}
+
+const channels = (hex: string) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)) as [number, number, number];
 
 interface Labelled {
   edge: Edge;

@@ -1,11 +1,13 @@
 /** The stream from embedding to unembedding: heads hang below it, and an arc lands on its head. */
 
+import { useMemo } from "preact/hooks";
 import type { MapDocument } from "./data";
 import { type Edge, nameOf } from "./edges";
 import { Glyph, portClass } from "./marks";
 
 interface Props {
   map: MapDocument;
+  /** The foremost edges of the brush. */
   edges: Edge[];
   chance: number;
   pin: string;
@@ -28,11 +30,16 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
   const xOf = (layer: number, head: number) => left + step * layer + 6 + (slant * head) / Math.max(1, rows - 1);
   const yOf = (head: number) => TOP + 22 + row * head;
   const height = TOP + 22 + row * rows + 30;
-  const place = new Map(heads.map((part) => [part.label, [xOf(part.layer ?? 0, part.head ?? 0), yOf(part.head ?? 0)]]));
+  const place = useMemo(
+    () => new Map(heads.map((part) => [part.label, [xOf(part.layer ?? 0, part.head ?? 0), yOf(part.head ?? 0)]])),
+    [map, width],
+  );
   const sorted = [...edges].sort((a, b) => a.score - b.score);
   const named = new Set(sorted.slice(-6).flatMap((edge) => [edge.writer, edge.reader]));
-  return (
-    <svg class="stream" width={width} height={height} role="img" aria-label={`${edges.length} edges on the stream`}>
+  // what no filter changes is drawn once
+  const ground = useMemo(
+    () => (
+      <>
       {Array.from({ length: map.layers }, (_, layer) => (
         <g key={layer}>
           {layer % 2 === 0 && (
@@ -59,6 +66,38 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
       <text class="axis" x={width} y={TOP - 14} text-anchor="end">
         unembed
       </text>
+      </>
+    ),
+    [map, width],
+  );
+  const front = useMemo(
+    () => (
+      <>
+      <path class="spine" d={`M${left - 20},${TOP}H${width - 6}`} />
+      <circle class="end" cx={left - 20} cy={TOP} r={4} />
+      <circle class="end" cx={width - 6} cy={TOP} r={4} />
+      {mlps.map((part) => (
+        <rect key={part.label} class="mlp" x={left + step * ((part.layer ?? 0) + 1) - 5} y={TOP + 4} width={4} height={9}>
+          <title>{part.label}</title>
+        </rect>
+      ))}
+      {heads.map((part) => {
+        const [px, py] = place.get(part.label)!;
+        return (
+          <g key={part.label} class="head" onClick={() => onHead(part.label)}>
+            <title>{part.label}</title>
+            <rect x={px! - 5} y={py! - 5} width={10} height={10} class="target" />
+            <Glyph behaviour={behaviour(part.label)} x={px!} y={py!} />
+          </g>
+        );
+      })}
+      </>
+    ),
+    [map, width],
+  );
+  return (
+    <svg class="stream" width={width} height={height} role="img" aria-label={`${edges.length} edges on the stream`}>
+      {ground}
       {sorted.map((edge) => {
         const [a, b] = [place.get(edge.writer), place.get(edge.reader)];
         if (!a || !b) return null;
@@ -79,24 +118,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
           </g>
         );
       })}
-      <path class="spine" d={`M${left - 20},${TOP}H${width - 6}`} />
-      <circle class="end" cx={left - 20} cy={TOP} r={4} />
-      <circle class="end" cx={width - 6} cy={TOP} r={4} />
-      {mlps.map((part) => (
-        <rect key={part.label} class="mlp" x={left + step * ((part.layer ?? 0) + 1) - 5} y={TOP + 4} width={4} height={9}>
-          <title>{part.label}</title>
-        </rect>
-      ))}
-      {heads.map((part) => {
-        const [px, py] = place.get(part.label)!;
-        return (
-          <g key={part.label} class="head" onClick={() => onHead(part.label)}>
-            <title>{part.label}</title>
-            <rect x={px! - 5} y={py! - 5} width={10} height={10} class="target" />
-            <Glyph behaviour={behaviour(part.label)} x={px!} y={py!} />
-          </g>
-        );
-      })}
+      {front}
       {[...named].map((label) => {
         const at = place.get(label);
         return at ? (

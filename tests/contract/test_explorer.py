@@ -19,6 +19,7 @@ from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.report.documents import documents
+from virtual_weights.report.page import page
 from virtual_weights.survey.plan import Part, Plan, map_model, shown_of
 
 ROOT = Path(__file__).parents[2]
@@ -37,15 +38,18 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> vw.Atlas:
     return atlas
 
 
-def decoded(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float64)
+def decoded(contents: dict[str, Any], port: str, column: str) -> np.ndarray:
+    pairs = contents[f"pairs-{port}"]
+    parts = [base64.b64decode(contents[name]["values"]) for name in pairs["columns"][column]]
+    return np.frombuffer(b"".join(parts), "<f2").astype(np.float64).reshape(len(pairs["readers"]), -1)
 
 
 def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     records, contents = shown_of(atlas), documents(shown_of(atlas), atlas.manifest)
     composition = {str(r.parameters["port"]): r for r in records if r.question == "composition"}
     stored = contents["map"]["stored"]
-    assert set(contents) == {"map", *(f"pairs-{port}" for port in composition), *stored.values()}
+    numbers = {n for port in composition for of in contents[f"pairs-{port}"]["columns"].values() for n in of}
+    assert set(contents) == {"map", *(f"pairs-{port}" for port in composition), *numbers, *stored.values()}
     channels = {(r.parameters["writer"], r.parameters["reader"]): r for r in records if r.question == "channel"}
     assert set(stored) == {f"{writer}/{reader}" for writer, reader in channels}
     for (writer, reader), record in channels.items():
@@ -58,7 +62,7 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
         assert pairs["writers"] == list(record.axis("writer").labels)
         assert pairs["groups"] == list(record.axis("reader").groups)
         for name in ("score", "lift"):
-            values = decoded(pairs["columns"][name]).reshape(len(pairs["readers"]), -1)
+            values = decoded(contents, port, name)
             expected = torch.as_tensor(record[name]).double().numpy()
             np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
@@ -66,7 +70,7 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     columns = {port: record for port, record in shares.items() if "share" in [c.name for c in record.columns]}
     assert columns
     for port, record in columns.items():
-        values = decoded(contents[f"pairs-{port}"]["columns"]["share"]).reshape(record["share"].shape)
+        values = decoded(contents, port, "share")
         np.testing.assert_allclose(values, torch.as_tensor(record["share"]).double().numpy(), rtol=1e-3, atol=1e-4)
     labels = next(record for record in records if record.question == "labels")
     behaviours = contents["map"]["behaviours"]
@@ -106,15 +110,15 @@ def test_the_bundle_is_what_its_sources_give(tmp_path: Path) -> None:
     assert len((STATIC / "explorer.js").read_bytes()) < 600_000
 
 
-def dom(page: Path, address: str) -> str:
+def dom(path: Path, address: str) -> str:
     """What a browser makes of a page, as HTML."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("there is no Chromium to look with")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--window-size=1440,1000"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
+    profile = f"--user-data-dir={path.parent / 'profile'}"
     done = subprocess.run(
-        [browser, *flags, profile, "--dump-dom", f"{page.as_uri()}{address}"],
+        [browser, *flags, profile, "--dump-dom", f"{path.as_uri()}{address}"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -123,30 +127,21 @@ def dom(page: Path, address: str) -> str:
     return done.stdout
 
 
-def embedded(contents: dict[str, Any]) -> str:
-    data = json.dumps(contents).replace("<", "\\u003c")
-    texts = {name: (STATIC / f"explorer.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    return (
-        f'<!doctype html><meta charset="utf-8"><style>{texts["css"]}</style><div id="page"></div>'
-        f'<script id="documents" type="application/json">{data}</script><script>{texts["js"]}</script>'
-    )
-
-
 def test_pages_show_heads_and_edges_and_run_no_names(atlas: vw.Atlas, tmp_path: Path) -> None:
     contents = documents(shown_of(atlas), atlas.manifest)
     poison = "<img src=x onerror=document.title='poisoned'><script>document.title='poisoned'</script>"
     contents["map"]["model"] = poison
     contents["map"]["run"]["text"] = poison
-    page = tmp_path / "page.html"
-    page.write_text(embedded(contents), encoding="utf-8")
-    shown = dom(page, "#/map?port=K&least=-9")
+    path = tmp_path / "page.html"
+    path.write_text(page(contents), encoding="utf-8")
+    shown = dom(path, "#/map?port=K&least=-9")
     assert "Which connections stand out" in shown
     assert html.escape(poison, quote=False) in shown
     assert "<title>poisoned" not in shown
     assert "<img" not in shown
     edges = vw.edges(atlas, "L2H0.K", top=3)
-    card = dom(page, "#/head/L2H0")
+    card = dom(path, "#/head/L2H0")
     assert "Where it attends" in card
     assert f'aria-label="{len(vw.edges(atlas, "L2H0.K", top=10_000))} writers, port K"' in card
     assert all(f">{edge['writer']}<" in card or edge["writer"] in card for edge in edges)
-    assert "No head L9H9" in dom(page, "#/head/L9H9")
+    assert "No part L9H9" in dom(path, "#/head/L9H9")

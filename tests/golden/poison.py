@@ -91,8 +91,8 @@ def poisoned(url: str) -> list[str]:
     return [text.format(code=_CODE.format(n=n, url=url), n=n, url=url) for n, text in enumerate(POISONS)]
 
 
-_OURS = ("question", "port", "from", "kind", "name", "steps", "counts", "classes_by")
-"""Fields of the page's data whose texts are words of this package, or numbers."""
+_OURS = ("question", "port", "kind", "name", "values", "verdict", "stored", "ports", "columns", "windows")
+"""Fields of the documents whose texts are words of this package, names of documents, or numbers."""
 
 
 def poison(data: Any, texts: Iterator[str], known: dict[str, str] | None = None) -> Any:
@@ -103,32 +103,53 @@ def poison(data: Any, texts: Iterator[str], known: dict[str, str] | None = None)
     if isinstance(data, list):
         return [poison(item, texts, known) for item in data]
     if isinstance(data, dict):
-        return {k: v if k in _OURS and isinstance(v, str) else poison(v, texts, known) for k, v in data.items()}
+        return {k: v if _ours(k, v) else poison(v, texts, known) for k, v in data.items()}
     return data
+
+
+def _ours(name: str, value: Any) -> bool:
+    return name in _OURS and (isinstance(value, str) or name in ("stored", "ports") or "score" in value)
 
 
 def write_poisoned(path: Path, url: str) -> None:
     """The report of a map with a run of a tiny model, every text of it poisoned."""
     import virtual_weights as vw
-    from virtual_weights.report import page, payload
+    from virtual_weights.report.documents import documents
+    from virtual_weights.report.page import page
     from virtual_weights.survey import manifest_of
 
     stream = vw.open(tiny("llama-grouped-untied"))
     survey = vw.Survey(stream, run=vw.Run.on_repeats(stream, 64, 16))
     parts = tuple(vw.Part(name) for name in ("composition", "bandwidth", "memory", "statements"))
-    data = payload(vw.Plan(parts, edges=1).records(survey), manifest_of(stream, "tiny"))
+    data = documents(vw.Plan(parts, edges=1).records(survey), manifest_of(stream, "tiny"))
     text = page(poison(data, cycle(poisoned(url))))
     path.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text), encoding="utf-8")
 
 
 _PROBE = """<script>
 setTimeout(() => {
-  for (const each of document.querySelectorAll("button")) each.click();
-  for (const each of document.querySelectorAll("svg *, td, canvas"))
-    for (const event of ["pointerenter", "pointermove", "focus"]) each.dispatchEvent(new PointerEvent(event));
-  const count = (what) => document.querySelectorAll(what).length, root = document.documentElement.dataset;
-  const foreign = "img,iframe,object,embed,base,form,video,audio,marquee,math,template,[onerror],[onload],[onfocus]";
-  new Image().src = `{url}done?${count("section")}&${count(foreign)}&${root.ran ?? ""}`;
+  const root = document.documentElement.dataset;
+  const count = (what) => document.querySelectorAll(what).length;
+  const foreign = "img,iframe,object,embed,base,form:not([role=search]),video,audio,marquee,math,template," +
+    "[onerror],[onload],[onfocus]";
+  let [sections, elements] = [0, 0];
+  const use = () => {
+    for (const each of document.querySelectorAll("main button, details")) each.click();
+    for (const each of document.querySelectorAll("svg *, td, canvas"))
+      for (const event of ["pointerenter", "pointermove", "focus"]) each.dispatchEvent(new PointerEvent(event));
+  };
+  const pages = [...document.querySelectorAll("nav a")].map((link) => link.hash);
+  const step = () => {
+    use();
+    setTimeout(() => {
+      sections += count("main");
+      elements += count(foreign);
+      const next = pages.shift();
+      if (next === undefined) new Image().src = `{url}done?${sections}&${elements}&${root.ran ?? ""}`;
+      else { location.hash = next; setTimeout(step, 150); }
+    }, 150);
+  };
+  step();
 }, 500);
 </script>"""
 """What runs last in the page, uses all of it, and reports: sections, foreign elements, and the number of what ran."""

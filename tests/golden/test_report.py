@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import drawn_by_node, needs_node
 from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
 from virtual_weights.analysis.memory.erasure import Erasure
-from virtual_weights.analysis.memory.head_erasers import HeadErasers
 from virtual_weights.record import Axis, Column, Record
-from virtual_weights.report import page, payload, write_report
+from virtual_weights.report.documents import documents
+from virtual_weights.report.page import page
+from virtual_weights.report.tables import density, strongest
 from virtual_weights.survey import manifest_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
     stream = vw.open(tiny("llama-grouped-untied"))
-    return [question(port)(stream) for question in (vw.Composition, vw.Overlap) for port in ("Q", "K", "V")]
+    return [vw.Composition(port)(stream) for port in ("Q", "K", "V")]
 
 
 @pytest.fixture(scope="module")
@@ -35,101 +35,82 @@ def manifest() -> dict[str, Any]:
     return manifest_of(vw.open(tiny("llama-grouped-untied")), "tiny")
 
 
-def test_matrices_survive_quantisation(records: list[Record], manifest: dict[str, Any]) -> None:
-    for record, drawn in zip(records, payload(records, manifest)["maps"], strict=True):
-        column = "score" if record.question == "composition" else "overlap"
-        values = record[column].numpy()
-        steps = np.frombuffer(base64.b64decode(drawn["steps"]), "<u2").reshape(values.shape)
-        assert np.array_equal(steps == 0, np.isnan(values))
-        found = np.where(steps == 0, np.nan, (steps.astype(float) - 1) / 65534 * drawn["largest"])
-        np.testing.assert_allclose(found, values, atol=drawn["largest"] / 65534)
-        readers = [f"{name}.{record.parameters['port']}" for name in drawn["readers"]]
-        assert (readers, drawn["writers"]) == (list(record.axes[0].labels), list(record.axes[1].labels))
+def values(contents: dict[str, Any], port: str, column: str) -> np.ndarray:
+    """A column of a port, put together from its windows."""
+    pairs = contents[f"pairs-{port}"]
+    parts = [base64.b64decode(contents[name]["values"]) for name in pairs["columns"][column]]
+    return np.frombuffer(b"".join(parts), "<f2").astype(np.float64).reshape(-1, len(pairs["writers"]))
 
 
-def test_edges_are_the_strongest_of_each_port_and_name_their_group(
-    records: list[Record], manifest: dict[str, Any]
+def test_windows_hold_every_number_once(
+    records: list[Record], manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edges = payload(records, manifest)["edges"]
-    for record in records[:3]:
-        own = [e for e in edges if e["port"] == record.parameters["port"]]
-        assert [e["score"] for e in own] == [row["score"] for row in record.top(150).rows()]
-    keys = next(e for e in edges if e["port"] == "K")
-    assert keys["reader"] in keys["shared"]
-    assert len(keys["shared"]) == 3
+    whole = documents(records, manifest)
+    monkeypatch.setattr(sys.modules["virtual_weights.report.pairs"], "WINDOW", 40)
+    parts = documents(records, manifest)
+    for record in records:
+        port = str(record.parameters["port"])
+        pairs = parts[f"pairs-{port}"]
+        assert len(pairs["columns"]["score"]) > 2
+        assert pairs["windows"][0] == 0
+        assert pairs["windows"][-1] == len(pairs["readers"])
+        assert len(pairs["windows"]) == len(pairs["columns"]["score"]) + 1
+        np.testing.assert_array_equal(values(parts, port, "score"), values(whole, port, "score"))
+        np.testing.assert_allclose(values(parts, port, "score"), record["score"].numpy(), rtol=1e-3)
 
 
-def test_large_models_are_shown_by_layer(manifest: dict[str, Any]) -> None:
-    writers = tuple(f"L{layer}H{head}" for layer in range(31) for head in range(20))
-    readers = tuple(f"{name}.Q" for name in writers)
-    score = torch.rand(620, 620, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    layer = torch.arange(620) // 20
-    score[layer[None, :] >= layer[:, None]] = float("nan")
-    columns = tuple(Column(name, score) for name in ("score", "strength", "null_ratio", "z"))
-    record = Record("composition", (Axis("reader", readers), Axis("writer", writers)), columns, {"port": "Q"})
-    drawn = payload([record], manifest)["maps"][0]
-    assert drawn["by_layer"]
-    assert drawn["readers"] == [f"L{i}" for i in range(31)]
-    steps = np.frombuffer(base64.b64decode(drawn["steps"]), "<u2").reshape(31, 31)
-    assert np.array_equal(steps == 0, ~np.tri(31, 31, -1, dtype=bool))
-    best = float(score[20 * 5 : 20 * 6, 20 * 2 : 20 * 3].max())
-    assert (steps[5, 2] - 1) / 65534 * drawn["largest"] == pytest.approx(best, abs=1e-4)
+def test_main_effects_and_lift_add_up_to_the_score(records: list[Record], manifest: dict[str, Any]) -> None:
+    contents = documents(records, manifest)
+    for record in records:
+        pairs = contents[f"pairs-{record.parameters['port']}"]
+        energy = 2 * np.log2(record["null_ratio"].numpy())
+        heard, listens = (np.array(pairs[name], dtype=np.float64) for name in ("writer_effect", "reader_effect"))
+        rest = energy - record["lift"].numpy() - heard[None, :] - listens[:, None]
+        there = ~np.isnan(rest)
+        assert there.sum() > 10
+        assert np.ptp(rest[there]) < 1e-3, "what is left is the mean of all, one number"
+
+
+def test_a_dead_pair_is_told_from_one_that_cannot_reach(manifest: dict[str, Any]) -> None:
+    score = torch.tensor([[0.5, float("nan"), float("nan")], [0.25, 0.5, float("nan")]], dtype=torch.float64)
+    strength = torch.where(torch.tensor([[True, True, False], [True, True, True]]), torch.nan_to_num(score), torch.nan)
+    axes = Axis("reader", ("L1H0.Q", "L2H0.Q")), Axis("writer", ("L0H0", "L0H1", "L1H0"))
+    record = Record("composition", axes, (Column("score", score), Column("strength", strength)), {"port": "Q"})
+    shown = values(documents([record], manifest), "Q", "score")
+    assert shown.tolist()[0][:2] == [0.5, np.inf]
+    assert np.isnan(shown[0, 2])
+    assert shown.tolist()[1] == [0.25, 0.5, np.inf]
 
 
 def test_nothing_is_fetched_and_hostile_names_stay_data(records: list[Record], manifest: dict[str, Any]) -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-    text = page(payload(records, {**manifest, "model": hostile}))
+    text = page(documents(records, {**manifest, "model": hostile}))
     assert "<img" not in text
     assert text.count("<script") == 2
-    plain = page(payload(records, manifest)).split("<script id")[0]
+    plain = page(documents(records, manifest)).split("<script id")[0]
     assert not re.search(r"\s(?:src|href)\s*=|@import|url\(", plain)
     assert "default-src 'none'" in text
-    assert set(re.findall(r"https?://[^\"'`\s]+", plain + text.split("<script>")[1])) <= {"http://www.w3.org/2000/svg"}
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    addresses = set(re.findall(r"https?://[^\"'`\s]+", plain + text.split("<script>")[1]))
+    assert all(address.startswith("http://www.w3.org/") for address in addresses)
+    data = re.search(r'<script id="documents" type="application/json">(.*?)</script>', text, re.S)
     assert data is not None
-    assert json.loads(data.group(1))["model"]["model"] == hostile
+    assert json.loads(data.group(1))["map"]["model"] == hostile
 
 
-def test_file_is_replaced_whole(records: list[Record], manifest: dict[str, Any], tmp_path: Path) -> None:
+def test_file_is_replaced_whole(tmp_path: Path) -> None:
+    stream = vw.open(tiny("llama-grouped-untied"))
+    atlas = vw.Atlas.create(tmp_path / "atlas", manifest_of(stream, "tiny"))
     path = tmp_path / "report.html"
     path.write_text("old")
-    write_report(path, records, manifest)
+    assert vw.report(atlas, path) == path
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def composed(port: str, readers: tuple[str, ...], writers: tuple[str, ...]) -> Record:
-    """A Composition with writers of every kind; the first reader is reached by the first writer alone."""
-    score = torch.rand(len(readers), len(writers), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    score[0, 1:] = float("nan")
-    columns = tuple(Column(name, score * i) for i, name in enumerate(("score", "strength", "null_ratio", "z"), 1))
-    return Record("composition", (Axis("reader", readers), Axis("writer", writers)), columns, {"port": port})
-
-
-WRITERS = ("embed", "L0H0", "L0.mlp", "L0.mlp.bias", "L1H1", "L1.attn.bias")
-
-
-def test_heads_and_other_writers_are_drawn_apart(manifest: dict[str, Any]) -> None:
-    record = composed("Q", ("L0H0.Q", "L1H0.Q", "L2H1.Q"), WRITERS)
-    found = payload([record], manifest)
-    assert [(m["from"], m["writers"]) for m in found["maps"]] == [
-        ("heads", ["L0H0", "L1H1"]),
-        ("others", ["embed", "L0.mlp", "L0.mlp.bias", "L1.attn.bias"]),
-    ]
-    for drawn in found["maps"]:
-        steps = np.frombuffer(base64.b64decode(drawn["steps"]), "<u2").reshape(3, -1)
-        values = record["score"].numpy()[:, [WRITERS.index(name) for name in drawn["writers"]]]
-        np.testing.assert_allclose(
-            np.where(steps == 0, np.nan, (steps.astype(float) - 1) / 65534 * drawn["largest"]), values, atol=1e-4
-        )
-    assert {(e["writer"], e["reader"]): e["score"] for e in found["edges"]} == {
-        (row["writer"], str(row["reader"]).removesuffix(".Q")): row["score"] for row in record.rows()
-    }
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "atlas"}
+    assert not (atlas.path / "explorer").exists()
 
 
 def test_a_table_keeps_every_value_and_says_what_is_absent(manifest: dict[str, Any]) -> None:
     record = Bandwidth()(vw.open(tiny("llama-grouped-untied")))
-    (table,) = payload([record], manifest)["bandwidth"]
+    table = documents([record], manifest)["bandwidth"]
     assert table["labels"] == list(record.axes[0].labels)
     for column, drawn in zip(record.columns, table["columns"], strict=True):
         values = column.values if isinstance(column.values, tuple) else column.values.tolist()
@@ -155,9 +136,9 @@ def neurons(count: int, layers: int) -> Record:
     return Record("neurons", (Axis("neuron", names),), columns, {"threshold": 0.5}, {"null": null, "classes_by": "up"})
 
 
-def test_neurons_are_counted_where_they_lie(manifest: dict[str, Any]) -> None:
+def test_neurons_are_counted_where_they_lie() -> None:
     record = neurons(500, 3)
-    (drawn,) = payload([record], manifest)["neurons"]
+    drawn = density(record)
     columns, rows = drawn["bins"]
     counts = np.frombuffer(base64.b64decode(drawn["counts"]), "<u4").reshape(columns, rows)
     naive = np.zeros_like(counts)
@@ -177,9 +158,9 @@ def test_neurons_are_counted_where_they_lie(manifest: dict[str, Any]) -> None:
         ]
 
 
-def test_strongest_pairs_by_each_measure_come_once(manifest: dict[str, Any]) -> None:
+def test_strongest_pairs_by_each_measure_come_once() -> None:
     record = Erasure()(vw.open(tiny("llama-grouped-untied")))
-    (drawn,) = payload([record], manifest)["erasure"]
+    drawn = strongest(record, ("alignment", "z", "erasure"), 150)
     rows = list(record.rows())
     wanted = {
         (row["reader"], row["writer"])
@@ -217,7 +198,7 @@ def verdicts() -> Record:
 
 
 def test_evidence_is_read_where_it_is_json(verdicts: Record, manifest: dict[str, Any]) -> None:
-    (found,) = payload([verdicts], manifest)["statements"]
+    found = documents([verdicts], manifest)["statements"]
     rows = found["rows"]
     assert found["run"] == "a prompt of 5 tokens"
     assert [row["id"] for row in rows] == ["S0", "S1", "S2", "S3"]
@@ -231,88 +212,6 @@ def test_evidence_is_read_where_it_is_json(verdicts: Record, manifest: dict[str,
         "id": "S2", "title": "S2", "seed": "claim S2", "corrected": "truth S2", "verdict": "fails",
         "condition": None, "why": "0.7 < 1", "witnesses": "L1H2", "evidence": None,
     }  # fmt: skip
-
-
-def test_nothing_computed_is_lost(manifest: dict[str, Any]) -> None:
-    values = torch.arange(3, dtype=torch.float64)
-    small = Record(
-        "coherence", (Axis("set", ("a", "b", "c")),), (Column("largest", values), Column("of", ("x", "y", None)))
-    )
-    long = Record("recovery", (Axis("n", tuple(map(str, range(201)))),), (Column("error", torch.zeros(201)),))
-    wide = Record("interference", (small.axes[0], Axis("with", ("a",))), (Column("error", torch.zeros(3, 1)),))
-    found = payload([small, long, wide], manifest)
-    assert [(t["question"], [c["values"] for c in t["columns"]]) for t in found["others"]] == [
-        ("coherence", [[0.0, 1.0, 2.0], ["x", "y", None]])
-    ]
-    assert found["too_large"] == [
-        {"question": "recovery", "axes": {"n": 201}},
-        {"question": "interference", "axes": {"set": 3, "with": 1}},
-    ]
-
-
-@pytest.fixture(scope="module")
-def everything(records: list[Record], verdicts: Record) -> list[Record]:
-    stream = vw.open(tiny("llama-grouped-untied"))
-    pairs = ("L0H0", "L0H1"), ("L1H0.K", "L2H1.V")
-    return [
-        composed("gate", ("L0.mlp.gate", "L1.mlp.gate"), WRITERS),
-        composed("unembed", ("unembed",), WRITERS),
-        *records,
-        *(question(stream) for question in (Bandwidth(), HeadErasers(draws=3), Erasure())),
-        *(vw.Channel(writer, reader, draws=3)(stream) for writer, reader in zip(*pairs, strict=True)),
-        neurons(46_080, 30),
-        verdicts,
-        Record("coherence", (Axis("set", ("a", "b")),), (Column("largest", torch.tensor([0.25, 0.5])),)),
-    ]
-
-
-@needs_node
-def test_the_page_has_a_section_for_every_answer(
-    everything: list[Record], manifest: dict[str, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "report.html"
-    write_report(path, everything, manifest)
-    assert path.stat().st_size < 4e6
-    shown = drawn_by_node(path)
-    assert shown["sections"] == [
-        "stream", "statements", "pairs", "edges", "bandwidth", "channel",
-        "neurons", "heads", "erasure", "others", "guide",
-    ]  # fmt: skip
-    assert shown["contents"] == [f"#{name}" for name in shown["sections"]]
-    assert shown["struck"] == ["claim S1", "claim S2"]
-    assert "46,079 neurons" in shown["text"]["neurons"]
-    assert "L1H0.K" in shown["text"]["channel"]
-    assert "coherence" in shown["text"]["others"]
-    assert all(text in shown["text"]["statements"] for text in ("a prompt of 5 tokens", "0.7 < 1", "1.5 × 10⁻⁹"))
-    assert shown["bad"] == [], "no mark is drawn at a place that is no number"
-
-
-@needs_node
-def test_a_section_is_absent_without_its_record(
-    records: list[Record], manifest: dict[str, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "report.html"
-    write_report(path, records[:3], manifest)
-    assert drawn_by_node(path)["sections"] == ["stream", "pairs", "edges", "guide"]
-    write_report(path, [], manifest)
-    assert drawn_by_node(path)["sections"] == ["guide"]
-
-
-@needs_node
-def test_arcs_start_and_end_where_the_parts_stand(manifest: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    starts, ends = {}, {}
-    for writer in WRITERS:
-        write_report(path, [composed("unembed", ("unembed",), (writer,))], manifest)
-        (arc,) = drawn_by_node(path)["arcs"]
-        starts[writer], ends[writer] = (
-            float(re.findall(pattern, arc)[0]) for pattern in (r"^M([\d.]+)", r"([\d.]+),\d+$")
-        )
-    order = ["embed", "L0H0", "L0.mlp", "L0.mlp.bias", "L1H1", "L1.attn.bias"]
-    assert sorted(starts, key=lambda name: starts[name]) == order
-    assert len(set(starts.values())) == len(order)
-    assert len(set(ends.values())) == 1
-    assert min(ends.values()) > max(starts.values())
 
 
 def test_importing_the_report_brings_its_own_code_no_torch_calls() -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 def test_no_poison_runs_or_asks_for_anything(tmp_path: Path) -> None:
     found = hits(str(CHROMIUM), tmp_path)
     assert len(POISONS) >= 44
-    assert found["sections"] > 6
+    assert found["sections"] > 4
     assert (found["ran"], found["elements"], found["requests"]) == ("", 0, [])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,12 @@ import numpy as np
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
 from virtual_weights.report.format import FORMAT, INDEX
+from virtual_weights.report.pairs import pair_documents
 from virtual_weights.report.tables import plain, statements, table
 from virtual_weights.stream.names import parse
 
 _CARRIED = ("channel", "channel_tokens", "offset_profile")
 _TABLES = {"bandwidth": table, "statements": statements}
-_PAIRS = {"composition": ("score", "lift"), "contribution": ("share",), "attribution": ("attribution",)}
 
 
 def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,12 +29,11 @@ def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[st
         manifest: the model's name, sizes, components and provenance.
 
     Returns:
-        By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition; ``"bandwidth"`` and
-        ``"statements"``, see ``tables``, where they are stored; ``"pair-0"`` and the like, what a pair carries:
-        ``channel``, ``channel_tokens`` and ``offset_profile``. The map's ``"stored"`` has the names of the last three
-        kinds, of a pair by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes that of a file.
-        Numbers of pairs are of half precision, little-endian, in base64, readers by writers; NaN where a writer cannot
-        reach.
+        By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition, see ``pair_documents``;
+        ``"bandwidth"`` and ``"statements"``, see ``tables``, where they are stored; ``"pair-0"`` and the like, what a
+        pair carries: ``channel``, ``channel_tokens`` and ``offset_profile``. The map's ``"stored"`` has the names of
+        the last three kinds, of a pair by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes
+        that of a file.
     """
     by_question: dict[tuple[str, str], Record] = {}
     carried: dict[str, dict[str, Any]] = {}
@@ -50,22 +48,27 @@ def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[st
     numbers = {pair: f"pair-{i}" for i, pair in enumerate(carried)}
     return {
         "map": {**_map(by_question, manifest, ports), "stored": {name: name for name in tables} | numbers},
-        **{f"pairs-{port}": _pairs(by_question, port) for port in ports},
+        **{name: content for port in ports for name, content in pair_documents(by_question, port)},
         **tables,
         **{numbers[pair]: content for pair, content in carried.items()},
     }
 
 
-def write_documents(folder: Path, records: Iterable[Record], manifest: Mapping[str, Any]) -> None:
-    """Write the documents into a folder, each whole, and last their index with sizes and checksums."""
+def write_documents(folder: Path, shown: Mapping[str, Any]) -> None:
+    """Write documents into a folder, each whole, then their index with sizes and checksums, and remove all others."""
     folder.mkdir(exist_ok=True)
     entries: dict[str, Any] = {}
-    for name, document in documents(records, manifest).items():
+    for name, document in shown.items():
         content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
         file = f"{name.lower()}.json"
         _write(folder / file, content)
         entries[name] = {"file": file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     _write(folder / INDEX, json.dumps({"format": FORMAT, "documents": entries}).encode())
+    for stale in {path.name for path in folder.glob("*.json")} - {
+        INDEX,
+        *(entry["file"] for entry in entries.values()),
+    }:
+        (folder / stale).unlink()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -141,46 +144,3 @@ def _manner(record: Record | None) -> dict[str, Any] | None:
         return None
     settings = {**record.parameters, **record.stamp}
     return {name: plain(settings.get(name)) for name in ("least", "sequences", "replacement", "text", "clean_loss")}
-
-
-def _pairs(records: Mapping[tuple[str, str], Record], port: str) -> dict[str, Any]:
-    """All pairs of one port: what weights say, and what a run adds where it was asked."""
-    composition = records["composition", port]
-    readers, writers = composition.axis("reader"), composition.axis("writer")
-    columns: dict[str, str] = {}
-    for question, names in _PAIRS.items():
-        record = records.get((question, port))
-        for name in names:
-            if record is not None and name in [column.name for column in record.columns]:
-                columns[name] = _halves(_aligned(record, name, readers.labels, writers.labels))
-    return {
-        "port": port,
-        "readers": [label.removesuffix(f".{port}") for label in readers.labels],
-        "writers": list(writers.labels),
-        "groups": list(readers.groups),
-        "columns": columns,
-        "stamp": plain(dict(composition.stamp)),
-    }
-
-
-def _aligned(record: Record, column: str, readers: Sequence[str], writers: Sequence[str]) -> np.ndarray:
-    """A column (readers, writers) in the order of other labels, NaN of what it has not."""
-    values = np.asarray(record[column], dtype=np.float64)
-    labels = record.axis("reader").labels, record.axis("writer").labels
-    if (tuple(readers), tuple(writers)) == labels:
-        return values
-    aligned = np.full((len(readers), len(writers)), np.nan)
-    rows, columns = _places(labels[0], readers), _places(labels[1], writers)
-    aligned[np.ix_(rows >= 0, columns >= 0)] = values[np.ix_(rows[rows >= 0], columns[columns >= 0])]
-    return aligned
-
-
-def _places(labels: Sequence[str], order: Sequence[str]) -> np.ndarray:
-    """Where the labels of another order stand among these, -1 where they do not."""
-    places = {label: place for place, label in enumerate(labels)}
-    return np.array([places.get(label, -1) for label in order])
-
-
-def _halves(values: np.ndarray) -> str:
-    with np.errstate(over="ignore"):
-        return base64.b64encode(values.astype("<f2").tobytes()).decode()

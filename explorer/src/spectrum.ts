@@ -1,0 +1,8 @@
+/** What gains say of a map. */
+
+/** The effective number of directions: exp of the entropy of their shares of the energy. */
+export function entropyRank(gains: number[]): number {
+  const energies = gains.map((gain) => gain * gain);
+  const total = energies.reduce((a, b) => a + b, 0);
+  return Math.exp(-energies.reduce((sum, e) => sum + (e > 0 ? (e / total) * Math.log(e / total) : 0), 0));
+}
