@@ -7,10 +7,23 @@ import { type MapDocument, loadMap } from "./data";
 import { EffectsPage } from "./effects";
 import { HeadPage } from "./head";
 import { LayersPage } from "./layers";
+import { BEHAVIOURS } from "./marks";
 import { MapPage } from "./map";
 import type { PageProps } from "./page";
 import { PairPage } from "./pair";
 import { StatementsPage } from "./statements";
+
+const KEYS = [
+  ["/", "search a part, an edge or a behaviour"],
+  ["Tab", "the next control; a chart is one stop"],
+  ["arrows", "the next point, cell or token of a chart"],
+  ["Enter", "open what is pinned or chosen"],
+  ["p", "pin the edge of this page on the map"],
+  ["[ ]", "another text"],
+  ["t", "the first table of the page"],
+  ["Esc", "back: table, search, pin, page"],
+  ["?", "these keys"],
+];
 
 function App() {
   const [map, setMap] = useState<MapDocument | null>(null);
@@ -26,16 +39,26 @@ function App() {
     return () => removeEventListener("resize", sized);
   }, []);
   document.documentElement.dataset.theme = theme;
+  const [keys, setKeys] = useState(false);
   useEffect(() => {
     const key = (event: KeyboardEvent) => {
       const typing = event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement;
-      if (event.key === "/" && !typing) {
-        search.current?.focus();
-        event.preventDefault();
-      } else if (event.key === "Escape") {
-        if (typing) (event.target as HTMLElement).blur();
+      if (event.key === "Escape") {
+        const sheet = document.querySelector<HTMLElement>(".sheet button");
+        if (keys) setKeys(false);
+        else if (sheet) sheet.click();
+        else if (typing) (event.target as HTMLElement).blur();
         else if (address.state.pin) go({ state: { ...address.state, pin: "" } });
         else if (address.page !== "map") history.back();
+      } else if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+      else if (event.key === "/") {
+        search.current?.focus();
+        event.preventDefault();
+      } else if (event.key === "?") setKeys(!keys);
+      else if (event.key === "t") document.querySelector<HTMLElement>("main .behind button")?.click();
+      else if (event.key === "p" && address.page === "pair") {
+        const [writer, target] = address.name.split("/");
+        go({ page: "map", name: "", state: { port: target?.split(".")[1] ?? "", pin: `${writer}>${target}` } });
       }
     };
     addEventListener("keydown", key);
@@ -44,12 +67,20 @@ function App() {
   if (failure) return <p class="failure">The atlas cannot be read: {failure}</p>;
   if (!map) return <p class="failure">Reading the atlas …</p>;
   const props: PageProps = { map, address, go, width: Math.min(2200, width) - (width < 700 ? 32 : 48), theme };
-  const find = (text: string) => {
-    const [writer, reader] = text.toUpperCase().split(/\s*(?:>|→|->)\s*/);
-    const head = map.parts.find((part) => part.kind === "head" && part.label === (reader ?? writer)!.split(".")[0]);
-    if (head && reader) go({ page: "pair", name: `${writer}/${head.label}.${reader.split(".")[1] ?? "K"}`, state: {} });
-    else if (head) go({ page: "head", name: head.label, state: {} });
-    return !!head;
+  const find = (text: string): boolean => {
+    const behaviour = Object.entries(BEHAVIOURS).find(([key, name]) => [key, name].includes(text.trim().toLowerCase()));
+    if (behaviour) {
+      go({ page: "map", name: "", state: { reader: behaviour[0], least: "0" } });
+      return true;
+    }
+    const [writer = "", reader] = text.trim().split(/\s*(?:>|→|->)\s*/);
+    const partOf = (name: string) => map.parts.find((part) => part.label.toLowerCase() === name.toLowerCase());
+    const [, name = "", port = "K"] = /^(.*?)(?:\.([QKV]))?$/i.exec(reader ?? writer) ?? [];
+    const [from, part] = [partOf(writer), partOf(name)];
+    if (reader && from && part) go({ page: "pair", name: `${from.label}/${part.label}.${port.toUpperCase()}`, state: {} });
+    else if (!reader && part) go({ page: "head", name: part.label, state: {} });
+    else return false;
+    return true;
   };
   return (
     <>
@@ -76,18 +107,21 @@ function App() {
           onSubmit={(event) => {
             event.preventDefault();
             const input = search.current!;
-            input.setCustomValidity(find(input.value) ? "" : "no such head in this model");
+            input.setCustomValidity(find(input.value) ? "" : "no such part or label in this model");
             input.reportValidity();
           }}
         >
           <input
             ref={search}
             list="heads"
-            placeholder="Head or edge, L16H0 > L18H6.K"
-            aria-label="search a head or an edge"
+            placeholder="Head, edge or behaviour"
+            aria-label="search a part, an edge or a behaviour, such as L18H6, L16H0 > L18H6.K or induction"
             onInput={(event) => event.currentTarget.setCustomValidity("")}
           />
           <datalist id="heads">
+            {Object.values(BEHAVIOURS).map((name) => (
+              <option key={name} value={name} />
+            ))}
             {map.parts
               .filter((part) => part.kind === "head")
               .map((part) => (
@@ -131,6 +165,23 @@ function App() {
           </main>
         )}
       </div>
+      {keys && (
+        <div class="keys" role="dialog" aria-label="keys">
+          <h2>Keys</h2>
+          <table>
+            <tbody>
+              {KEYS.map(([key, does]) => (
+                <tr key={key}>
+                  <td>
+                    <kbd>{key}</kbd>
+                  </td>
+                  <td>{does}</td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </div>
+      )}
       <footer>
         {map.norm}. {map.run ? `Run on ${map.run.text}, ${map.run.tokens.toLocaleString("en")} tokens.` : "From the weights alone; no run is stored."}{" "}
         virtual-weights {map.version}

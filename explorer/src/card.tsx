@@ -15,6 +15,8 @@ const ATTENDS: Record<string, string> = {
   first_token: "Attends to the first token, where heads rest that have nothing to do.",
 };
 
+const KINDS: Record<string, string> = { mlp: "MLP", embed: "token embedding", pos: "positions", bias: "a constant" };
+
 interface Props {
   map: MapDocument;
   part: Part;
@@ -31,12 +33,14 @@ export function Card({ map, part, onMove, onPair }: Props) {
   const effects = map.effects.filter(
     (one) => one.kind === "asked" && (one.writer === part.label || [one.reader, ...one.shared].includes(part.label)),
   );
+  const isHead = part.kind === "head";
   const at = heads?.circuits?.labels.indexOf(part.label) ?? -1;
   const clean = (gains: (number | null)[] | undefined) => (gains ?? []).filter((gain): gain is number => gain !== null);
   return (
     <section class="card" aria-label={`card of ${part.label}`}>
       <h1>
-        {part.label} <Sign behaviour={behaviours?.label} /> <small>{BEHAVIOURS[behaviours?.label ?? ""] ?? "no label"}</small>
+        {part.label} {isHead && <Sign behaviour={behaviours?.label} />}{" "}
+        <small>{isHead ? (BEHAVIOURS[behaviours?.label ?? ""] ?? (behaviours ? "no label" : "")) : (KINDS[part.kind] ?? part.kind)}</small>
         <span class="step">
           <button onClick={() => onMove(-1)} aria-label="the head before">
             ←
@@ -50,6 +54,8 @@ export function Card({ map, part, onMove, onPair }: Props) {
         {ATTENDS[behaviours?.label ?? ""]}{" "}
         {shared.length > 0 && <>Keys and values shared with {shared.map((one) => one.label).join(", ")}.</>}
       </p>
+      {isHead && (
+<>
       <h3>
         Where it attends <small>mean over repeated random tokens; tick: a label from {figure(threshold, 1)}</small>
       </h3>
@@ -109,6 +115,8 @@ export function Card({ map, part, onMove, onPair }: Props) {
           />
         </>
       )}
+</>
+)}
       <h3>
         When its edges were removed <small>nats</small>
       </h3>
@@ -135,14 +143,18 @@ export function Card({ map, part, onMove, onPair }: Props) {
         </table>
       ) : (
         <p class="note">
-          None was: <Command text={`vweights ablate ${map.model} WRITER ${part.label}.K --repeated`} />
+          None was: <Command text={`vweights ablate ${map.model} ${isHead ? `WRITER ${part.label}.K` : `${part.label} READER`} --repeated`} />
         </p>
       )}
-      <hr />
-      <p class="note">
-        What reaches it on a text of yours:{" "}
-        <Command text={`vweights trace ${map.model} --prompt "…" --reader ${part.label}.K`} />
-      </p>
+      {isHead && (
+        <>
+          <hr />
+          <p class="note">
+            What reaches it on a text of yours:{" "}
+            <Command text={`vweights trace ${map.model} --prompt "…" --reader ${part.label}.K`} />
+          </p>
+        </>
+      )}
     </section>
   );
 }

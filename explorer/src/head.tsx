@@ -24,7 +24,7 @@ const SAYS: Record<string, string> = {
 const LATER: Record<string, string> = { Q: "later queries", K: "later keys", V: "later values" };
 const PORTS = ["Q", "K", "V"];
 
-export function HeadPage({ map, address, go, theme }: PageProps) {
+export function HeadPage({ map, address, go, width, theme }: PageProps) {
   const part = map.parts.find((one) => one.label === address.name);
   const [all, setAll] = useState<Record<string, Pairs>>({});
   useEffect(() => {
@@ -52,6 +52,9 @@ export function HeadPage({ map, address, go, theme }: PageProps) {
   const open = (label: string) => go({ page: "head", name: label, state: {} });
   const pair = (name: string) => go({ page: "pair", name, state: {} });
   const reads = part.kind === "head" ? PORTS : Object.keys(all).filter((port) => all[port]!.readers.includes(part.label));
+  // the columns of the page are 504, 352 and 472 wide where there are three, see explorer.css
+  const room = width < 1052 ? width : width - 64;
+  const sides = width < 1052 ? [room - 158, room - 218] : [(room * 504) / 1328 - 158, (room * 472) / 1328 - 218];
   const strip = { map, part, theme, onOpen: open, onPair: pair };
   return (
     <main class="component">
@@ -61,12 +64,17 @@ export function HeadPage({ map, address, go, theme }: PageProps) {
         {reads
           .filter((port) => map.ports.includes(port))
           .map((port) => (
-            <Strip key={port} {...strip} pairs={all[port]} port={port} into />
+            <Strip key={port} {...strip} pairs={all[port]} port={port} room={sides[0]!} into />
           ))}
         {reads.length === 0 && <p class="note">It reads nothing of the stream.</p>}
         <p class="legend">
-          ¼ chance <span class="ramp" /> 4 × chance <i class="key box" /> listed: the five foremost
-          <i class="key dead" /> writes or reads nothing
+          ¼ chance <span class="ramp" /> 4 × chance
+          <span>
+            <i class="key box" /> listed: the five foremost
+          </span>
+          <span>
+            <i class="key dead" /> writes or reads nothing
+          </span>
         </p>
       </section>
       <Card map={map} part={part} onMove={move} onPair={pair} />
@@ -74,7 +82,7 @@ export function HeadPage({ map, address, go, theme }: PageProps) {
         <h2>All that it feeds</h2>
         <p class="lead">Every later reader; same colour, same scale.</p>
         {PORTS.filter((port) => map.ports.includes(port)).map((port) => (
-          <Strip key={port} {...strip} pairs={all[port]} port={port} />
+          <Strip key={port} {...strip} pairs={all[port]} port={port} room={sides[1]!} />
         ))}
         <Others map={map} all={all} part={part} theme={theme} />
       </section>
@@ -105,12 +113,14 @@ interface StripProps {
   port: string;
   part: Part;
   into?: boolean;
+  /** Pixels for the cells. */
+  room: number;
   theme: string;
   onOpen: (label: string) => void;
   onPair: (name: string) => void;
 }
 
-function Strip({ map, pairs, port, part, into = false, theme, onOpen, onPair }: StripProps) {
+function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPair }: StripProps) {
   const [tip, setTip] = useState<{ cell: Cell; x: number; y: number } | null>(null);
   const cells = useMemo(() => (pairs ? cellsOf(pairs, part.label, into) : []), [pairs, part.label, into]);
   const colour = useMemo(ramp, [theme]);
@@ -122,7 +132,7 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen, onPair }: 
   const first = into ? 0 : Math.min(...layers, map.layers);
   const last = into ? (part.layer ?? 0) : map.layers - 1;
   const rows = Math.max(1, ...map.parts.map((one) => (one.head ?? 0) + 1));
-  const wide = Math.min(20, 350 / Math.max(1, last - first + 1 + (into ? 1 : 0)));
+  const wide = Math.max(3, Math.min(20, (room - 58) / Math.max(1, last - first + 1 + (into ? 1 : 0))));
   const tall = Math.min(13.6, 122 / rows);
   const left = 24 + (into ? wide : 0);
   const ran = cells.some((cell) => !Number.isNaN(cell.share));
@@ -261,7 +271,7 @@ function Strip({ map, pairs, port, part, into = false, theme, onOpen, onPair }: 
             <li class="muted">
               <span />
               <span>{ran ? "share" : "score"}</span>
-              {estimated && <span>loss without it</span>}
+              {estimated && <span>loss, nats</span>}
             </li>
             {foremost.map(({ cell, shared }) => {
               const effect = removed(cell);

@@ -1,8 +1,9 @@
-/** Which depths talk to which: every pair of heads, rows read and columns write, with the width of the stream beside. */
+/** Which depths talk to which: every pair of heads, rows read and columns write, a lens over some, the stream's width beside. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { type Table, loadBandwidth, numbers } from "./data";
-import { css, figure, overChance, portClass, ramp } from "./marks";
+import { type Table, loadBandwidth } from "./data";
+import { Demand, Depth } from "./depth";
+import { Command, css, figure, overChance, portClass, ramp } from "./marks";
 import { type PageProps, usePort } from "./page";
 import { Behind } from "./table";
 
@@ -13,6 +14,23 @@ interface Head {
   label: string;
 }
 
+/** Layers of a lens: first and last writing, first and last reading. */
+type Lens = [number, number, number, number];
+
+const MOST = 640; // pixels of height
+const AXIS = 34;
+
+const headsOf = (labels: string[]): Head[] =>
+  labels.flatMap((label, index) => {
+    const match = /^L(\d+)H(\d+)$/.exec(label);
+    return match ? [{ index, label, layer: Number(match[1]), head: Number(match[2]) }] : [];
+  });
+
+const lensOf = (text: string | undefined): Lens | null => {
+  const match = /^L(\d+)-(\d+):L(\d+)-(\d+)$/.exec(text ?? "");
+  return match ? (match.slice(1).map(Number) as Lens) : null;
+};
+
 export function LayersPage(props: PageProps) {
   const { map, address, go, width, theme } = props;
   const { ports, port, pairs } = usePort(props);
@@ -20,32 +38,39 @@ export function LayersPage(props: PageProps) {
   const [at, setAt] = useState<{ reader: Head; writer: Head; value: number; x: number; y: number } | null>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   useEffect(() => void (map.stored.bandwidth && loadBandwidth().then(setBandwidth)), []);
-  const heads = (labels: string[]): Head[] =>
-    labels.flatMap((label, index) => {
-      const match = /^L(\d+)H(\d+)$/.exec(label);
-      return match ? [{ index, label, layer: Number(match[1]), head: Number(match[2]) }] : [];
-    });
-  const readers = useMemo(() => (pairs ? heads(pairs.readers) : []), [pairs]);
-  const writers = useMemo(() => (pairs ? heads(pairs.writers) : []), [pairs]);
+  const readers = useMemo(() => (pairs ? headsOf(pairs.readers) : []), [pairs]);
+  const writers = useMemo(() => (pairs ? headsOf(pairs.writers) : []), [pairs]);
   const score = pairs?.column("score") ?? null;
+  const valueOf = (reader: Head, writer: Head) => score?.[reader.index * (pairs?.writers.length ?? 0) + writer.index] ?? NaN;
   const chance = 1 / Math.sqrt(map.width);
-  const beside = bandwidth && width >= 1100;
-  const side = Math.round(beside ? width * 0.5 : Math.min(width, 820));
-  const [left, top] = [34, 8];
-  const cell = (side - left) / Math.max(1, writers.length);
-  const tall = Math.min(cell, 640 / Math.max(1, readers.length));
-  const height = Math.round(tall * readers.length);
-  const beyond = useMemo(() => {
-    if (!score || !pairs) return { count: 0, largest: 0 };
-    let [count, largest] = [0, 0];
+  const wide = width >= 1100;
+  const side = Math.round(wide ? width * 0.5 : Math.min(width, 820));
+  const cell = (side - AXIS) / Math.max(1, writers.length);
+  const height = Math.round(Math.min(cell, MOST / Math.max(1, readers.length)) * readers.length);
+  const tall = height / Math.max(1, readers.length);
+  const figures = useMemo(() => {
+    let [beyond, largest, count] = [0, 0, 0];
+    let best: [Head, Head] | null = null;
     for (const r of readers)
       for (const w of writers) {
-        const ratio = score[r.index * pairs.writers.length + w.index]! / chance;
-        if (ratio > largest) largest = ratio;
-        if (ratio > 4 || ratio < 0.25) count++;
+        const ratio = valueOf(r, w) / chance;
+        if (!(ratio < Infinity)) continue;
+        count++;
+        if (ratio > largest) [largest, best] = [ratio, [r, w]];
+        if (ratio > 4 || ratio < 0.25) beyond++;
       }
-    return { count, largest };
+    return { beyond, largest, count, best };
   }, [score]);
+  const reach = 1; // layers on either side of what the lens is over
+  const around = (writing: number, reading: number): Lens => {
+    const clip = (value: number) => Math.max(0, Math.min(map.layers - 1, value));
+    return [clip(writing - reach), clip(writing + reach), clip(reading - reach), clip(reading + reach)];
+  };
+  const lens = lensOf(address.state.lens) ?? (figures.best ? around(figures.best[1].layer, figures.best[0].layer) : null);
+  const setLens = (next: Lens) =>
+    go({ state: { ...address.state, lens: `L${next[0]}-${next[1]}:L${next[2]}-${next[3]}` } }, true);
+  const open = (reader: Head, writer: Head) => go({ page: "pair", name: `${writer.label}/${reader.label}.${port}`, state: {} });
+
   useEffect(() => {
     const node = canvas.current;
     const pen = node?.getContext("2d");
@@ -54,92 +79,105 @@ export function LayersPage(props: PageProps) {
     node.width = side * density;
     node.height = height * density;
     pen.setTransform(density, 0, 0, density, 0, 0);
-    pen.clearRect(0, 0, side, height);
-    const shade = ramp();
-    const known = new Map<number, string>();
+    const shade = shades();
     readers.forEach((r, row) => {
       writers.forEach((w, column) => {
-        const value = score[r.index * pairs.writers.length + w.index]!;
-        if (!(value < Infinity)) return;
-        const step = Math.round(64 * overChance(value / chance));
-        let tone = known.get(step);
-        if (!tone) known.set(step, (tone = shade(step / 64)));
-        pen.fillStyle = tone;
-        pen.fillRect(left + cell * column, tall * row, cell + 0.3, tall + 0.3);
+        const value = valueOf(r, w);
+        if (Number.isNaN(value)) return;
+        pen.fillStyle = value < Infinity ? shade(value / chance) : css("faint");
+        pen.fillRect(AXIS + cell * column, tall * row, cell + 0.3, tall + 0.3);
       });
     });
     pen.fillStyle = css("paper");
-    readers.forEach((r, row) => row && r.layer !== readers[row - 1]!.layer && pen.fillRect(left, tall * row - 0.4, side, 0.8));
-    writers.forEach(
-      (w, column) => column && w.layer !== writers[column - 1]!.layer && pen.fillRect(left + cell * column - 0.4, 0, 0.8, height),
-    );
-  }, [score, side, theme]);
+    if (tall * 4 > 1) {
+      readers.forEach((r, row) => row && r.layer !== readers[row - 1]!.layer && pen.fillRect(AXIS, tall * row - 0.4, side, 0.8));
+      writers.forEach((w, i) => i && w.layer !== writers[i - 1]!.layer && pen.fillRect(AXIS + cell * i - 0.4, 0, 0.8, height));
+    }
+  }, [score, side, height, theme]);
+
   const pointed = (event: PointerEvent) => {
     const box = (event.currentTarget as Element).getBoundingClientRect();
-    const writer = writers[Math.floor((event.clientX - box.left - left) / cell)];
-    const reader = readers[Math.floor((event.clientY - box.top) / tall)];
-    const value = writer && reader && score && pairs ? score[reader.index * pairs.writers.length + writer.index]! : NaN;
-    setAt(
-      writer && reader && !Number.isNaN(value)
-        ? { writer, reader, value, x: event.clientX - box.left, y: event.clientY - box.top }
-        : null,
-    );
+    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+    const writer = writers[Math.floor((x - AXIS) / cell)];
+    const reader = readers[Math.floor(y / tall)];
+    const value = writer && reader ? valueOf(reader, writer) : NaN;
+    return writer && reader && !Number.isNaN(value) ? { writer, reader, value, x, y } : null;
   };
-  const marks = (side_: Head[]) =>
-    side_.flatMap((one, i) => (one.head === 0 && (one.layer % 5 === 0 || map.layers < 12) ? [{ layer: one.layer, i }] : []));
-  const rowsOf = () => {
-    if (!pairs || !score) return [];
-    const best = new Map<string, { reading_layer: number; writing_layer: number; largest: number; pair: string; mean: number; n: number }>();
-    for (const r of readers)
-      for (const w of writers) {
-        const value = score[r.index * pairs.writers.length + w.index]!;
-        if (Number.isNaN(value)) continue;
-        const key = `${r.layer} ${w.layer}`;
-        const row = best.get(key) ?? { reading_layer: r.layer, writing_layer: w.layer, largest: 0, pair: "", mean: 0, n: 0 };
-        if (value > row.largest) [row.largest, row.pair] = [value, `${w.label} > ${r.label}.${port}`];
-        row.mean += value;
-        row.n++;
-        best.set(key, row);
-      }
-    return [...best.values()].map((row) => ({ ...row, mean: row.mean / row.n }));
+  const keyed = (event: KeyboardEvent) => {
+    const step = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+    if (!lens) return;
+    if (step) {
+      setLens(around((lens[0] + lens[1]) / 2 + step[0]!, (lens[2] + lens[3]) / 2 + step[1]!).map(Math.round) as Lens);
+      event.preventDefault();
+    } else if (event.key === "Enter") {
+      const inside = within(lens, readers, writers).sort((a, b) => (valueOf(...b) || 0) - (valueOf(...a) || 0))[0];
+      if (inside) open(...inside);
+    }
   };
+  const ticks = (heads: Head[]) =>
+    heads.flatMap((one, i) => (one.head === 0 && (one.layer % 5 === 0 || map.layers < 12) ? [{ layer: one.layer, i }] : []));
+  const edge = (heads: Head[], first: number, last: number) => {
+    const inside = heads.flatMap((one, i) => (one.layer >= first && one.layer <= last ? [i] : []));
+    return inside.length ? [inside[0]!, inside.at(-1)! + 1] : null;
+  };
+  const [across, down] = lens ? [edge(writers, lens[0], lens[1]), edge(readers, lens[2], lens[3])] : [null, null];
   return (
     <main class="layers">
       <h1>Which depths talk to which{bandwidth ? ", and how wide the stream is there" : ""}</h1>
       <p class="lead">
-        All pairs of heads through {port}. Rows read, columns write, both by depth.{" "}
-        {beyond.count > 0
-          ? `${beyond.count} cells lie beyond a quarter or four times chance and are drawn at the end; the largest is ${figure(beyond.largest, 2)} times chance.`
+        All {figures.count.toLocaleString("en")} pairs of heads through {port}. Rows read, columns write, both by depth
+        {wide && bandwidth ? "; the panels beside share the depth axis" : ""}.{" "}
+        {figures.beyond > 0
+          ? `${figures.beyond} cells lie beyond a quarter or four times chance and are drawn at the end; the largest is ${figure(figures.largest, 2)} times chance.`
           : ""}
       </p>
-      <p>
+      <div class="row-of-ports" role="group" aria-label="port">
         {ports.map((name) => (
           <button
             key={name}
             class={`port ${portClass(name)}`}
             aria-pressed={name === port}
-            onClick={() => go({ state: { ...address.state, port: name } })}
+            onClick={() => go({ state: { ...address.state, port: name, lens: "" } })}
           >
             <i /> {name}
           </button>
         ))}
-        <Behind name={`layers-${port}`} rows={rowsOf} />
-      </p>
-      <div class="two">
+        <Behind name={`layers-${port}`} rows={() => (pairs ? byLayers(readers, writers, valueOf, port) : [])} />
+      </div>
+      <div class="two depth-row">
         <div class="matrix" style={{ width: side }}>
           {!pairs && <p class="note">Reading …</p>}
-          <canvas
-            ref={canvas}
-            style={{ width: side, height }}
-            role="img"
-            aria-label={`score over chance of ${readers.length} by ${writers.length} heads`}
-            onPointerMove={(event) => pointed(event as unknown as PointerEvent)}
+          <canvas ref={canvas} style={{ width: side, height }} aria-hidden="true" />
+          <svg
+            class="over"
+            width={side}
+            height={height}
+            tabIndex={0}
+            role="application"
+            aria-label={`score over chance of ${readers.length} by ${writers.length} heads; arrows move the lens by a layer, Enter opens its largest pair`}
+            onPointerMove={(event) => setAt(pointed(event as unknown as PointerEvent))}
             onPointerLeave={() => setAt(null)}
-            onClick={() => at && go({ page: "pair", name: `${at.writer.label}/${at.reader.label}.${port}`, state: {} })}
-          />
+            onClick={(event) => {
+              const cell = pointed(event as unknown as PointerEvent);
+              if (cell) setLens(around(cell.writer.layer, cell.reader.layer));
+            }}
+            onDblClick={() => at && open(at.reader, at.writer)}
+            onKeyDown={keyed}
+          >
+            {across && down && (
+              <rect
+                class="lens"
+                x={AXIS + cell * across[0]!}
+                width={cell * (across[1]! - across[0]!)}
+                y={tall * down[0]!}
+                height={tall * (down[1]! - down[0]!)}
+              />
+            )}
+            {at && <path class="crosshair" d={`M${at.x},0V${height}M${AXIS},${at.y}H${side}`} />}
+          </svg>
           <svg width={side} height={20} aria-hidden="true">
-            {marks(writers).map(({ layer, i }) => (
-              <text key={layer} x={left + cell * i} y={12}>
+            {ticks(writers).map(({ layer, i }) => (
+              <text key={layer} x={AXIS + cell * i} y={12}>
                 {layer}
               </text>
             ))}
@@ -147,9 +185,9 @@ export function LayersPage(props: PageProps) {
               writing layer →
             </text>
           </svg>
-          <svg class="rows" width={left} height={height} aria-hidden="true">
-            {marks(readers).map(({ layer, i }) => (
-              <text key={layer} x={left - 6} y={tall * i + 10} text-anchor="end">
+          <svg class="rows" width={AXIS} height={height} aria-hidden="true">
+            {ticks(readers).map(({ layer, i }) => (
+              <text key={layer} x={AXIS - 6} y={tall * i + 10} text-anchor="end">
                 {layer}
               </text>
             ))}
@@ -157,84 +195,161 @@ export function LayersPage(props: PageProps) {
           <p class="legend scale">
             ¼ <span class="ramp" /> 4 × chance
           </p>
+          {lens && pairs && (
+            <LensView
+              {...{ lens, readers, writers, valueOf, chance, theme }}
+              size={Math.min(270, side * 0.4, height * 0.46)}
+              onOpen={open}
+            />
+          )}
           {at && (
-            <div class="tip" style={{ left: Math.min(side - 200, at.x + 14), top: at.y - 50 }}>
+            <div class="tip" style={{ left: Math.min(side - 200, at.x + 14), top: Math.max(0, at.y - 50) }}>
               <b>
                 {at.writer.label} → {at.reader.label}.{port}
               </b>
               <br />
-              score {figure(at.value)}, {figure(at.value / chance, 2)} × chance
+              {at.value < Infinity
+                ? `score ${figure(at.value)}, ${figure(at.value / chance, 2)} × chance`
+                : "one of its ends writes or reads nothing"}
             </div>
           )}
         </div>
         {bandwidth ? (
-          <Depth bandwidth={bandwidth} width={beside ? width - side - 60 : Math.min(width, 700)} height={Math.max(240, height)} top={top} />
+          <>
+            <Depth
+              bandwidth={bandwidth}
+              layers={map.layers}
+              width={wide ? Math.round((width - side) * 0.58) : Math.min(width, 700)}
+              height={Math.max(240, height)}
+              depth={wide && at ? at.y / height : null}
+            />
+            {wide && (
+              <Demand
+                bandwidth={bandwidth}
+                layers={map.layers}
+                width={Math.round((width - side) * 0.42) - 80}
+                height={Math.max(240, height)}
+                depth={at ? at.y / height : null}
+              />
+            )}
+          </>
         ) : (
-          <p class="note">
-            The width of the stream is not stored: <code>vweights map {map.model} -o ATLAS</code>
-          </p>
+          !map.stored.bandwidth && (
+            <p class="note">
+              The width of the stream is not stored: <Command text={`vweights map ${map.model} -o ATLAS`} />
+            </p>
+          )
         )}
       </div>
     </main>
   );
 }
 
-/** Directions in use at each depth, entropy ranks, depth downwards. */
-function Depth({ bandwidth, width, height, top }: { bandwidth: Table; width: number; height: number; top: number }) {
-  const d = Number(bandwidth.stamp.d_model);
-  const states = bandwidth.labels.length;
-  const x = (value: number) => 8 + ((width - 90) * value) / d;
-  const y = (state: number) => top + ((height - 40) * state) / Math.max(1, states - 1);
-  const path = (values: number[]) =>
-    values.map((value, i) => (Number.isNaN(value) ? "" : `${i ? "L" : "M"}${x(value)},${y(i)}`)).join("");
-  const [written, read, live] = ["written_entropy_rank", "read_entropy_rank_blocks", "live_entropy_rank"].map((name) =>
-    numbers(bandwidth, name),
-  );
-  const name = (values: number[], at: number): [number, number] => [x(values[at] || 0) + 6, y(at)];
-  const late = Math.floor(states * 0.72);
-  const rowsOf = () =>
-    bandwidth.labels.map((state, i) => ({
-      state,
-      written: written![i] ?? null,
-      read_later: read![i] ?? null,
-      live: live![i] ?? null,
-    }));
+/** Colours of scores over chance, each step of the ramp made once. */
+function shades(): (ratio: number) => string {
+  const colour = ramp();
+  const known = new Map<number, string>();
+  return (ratio) => {
+    const step = Math.round(64 * overChance(ratio));
+    let tone = known.get(step);
+    if (!tone) known.set(step, (tone = colour(step / 64)));
+    return tone;
+  };
+}
+
+const within = (lens: Lens, readers: Head[], writers: Head[]): [Head, Head][] =>
+  readers
+    .filter((one) => one.layer >= lens[2] && one.layer <= lens[3])
+    .flatMap((reader) =>
+      writers.filter((one) => one.layer >= lens[0] && one.layer <= lens[1]).map((writer): [Head, Head] => [reader, writer]),
+    );
+
+interface LensProps {
+  lens: Lens;
+  readers: Head[];
+  writers: Head[];
+  valueOf: (reader: Head, writer: Head) => number;
+  chance: number;
+  theme: string;
+  size: number;
+  onOpen: (reader: Head, writer: Head) => void;
+}
+
+/** The pairs of a few layers, large, in the triangle where nothing can reach. */
+function LensView({ lens, readers, writers, valueOf, chance, theme, size, onOpen }: LensProps) {
+  const shade = useMemo(shades, [theme]);
+  const rows = readers.filter((one) => one.layer >= lens[2] && one.layer <= lens[3]);
+  const columns = writers.filter((one) => one.layer >= lens[0] && one.layer <= lens[1]);
+  const step = size / Math.max(rows.length, columns.length, 1);
+  const cells = within(lens, readers, writers).filter((pair) => !Number.isNaN(valueOf(...pair)));
+  const foremost: [Head, Head][] = []; // one for each map that heads share, and none beside another's name
+  for (const pair of [...cells].filter((pair) => valueOf(...pair) < Infinity).sort((a, b) => valueOf(...b) - valueOf(...a))) {
+    const near = foremost.some(([reader]) => Math.abs(rows.indexOf(reader) - rows.indexOf(pair[0])) * step < 14);
+    if (!near && foremost.push(pair) === 3) break;
+  }
+  const [width, height] = [step * columns.length, step * rows.length];
+  const x = (writer: Head) => step * columns.indexOf(writer);
+  const y = (reader: Head) => step * rows.indexOf(reader);
   return (
-    <section>
-      <h2>
-        Directions in use at each depth <Behind name="bandwidth" rows={rowsOf} />
-      </h2>
-      <svg width={width} height={height + 16} role="img" aria-label="entropy ranks of what is written, read later, and live">
-        <path class="area" d={`${path(live!)}L8,${y(states - 1)}L8,${y(0)}Z`} />
-        {[0, 1 / 3, 2 / 3, 1].map((share) => (
-          <g key={share} class="tick">
-            <path d={`M${x(d * share)},${top}V${y(states - 1)}`} />
-            <text x={x(d * share)} y={height - 18} text-anchor="middle">
-              {Math.round(d * share)}
+    <svg class="lens-view" width={width + 34} height={height + 18} role="img" aria-label={`layers ${lens[0]} to ${lens[1]} into ${lens[2]} to ${lens[3]}; foremost ${foremost.map(([r, w]) => `${w.label} to ${r.label}`).join(", ")}`}>
+      {columns.map((one, i) => one.head === 0 && (
+        <text key={one.label} x={34 + step * i} y={12}>
+          L{one.layer}
+        </text>
+      ))}
+      {rows.map((one, i) => one.head === 0 && (
+        <text key={one.label} x={28} y={28 + step * i} text-anchor="end">
+          L{one.layer}
+        </text>
+      ))}
+      <g transform="translate(34,18)">
+        <rect class="lens-ground" width={width} height={height} />
+        {cells.map(([reader, writer]) => (
+          <rect
+            key={`${reader.label}${writer.label}`}
+            x={x(writer) + 0.4}
+            y={y(reader) + 0.4}
+            width={Math.max(0.5, step - 0.8)}
+            height={Math.max(0.5, step - 0.8)}
+            style={{ fill: valueOf(reader, writer) < Infinity ? shade(valueOf(reader, writer) / chance) : "var(--faint)" }}
+            onClick={() => onOpen(reader, writer)}
+          >
+            <title>
+              {writer.label} → {reader.label}: {figure(valueOf(reader, writer) / chance, 2)} × chance
+            </title>
+          </rect>
+        ))}
+        {foremost.map(([reader, writer]) => (
+          <g key={`${reader.label}${writer.label}`} class="lens-name">
+            <rect x={x(writer)} y={y(reader)} width={step} height={step} />
+            <text
+              x={x(writer) + (x(writer) > width / 2 ? -4 : step + 4)}
+              y={y(reader) + step}
+              text-anchor={x(writer) > width / 2 ? "end" : "start"}
+            >
+              {writer.label} → {reader.label}
             </text>
           </g>
         ))}
-        <path class="curve thin" d={path(live!)} />
-        <path class="curve" d={path(written!)} />
-        <path class="curve dashed" d={path(read!)} />
-        {(
-          [
-            ["written", written!],
-            ["read later", read!],
-            ["live", live!],
-          ] as const
-        ).map(([label, values], i) => {
-          const [px, py] = name(values, [late, Math.floor(states * 0.12), Math.floor(states * 0.5)][i]!);
-          return (
-            <text key={label} class="part" x={px} y={py}>
-              {label}
-            </text>
-          );
-        })}
-        <text x={8} y={height}>
-          entropy rank; all {d}
-        </text>
-      </svg>
-    </section>
+        <rect class="lens" width={width} height={height} />
+      </g>
+    </svg>
   );
 }
+
+function byLayers(readers: Head[], writers: Head[], valueOf: (reader: Head, writer: Head) => number, port: string) {
+  const rows = new Map<string, { reading_layer: number; writing_layer: number; largest: number; pair: string; mean: number; n: number }>();
+  for (const r of readers)
+    for (const w of writers) {
+      const value = valueOf(r, w);
+      if (!(value < Infinity)) continue;
+      const key = `${r.layer} ${w.layer}`;
+      const row = rows.get(key) ?? { reading_layer: r.layer, writing_layer: w.layer, largest: 0, pair: "", mean: 0, n: 0 };
+      if (value > row.largest) [row.largest, row.pair] = [value, `${w.label} > ${r.label}.${port}`];
+      row.mean += value;
+      row.n++;
+      rows.set(key, row);
+    }
+  return [...rows.values()].map((row) => ({ ...row, mean: row.mean / row.n }));
+}
+

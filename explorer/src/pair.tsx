@@ -56,7 +56,7 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
           <span class={portClass(port)}>{port}</span>
           <small>
             {says(writer) && says(reader) ? `From a head labelled ${says(writer)} to one labelled ${says(reader)}` : `Port ${port}`}
-            {edge && edge.others.length > 0 && `; the same map is read by ${edge.others.join(", ")}`}
+            {edge && edge.others.length > 0 && `; ${port === "V" ? "value" : "key"} shared with ${edge.others.join(", ")}`}
           </small>
         </h1>
         {edge && <Figures map={map} edge={edge} target={target} pairs={pairs!} />}
