@@ -112,6 +112,7 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
         "channels": [
             *(vw.Circuit("L0H1.ov"), vw.Circuit("L1H1.qk"), vw.Channel("L0.mlp" if mlps else "L0H2", "L1H1.K")),
             *(vw.Channel("embed", "unembed"), vw.ChannelTokens("L0H1", "L1H2.V"), vw.OffsetProfile("L0H1", "L1H2.K")),
+            *(vw.HeadCircuits(), vw.HeadTokens(), vw.PairAngles("L0H1", "L1H2.K")),
             *(vw.MeanCircuit("L1H2"), vw.LinearComposition(), vw.Paths("L0H1", "unembed")),
             *(vw.LinearComposition(point), vw.Paths("L0H1", "unembed", point=point)),
         ],

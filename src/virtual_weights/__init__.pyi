@@ -3,8 +3,11 @@
 from .analysis.channels.channel import Channel as Channel
 from .analysis.channels.channel import Circuit as Circuit
 from .analysis.channels.channel_tokens import ChannelTokens as ChannelTokens
+from .analysis.channels.head_circuits import HeadCircuits as HeadCircuits
+from .analysis.channels.head_tokens import HeadTokens as HeadTokens
 from .analysis.channels.offsets import MeanCircuit as MeanCircuit
 from .analysis.channels.offsets import OffsetProfile as OffsetProfile
+from .analysis.channels.pair_angles import PairAngles as PairAngles
 from .analysis.crowding.coherence import Coherence as Coherence
 from .analysis.crowding.interference import Interference as Interference
 from .analysis.crowding.recovery import Recovery as Recovery

@@ -20,7 +20,8 @@ from uniform import sizes
 import virtual_weights as vw
 from virtual_weights.analysis.channels import channel_tokens
 from virtual_weights.analysis.channels.channel import Circuit, summary
-from virtual_weights.analysis.channels.channel_tokens import ChannelTokens, blocks_of, directions_of, random_reach
+from virtual_weights.analysis.channels.channel_tokens import ChannelTokens, directions_of
+from virtual_weights.analysis.channels.direction_tokens import blocks_of, random_reach
 from virtual_weights.analysis.channels.offsets import MeanCircuit, OffsetProfile, mean_qk
 from virtual_weights.analysis.pairs.composition import ComponentComposition
 from virtual_weights.cli.channel import channel

@@ -21,6 +21,7 @@ from virtual_weights.linalg.null import (
     haar_orthogonal,
     haar_tail,
     overlap_moments,
+    random_cosines,
     spectrum_null_edge,
     standardised,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "overlap_moments",
     "power_traces",
     "principal_angles",
+    "random_cosines",
     "random_generator",
     "mean_estimate",
     "rank_correlation",

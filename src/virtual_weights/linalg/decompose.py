@@ -156,14 +156,28 @@ def svd(map: LinearMap, rank: int | None = None) -> SVD:
     """
     if rank is not None and rank < 0:
         raise UsageError(f"rank={rank}", expected="a rank >= 0, or None for all", do="pass how many to keep")
-    left, right = halves(map, accumulate)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    s = _beyond_rounding(s, map)
-    u, s, v = (q_left @ u)[:, :rank], s[:rank], (q_right @ vh.T)[:, :rank]
+    whole = product_svd(*halves(map, accumulate))
+    u, s, v = whole.U[:, :rank], _beyond_rounding(whole.S, map)[:rank], whole.V[:, :rank]
     sign = _signs(u)
     return SVD(U=u * sign, S=s, V=v * sign)
+
+
+def product_svd(left: Tensor, right: Tensor) -> SVD:
+    """Reduced singular value decomposition of ``left @ right``, or of each of a batch, which is not formed.
+
+    Args:
+        left: (..., out, k) float64.
+        right: (..., k, in) float64.
+
+    Returns:
+        SVD with U (..., out, r), S (..., r) descending and V (..., in, r); signs as LAPACK gives them.
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    core = r_left @ r_right.mT
+    with _one_thread(core):
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    return SVD(q_left @ u, s, q_right @ vh.mT)
 
 
 def singular_values(map: LinearMap) -> Tensor:
@@ -232,6 +246,13 @@ def gains(a: Tensor) -> Tensor:
     """Singular values of the last two axes, descending."""
     with _one_thread(a):
         return torch.linalg.svdvals(a)
+
+
+def largest_gains(matrices: Tensor) -> Tensor:
+    """Largest singular value of each of a batch (n, a, b), from the smaller Gram: of the largest nothing is lost."""
+    tall = matrices.shape[-2] >= matrices.shape[-1]
+    grams = matrices.mT @ matrices if tall else matrices @ matrices.mT
+    return torch.linalg.eigvalsh(grams)[:, -1].clamp_min(0).sqrt() if len(matrices) else matrices.new_empty(0)
 
 
 def eigen(a: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg.decompose import gains, singular_values
-from virtual_weights.linalg.linear_map import LinearMap
+from virtual_weights.linalg.linear_map import Dense, LinearMap
 from virtual_weights.linalg.numerics import ROUNDINGS, WORKSPACE_BYTES, accumulate, random_generator, tolerance
 
 _NORMAL = 1e-6  # skewness up to which a gamma law is a normal one, its shape being too large to compute with
@@ -168,6 +168,23 @@ def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quanti
     # a slice, not a maximum: the zero map has no singular value, and its edge is the empty sum
     largest = torch.cat([gains(core)[:, :1].sum(dim=1) for core in _null_cores(A, B, draws, seed)])
     return float(torch.quantile(largest, quantile))
+
+
+def random_cosines(r1: int, r2: int, d: int, draws: int, seed: int) -> Tensor:
+    """Cosines of the principal angles of independent random subspaces of R^d, seeded draws.
+
+    Args:
+        r1: dimension of the first.
+        r2: dimension of the second.
+        d: dimension of the space, at least as large as both.
+        draws: how many, >= 1.
+        seed: of the generator.
+
+    Returns:
+        (draws, min(r1, r2)) float64 in [0, 1], descending in each draw.
+    """
+    rows, columns = Dense(torch.eye(r1, d, dtype=accumulate)), Dense(torch.eye(d, r2, dtype=accumulate))
+    return torch.cat([gains(core) for core in _null_cores(rows, columns, draws, seed)]).clamp(max=1.0)
 
 
 def cosine_tail(threshold: float, d: int) -> float:

@@ -21,6 +21,7 @@ from virtual_weights.analysis.maps.circuits import (
 )
 from virtual_weights.errors import UsageError
 from virtual_weights.linalg import accumulate, overlap_moments, side_by_side, standardised
+from virtual_weights.linalg.decompose import largest_gains
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Column, Record
 from virtual_weights.stream import Block, Blocked, Group, Stream, Work, cost
@@ -167,14 +168,14 @@ class Subspaces(Blocked[Stream]):
         products = (a.basis.flatten(0, 1) @ b.basis.flatten(0, 1).T).unflatten(1, b.basis.shape[:2])
         cores = products.unflatten(0, a.basis.shape[:2]).permute(0, 2, 1, 3)[i, j]
         rank = torch.minimum(a.rank[i], b.rank[j])
-        cosine = _largest(cores).clamp(max=1.0)
+        cosine = largest_gains(cores).clamp(max=1.0)
         values = {"overlap": (cores.square().sum((1, 2)) / rank).clamp(max=1.0)}
         cosine = cosine.masked_fill(cosine <= cut, 0.0)
         values["overlap"] = values["overlap"].masked_fill((cosine == 0) & (rank > 0), 0.0)
         values["cosine"] = torch.where(rank > 0, cosine, float("nan"))
         if self._interferes:
             sizes = a.gains[i, 0] * b.gains[j, 0]
-            strength = sizes * _largest(_relative(a.gains)[i][:, :, None] * cores * _relative(b.gains)[j][:, None, :])
+            strength = sizes * largest_gains(_relative(a.gains)[i][:, :, None] * cores * _relative(b.gains)[j][:, None, :])
             independent = strength <= cut * sizes
             strength = strength.masked_fill(independent, 0.0)
             values |= {"strength": strength, "bound": sizes * cosine, "tightness": strength / (sizes * cosine)}
@@ -299,10 +300,3 @@ def _bytes(stream: Stream) -> int:
 def _relative(gains: Tensor) -> Tensor:
     """Gains over the largest of each subspace; 0 of one without."""
     return gains / gains[:, :1].where(gains[:, :1] > 0, 1.0)
-
-
-def _largest(matrices: Tensor) -> Tensor:
-    """Largest singular value of each of a batch, from the smaller Gram: of the largest nothing is lost by it."""
-    tall = matrices.shape[-2] >= matrices.shape[-1]
-    grams = matrices.mT @ matrices if tall else matrices @ matrices.mT
-    return torch.linalg.eigvalsh(grams)[:, -1].clamp_min(0).sqrt() if len(matrices) else matrices.new_empty(0)
