@@ -328,6 +328,42 @@ def test_the_command_says_what_the_records_say(folder: Path) -> None:
     assert "root mean square over these offsets" in text
 
 
+def test_the_command_shows_angles_and_the_cosine_of_ends(folder: Path) -> None:
+    stream, asked = vw.open(folder), ("L0H1", "L1H3.K", "--nearest", "2", "--angles")
+    given = json.loads(told(folder, *asked, "--json"))
+    tokens, angles = given["more"]
+    record = ChannelTokens("L0H1", "L1H3.K", 2, 3)(stream)
+    assert [row["written_read"] for row in tokens["rows"]] == record["written_read"].tolist()
+    assert angles["question"] == "pair_angles"
+    cosines = vw.PairAngles("L0H1", "L1H3.K")(stream)
+    assert [row["cosine"] for row in angles["rows"]] == cosines["cosine"].tolist()
+    assert angles["summary"]["above_chance"] == int((cosines["cosine"] > cosines["random_high"]).sum())
+    text = told(folder, *asked)
+    assert "principal angles" in text
+    assert f"{angles['summary']['above_chance']} of 4 cosines are above 95%" in text
+
+
+def test_the_command_compares_all_heads(folder: Path) -> None:
+    stream = vw.open(folder)
+    given = json.loads(told(folder, "--nearest", "2", "--blocks", "1", "--json"))
+    assert given["question"] == "head_circuits"
+    strengths = {row["head"]: row["ov_strength"] for row in given["summary"]["heads"]}
+    assert strengths["L1H2"] == pytest.approx(float(stream["L1H2"].ov.dense().norm()))
+    assert list(strengths.values()) == sorted(strengths.values(), reverse=True)
+    (tokens,) = given["more"]
+    record = vw.HeadTokens(2, 1)(stream)
+    assert [(row["head"], row["token"]) for row in tokens["rows"]] == list(
+        zip(record["head"], record["token"].tolist(), strict=True)
+    )
+    assert len(tokens["rows"]) == 18 * 2 * 2 * 2
+    text = told(folder, "--nearest", "20", "--blocks", "1", "--top", "2")
+    assert "the 2 of 18 heads of strongest OV" in text
+    assert "directions in tokens" in text
+    for wrong in (["--angles"], ["--offsets", "0:4"], ["--singular-components"]):
+        done = CliRunner().invoke(app, [str(folder), *wrong])
+        assert isinstance(done.exception, vw.VirtualWeightsError)
+
+
 def test_the_command_takes_a_circuit_or_a_writer_alone(folder: Path) -> None:
     stream = vw.open(folder)
     alone = json.loads(told(folder, "L1H3.qk", "--nearest", "1", "--rotary-offset", "2", "--json"))

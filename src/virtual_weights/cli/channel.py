@@ -1,4 +1,4 @@
-"""``vweights channel``: one virtual weight, or one circuit: spectrum, tokens, components, rotary offsets."""
+"""``vweights channel``: one virtual weight, one circuit or those of all heads: spectrum, tokens, angles, offsets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, figure, verb
 from virtual_weights.errors import UsageError
 
-_TOKEN = ("directions", "gain", "end", "side", "token", "text", "cosine", "random")
-_BLOCK = ("directions", "end", "side", "random", "gain")
+_TOKEN = ("directions", "gain", "end", "side", "token", "text", "cosine", "random", "written_read")
+_BLOCK = ("head", "directions", "end", "side", "random", "gain", "written_read")
 _COMPONENT = ("component", "reader", "score", "null_ratio", "z", "strength", "share", "gain", "gap")
 _OFFSET = ("offset", "strength", "score", "null_ratio", "norm_reader")
 
@@ -35,11 +35,12 @@ def channel(
     session: Session,
     context: typer.Context,
     writer: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="WRITER", help="e.g. L16H0, L3.mlp, L3N7 or embed; a circuit such as L16H0.ov without READER"
+            metavar="WRITER",
+            help="e.g. L16H0, L3.mlp, L3N7 or embed; a circuit such as L16H0.ov without READER; all heads if left out",
         ),
-    ],
+    ] = None,
     reader: Annotated[str | None, typer.Argument(metavar="READER", help="e.g. L17H3.K, L5.mlp.up, unembed")] = None,
     nearest: Annotated[
         int | None, typer.Option("--nearest", metavar="N", min=1, help="show the N tokens nearest to each direction")
@@ -60,6 +61,13 @@ def channel(
             help="also score each singular component of the writing head; without READER, against all later heads",
         ),
     ] = False,
+    angles: Annotated[
+        bool,
+        typer.Option(
+            "--angles",
+            help="also show the principal angles between what WRITER writes and what READER reads, against chance",
+        ),
+    ] = False,
     offsets: Offsets = None,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 12,
@@ -67,11 +75,13 @@ def channel(
 ) -> Answer:
     """Look inside one connection: how many directions it carries, how strongly, and near which tokens they lie.
 
-    WRITER alone names a circuit, such as L16H0.ov. The option --singular-components adds scores for the single
-    directions that the writing head writes, and --offsets shows how the connection changes with the distance between
-    tokens.
+    WRITER alone names a circuit, such as L16H0.ov; without WRITER the circuits of all heads are compared. The option
+    --singular-components adds scores for the single directions that the writing head writes, and --offsets shows how
+    the connection changes with the distance between tokens.
     """
     _refuse_unused(context, reader or writer)
+    if writer is None:
+        return _heads(session, rotary_offset, nearest, blocks, top)
     span = None if offsets is None else _span(offsets)
     answers: list[Answer] = []
     if reader is not None or writer.endswith((".ov", ".qk")) or not components or nearest is not None:
@@ -79,6 +89,8 @@ def channel(
     if nearest is not None:
         tokens = vw.ChannelTokens(writer, reader, nearest, blocks, rotary_offset=rotary_offset)
         answers.append(_tokens(session.ask(tokens), reader or writer))
+    if angles and reader is not None:
+        answers.append(_angles(session.ask(vw.PairAngles(writer, reader, rotary_offset, seed=seed)), top))
     if components:
         name = writer.removesuffix(".ov")
         scored = session.ask(vw.ComponentComposition(name, reader, rotary_offset=rotary_offset))
@@ -89,14 +101,16 @@ def channel(
     return replace(first, more=rest)
 
 
-def _refuse_unused(context: typer.Context, end: str) -> None:
+def _refuse_unused(context: typer.Context, end: str | None) -> None:
     """Refuse options of what is not asked for, and of offsets where nothing turns with them."""
     given = context.params
     if given["nearest"] is None:
         o.refuse_unused(context, "without --nearest", "blocks")
     if given["reader"] is None:
-        o.refuse_unused(context, "without READER", "offsets", "seed")
-    if given["reader"] is not None or not given["components"]:
+        o.refuse_unused(context, "without READER", "angles", "offsets", "seed")
+    if end is None:
+        o.refuse_unused(context, "without WRITER", "components")
+    elif given["reader"] is not None or not given["components"]:
         o.refuse_offsets(context, end, "offsets", "rotary_offset")
 
 
@@ -128,24 +142,50 @@ def _spectrum(session: Session, writer: str, reader: str | None, offset: int | N
 
 def _turned(record: vw.Record, end: str) -> str:
     """The rotary offset of what depends on it, by the end through which one reads, for titles."""
-    offset = record.stamp["rotary_offset"]  # words where the model has no rotary embedding
+    offset = record.stamp.get("rotary_offset")  # words where the model has no rotary embedding
     return f" at rotary offset {offset}" if end.endswith((".Q", ".K", ".qk")) and isinstance(offset, int) else ""
 
 
-def _tokens(record: vw.Record, end: str) -> Answer:
-    """Every token with its cosine; only those that are nearer than chance are shown."""
-    rows = [{name: row[name] for name in _TOKEN} | {"above_chance": _above(row)} for row in record.rows()]
+def _heads(session: Session, offset: int | None, nearest: int | None, blocks: int, top: int) -> Answer:
+    """The circuits of all heads by strength, and on request their strongest OV directions in tokens."""
+    from virtual_weights.analysis.channels.head_circuits import summary
+
+    record = session.ask(vw.HeadCircuits(offset))
+    heads = sorted(summary(record), key=lambda row: -(row["ov_strength"] or 0.0))
+    title = f"the {len(heads[:top])} of {len(heads)} heads of strongest OV{_turned(record, '.qk')} · {session.name}"
+    line = f"directions: how many of equal strength (entropy rank); norm {record.stamp['norm']}"
+    answer = Answer(record, None, {"heads": heads}, [Table(title, heads[:top]), line])
+    if nearest is None:
+        return answer
+    return replace(answer, more=[_tokens(session.ask(vw.HeadTokens(nearest, blocks)), "", top)])
+
+
+def _tokens(record: vw.Record, end: str, top: int | None = None) -> Answer:
+    """Every token with its cosine; only those that are nearer than chance are shown.
+
+    Args:
+        record: of one channel or of all heads.
+        end: through which one reads, for the title.
+        top: how many directions are shown, those of largest gain; None shows all.
+    """
+    columns = [name for name in ("head", *_TOKEN) if name in {column.name for column in record.columns}]
+    rows = [{name: row[name] for name in columns} | {"above_chance": _above(row)} for row in record.rows()]
+    block = [name for name in _BLOCK if name in columns]
     lines: dict[tuple[Any, ...], list[str]] = {}
     above = [row for row in rows if row["above_chance"]]
     for row in above:
         text = row["token"] if row["text"] is None else repr(row["text"])
-        lines.setdefault(tuple(row[name] for name in _BLOCK), []).append(f"{text} {row['cosine']:.3f}")
-    listed = [dict(zip(_BLOCK, key, strict=True)) | {"tokens": "  ".join(words)} for key, words in lines.items()]
-    columns = {"directions": "directions", "end": "end", "side": "side", "tokens": "tokens and cosines"}
-    columns |= {"random": "chance", "gain": "gain"}
+        lines.setdefault(tuple(row[name] for name in block), []).append(f"{text} {row['cosine']:.3f}")
+    listed = [dict(zip(block, key, strict=True)) | {"tokens": "  ".join(words)} for key, words in lines.items()]
+    names = ("head", "directions", "end", "side") if "head" in columns else ("directions", "end", "side")
+    heads = {name: name for name in names} | {"tokens": "tokens and cosines", "random": "chance", "gain": "gain"}
+    heads["written_read"] = "cosine of ends"
     title = f"directions in tokens{_turned(record, end)} (chance: the largest cosine of as many random tokens)"
-    shown: list[Table | str] = [Table(title, listed, columns)] if listed else []
-    count = len({tuple(row[name] for name in _BLOCK) for row in rows})
+    shown: list[Table | str] = []
+    if listed:
+        table = listed if top is None else sorted(listed, key=lambda row: -row["gain"])[:top]
+        shown.append(Table(title, table, heads))
+    count = len({tuple(row[name] for name in block) for row in rows})
     ends, sides = (dict.fromkeys(str(row[name]) for row in rows) for name in ("end", "side"))
     if not listed:
         where = f"at any end ({', '.join(ends)}), on any side ({', '.join(sides)})"
@@ -154,6 +194,18 @@ def _tokens(record: vw.Record, end: str) -> Answer:
         missing = count - len(listed)
         shown.append(f"{missing} of {count} combinations of direction, end and side have no token nearer than chance")
     return Answer(record, rows, {"above_chance": len(above), "tokens": len(rows)}, shown)
+
+
+def _angles(record: vw.Record, top: int) -> Answer:
+    """The cosines of all principal angles, those of the smallest angles shown."""
+    rows, stamp = list(record.rows()), record.stamp
+    above = sum(row["cosine"] > row["random_high"] for row in rows)
+    ranks = f"{stamp['rank_writer']} dimensions written, {stamp['rank_reader']} read"
+    title = f"the {len(rows[:top])} of {len(rows)} principal angles of largest cosine ({ranks})"
+    heads = {"direction": "direction", "cosine": "cosine", "random_low": "chance, 5%", "random_high": "chance, 95%"}
+    figures = {"above_chance": above, "rank_writer": stamp["rank_writer"], "rank_reader": stamp["rank_reader"]}
+    line = f"{above} of {len(rows)} cosines are above 95% of those of random subspaces"
+    return Answer(record, rows, figures, [Table(title, rows[:top], heads), line])
 
 
 def _above(row: Mapping[str, Any]) -> bool:

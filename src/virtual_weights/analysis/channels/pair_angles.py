@@ -9,14 +9,14 @@ import torch
 
 from virtual_weights.analysis.maps.circuits import rank_cut
 from virtual_weights.errors import UsageError
-from virtual_weights.linalg import LinearMap, column_space, random_cosines, row_space
+from virtual_weights.linalg import LinearMap, accumulate, column_space, random_cosines, row_space
 from virtual_weights.linalg.decompose import gains
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.stream import Question, Stream, parse
 from virtual_weights.stream.virtual import reading_map, virtual_weight, writing_map
 
-_LOW, _HIGH = 0.05, 0.95
+_BAND = torch.tensor([0.05, 0.95], dtype=accumulate)
 
 
 @final
@@ -76,7 +76,7 @@ class PairAngles(Question[Stream]):
         column, row = column_space(written, tolerance=cut), row_space(read, tolerance=cut)
         cosines = gains(row.basis.T @ column.basis).clamp(max=1.0)
         drawn = random_cosines(row.rank, column.rank, stream.d_model, self.draws, self.seed)
-        low, high = (torch.quantile(drawn, share, dim=0) for share in (_LOW, _HIGH))
+        low, high = torch.quantile(drawn, _BAND, dim=0) if drawn.numel() else drawn.new_empty(2, 0)
         return stream.record(
             self,
             (Axis("direction", tuple(str(i + 1) for i in range(len(cosines)))),),

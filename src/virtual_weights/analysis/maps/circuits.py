@@ -323,18 +323,18 @@ def nearest_tokens(rows: Tensor, bases: Sequence[Tensor], count: int) -> tuple[T
     """
     columns = torch.cat([torch.zeros(rows.shape[1], 0, dtype=accumulate), *bases], dim=1)
     sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.int64)
-    basis_of_column, line = torch.arange(len(sizes)).repeat_interleave(sizes), sizes == 1
+    ends, line = sizes.cumsum(0), sizes == 1
     best, ids = torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)
     step = max(1, WORKSPACE_BYTES // (8 * max(columns.shape)))
     for start in range(0, len(rows), step):
         # tokens that are zero after folding have no direction: their cosine is 0
         along = normalize(rows[start : start + step].to(accumulate), dim=1) @ columns
-        signed, squared = (
-            torch.zeros(len(along), len(bases), dtype=accumulate).index_add(1, basis_of_column, values)
-            for values in (along, along.square())
-        )
-        tokens = torch.arange(start, start + len(along))[:, None].expand(-1, len(bases))
-        best, ids = torch.cat([best, torch.where(line, signed, squared.sqrt())]), torch.cat([ids, tokens])
+        cosines = along.new_zeros(len(along), len(bases))
+        cosines[:, line] = along[:, ends[line] - 1]
+        for i in (~line).nonzero().flatten().tolist():
+            cosines[:, i] = torch.linalg.vector_norm(along[:, ends[i] - sizes[i] : ends[i]], dim=1)
+        nearest = cosines.abs().topk(min(count, len(cosines)), dim=0).indices
+        best, ids = torch.cat([best, cosines.gather(0, nearest)]), torch.cat([ids, nearest + start])
         order = best.abs().topk(min(count, len(best)), dim=0).indices
         best, ids = best.gather(0, order), ids.gather(0, order)
     return best, ids
