@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -117,91 +117,143 @@ class Measured:
 
 @torch.no_grad()
 def measured(run: Run, sets: Sequence[EdgeSet], manner: Manner, progress: Progress = silent) -> Measured:
-    """Run some sequences with every edge, and without each of some sets.
+    """Run some sequences with every edge, and without each of some sets, see ``passes``."""
+    run = replace(run, stream=as_seen(run.stream, "enc"))
+    compared = [set(_places(run.stream, edges)) for edges in sets]
+    figures, values, losses = list[Tensor](), list[Tensor](), list[Tensor]()
+    for rows, clean, without in passes(run, sets, manner, compared, progress=progress):
+        change = _Change(run, clean, metric_of(manner.metric, run, rows))
+        by_set = {i: change.figures(sets[i], other) for i, other in without}
+        figures.append(torch.stack([by_set[i] for i in range(len(sets))]))
+        values.append(change.value)
+        losses.append(change.losses.mean(1))
+    return Measured(torch.cat(figures, 1).cpu(), *(torch.cat(x).double().cpu() for x in (values, losses)))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What a pass over some sequences shows.
+
+    Attributes:
+        tokens: (B, T).
+        signals: what was computed at the places that were asked for, (B, T, ...) each.
+        logits: (B, T, V).
+    """
+
+    tokens: Tensor
+    signals: dict[Place, Tensor]
+    logits: Tensor
+
+
+def passes(
+    run: Run,
+    sets: Sequence[EdgeSet],
+    manner: Manner,
+    compared: Sequence[Collection[Place]],
+    clean: Collection[Place] = (),
+    progress: Progress = silent,
+) -> Iterator[tuple[slice, Pass, Iterator[tuple[int, Pass]]]]:
+    """Run some sequences batch by batch, with every edge and without each of some sets.
 
     One pass with every edge serves all sets, and blocks before the first reader give what they gave in it. Progress is
     (sets done, sets in all), counted batch by batch.
+
+    Args:
+        run: the model and the text; of encoders that read a raw state as they see it, see ``as_seen``.
+        sets: what is removed.
+        manner: how.
+        compared: of each set, what is shown with and without it.
+        clean: what is shown with every edge alone.
+        progress: see above.
+
+    Yields:
+        Of each batch which of the sequences it holds, the pass with every edge, and the passes without each set with
+        the set's number, in any order, which must all be taken before the next batch.
     """
-    run = replace(run, stream=as_seen(run.stream, "enc"))
     order = sorted(range(len(sets)), key=lambda i: sets[i].state)  # those that run at once start together
-    sets = [sets[i] for i in order]
     tokens = run.sequences(manner.sequences)
     partners = _partners(run, tokens, manner)
     removal = Removal(manner.replacement, manner.scalars)
     if manner.replacement == "mean":
         removal = replace(removal, means=_means(run, sets, tokens.split(manner.batch)))
-    figures, values, losses = list[Tensor](), list[Tensor](), list[Tensor]()
+    shown = {place for some, edges in zip(compared, sets, strict=True) for place in (*some, *edges.places(run.stream))}
+    shown |= {("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets} | set(clean)
     starts = range(0, len(tokens), manner.batch)
     for i, start in enumerate(starts):
         rows = slice(start, start + manner.batch)
-        passes, done = _Passes(run, sets, tokens[rows], metric_of(manner.metric, run, rows)), list[Tensor]()
+        whole = Pass(tokens[rows], *watched(run.module, run.stream, shown, tokens[rows]))
         if partners is not None:
-            shown, _ = watched(run.module, run.stream, {p for s in sets for p in s.places(run.stream)}, partners[rows])
-            removal = replace(removal, partners=shown)
-        at_once = max(1, manner.batch // len(passes.tokens))
-        for first in range(0, len(sets), at_once):
-            for figure in passes.without(sets[first : first + at_once], removal):
-                done.append(figure)
-                progress(i * len(sets) + len(done), len(starts) * len(sets))
-        figures.append(torch.stack(done))
-        values.append(passes.value)
-        losses.append(passes.losses.mean(1))
-    return Measured(
-        torch.cat(figures, 1).cpu()[torch.tensor(order).argsort()],
-        *(torch.cat(x).double().cpu() for x in (values, losses)),
-    )
+            places = {place for edges in sets for place in edges.places(run.stream)}
+            removal = replace(removal, partners=watched(run.module, run.stream, places, partners[rows])[0])
+        at_once = max(1, manner.batch // len(whole.tokens))
+        together = [order[first : first + at_once] for first in range(0, len(order), at_once)]
+        others = (
+            pair
+            for some in together
+            for pair in zip(some, _without(run, whole, [(sets[k], compared[k]) for k in some], removal), strict=True)
+        )
+        yield rows, whole, _counted(others, progress, i * len(sets), len(starts) * len(sets))
+
+
+def _counted(
+    others: Iterator[tuple[int, Pass]], progress: Progress, before: int, total: int
+) -> Iterator[tuple[int, Pass]]:
+    for done, other in enumerate(others, before + 1):
+        yield other
+        progress(done, total)
+
+
+def _without(
+    run: Run, clean: Pass, sets: Sequence[tuple[EdgeSet, Collection[Place]]], removal: Removal
+) -> Iterator[Pass]:
+    """Without each of some sets, with what is to be shown of each, run at once on copies of the sequences."""
+    stream, module, copies, cuts = run.stream, run.module, len(sets), [edges for edges, _ in sets]
+    group = starting_group(stream, cuts)
+    state = clean.signals["state", group.reads or 0].repeat(copies, 1, 1)
+    # of what writers write from, a block that does not run shows nothing
+    early = {edge.source for edges in cuts for edge in edges.edges} & {g.id for g in stream.groups.attached}
+    others = {place for name in early for place in feature_places(stream, name)}
+    inner = {
+        place: torch.cat([z] * copies) for place, z in clean.signals.items() if place[0] == "inner" or place in others
+    }
+    places = {place for _, some in sets for place in some}
+    with restarted(module, stream, group, state), removed(module, stream, cuts, removal, inner):
+        signals, logits = watched(module, stream, places, clean.tokens.repeat(copies, 1))
+    for i in range(copies):
+        block = slice(i * len(clean.tokens), (i + 1) * len(clean.tokens))
+        yield Pass(clean.tokens, {place: signal[block] for place, signal in signals.items()}, logits[block])
 
 
 @final
-class _Passes:
-    """A batch of sequences run with every edge, and what changes in it without some."""
+class _Change:
+    """What changes against a pass with every edge."""
 
-    def __init__(self, run: Run, sets: Sequence[EdgeSet], tokens: Tensor, metric: Metric) -> None:
-        self.run, self.tokens, self.metric = run, tokens, metric
-        places = {place for edges in sets for place in (*_places(run.stream, edges), *edges.places(run.stream))}
-        places |= {("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets}
-        self.signals, self.logits = watched(run.module, run.stream, places, tokens)
-        self.losses, self.top = token_losses(self.logits, tokens, run.first), self.logits.argmax(-1)
-        self.value = _checked(metric(self.logits, tokens), tokens).double()
+    def __init__(self, run: Run, clean: Pass, metric: Metric) -> None:
+        self.run, self.clean, self.metric = run, clean, metric
+        self.losses, self.top = token_losses(clean.logits, clean.tokens, run.first), clean.logits.argmax(-1)
+        self.value = _checked(metric(clean.logits, clean.tokens), clean.tokens).double()
 
-    def without(self, sets: Sequence[EdgeSet], removal: Removal) -> Iterator[Tensor]:
-        """Without each of some sets, run at once: (sequences, 5) in the order of ``FIGURES``."""
-        stream, module, copies = self.run.stream, self.run.module, len(sets)
-        group = starting_group(stream, sets)
-        state = self.signals["state", group.reads or 0].repeat(copies, 1, 1)
-        # of what writers write from, a block that does not run shows nothing
-        early = {edge.source for edges in sets for edge in edges.edges} & {g.id for g in stream.groups.attached}
-        others = {place for name in early for place in feature_places(stream, name)}
-        inner = {
-            place: torch.cat([z] * copies)
-            for place, z in self.signals.items()
-            if place[0] == "inner" or place in others
-        }
-        places = {place for edges in sets for place in _places(stream, edges)}
-        with restarted(module, stream, group, state), removed(module, stream, sets, removal, inner):
-            signals, logits = watched(module, stream, places, self.tokens.repeat(copies, 1))
-        for i, edges in enumerate(sets):
-            block = slice(i * len(self.tokens), (i + 1) * len(self.tokens))
-            yield self._figures(edges, {place: signal[block] for place, signal in signals.items()}, logits[block])
-
-    def _figures(self, edges: EdgeSet, signals: dict[Place, Tensor], logits: Tensor) -> Tensor:
-        first, effect = self.run.first, self.metric(logits, self.tokens).double() - self.value
+    def figures(self, edges: EdgeSet, other: Pass) -> Tensor:
+        """Without a set: (sequences, 5) in the order of ``FIGURES``."""
+        tokens, logits, clean = self.clean.tokens, other.logits, self.clean
+        first, effect = self.run.first, self.metric(logits, tokens).double() - self.value
         pattern = output = torch.full_like(effect, torch.nan)
         top = (logits.argmax(-1) != self.top)[:, first - 1 : -1].double().mean(1)
-        change = (token_losses(logits, self.tokens, first) - self.losses).abs()
+        change = (token_losses(logits, tokens, first) - self.losses).abs()
         loss = (change > CHANGED).double().masked_fill(change.isnan(), torch.nan).mean(1)
         if (edge := edges.single) is not None:
             write = affected(self.run.stream, edge)
             if edge.port == "enc":  # of features the change of the output is not defined
                 return torch.stack([x.double() for x in (effect, pattern, output, top, loss)], 1)
             before, after = (
-                (without_mean(self.logits, -1), without_mean(logits, -1))  # a softmax sees no more of them
+                (without_mean(clean.logits, -1), without_mean(logits, -1))  # a softmax sees no more of them
                 if write is None
-                else (through_norm(self.run.stream, write(shown)) for shown in (self.signals, signals))
+                else (through_norm(self.run.stream, write(shown.signals)) for shown in (clean, other))
             )
             output = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
             if write is not None and edge.port in ("Q", "K"):  # total variation, mean over queries and heads
-                before, after = (s["pattern", edge.target][:, write.components] for s in (self.signals, signals))
+                before, after = (shown.signals["pattern", edge.target][:, write.components] for shown in (clean, other))
                 pattern = (after - before).abs().sum(-1).mean((1, 2)) / 2
         return torch.stack([figure.double() for figure in (effect, pattern, output, top, loss)], 1)
 
