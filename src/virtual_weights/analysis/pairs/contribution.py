@@ -18,6 +18,7 @@ from virtual_weights.record import Column, Record
 from virtual_weights.stream import Group, Question, Stream, cost
 from virtual_weights.stream.group import HEAD_PORTS, Port, Writers, check_port, check_writers
 from virtual_weights.stream.moments import Moments
+from virtual_weights.stream.score_metric import Offsets, mean_turn, score_metric
 
 _Outer = Mapping[str, Tensor]
 """Of every attention its transposed write maps, (heads, k, d)."""
@@ -193,29 +194,14 @@ class Contribution(Question[Stream]):
         if self.port == "V":
             out = stream.write(group).double()
             return out.mT @ out
-        attention, opposite = group.attention, "K" if self.port == "Q" else "Q"
-        assert attention is not None
-        id, shared = f"{group.id}.{opposite}", group.shared(opposite)
-        other = self.moments.ports[id].double().repeat_interleave(shared, 0)
-        turned = _turned(other, stream, (self.port, group), self.rotary_offset, self.moments.length)
-        if self.port == "Q":
-            mean = self._mean_turn(stream, group).mT @ self.moments.port_means[id].double()[..., None]
-            turned = turned - (mean @ mean.mT).repeat_interleave(shared, 0)
-        return turned * attention.scale**2
+        opposite = "K" if self.port == "Q" else "Q"
+        other = self.moments.ports[f"{group.id}.{opposite}"], self.moments.port_means[f"{group.id}.{opposite}"]
+        metric = score_metric(stream, (self.port, group), *other, self._offsets)
+        return metric.repeat_interleave(group.shared(opposite), 0)
 
-    def _mean_turn(self, stream: Stream, group: Group) -> Tensor:
-        """``E[Rot]`` over the offsets, (k, k); the identity without rotary."""
-        offset, length = self.rotary_offset, self.moments.length
-        identity = torch.eye(group.width, dtype=accumulate)
-        if offset is not None:
-            turn = stream.rotation(offset, group)
-            return identity if turn is None else turn
-        step = stream.rotation(1, group)
-        if step is None:
-            return identity
-        values, basis = torch.linalg.eig(step)
-        powers = values[:, None] ** torch.arange(length, dtype=accumulate)
-        return (basis * (powers * _offset_weights(length)).sum(1) @ torch.linalg.inv(basis)).real
+    @property
+    def _offsets(self) -> Offsets:
+        return Offsets(self.moments.length, self.rotary_offset)
 
     def _means(self, stream: Stream, writers: Sequence[Group], reader: Group) -> Tensor:
         """``O E[z/s]`` of every writer as a reader receives it, (d, writers)."""
@@ -246,7 +232,7 @@ class Contribution(Question[Stream]):
         keys = stream.read("K", group).maps.double() @ means  # (shared heads, k, writers)
         scales = self.moments.port_scales.get(f"{group.id}.K")
         keys = keys if scales is None else keys * scales[:, :1, None].double()
-        keys = (self._mean_turn(stream, group).mT @ keys).repeat_interleave(group.shared("K"), 0)
+        keys = (mean_turn(stream, group, self._offsets).mT @ keys).repeat_interleave(group.shared("K"), 0)
         queries = self.moments.ports[f"{group.id}.Q"].double() * attention.scale**2
         return (keys * (queries @ keys)).sum(1)
 
@@ -325,29 +311,3 @@ def _answers(questions: Sequence[Contribution], stream: Stream, progress: Progre
 
 def _outer_product(a: Tensor, b: Tensor) -> Tensor:
     return a[..., :, None] * b[..., None, :]
-
-
-def _offset_weights(length: int) -> Tensor:
-    """The share of every offset, (length,), among the causal pairs of a chunk."""
-    pairs = torch.arange(length, 0, -1, dtype=accumulate)
-    return pairs / pairs.sum()
-
-
-def _turned(square: Tensor, stream: Stream, reader: tuple[Port, Group], offset: int | None, length: int) -> Tensor:
-    """``Rot^T C Rot`` for Q, ``Rot C Rot^T`` for K, at one offset or on average over the causal pairs of a chunk.
-
-    ``Rot_D = Rot_1^D``: with ``Rot_1 = U diag(l) U^-1`` the average over D weighs entry (a, b) of C, in the basis U, by
-    the mean of ``(l_a l_b)^D``.
-    """
-    port, group = reader
-    turn = stream.rotation(1 if offset is None else offset, group)
-    if turn is None:
-        return square
-    turn = turn.mT if port == "Q" else turn
-    if offset is not None:
-        return turn @ square @ turn.mT
-    values, basis = torch.linalg.eig(turn)
-    inverse = torch.linalg.inv(basis)
-    powers = values[:, None] ** torch.arange(length, dtype=accumulate)  # (k, length)
-    mean = (powers * _offset_weights(length)) @ powers.mT
-    return (basis @ ((inverse @ square.to(basis.dtype) @ inverse.mT) * mean) @ basis.mT).real
