@@ -129,6 +129,8 @@ def questions(subject: Subject) -> dict[str, list[Question[Any]]]:
             *(vw.Route("L1H1", 3), vw.Labels()),
             *(vw.Observation(), vw.Attribution("K", "all"), vw.Attribution("unembed", "all")),
             *(vw.Attribution("unembed", "all", vw.LogitDifference(3)), vw.EdgeAblation("L0H1", "L1H2.K")),
+            *(vw.EdgeTokens("L0H1", "L1H2.K"), vw.EdgeTokens("L0H0", "L1H1.Q", "resample", "move")),
+            *(vw.EdgeTokens("embed", "L1H1.V"), vw.EdgeTokens("L0H1", "unembed")),
             vw.VectorEffect(_embedding(subject), "L1", (0.5,), metric=vw.LogitDifference(3)),
             vw.VectorActivity(_embedding(subject)),
         ],

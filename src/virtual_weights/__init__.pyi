@@ -107,6 +107,7 @@ from .runtime.edges.ablation import EdgeAblation as EdgeAblation
 from .runtime.edges.ablation import EdgeSetAblation as EdgeSetAblation
 from .runtime.edges.attribution import Attribution as Attribution
 from .runtime.edges.attribution import LogitDifference as LogitDifference
+from .runtime.edges.edge_tokens import EdgeTokens as EdgeTokens
 from .runtime.edges.steering import VectorEffect as VectorEffect
 from .runtime.fate.erased import Erased as Erased
 from .runtime.fate.frontier import ErasurePolicy as ErasurePolicy

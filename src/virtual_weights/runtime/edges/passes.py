@@ -177,8 +177,10 @@ def passes(
     removal = Removal(manner.replacement, manner.scalars)
     if manner.replacement == "mean":
         removal = replace(removal, means=_means(run, sets, tokens.split(manner.batch)))
-    shown = {place for some, edges in zip(compared, sets, strict=True) for place in (*some, *edges.places(run.stream))}
-    shown |= {("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets} | set(clean)
+    shown: set[Place] = {
+        place for some, edges in zip(compared, sets, strict=True) for place in (*some, *edges.places(run.stream))
+    }
+    shown = shown.union(clean, (("state", starting_group(run.stream, [edges]).reads or 0) for edges in sets))
     starts = range(0, len(tokens), manner.batch)
     for i, start in enumerate(starts):
         rows = slice(start, start + manner.batch)
