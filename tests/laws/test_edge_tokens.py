@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conformance.checkpoints import build, flavours
 from tiny_models import in_float64, norms_in_full_precision
 from torch import Tensor
@@ -171,3 +172,24 @@ def test_behind_a_norm_on_queries_and_keys_energies_are_of_directions(model_type
             whole = row["contribution"] / row["share"]
             assert float((contribution / share).mean()) == pytest.approx(whole, rel=1e-6)
             assert float(contribution.mean()) == pytest.approx(row["contribution"], rel=0.5)
+
+
+@pytest.mark.parametrize("port", ["Q", "K"])
+def test_scores_of_a_scaled_partial_rotary_count_its_factor(port: Any) -> None:
+    """Of the one writer of a first block without biases the share is 1, and the energy that of the moments."""
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=37)
+    rope = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
+    rope |= {"attention_factor": 1.5, "partial_rotary_factor": 0.5}
+    config = transformers.GPTNeoXConfig(
+        **sizes, attention_bias=False, rope_parameters=rope, initializer_range=0.3, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.GPTNeoXForCausalLM(config).double().eval()
+    stream = vw.open(model).to(torch.float64)
+    with norms_in_full_precision():
+        run = vw.Run.on_tokens(stream, TOKENS, model=model)
+        moments = vw.Observation().moments(run)
+        record = vw.EdgeTokens("embed", f"L0H1.{port}", sequences=None)(run)
+    row = vw.Contribution(port, moments, writers="all")(stream)["embed", f"L0H1.{port}"]
+    assert float(record.numbers("contribution").mean()) == pytest.approx(row["contribution"], rel=1e-8)
+    assert row["share"] == pytest.approx(1.0, rel=1e-8)

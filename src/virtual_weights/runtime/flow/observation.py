@@ -203,7 +203,7 @@ class _MomentSums:
         if signal == "state":
             self._state(where, values)
         elif signal in ("Q", "K", "V"):
-            values = self._through_norm(signal, where, values)
+            values = values if signal == "V" else self._received(signal, where, values)
             self._add(f"ports/{where}.{signal}", torch.einsum("nmk,nml->mkl", values, values))
             self._add(f"port_means/{where}.{signal}", values.sum(0))
         elif signal == "written":
@@ -263,12 +263,11 @@ class _MomentSums:
         kurtosis = (centred.square().square().mean(-1) / variance.square()).nan_to_num(1.0)  # of a state that is zero
         self._add(f"state/{state}", torch.stack([s, 1 / s, s**-2, variance, kurtosis]).sum(1))
 
-    def _through_norm(self, port: Port, group: str, values: Tensor) -> Tensor:
-        """Queries or keys behind the norm on them, (n, m, k), whose scalar is noted."""
-        if f"{group}.{port}" not in self.stream.groups[group].sites:
-            return values
-        inverse = 1 / port_scale(self.stream, port, group, values)
-        self._add(f"port_scales/{group}.{port}", torch.stack([inverse, inverse.square()], 2).sum(0))
+    def _received(self, port: Port, group: str, values: Tensor) -> Tensor:
+        """Queries or keys as read maps give them, (n, m, k); behind a norm on them, whose scalar is noted."""
+        if f"{group}.{port}" in self.stream.groups[group].sites:
+            inverse = 1 / port_scale(self.stream, port, group, values)
+            self._add(f"port_scales/{group}.{port}", torch.stack([inverse, inverse.square()], 2).sum(0))
         return received(self.stream, port, group, values)
 
     def _attention(self, group: str, pattern: Tensor) -> None:
