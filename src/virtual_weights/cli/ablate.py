@@ -14,6 +14,7 @@ import typer
 
 import virtual_weights as vw
 from virtual_weights.cli import options as o
+from virtual_weights.cli.by_token import edges_by_token
 from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
@@ -39,6 +40,9 @@ _Edges = Annotated[
 ]
 _Together = Annotated[
     bool, typer.Option("--together", help="also remove the edges at once, and all others into the same readers")
+]
+_ByToken = Annotated[
+    bool, typer.Option("--by-token", help="show which tokens are predicted better or worse without each edge")
 ]
 _Port = Annotated[
     o.PortName,
@@ -85,6 +89,7 @@ def ablate(
     reader: _Reader = None,
     edge: _Edges = None,
     together: _Together = False,
+    by_token: _ByToken = False,
     port: _Port = o.PortName.K,
     top: _Count = 20,
     random: _Random = 20,
@@ -109,11 +114,15 @@ def ablate(
         raise UsageError("a writer without a reader", expected="WRITER READER, or neither", do="name both")
     if named:
         o.refuse_unused(context, "where edges are named", "port", "top")
+    if by_token:
+        o.refuse_unused(context, "with --by-token", "together", "random", "least", "port", "top", "token", "against")
     run, metric = _on(session, context, pairs, token, against)
     survey = vw.Survey(session.stream, None, _after(run, skip), session.step)
-    scores = {} if named else strongest(survey.ask(vw.Composition(port.value)), top, "score")
+    scores = {} if named or by_token else strongest(survey.ask(vw.Composition(port.value)), top, "score")
     scalars: Literal["held", "move"] = "move" if move else "held"
     replacement = replaced.value if replaced else "mean" if pairs is None else "partner"
+    if by_token:
+        return edges_by_token(session, survey, named, replacement, scalars)
     how: dict[str, Any] = {"replacement": replacement, "scalars": scalars, "least": least, "metric": metric}
     how["batch"] = session.options["batch"]
     edges = named or list(scores)

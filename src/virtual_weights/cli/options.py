@@ -370,7 +370,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="run on a text: a file, a folder, - for stdin, or 'default' for English prose that comes with Python",
+        help="run on a text: a file, a folder, - for stdin, 'default' for Python's help topics, or 'story'",
     ),
 ]
 Repeated = Annotated[bool, typer.Option("--repeated", help="run on repeated random tokens")]

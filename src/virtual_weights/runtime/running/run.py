@@ -16,8 +16,6 @@ from virtual_weights.record import Axis, Column, Record
 from virtual_weights.runtime.running.activations import vocabulary
 from virtual_weights.runtime.running.model import ModuleRunner, Runner, Runs
 from virtual_weights.runtime.running.text import (
-    DEFAULT,
-    DEFAULT_TEXT,
     PADDING,
     beginning,
     chunks,
@@ -25,6 +23,7 @@ from virtual_weights.runtime.running.text import (
     padded,
     repeated_tokens,
     texts,
+    title,
     token_ids,
     tokenizer_of,
     without_mark,
@@ -156,7 +155,8 @@ class Run:
 
         Args:
             stream: the model.
-            text: a file, a folder, ``"-"`` for standard input; None or ``"default"`` for the default text.
+            text: a file, a folder, ``"-"`` for standard input; None or ``"default"`` for the default text;
+                ``"story"`` for a short story, which makes one chunk of 256 tokens or fewer.
             tokens: stop after so many.
             length: tokens of a chunk, at most the positions that the model has embeddings for.
             bos: True puts the model's token for the beginning of a sequence before every chunk, of whose length it is
@@ -170,8 +170,7 @@ class Run:
         documents = token_ids(texts(text), tokenizer_of(stream), bos is None)
         length, marks = _within(stream, length), beginning(stream)[None] if bos else None
         rows = chunks(documents, length, tokens, marks)
-        name = DEFAULT_TEXT if text is None or str(text) == DEFAULT else str(text)
-        return cls.on_tokens(stream, rows, text=name, **how)._marked(bos)
+        return cls.on_tokens(stream, rows, text=title(text), **how)._marked(bos)
 
     @classmethod
     def on_repeats(cls, stream: Stream, tokens: int = 1024, length: int = 128, seed: int = 0, **how: Any) -> Run:

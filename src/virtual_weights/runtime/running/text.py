@@ -1,4 +1,4 @@
-"""Text to chunks of token ids: files, folders, standard input, the default text, or random tokens that repeat."""
+"""Text to chunks of token ids: files, folders, standard input, a text by its name, or random tokens that repeat."""
 
 from __future__ import annotations
 
@@ -26,11 +26,27 @@ DEFAULT = "default"
 
 DEFAULT_TEXT = "Python's help topics (pydoc_data.topics)"
 
+STORY = "story"
+"""Names a short story in which invented names come back, so that what heads copy shows token by token."""
+
+STORY_TEXT = "a short story that comes with virtual-weights"
+
+_STORY = (
+    "Ilsabet Marrow kept the only clock shop in Tolverdale, and every Tuesday Corin Fennick came up the hill to ask "
+    "the time. He owned no watch, he said, because Tolverdale had one already. Ilsabet Marrow would put down her "
+    "tools, look at forty dials that all disagreed, and choose the kindest. “It is nearly noon, Corin Fennick,” she "
+    "would answer, even in the evening. Then the two of them drank tea until the clocks struck, one after another, "
+    "all the way down the wall. When Corin Fennick moved away, the people of Tolverdale noticed that the tower bell "
+    "rang late on Tuesdays. Nobody asked Ilsabet Marrow why. They simply waited, and brought her tea at what was "
+    "nearly noon."
+)
+
 
 def texts(source: str | Path | None = None) -> Iterator[str]:
-    """The documents of a file, of all files in a folder (by name, subfolders too), of ``"-"``, or of the default text.
+    """The documents of a file, of all files in a folder (by name, subfolders too), of ``"-"``, or of a text of its own.
 
-    The default text goes by None or ``"default"``; a file of that name is ``"./default"``.
+    The default text goes by None or ``"default"``, the story by ``"story"``; files of these names are ``"./default"``
+    and ``"./story"``.
 
     Raises:
         UsageError: there is no such file, or a file (it is named) cannot be read or is not UTF-8.
@@ -39,6 +55,9 @@ def texts(source: str | Path | None = None) -> Iterator[str]:
         from pydoc_data.topics import topics
 
         yield "\n\n".join(topics.values())
+        return
+    if str(source) == STORY:
+        yield _STORY
         return
     if str(source) == "-":
         try:
@@ -59,6 +78,12 @@ def texts(source: str | Path | None = None) -> Iterator[str]:
             yield without_mark(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise _unread(file, f"byte {error.start:,} is not UTF-8") from error
+
+
+def title(source: str | Path | None = None) -> str:
+    """What the text is, in words; of a file its name."""
+    name = DEFAULT if source is None else str(source)
+    return {DEFAULT: DEFAULT_TEXT, STORY: STORY_TEXT}.get(name, name)
 
 
 def without_mark(text: str) -> str:
