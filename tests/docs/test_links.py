@@ -129,7 +129,7 @@ def test_command_lines_are_found() -> None:
         "vweights composition smollm2-135m --ports K",
         "vweights composition smollm2-135m --port O",
         "vweights composition smollm2-135m --top many",
-        "vweights channel smollm2-135m",
+        "vweights paths smollm2-135m L16H0",
         "vweights model find smollm2-135m",
     ],
 )

@@ -69,7 +69,7 @@ def test_a_gain_that_is_rounding_is_0_and_a_circuit_that_is_not_there_is_absent(
 def test_tokens_of_all_heads_are_those_of_each(name: str, tolerance: float) -> None:
     stream = vw.open(tiny(name, dtype=torch.float64))
     record = HeadTokens(count=3, blocks=3, tolerance=tolerance)(stream)
-    rows = [row for row in record.rows()]
+    rows = list(record.rows())
     assert tuple(dict.fromkeys(record["head"])) == tuple(str(head.label) for head in stream.heads)
     for head in stream.heads:
         alone = ChannelTokens(f"{head.label}.ov", count=3, blocks=3, tolerance=tolerance)(stream)

@@ -19,7 +19,20 @@ _BLOCK = ("head", "directions", "end", "side", "random", "gain", "written_read")
 _COMPONENT = ("component", "reader", "score", "null_ratio", "z", "strength", "share", "gain", "gap")
 _OFFSET = ("offset", "strength", "score", "null_ratio", "norm_reader")
 
-
+Components = Annotated[
+    bool,
+    typer.Option(
+        "--singular-components",
+        help="also score each singular component of the writing head; without READER, against all later heads",
+    ),
+]
+Angles = Annotated[
+    bool,
+    typer.Option(
+        "--angles",
+        help="also show the principal angles between what WRITER writes and what READER reads, against chance",
+    ),
+]
 Offsets = Annotated[
     str | None,
     typer.Option(
@@ -54,20 +67,8 @@ def channel(
             help="how many directions --nearest shows; directions of equal gain count as one",
         ),
     ] = 3,
-    components: Annotated[
-        bool,
-        typer.Option(
-            "--singular-components",
-            help="also score each singular component of the writing head; without READER, against all later heads",
-        ),
-    ] = False,
-    angles: Annotated[
-        bool,
-        typer.Option(
-            "--angles",
-            help="also show the principal angles between what WRITER writes and what READER reads, against chance",
-        ),
-    ] = False,
+    components: Components = False,
+    angles: Angles = False,
     offsets: Offsets = None,
     rotary_offset: o.RotaryOffset = None,
     top: o.Top = 12,
@@ -183,7 +184,7 @@ def _tokens(record: vw.Record, end: str, top: int | None = None) -> Answer:
     title = f"directions in tokens{_turned(record, end)} (chance: the largest cosine of as many random tokens)"
     shown: list[Table | str] = []
     if listed:
-        table = listed if top is None else sorted(listed, key=lambda row: -row["gain"])[:top]
+        table = listed if top is None else sorted(listed, key=lambda row: -float(row["gain"]))[:top]
         shown.append(Table(title, table, heads))
     count = len({tuple(row[name] for name in block) for row in rows})
     ends, sides = (dict.fromkeys(str(row[name]) for row in rows) for name in ("end", "side"))
@@ -199,7 +200,7 @@ def _tokens(record: vw.Record, end: str, top: int | None = None) -> Answer:
 def _angles(record: vw.Record, top: int) -> Answer:
     """The cosines of all principal angles, those of the smallest angles shown."""
     rows, stamp = list(record.rows()), record.stamp
-    above = sum(row["cosine"] > row["random_high"] for row in rows)
+    above = int((record.numbers("cosine") > record.numbers("random_high")).sum())
     ranks = f"{stamp['rank_writer']} dimensions written, {stamp['rank_reader']} read"
     title = f"the {len(rows[:top])} of {len(rows)} principal angles of largest cosine ({ranks})"
     heads = {"direction": "direction", "cosine": "cosine", "random_low": "chance, 5%", "random_high": "chance, 95%"}

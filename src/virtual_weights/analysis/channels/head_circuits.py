@@ -95,8 +95,12 @@ def _padded(gains: Tensor, width: int) -> Tensor:
 
 
 def summary(record: Record) -> list[dict[str, Any]]:
-    """Of every head and each of its circuits ``strength = ||.||_F``, the largest gain, and the effective number of
-    directions (entropy rank of the squared gains); None of a circuit that is not there."""
+    """Every head in figures: strength, largest gain and effective number of directions of each circuit.
+
+    Returns:
+        A row for each head: ``head``; ``ov_strength`` (``||OV||_F``, weights), ``ov_gain`` (the largest, weights) and
+        ``ov_directions`` (entropy rank of the squared gains); ``qk_`` likewise. None of a circuit that is absent.
+    """
     circuits = {name: record.numbers(name) for name in _CIRCUITS}
 
     def figures(i: int) -> Iterator[tuple[str, float | None]]:

@@ -175,7 +175,8 @@ class Subspaces(Blocked[Stream]):
         values["cosine"] = torch.where(rank > 0, cosine, float("nan"))
         if self._interferes:
             sizes = a.gains[i, 0] * b.gains[j, 0]
-            strength = sizes * largest_gains(_relative(a.gains)[i][:, :, None] * cores * _relative(b.gains)[j][:, None, :])
+            weighted = _relative(a.gains)[i][:, :, None] * cores * _relative(b.gains)[j][:, None, :]
+            strength = sizes * largest_gains(weighted)
             independent = strength <= cut * sizes
             strength = strength.masked_fill(independent, 0.0)
             values |= {"strength": strength, "bound": sizes * cosine, "tightness": strength / (sizes * cosine)}
