@@ -157,7 +157,11 @@ def test_the_band_holds_nine_of_ten_random_subspaces() -> None:
     within = ((drawn >= record["random_low"]) & (drawn <= record["random_high"])).double().mean(0)
     assert within.tolist() == pytest.approx([0.9] * 4, abs=0.03)
     same(PairAngles("L0H1", "L1H2.K", seed=1)(stream), PairAngles("L0H1", "L1H2.K", seed=1)(stream), 0)
-    assert not torch.equal(record["random_low"], PairAngles("L0H1", "L1H2.K", seed=1)(stream)["random_low"])
+    first, second = (PairAngles("L0H1", "L1H2.K", seed=seed)(stream)["random_low"] for seed in (0, 1))
+    assert not torch.equal(first, second)
+    unequal = random_cosines(5, 3, 24, 2000, seed=7)
+    assert unequal.shape == (2000, 3)
+    assert float(unequal.square().mean()) == pytest.approx(5 / 24, rel=0.03)
 
 
 def test_angles_of_other_parts() -> None:
