@@ -1,11 +1,11 @@
 /** A head's card: what it attends to, the gains of its circuits, what its OV does, its first directions, its edges. */
 
 import { useEffect, useState } from "preact/hooks";
-import { type Heads, type MapDocument, type Part, column, loadHeads, numbers } from "./data";
+import { type Heads, type MapDocument, type Part, loadHeads } from "./data";
 import { BEHAVIOURS, Command, Sign, figure, portClass, signed } from "./marks";
 import { entropyRank } from "./spectrum";
 import { Behind } from "./table";
-import { Tokens, rowsOf } from "./tokens";
+import { Tokens, tokenRows } from "./tokens";
 
 const ATTENDS: Record<string, string> = {
   induction: "Attends to the token that came after an earlier copy of the present one.",
@@ -107,12 +107,11 @@ export function Card({ map, part, onMove, onPair }: Props) {
       {heads?.erasers && <Does heads={heads} label={part.label} count={heads.erasers.labels.length} />}
       {heads?.tokens && (
         <>
-          <h3>First directions of OV in tokens</h3>
-          <Tokens
-            rows={rowsOf(heads.tokens, column(heads.tokens, "head").map((head) => head === part.label))}
-            ends={["read", "written"]}
-            chart={false}
-          />
+          <h3>
+            First directions of OV in tokens{" "}
+            <Behind name={`${part.label}-tokens`} rows={() => tokenRows(heads.tokens![part.label] ?? [])} />
+          </h3>
+          <Tokens rows={heads.tokens[part.label] ?? []} ends={["read", "written"]} chart={false} />
         </>
       )}
 </>
@@ -165,7 +164,7 @@ function Gains({ name, gains }: { name: string; gains: number[] }) {
   const step = width / gains.length;
   const largest = gains[0] || 1;
   return (
-    <svg width={width} height={height + 16} role="img" aria-label={`${gains.length} gains of ${name}, the largest ${figure(largest, 1)}`}>
+    <svg viewBox={`0 0 ${width} ${height + 16}`} role="img" aria-label={`${gains.length} gains of ${name}, the largest ${figure(largest, 1)}`}>
       {gains.map((gain, i) => (
         <rect key={i} class="gain above" x={step * i} width={Math.max(0.6, step - 0.6)} y={height - (height * gain) / largest} height={(height * gain) / largest} />
       ))}
@@ -190,14 +189,14 @@ function Does({ heads, label, count }: { heads: Heads; label: string; count: num
   const erasers = heads.erasers!;
   const at = erasers.labels.indexOf(label);
   const rows = [
-    ["copies", numbers(erasers, "copying")],
-    ["erases", numbers(erasers, "negative_share")],
+    ["copies", erasers.copying.map((value) => value ?? NaN)],
+    ["erases", erasers.negative_share.map((value) => value ?? NaN)],
   ] as const;
   const x = (value: number) => 100 + 77 * (1 + value);
   return (
     <>
       <h3>
-        What its OV does <small>hairs: all {count} heads</small>{" "}
+        What its OV does <small>beside all {count} heads</small>{" "}
         <Behind
           name="copying"
           rows={() => erasers.labels.map((head, i) => ({ head, copying: rows[0][1][i]!, erased_share: rows[1][1][i]! }))}

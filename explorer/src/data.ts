@@ -58,17 +58,28 @@ export const numbers = (table: Table | undefined, name: string) =>
 /** What a pair carries, and what its edge does token by token, on one text or several. */
 export interface Carried {
   channel?: Table;
-  channel_tokens?: Table;
+  channel_tokens?: Directions[];
   offset_profile?: Table;
   pair_angles?: Table;
   edge_tokens?: Table[];
 }
 
+/** Neighbouring singular directions of nearly equal gain, and the tokens nearest to each of their ends. */
+export interface Directions {
+  directions: string;
+  gain: number;
+  /** The cosine between what is written and what is read. */
+  written_read?: number | null;
+  /** What the best of as many random tokens reaches. */
+  random: number;
+  ends: Record<string, [text: string | null, id: number, cosine: number][]>;
+}
+
 /** Details of all heads: gains of their circuits, what OV does, and the tokens of its first directions. */
 export interface Heads {
   circuits?: { labels: string[]; ov: (number | null)[][]; qk: (number | null)[][] };
-  erasers?: Table;
-  tokens?: Table;
+  erasers?: { labels: string[]; copying: (number | null)[]; negative_share: (number | null)[] };
+  tokens?: Record<string, Directions[]>;
 }
 
 export interface Statements {

@@ -264,8 +264,16 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
                   loss by position{several > 1 ? `, mean of ${several} sequences` : ""}
                 </small>
               </h2>
+              <p class="legend">
+                <span>
+                  <i class="key line without" /> without the edge
+                </span>
+                <span>
+                  <i class="key line" /> with it
+                </span>
+                <span>{String(table?.stamp.text ?? "")}</span>
+              </p>
               <Along tokens={all} width={Math.min(width, 700)} />
-              <p class="note">{String(table?.stamp.text ?? "")}</p>
             </>
           )}
         </>

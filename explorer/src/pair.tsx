@@ -9,7 +9,7 @@ import { BEHAVIOURS, Command, Sign, figure, ofLoss, percent, portClass, ramp, si
 import type { PageProps } from "./page";
 import { Behind } from "./table";
 import { Contexts } from "./text";
-import { Tokens, rowsOf } from "./tokens";
+import { Tokens, tokenRows } from "./tokens";
 
 const ARRIVES: Record<string, string> = { Q: "these queries", K: "these keys", V: "these values" };
 const WIDE = 500; // of a chart on the right
@@ -184,27 +184,12 @@ function Directions({
   address,
   go,
 }: { carried: Carried; writer: string; target: string; port: string } & Pick<PageProps, "address" | "go">) {
-  const rows = useMemo(() => rowsOf(carried.channel_tokens), [carried]);
+  const rows = carried.channel_tokens ?? [];
   const edge = Number(carried.channel?.stamp.null_edge ?? 0);
-  const table = () =>
-    rows.flatMap((row) =>
-      Object.entries(row.ends).flatMap(([end, tokens]) =>
-        tokens.map((one) => ({
-          directions: row.directions,
-          gain: row.gain,
-          cosine_written_read: row.between,
-          end,
-          token: one.text,
-          cosine: one.cosine,
-          chance: one.random,
-          side: one.side,
-        })),
-      ),
-    );
   return (
     <>
       <h2>
-        What it carries, direction by direction <Behind name="tokens" rows={table} />
+        What it carries, direction by direction <Behind name="tokens" rows={() => tokenRows(rows)} />
       </h2>
       <p class="lead">
         Written by {writer}, read by {target}. Bold: nearer than the best of as many random directions. Underlined: on both sides,

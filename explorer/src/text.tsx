@@ -184,12 +184,6 @@ export function Along({ tokens, width }: AlongProps) {
           {position}
         </text>
       ))}
-      <text class="strong" x={width - 8} y={y(without.at(-1)![1]) - 8} text-anchor="end">
-        without the edge
-      </text>
-      <text class="strong" x={width - 8} y={Math.min(146, y(kept.at(-1)![1]) + 16)} text-anchor="end">
-        with it
-      </text>
     </svg>
   );
 }

@@ -1,57 +1,36 @@
 /** Directions in tokens: what is written, the gain, what is read; tokens below chance in grey, or a sentence in their place. */
 
 import { useState } from "preact/hooks";
-import { type Table, column, numbers } from "./data";
+import type { Directions } from "./data";
 import { figure } from "./marks";
-
-export interface Token {
-  text: string;
-  cosine: number;
-  random: number;
-  side: string;
-}
-
-export interface Row {
-  directions: string;
-  gain: number;
-  energy: number;
-  /** The cosine between what is written and what is read. */
-  between: number;
-  ends: Record<string, Token[]>;
-}
 
 const SHOWN = 4;
 const GAIN = 120; // pixels of the largest
 const printable = (text: string) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-export const named = (text: unknown, id: unknown) =>
-  typeof text === "string" ? (text.startsWith(" ") || !/^\p{L}/u.test(text) ? printable(text.trim() || text) : `…${printable(text)}`) : `#${String(id)}`;
-const above = (token: Token) => Math.abs(token.cosine) > token.random;
 
-/** The rows of a table of tokens, those of some entries only; every token once an end, where it lies nearest. */
-export function rowsOf(table: Table | undefined, wanted?: boolean[]): Row[] {
-  const rows = new Map<string, Row>();
-  const texts = ["directions", "end", "text", "token", "side"].map((name) => column(table, name));
-  const figures = ["gain", "energy", "cosine", "random", "written_read"].map((name) => numbers(table, name));
-  const [directions, ends, names, ids, sides] = texts as [string[], string[], unknown[], unknown[], string[]];
-  const [gains, energies, cosines, randoms, between] = figures as [number[], number[], number[], number[], number[]];
-  for (let i = 0; i < directions.length; i++) {
-    if (wanted && !wanted[i]) continue;
-    const key = directions[i]!;
-    let row = rows.get(key);
-    if (!row) rows.set(key, (row = { directions: key, gain: gains[i]!, energy: energies[i]!, between: between[i] ?? NaN, ends: {} }));
-    const end = (row.ends[ends[i]!] ??= []);
-    const token = { text: named(names[i], ids[i]), cosine: cosines[i]!, random: randoms[i]!, side: sides[i]! };
-    const same = end.findIndex((one) => one.text === token.text);
-    if (same < 0) end.push(token);
-    else if (Math.abs(end[same]!.cosine) < Math.abs(token.cosine)) end[same] = token;
-  }
-  for (const row of rows.values())
-    for (const end of Object.values(row.ends)) end.sort((a, b) => Math.abs(b.cosine) - Math.abs(a.cosine));
-  return [...rows.values()];
-}
+/** A token as it is shown: without the space before a word, an ellipsis before the inside of one. */
+export const shownToken = (text: string | null, id: number) =>
+  text === null ? `#${id}` : text.startsWith(" ") || !/^\p{L}/u.test(text) ? printable(text.trim() || text) : `…${printable(text)}`;
+
+/** Every token of every direction, for the table behind. */
+export const tokenRows = (rows: Directions[]) =>
+  rows.flatMap((row) =>
+    Object.entries(row.ends).flatMap(([end, tokens]) =>
+      tokens.map(([text, id, cosine]) => ({
+        directions: row.directions,
+        gain: row.gain,
+        cosine_written_read: row.written_read ?? null,
+        end,
+        token: text ?? `#${id}`,
+        id,
+        cosine,
+        chance: row.random,
+      })),
+    ),
+  );
 
 interface Props {
-  rows: Row[];
+  rows: Directions[];
   /** The two ends that stand left and right of the gain. */
   ends: [string, string];
   /** Whether gains have bars, over the edge of the null where there is one. */
@@ -63,18 +42,23 @@ interface Props {
 
 export function Tokens({ rows, ends, chart, edge = 0, chosen, onChoose }: Props) {
   const [all, setAll] = useState(false);
-  const any = rows.some((row) => ends.some((end) => row.ends[end]?.some(above)));
-  const chance = rows[0] ? Math.max(...Object.values(rows[0].ends).flatMap((end) => end.map((one) => one.random))) : NaN;
+  const above = (row: Directions, cosine: number) => Math.abs(cosine) > row.random;
+  const any = rows.some((row) => ends.some((end) => row.ends[end]?.some(([, , cosine]) => above(row, cosine))));
+  const chance = rows[0]?.random;
   const most = Math.max(edge, ...rows.map((row) => row.gain)) || 1;
   const shown = any || all;
-  const cell = (row: Row, end: string) => {
-    const other = row.ends[ends[end === ends[0] ? 1 : 0]] ?? [];
-    const tokens = (row.ends[end] ?? []).slice(0, SHOWN);
+  const cell = (row: Directions, end: string) => {
+    const other = new Set(row.ends[ends[end === ends[0] ? 1 : 0]]?.map(([, id]) => id));
+    const tokens = (row.ends[end] ?? []).slice(0, chart ? SHOWN : SHOWN - 1);
     if (!tokens.length) return <span class="muted">–</span>;
-    return tokens.map((one, i) => (
-      <span key={i} class={`token${above(one) ? " above" : ""}${other.some((two) => two.text === one.text) ? " both" : ""}`} title={`cosine ${figure(one.cosine, 2)}, ${one.side}`}>
-        {one.cosine < 0 ? "−" : ""}
-        {one.text}
+    return tokens.map(([text, id, cosine]) => (
+      <span
+        key={id}
+        class={`token${above(row, cosine) ? " above" : ""}${other.has(id) ? " both" : ""}`}
+        title={`cosine ${figure(cosine, 2)}`}
+      >
+        {cosine < 0 ? "−" : ""}
+        {shownToken(text, id)}
       </span>
     ));
   };
@@ -122,7 +106,7 @@ export function Tokens({ rows, ends, chart, edge = 0, chosen, onChoose }: Props)
                     row.gain.toPrecision(2)
                   )}
                 </td>
-                {chart && <td>{figure(row.between, 2)}</td>}
+                {chart && <td>{figure(row.written_read, 2)}</td>}
                 <td>{cell(row, ends[1])}</td>
               </tr>
             ))}

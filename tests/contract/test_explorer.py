@@ -51,10 +51,11 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     numbers = {n for port in composition for of in contents[f"pairs-{port}"]["columns"].values() for n in of}
     assert set(contents) == {"map", *(f"pairs-{port}" for port in composition), *numbers, *stored.values()}
     channels = {(r.parameters["writer"], r.parameters["reader"]): r for r in records if r.question == "channel"}
-    assert set(stored) == {f"{writer}/{reader}" for writer, reader in channels}
+    assert set(stored) == {"heads", *(f"{writer}/{reader}" for writer, reader in channels)}
     for (writer, reader), record in channels.items():
         carried = contents[stored[f"{writer}/{reader}"]]
-        assert set(carried) == {"channel", "channel_tokens", "offset_profile"}
+        shown = {"channel", "channel_tokens", "pair_angles", *([] if reader.endswith("V") else ["offset_profile"])}
+        assert set(carried) - {"edge_tokens"} == shown
         gains = next(column["values"] for column in carried["channel"]["columns"] if column["name"] == "gain")
         assert gains == torch.as_tensor(record["gain"]).tolist()
     for port, record in composition.items():
@@ -78,8 +79,30 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
         zip(labels.axes[0].labels, labels["label"], strict=True)
     )
     ablation = next(record for record in records if record.question == "ablation")
+    removed = [(row["writer"], row["reader"]) for row in ablation.rows() if row["kind"] == "asked"]
+    assert {pair for pair in channels if "edge_tokens" in contents[stored["/".join(pair)]]} == set(removed)
     assert [row["effect"] for row in contents["map"]["effects"]] == [row["effect_nats"] for row in ablation.rows()]
     assert {part["label"] for part in contents["map"]["parts"]} == {c["label"] for c in atlas.manifest["components"]}
+
+
+def test_tokens_of_directions_come_once_and_nearest_first(atlas: vw.Atlas) -> None:
+    records = shown_of(atlas)
+    contents, record = documents(records, atlas.manifest), next(r for r in records if r.question == "head_tokens")
+    rows = list(record.rows())
+    shown = contents["heads"]["tokens"]
+    assert set(shown) == {row["head"] for row in rows}
+    for head, blocks in shown.items():
+        for block in blocks:
+            own = [r for r in rows if (r["head"], r["directions"]) == (head, block["directions"])]
+            assert block["gain"] == pytest.approx(own[0]["gain"], rel=1e-3)
+            assert block["written_read"] == pytest.approx(own[0]["written_read"], rel=1e-3, abs=1e-4)
+            for end, tokens in block["ends"].items():
+                nearest = {r["token"]: max(abs(o["cosine"]) for o in own if o["end"] == end and o["token"] == r["token"])
+                           for r in own if r["end"] == end}  # fmt: skip
+                assert {token for _, token, _ in tokens} == set(nearest)
+                sizes = [abs(cosine) for *_, cosine in tokens]
+                assert sizes == sorted(sizes, reverse=True)
+                assert sizes == pytest.approx([nearest[token] for _, token, _ in tokens], rel=1e-3)
 
 
 def test_the_index_knows_every_document(atlas: vw.Atlas) -> None:

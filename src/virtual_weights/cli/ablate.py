@@ -107,7 +107,7 @@ def ablate(
     --pairs, the model runs on clean and corrupted prompts, and a writer's output is replaced by its output on the
     partner.
     """
-    from virtual_weights.survey.plan import strongest
+    from virtual_weights.survey.strongest import strongest
 
     named = [*([(writer, reader)] if writer and reader else []), *map(_pair, edge or ())]
     if (writer is None) != (reader is None):
@@ -348,7 +348,7 @@ def _row(row: dict[str, Any], scores: dict[tuple[str, str], float]) -> dict[str,
 def _largest(session: Session, record: vw.Record, top: int) -> list[dict[str, Any]]:
     """The edges of one port, largest first."""
     from virtual_weights.runtime.edges.edge import Edge
-    from virtual_weights.survey.plan import distinct
+    from virtual_weights.survey.strongest import distinct
 
     rows: list[dict[str, Any]] = []
     for row in distinct(record, top, "size"):

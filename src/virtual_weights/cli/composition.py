@@ -65,7 +65,7 @@ def composition(
     With --text or --moments, also how much each connection carries on a text.
     """
     from virtual_weights.analysis.pairs.alignment import beside
-    from virtual_weights.survey.plan import edges_of, groups_of
+    from virtual_weights.survey.strongest import edges_of, groups_of
 
     _check_files(save, moments, text)
     if text is None:
@@ -158,7 +158,7 @@ def _sketched(session: Session, question: vw.CompositionSketch) -> Answer:
 
 def edge_tables(title: str, record: vw.Record, edges: Sequence[dict[str, Any]], by: str = "score") -> list[Table | str]:
     """Edges sorted by a column as a table, and below it the distinct ones where readers share a key/value head."""
-    from virtual_weights.survey.plan import groups_of
+    from virtual_weights.survey.strongest import groups_of
 
     names = dict.fromkeys(["writer", "reader", by, *(column.name for column in record.columns)])
     heads = {name: name.replace("_", " ") for name in names}

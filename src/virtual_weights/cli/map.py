@@ -95,7 +95,7 @@ def _shown(
     model: str, stream: vw.Stream, records: list[vw.Record], summary: dict[str, Any], top: int
 ) -> list[Table | str]:
     """The strongest edges as tables, and the rest in a line each."""
-    from virtual_weights.survey.plan import among_heads, edges_of
+    from virtual_weights.survey.strongest import among_heads, edges_of
 
     shown: list[Table | str] = []
     for port, record in among_heads(stream, records).items():
@@ -182,7 +182,7 @@ def parts_of(only: str | None) -> tuple[vw.Part, ...]:
 def _summary(stream: vw.Stream, records: list[vw.Record], top: int) -> dict[str, Any]:
     """The map in a few numbers and edges, as plain JSON values."""
     from virtual_weights.analysis.memory.neurons import census
-    from virtual_weights.survey.plan import among_heads, edges_of, groups_of
+    from virtual_weights.survey.strongest import among_heads, edges_of, groups_of
 
     summary: dict[str, Any] = {"composition": {}}
     for port, record in among_heads(stream, records).items():

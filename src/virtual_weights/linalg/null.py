@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -170,6 +171,7 @@ def spectrum_null_edge(A: LinearMap, B: LinearMap, draws: int, seed: int, quanti
     return float(torch.quantile(largest, quantile))
 
 
+@lru_cache(maxsize=16)
 def random_cosines(r1: int, r2: int, d: int, draws: int, seed: int) -> Tensor:
     """Cosines of the principal angles of independent random subspaces of R^d, seeded draws.
 

@@ -14,10 +14,11 @@ from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
 from virtual_weights.report.format import FORMAT, INDEX
 from virtual_weights.report.pairs import pair_documents
+from virtual_weights.report.parts import carried, heads
 from virtual_weights.report.tables import plain, statements, table
 from virtual_weights.stream.names import parse
 
-_CARRIED = ("channel", "channel_tokens", "offset_profile")
+_CARRIED = ("channel", "channel_tokens", "offset_profile", "pair_angles", "edge_tokens")
 _TABLES = {"bandwidth": table, "statements": statements}
 
 
@@ -30,27 +31,28 @@ def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[st
 
     Returns:
         By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition, see ``pair_documents``;
-        ``"bandwidth"`` and ``"statements"``, see ``tables``, where they are stored; ``"pair-0"`` and the like, what a
-        pair carries: ``channel``, ``channel_tokens`` and ``offset_profile``. The map's ``"stored"`` has the names of
-        the last three kinds, of a pair by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes
-        that of a file.
+        ``"bandwidth"`` and ``"statements"``, see ``tables``, and ``"heads"``, where they are stored; ``"pair-0"`` and
+        the like, what an edge carries, see ``carried``. The map's ``"stored"`` has the names of the last kinds, of an
+        edge by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes that of a file.
     """
     by_question: dict[tuple[str, str], Record] = {}
-    carried: dict[str, dict[str, Any]] = {}
+    of_edges = list[Record]()
     for record in records:
         if record.question in _CARRIED and record.parameters.get("reader") is not None:
-            writer = record.parameters.get("writer") or record.parameters.get("name")
-            carried.setdefault(f"{writer}/{record.parameters['reader']}", {})[record.question] = table(record)
+            of_edges.append(record)
         else:
             by_question[record.question, str(record.parameters.get("port", ""))] = record
+    edges = carried(of_edges)
     ports = [port for question, port in by_question if question == "composition"]
     tables = {name: make(by_question[name, ""]) for name, make in _TABLES.items() if (name, "") in by_question}
-    numbers = {pair: f"pair-{i}" for i, pair in enumerate(carried)}
+    if details := heads(by_question):
+        tables["heads"] = details
+    numbers = {pair: f"pair-{i}" for i, pair in enumerate(edges)}
     return {
         "map": {**_map(by_question, manifest, ports), "stored": {name: name for name in tables} | numbers},
         **{name: content for port in ports for name, content in pair_documents(by_question, port)},
         **tables,
-        **{numbers[pair]: content for pair, content in carried.items()},
+        **{numbers[pair]: content for pair, content in edges.items()},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +12,10 @@ from typing import Any, final
 
 from virtual_weights.analysis.channels.channel import Channel
 from virtual_weights.analysis.channels.channel_tokens import ChannelTokens
+from virtual_weights.analysis.channels.head_circuits import HeadCircuits
+from virtual_weights.analysis.channels.head_tokens import HeadTokens
 from virtual_weights.analysis.channels.offsets import OffsetProfile
+from virtual_weights.analysis.channels.pair_angles import PairAngles
 from virtual_weights.analysis.crowding.coherence import Coherence
 from virtual_weights.analysis.crowding.interference import Interference
 from virtual_weights.analysis.crowding.recovery import Recovery
@@ -33,7 +36,7 @@ from virtual_weights.progress import Step, quiet
 from virtual_weights.record import Record
 from virtual_weights.runtime.edges.ablation import Ablation
 from virtual_weights.runtime.edges.attribution import Attribution
-from virtual_weights.runtime.edges.edge import Edge
+from virtual_weights.runtime.edges.edge_tokens import EdgeTokens
 from virtual_weights.runtime.flow.labels import Labels
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.statements import Statements
@@ -41,7 +44,9 @@ from virtual_weights.stream import Component, Group, Question, Stream, open_stre
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.provenance import fingerprint_of
+from virtual_weights.survey.details import by_token, leading, of_edges, of_heads, texts
 from virtual_weights.survey.estimate import Machine, estimates
+from virtual_weights.survey.strongest import among_heads, foremost, once
 from virtual_weights.survey.survey import ENDS, Survey, bars
 from virtual_weights.version import VERSION
 
@@ -49,13 +54,12 @@ _NEURON_TABLES: tuple[Any, ...] = (NeuronNeuron, NeuronReaders, NeuronCosines)
 _ASKED = frozenset(
     question.question
     for question in (
-        *(Channel, ChannelTokens, OffsetProfile),
+        *(Channel, ChannelTokens, OffsetProfile, PairAngles, EdgeTokens, HeadCircuits, HeadTokens),
         *(Composition, Overlap, Subspaces, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
         *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Ablation, Statements),
     )
 )
 """What a plan asks and an atlas keeps, by name."""
-_SPECTRA = 6  # strongest edges into keys whose spectra the report shows
 _SEQUENCES = 8  # chunks on which edges are attributed
 _LENGTH = 64  # tokens to which chunks are shortened on which edges are removed, since every edge is a run of its own
 _RANDOM = 10  # random edges of every port
@@ -99,12 +103,18 @@ class Plan:
         for part in self.parts:
             if part is not Part.statements:
                 yield from survey.answers(self.questions(part, survey.stream))
-                if part is Part.composition and survey.stream.heads:
-                    yield from survey.answers(list(self._spectra(survey)))
+        removed = list[tuple[str, str]]()
         if survey.run is not None:
-            yield from self._flow(survey, survey.run)
+            for record in self._flow(survey, survey.run):
+                if record.question == Ablation.question:
+                    removed += [
+                        (str(row["writer"]), str(row["reader"])) for row in record.rows() if row["kind"] == "asked"
+                    ]
+                yield record
         elif self.moments is not None:
             yield from survey.answers(_contributions(survey.stream, self.moments))
+        if Part.composition in self.parts and survey.stream.heads:
+            yield from self._details(survey, removed)
         if Part.statements in self.parts and survey.stream.folded:
             yield survey.ask(Statements())
 
@@ -140,18 +150,15 @@ class Plan:
     def _composition(self, port: Any) -> Composition:
         return Composition(port, self.rotary_offset, "all")
 
-    def _spectra(self, survey: Survey) -> Iterator[Question[Any]]:
-        """What the strongest edges into keys carry, one for each pair of a writer and a key/value group."""
-        keys = among_heads(survey.stream, [survey.ask(self._composition("K"))])["K"]
-        pairs = set[tuple[str, str]]()
-        for row in keys.top(_SPECTRA * 8).rows():
-            pair = str(row["writer"]), str(row.get("reader_group") or row["reader"])
-            if pair not in pairs and len(pairs) < _SPECTRA:
-                pairs.add(pair)
-                writer, reader = pair[0], str(row["reader"])
-                yield Channel(writer, reader, self.rotary_offset)
-                yield ChannelTokens(writer, reader, rotary_offset=self.rotary_offset)
-                yield OffsetProfile(writer, reader)
+    def _details(self, survey: Survey, removed: Sequence[tuple[str, str]]) -> Iterator[Record]:
+        """What heads do by their weights, and what the foremost edges and those that were removed carry."""
+        stream, offset = survey.stream, self.rotary_offset
+        scored = among_heads(stream, survey.answers([self._composition(port) for port in HEAD_PORTS]))
+        edges = once(stream, [*removed, *leading(scored)])
+        yield from survey.answers([*of_heads(stream, offset), *of_edges(stream, edges, offset)])
+        if survey.run is not None and removed:
+            for run, sequences in texts(survey.run, _LENGTH):
+                yield from survey.answers(by_token(removed, sequences), run)
 
     def _flow(self, survey: Survey, run: Run) -> Iterator[Record]:
         """Labels of heads, contributions to every port, attribution and ablation of the foremost edges."""
@@ -267,8 +274,9 @@ def shown_of(atlas: Atlas, records: Sequence[Record] = ()) -> list[Record]:
 
 
 def _about(answer: Record | Entry) -> tuple[Any, ...]:
-    """A question and what it is about."""
-    return answer.question, *(str(answer.parameters.get(name)) for name in ENDS)
+    """A question and what it is about; of what an edge does token by token, also how long the text is."""
+    size = answer.size if answer.question == EdgeTokens.question else 0
+    return answer.question, size, *(str(answer.parameters.get(name)) for name in ENDS)
 
 
 def manifest_of(stream: Stream, name: str | None = None) -> dict[str, Any]:
@@ -312,82 +320,3 @@ def _component(component: Component) -> dict[str, Any]:
 
 def _contributions(stream: Stream, moments: Moments) -> list[Question[Any]]:
     return [Contribution(port, moments, writers="all") for port in stream.groups.ports]
-
-
-def edges_of(record: Record, top: int, by: str | None = None) -> list[dict[str, Any]]:
-    """The strongest edges as plain rows: writer, reader, the columns, and who shares the reader's key/value group."""
-    axis = record.axis("reader")
-    members: dict[str, list[str]] = {}
-    for label, group in zip(axis.labels, axis.groups, strict=False):
-        members.setdefault(group, []).append(label)
-    rows = []
-    for row in record.top(top, by).rows():
-        edge: dict[str, Any] = {"writer": row["writer"], "reader": row["reader"]}
-        edge |= {c.name: row[c.name] for c in record.columns}
-        if group := row.get("reader_group"):
-            others = [name.partition(".")[0] for name in members[str(group)] if name != row["reader"]]
-            edge |= {"group": group, "shared_with": others}
-        rows.append(edge)
-    return rows
-
-
-def groups_of(edges: Iterable[Mapping[str, Any]], by: str = "score") -> list[dict[str, Any]]:
-    """Edges that are one edge under several names, put together: writer, group, readers, largest value of a column."""
-    merged: dict[tuple[str, str], dict[str, Any]] = {}
-    for edge in edges:
-        name = str(edge.get("group") or edge["reader"])
-        first = {"writer": edge["writer"], "group": name, "readers": [], by: edge[by]}
-        entry = merged.setdefault((str(edge["writer"]), name), first)
-        entry["readers"].append(edge["reader"])
-        entry[by] = max(entry[by], edge[by])
-    return list(merged.values())
-
-
-def distinct(record: Record, top: int, by: str) -> list[dict[str, Any]]:
-    """The largest entries of a record over (reader, writer), each key/value group under the first of its names."""
-    groups = record.axis("reader").groups
-    size = max((groups.count(group) for group in set(groups)), default=1)
-    rows: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for row in record.top(top * size, by).rows():
-        rows.setdefault((row["writer"], row.get("reader_group") or row["reader"]), row)
-    return list(rows.values())[:top]
-
-
-def strongest(record: Record, top: int, by: str) -> dict[tuple[str, str], float]:
-    """The edges of highest value of a column, writer and reader, one for each group, with the value."""
-    return {(str(row["writer"]), str(row["reader"])): row[by] for row in distinct(record, top, by)}
-
-
-def among_heads(stream: Stream, records: Iterable[Record]) -> dict[str, Record]:
-    """Compositions of heads with heads, by port."""
-    names = [str(head.label) for head in stream.heads]
-    compositions = (r for r in records if r.question == "composition" and r.parameters["port"] in HEAD_PORTS)
-    return {str(record.parameters["port"]): record.select("writer", names) for record in compositions}
-
-
-def foremost(
-    stream: Stream, scored: Mapping[str, Record], attributed: Iterable[Record], count: int
-) -> list[tuple[str, str]]:
-    """The edges that are worth removing: half by composition score, the same number of each port, half by attribution.
-
-    Args:
-        stream: the model.
-        scored: compositions by port, see ``among_heads``.
-        attributed: attributions.
-        count: how many in all.
-    """
-    share = count // 2 // max(len(scored), 1)
-    edges = [edge for record in scored.values() for edge in strongest(record, share, "score")]
-    sized = [(size, edge) for record in attributed for edge, size in strongest(record, count, "size").items()]
-    edges += [edge for _, edge in sorted(sized, reverse=True)]
-    return list(_once(stream, edges))[:count]
-
-
-def _once(stream: Stream, edges: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Each edge under the first of its names."""
-    keys = set[Any]()
-    for edge in edges:
-        key = Edge.of(stream, *edge).key
-        if key not in keys:
-            keys.add(key)
-            yield edge

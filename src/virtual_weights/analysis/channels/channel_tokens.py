@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
 from virtual_weights.analysis.channels.channel import circuit_map
-from virtual_weights.analysis.channels.direction_tokens import blocks, checked, columns, nearest_rows, vocabulary
+from virtual_weights.analysis.channels.direction_tokens import (
+    DirectionBlock,
+    blocks,
+    checked,
+    columns,
+    nearest_rows,
+    vocabulary,
+)
 from virtual_weights.linalg import Spectrum, svd
 from virtual_weights.progress import Progress, silent
 from virtual_weights.record import Axis, Record
@@ -75,17 +83,35 @@ class ChannelTokens(Question[Stream]):
         Raises:
             UsageError: a name is wrong, the writer comes after the reader, or the checkpoint holds no tokens.
         """
-        del progress  # it is one step
-        tokens = vocabulary(stream)
-        gains, ends = directions_of(stream, self.name, self.reader, self.rotary_offset or 0)
-        rows = nearest_rows(stream, tokens, blocks(gains, ends, self.tolerance, self.blocks), self.count)
+        return next(self.together([self], stream, progress))[1]
+
+    @classmethod
+    def together(
+        cls, questions: Sequence[Question[Any]], subject: Stream, progress: Progress = silent
+    ) -> Iterator[tuple[Question[Any], Record]]:
+        alike: dict[int, list[ChannelTokens]] = {}
+        for question in questions:
+            assert isinstance(question, ChannelTokens)
+            alike.setdefault(question.count, []).append(question)
+        tokens, done = vocabulary(subject), 0
+        for count, group in alike.items():
+            maps, sizes = list[list[DirectionBlock]](), list[int]()
+            for question in group:
+                gains, ends = directions_of(subject, question.name, question.reader, question.rotary_offset or 0)
+                maps.append(blocks(gains, ends, question.tolerance, question.blocks))
+                sizes.append(len(gains))
+                progress(done := done + 1, len(questions))
+            for question, rows, size in zip(group, nearest_rows(subject, tokens, maps, count), sizes, strict=True):
+                yield question, question._record(subject, rows, size)
+
+    def _record(self, stream: Stream, rows: list[dict[str, Any]], gains: int) -> Record:
         return stream.record(
             self,
             (Axis("row", tuple(str(i + 1) for i in range(len(rows)))),),
             columns(rows),
             rotary_offset=self.rotary_offset,
             gauge="circuits: free of heads' inner bases; signs by the nearest token",
-            gains=len(gains),
+            gains=gains,
         )
 
 

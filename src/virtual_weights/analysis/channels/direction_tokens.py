@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice, pairwise, product
@@ -90,9 +90,9 @@ def blocks_of(gains: Tensor, tolerance: float) -> tuple[slice, ...]:
 
 
 def nearest_rows(
-    stream: Stream, tokens: Mapping[TokenSide, Tensor], blocks: Sequence[DirectionBlock], count: int
-) -> list[dict[str, Any]]:
-    """One row for each block, end, side and place, in one pass over the vocabulary for each side.
+    stream: Stream, tokens: Mapping[TokenSide, Tensor], maps: Sequence[Sequence[DirectionBlock]], count: int
+) -> list[list[dict[str, Any]]]:
+    """For each map one row for each block, end, side and place, in one pass over the vocabulary for each side.
 
     The sign of a direction is chosen so that the token nearest to its first of ``written`` and ``query`` has a positive
     cosine; its other ends turn with it.
@@ -100,21 +100,35 @@ def nearest_rows(
     Args:
         stream: the model.
         tokens: its vocabulary.
-        blocks: of any number of maps.
+        maps: the blocks of each.
         count: how many tokens for each end and side.
     """
+    bases = [[basis for block in blocks for basis in block.bases.values()] for blocks in maps]
+    nearest = {side: nearest_tokens(vectors, bases, count) for side, vectors in tokens.items()}
     texts = stream.source.token_texts()
-    bases = [basis for block in blocks for basis in block.bases.values()]
-    nearest = {
-        side: tuple(values.T.tolist() for values in nearest_tokens(vectors, bases, count))
-        for side, vectors in tokens.items()
+    sizes: dict[TokenSide, int] = {side: len(vectors) for side, vectors in tokens.items()}
+    return [
+        list(_rows(blocks, {side: nearest[side][i] for side in tokens}, sizes, stream.d_model, texts))
+        for i, blocks in enumerate(maps)
+    ]
+
+
+def _rows(
+    blocks: Sequence[DirectionBlock],
+    nearest: Mapping[TokenSide, tuple[Tensor, Tensor]],
+    sizes: Mapping[TokenSide, int],
+    d: int,
+    texts: Any,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one map, of the cosines (count, n) and ids of its bases' nearest tokens."""
+    listed: dict[TokenSide, tuple[list[list[float]], list[list[int]]]] = {
+        side: (cosines.T.tolist(), ids.T.tolist()) for side, (cosines, ids) in nearest.items()
     }
-    rows: list[dict[str, Any]] = []
-    start = 0
+    sides, start = list(listed), 0
     for block in blocks:
         column = {end: start + i for i, end in enumerate(block.bases)}
         start += len(column)
-        first = nearest[next(iter(tokens))][0][column["written" if "written" in column else "query"]][0]
+        first = listed[sides[0]][0][column["written" if "written" in column else "query"]][0]
         sign = 1.0 if first >= 0 else -1.0
         about = {
             **({} if block.head is None else {"head": block.head}),
@@ -124,13 +138,12 @@ def nearest_rows(
             "directions": block.directions,
             "size": block.size,
         }
-        for end, side in product(column, tokens):
-            reach = random_reach(len(tokens[side]), stream.d_model, block.size)
-            pairs = zip(*(values[column[end]] for values in nearest[side]), strict=True)
+        for end, side in product(column, sides):
+            reach = random_reach(sizes[side], d, block.size)
+            pairs = zip(*(values[column[end]] for values in listed[side]), strict=True)
             for place, (cosine, token) in enumerate(pairs, 1):
                 row = {"cosine": sign * cosine, "random": reach, "place": place, "token": token}
-                rows.append({**about, **row, "text": text_of(texts, token), "end": end, "side": side})
-    return rows
+                yield {**about, **row, "text": text_of(texts, token), "end": end, "side": side}
 
 
 def vocabulary(stream: Stream) -> Mapping[TokenSide, Tensor]:

@@ -63,7 +63,7 @@ class HeadTokens(Question[Stream]):
         """
         tokens, rows = vocabulary(stream), list[dict[str, Any]]()
         for batch in self._batches(stream, progress):
-            rows += nearest_rows(stream, tokens, batch, self.count)
+            rows += nearest_rows(stream, tokens, [batch], self.count)[0]
         head = Column("head", tuple(row["head"] for row in rows), "", "whose OV circuit")
         return stream.record(
             self,

@@ -310,7 +310,7 @@ def in_tokens(
     """
     unit = torch.nn.functional.normalize(directions.to(accumulate), dim=0)
     rows = stream.read("unembed").maps[0] if side == "unembed" else stream.write("embed")[0].T
-    best, ids = nearest_tokens(rows, list(unit.T[:, :, None]), count)
+    ((best, ids),) = nearest_tokens(rows, [list(unit.T[:, :, None])], count)
     texts = stream.source.token_texts()
 
     def with_text(token: int, cosine: float) -> TokenCosine:

@@ -310,31 +310,40 @@ def token_rows(stream: Stream) -> dict[TokenSide, Tensor]:
     return rows
 
 
-def nearest_tokens(rows: Tensor, bases: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """For each basis the tokens of largest ``|cos|`` to its span.
+def nearest_tokens(rows: Tensor, sets: Sequence[Sequence[Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """For each basis of each set the tokens of largest ``|cos|`` to its span, in one pass over the tokens.
 
     Args:
         rows: (t, d), one a token.
-        bases: n times (d, k) float64, orthonormal columns.
+        sets: each n times (d, k) float64, orthonormal columns.
         count: how many tokens for each basis.
 
     Returns:
-        Cosines (count, n) by descending modulus, signed where k = 1 and >= 0 otherwise, and the tokens' ids.
+        For each set cosines (count, n) by descending modulus, signed where k = 1 and >= 0 otherwise, and the tokens'
+        ids.
     """
-    columns = torch.cat([torch.zeros(rows.shape[1], 0, dtype=accumulate), *bases], dim=1)
-    sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.int64)
-    ends, line = sizes.cumsum(0), sizes == 1
-    best, ids = torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)
-    step = max(1, WORKSPACE_BYTES // (8 * max(columns.shape)))
+    none = torch.zeros(rows.shape[1], 0, dtype=accumulate)
+    columns = [torch.cat([none, *bases], dim=1) for bases in sets]
+    best = [
+        (torch.zeros(0, len(bases), dtype=accumulate), torch.zeros(0, len(bases), dtype=torch.int64)) for bases in sets
+    ]
+    step = max(1, WORKSPACE_BYTES // (8 * max(rows.shape[1], *(c.shape[1] for c in columns))))
     for start in range(0, len(rows), step):
         # tokens that are zero after folding have no direction: their cosine is 0
-        along = normalize(rows[start : start + step].to(accumulate), dim=1) @ columns
-        cosines = along.new_zeros(len(along), len(bases))
-        cosines[:, line] = along[:, ends[line] - 1]
-        for i in (~line).nonzero().flatten().tolist():
-            cosines[:, i] = torch.linalg.vector_norm(along[:, ends[i] - sizes[i] : ends[i]], dim=1)
-        nearest = cosines.abs().topk(min(count, len(cosines)), dim=0).indices
-        best, ids = torch.cat([best, cosines.gather(0, nearest)]), torch.cat([ids, nearest + start])
-        order = best.abs().topk(min(count, len(best)), dim=0).indices
-        best, ids = best.gather(0, order), ids.gather(0, order)
-    return best, ids
+        unit = normalize(rows[start : start + step].to(accumulate), dim=1)
+        for i, bases in enumerate(sets):
+            cosines = _cosines(unit @ columns[i], [basis.shape[1] for basis in bases])
+            nearest = cosines.abs().topk(min(count, len(cosines)), dim=0).indices
+            values = torch.cat([best[i][0], cosines.gather(0, nearest)])
+            ids = torch.cat([best[i][1], nearest + start])
+            order = values.abs().topk(min(count, len(values)), dim=0).indices
+            best[i] = values.gather(0, order), ids.gather(0, order)
+    return best
+
+
+def _cosines(along: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Cosines (t, n) of unit vectors to subspaces, of their products (t, sum of sizes) with orthonormal bases."""
+    cosines = along.new_zeros(len(along), len(sizes))
+    for i, part in enumerate(along.split(list(sizes), dim=1) if sizes else ()):
+        cosines[:, i] = part[:, 0] if part.shape[1] == 1 else torch.linalg.vector_norm(part, dim=1)
+    return cosines
