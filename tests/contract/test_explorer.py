@@ -97,8 +97,10 @@ def test_tokens_of_directions_come_once_and_nearest_first(atlas: vw.Atlas) -> No
             assert block["gain"] == pytest.approx(own[0]["gain"], rel=1e-3)
             assert block["written_read"] == pytest.approx(own[0]["written_read"], rel=1e-3, abs=1e-4)
             for end, tokens in block["ends"].items():
-                nearest = {r["token"]: max(abs(o["cosine"]) for o in own if o["end"] == end and o["token"] == r["token"])
-                           for r in own if r["end"] == end}  # fmt: skip
+                nearest: dict[int, float] = {}
+                for row in own:
+                    if row["end"] == end:
+                        nearest[row["token"]] = max(abs(row["cosine"]), nearest.get(row["token"], 0.0))
                 assert {token for _, token, _ in tokens} == set(nearest)
                 sizes = [abs(cosine) for *_, cosine in tokens]
                 assert sizes == sorted(sizes, reverse=True)
