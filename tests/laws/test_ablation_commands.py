@@ -18,7 +18,7 @@ from virtual_weights.runtime.edges.attribution import Attribution, LogitDifferen
 from virtual_weights.runtime.edges.edge import Edge, removed
 from virtual_weights.runtime.running.model import load
 from virtual_weights.runtime.running.run import Run
-from virtual_weights.runtime.running.text import DEFAULT_TEXT, texts
+from virtual_weights.runtime.running.text import DEFAULT_TEXT, STORY_TEXT, texts, title
 from virtual_weights.stream.group import HEAD_PORTS
 
 TEXT = ("--length", "5", "--tokens", "20", "--seed", "3")
@@ -215,3 +215,39 @@ def test_tables_and_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(["ablate", str(folder), "L0H1"]) == 2
     assert run(["ablate", str(folder), "L2H1", "L0H1.K", *RUN]) == 2
     assert "cannot reach" in capsys.readouterr().err
+
+
+def test_an_edge_token_by_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edges = ("L0H1", "L2H4.K", "--edge", "L1.mlp,unembed", "--by-token")
+    given = answer(capsys, "ablate", folder, *edges)
+    record = vw.EdgeTokens("L0H1", "L2H4.K")(repeats(vw.open(folder)))
+    assert given["question"] == "edge_tokens"
+    assert [row["loss_without"] for row in given["rows"]] == pytest.approx(
+        [row["loss_without"] for row in record.rows()], abs=1e-5
+    )
+    changes = [row["change"] for row in given["rows"] if row["change"] is not None]
+    assert sum(changes) / len(changes) == pytest.approx(given["summary"]["effect_nats"], abs=1e-9)
+    (other,) = given["more"]
+    assert other["stamp"]["edge"] == "L1.mlp -> unembed"
+    assert run(["ablate", str(folder), *edges, *RUN]) == 0
+    out = capsys.readouterr().out
+    large = sum(abs(row["change"] or 0) > 0.1 for row in other["rows"])
+    assert f"{large} of {len(changes)} counted tokens change by more than 0.1 nats without L1.mlp -> unembed" in out
+    assert large > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [((), "without an edge"), (("L0H1", "L2H4.K", "--together"), "--together with --by-token")]
+)
+def test_token_by_token_needs_an_edge_and_nothing_else(
+    arguments: tuple[str, ...], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ablate", str(folder), "--by-token", *arguments, *RUN]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_story_goes_by_its_name() -> None:
+    (story,) = texts("story")
+    assert 110 <= len(story.split()) <= 130
+    assert all(story.count(name) >= 3 for name in ("Ilsabet Marrow", "Corin Fennick", "Tolverdale"))
+    assert (title("story"), title(), title("book.txt")) == (STORY_TEXT, DEFAULT_TEXT, "book.txt")
