@@ -14,14 +14,18 @@ quantities = {row["quantity"]: row["value"] for row in circuit.rows()}
 assert abs(quantities["removed"] - quantities["sum_of_singles"] - quantities["interaction"]) < 1e-9
 
 # after block 4
-assert pairs.partners[0].tolist() == corrupted[0]
+assert abs(float(change.nanmean()) - by_token.stamp["effect_nats"]) < 1e-6
+assert abs(by_token.stamp["effect_nats"] - rows[1]["effect_nats"]) < 1e-6
 
 # after block 5
-assert abs((ends[0] - ends[1]) / (2 * step) - best["attribution"]) < 0.02 * abs(best["attribution"])
+assert pairs.partners[0].tolist() == corrupted[0]
 
 # after block 6
-assert abs(change - row["attribution"]) < 1e-4
+assert abs((ends[0] - ends[1]) / (2 * step) - best["attribution"]) < 0.02 * abs(best["attribution"])
 
 # after block 7
+assert abs(change - row["attribution"]) < 1e-4
+
+# after block 8
 assert record.stamp["error"] < 1e-4
 assert abs(float(record["logit"].sum()) - whole["logit"]) < 1e-4
