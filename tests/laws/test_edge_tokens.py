@@ -36,7 +36,9 @@ def by_place(record: vw.Record, column: str) -> Tensor:
     return record.numbers(column).reshape(-1, TOKENS.shape[1])
 
 
-@pytest.mark.parametrize("how", [{}, {"replacement": "resample", "scalars": "move"}, {"sequences": 3, "batch": 2}])
+@pytest.mark.parametrize(
+    "how", [{}, {"replacement": "resample", "scalars": "move", "batch": 15}, {"sequences": 3, "batch": 2}]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_mean_changes_of_loss_are_the_effects_of_ablation(name: str, how: dict[str, Any]) -> None:
     model, stream = in_float64(name)
