@@ -3,6 +3,7 @@
 import { render } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { useAddress } from "./address";
+import { ComparePage } from "./compare";
 import { type MapDocument, loadMap } from "./data";
 import { EffectsPage } from "./effects";
 import { HeadPage } from "./head";
@@ -12,6 +13,8 @@ import { MapPage } from "./map";
 import type { PageProps } from "./page";
 import { PairPage } from "./pair";
 import { StatementsPage } from "./statements";
+import { StructurePage } from "./structure";
+import { VectorPage } from "./vector";
 
 const KEYS = [
   ["/", "search a part, an edge or a behaviour"],
@@ -92,11 +95,11 @@ function App() {
           <b>{map.model}</b> virtual weights
         </a>
         <nav aria-label="pages">
-          {(["map", "layers", "effects", "statements"] as const).map((page) => (
+          {["map", "layers", "effects", "structure", "statements", ...(map.against ? ["compare"] : [])].map((page) => (
             <a
               key={page}
               href={`#/${page}`}
-              aria-current={address.page === page || (page === "map" && ["head", "pair"].includes(address.page)) ? "page" : undefined}
+              aria-current={address.page === page || (page === "map" && ["head", "pair"].includes(address.page)) || (page === "structure" && address.page === "vector") ? "page" : undefined}
             >
               {page[0]!.toUpperCase() + page.slice(1)}
             </a>
@@ -154,6 +157,12 @@ function App() {
           <EffectsPage {...props} />
         ) : address.page === "pair" ? (
           <PairPage {...props} />
+        ) : address.page === "structure" ? (
+          <StructurePage {...props} />
+        ) : address.page === "vector" ? (
+          <VectorPage {...props} />
+        ) : address.page === "compare" ? (
+          <ComparePage {...props} />
         ) : address.page === "statements" ? (
           <StatementsPage map={map} />
         ) : (

@@ -1,5 +1,8 @@
 /** Documents of an atlas: embedded in a report, or asked of the server. */
 
+import type { Structure } from "./structure-document";
+import type { VectorDocument } from "./vector-document";
+
 export interface Part {
   label: string;
   kind: string;
@@ -36,6 +39,17 @@ export interface MapDocument {
   effects: Effect[];
   /** Names of documents; of what a pair carries by writer/reader.port. */
   stored: Record<string, string>;
+  /** Documents of attached directions by their names. */
+  vectors?: Record<string, string>;
+  /** What another atlas is, with which this one is compared. */
+  against?: {
+    model: string;
+    norm: string;
+    ports: string[];
+    only_here: { names: string[]; of: number };
+    only_there: { names: string[]; of: number };
+    conventions: Record<string, [unknown, unknown]>;
+  } | null;
   ablation: { least: number | null; sequences: number | null; text: string | null; clean_loss: number | null } | null;
   run: { text: string; tokens: number; sequences: number | null } | null;
 }
@@ -177,7 +191,7 @@ export const loadMap = () => load<MapDocument>("map");
 const columns = new Map<string, Promise<Float32Array>>();
 
 function loadColumn(stored: StoredPairs, name: string): Promise<Float32Array> {
-  const key = `${stored.port}/${name}`;
+  const key = stored.columns[name]![0]!;
   let promise = columns.get(key);
   if (!promise) {
     const { windows, writers, readers } = stored;
@@ -193,9 +207,9 @@ function loadColumn(stored: StoredPairs, name: string): Promise<Float32Array> {
 
 const ALL = ["score", "lift", "share", "attribution"];
 
-/** Pairs of a port with those of the columns that this atlas has. */
-export async function loadPairs(port: string, names: string[] = ALL): Promise<Pairs> {
-  const stored = await load<StoredPairs>(`pairs-${port}`);
+/** Pairs of a port with those of the columns that this atlas has, or of the other one in this one's order. */
+export async function loadPairs(port: string, names: string[] = ALL, of: "pairs" | "against" = "pairs"): Promise<Pairs> {
+  const stored = await load<StoredPairs>(`${of}-${port}`);
   const there = names.filter((name) => stored.columns[name]);
   const values = await Promise.all(there.map((name) => loadColumn(stored, name)));
   return { ...stored, column: (name) => values[there.indexOf(name)] ?? null };
@@ -205,3 +219,5 @@ export const loadBandwidth = () => load<Table>("bandwidth");
 export const loadStatements = () => load<Statements>("statements");
 export const loadCarried = (name: string) => load<Carried>(name);
 export const loadHeads = () => load<Heads>("heads");
+export const loadStructure = () => load<Structure>("structure");
+export const loadVector = (name: string) => load<VectorDocument>(name);

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import dom
 from tiny_models import tiny
 
 import virtual_weights as vw
@@ -133,23 +134,6 @@ def test_the_bundle_is_what_its_sources_give(tmp_path: Path) -> None:
     for name in ("explorer.js", "explorer.css", "explorer.licences.txt"):
         assert (tmp_path / "built" / name).read_bytes() == (STATIC / name).read_bytes(), name
     assert len((STATIC / "explorer.js").read_bytes()) < 600_000
-
-
-def dom(path: Path, address: str) -> str:
-    """What a browser makes of a page, as HTML."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("there is no Chromium to look with")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--window-size=1440,1000"]
-    profile = f"--user-data-dir={path.parent / 'profile'}"
-    done = subprocess.run(
-        [browser, *flags, profile, "--dump-dom", f"{path.as_uri()}{address}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return done.stdout
 
 
 def test_pages_show_heads_and_edges_and_run_no_names(atlas: vw.Atlas, tmp_path: Path) -> None:

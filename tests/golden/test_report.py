@@ -16,11 +16,10 @@ from tiny_models import tiny
 
 import virtual_weights as vw
 from virtual_weights.analysis.ledger.bandwidth import Bandwidth
-from virtual_weights.analysis.memory.erasure import Erasure
 from virtual_weights.record import Axis, Column, Record
 from virtual_weights.report.documents import documents
 from virtual_weights.report.page import page
-from virtual_weights.report.tables import density, strongest
+from virtual_weights.report.tables import density
 from virtual_weights.survey import manifest_of
 
 
@@ -156,20 +155,6 @@ def test_neurons_are_counted_where_they_lie() -> None:
         assert by_layer == [
             sum(c == name and at == i for c, at in zip(record["class"], layer, strict=True)) for i in (0, 1, 2)
         ]
-
-
-def test_strongest_pairs_by_each_measure_come_once() -> None:
-    record = Erasure()(vw.open(tiny("llama-grouped-untied")))
-    drawn = strongest(record, ("alignment", "z", "erasure"), 150)
-    rows = list(record.rows())
-    wanted = {
-        (row["reader"], row["writer"])
-        for by in ("alignment", "z", "erasure")
-        for row in sorted(rows, key=lambda row: -row[by])[:150]
-    }
-    assert len(drawn["rows"]) == len(wanted)
-    assert {(row["reader"], row["writer"]) for row in drawn["rows"]} == wanted
-    assert all(row in rows for row in drawn["rows"])
 
 
 VERDICTS = ("holds", "holds under RMSNorm", "fails", "cannot tell")

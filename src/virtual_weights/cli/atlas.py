@@ -65,11 +65,15 @@ def report(
             help="HTML file to write; by default the atlas's own, with what vweights serve shows",
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="OTHER", help="another atlas, with whose pairs the page Compare compares"),
+    ] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Write the report of an atlas anew, in one HTML file that needs nothing else."""
-    store = vw.Atlas.open(atlas)
-    path = vw.report(store, output)
+    store, other = vw.Atlas.open(atlas), None if against is None else vw.Atlas.open(against)
+    path = vw.report(store, output, against=other)
     size = path.stat().st_size
     shown: list[Table | str] = [f"{path}, {size / 1e6:.1f} MB"]
     if output is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,12 @@ def vector(
         str | None,
         typer.Option("--add", metavar="AMOUNTS", help="multiples that are added while the model runs, 1 by default"),
     ] = None,
+    atlas: Annotated[
+        Path | None,
+        typer.Option(
+            "-a", "--atlas", metavar="ATLAS", help="also keep the answers in this atlas of the model, for its explorer"
+        ),
+    ] = None,
     top: o.Top = 10,
 ) -> Answer:
     """Rank who reads a direction of the stream from a state on, and who writes along it up to there.
@@ -50,10 +58,12 @@ def vector(
     given = open_vector(file, name, row)
     if not session.runs:
         o.refuse_unused(context, "without a text", "add")
-    survey = vw.Survey(session.stream, None, session.run if session.runs else None, session.step)
-    readers, writers = survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
+    with _survey(session, atlas) as survey:
+        readers, writers = survey.answers([vw.VectorReaders(given, at, top), vw.VectorWriters(given, at, top)])
+        activity = survey.ask(vw.VectorActivity(given)) if session.runs else None
+        adding = vw.VectorEffect(given, at, _amounts(add or "1"), batch=session.options["batch"])
+        effect = survey.ask(adding) if session.runs else None
     state = readers.stamp["state"]
-    activity = survey.ask(vw.VectorActivity(given)) if session.runs else None
     shown: list[Table | str] = []
     rows = dict[str, list[dict[str, Any]]]()
     for record, side, about in ((readers, "reader", "reads"), (writers, "writer", "writes along")):
@@ -66,14 +76,32 @@ def vector(
             heads = {name: name.replace("_", " ") for name in names}
             title = f"which {kind} {about} {given.name} at state {state} · {session.name}"
             shown += [Table(title, best, heads)] if best else []
-    if session.runs:
-        effect = survey.ask(vw.VectorEffect(given, at, _amounts(add or "1"), batch=session.options["batch"]))
+    if effect is not None:
         rows["effects"] = list(effect.rows())
         heads = {column: column for column in ("amount", *(c.name for c in effect.columns))}
         title = f"adding {given.name} to state {state} of every token: change of the loss in nats · {session.name}"
         shown.append(Table(title, rows["effects"], heads))
+    if atlas is not None:
+        shown.append(f"its page: vweights serve {atlas}, #/vector")
     summary = {"vector": given.name, "state": state, "norm": readers.stamp["norm_of_vector"]}
     return Answer(readers, rows["readers_heads"], {**summary, **rows}, shown)
+
+
+@contextmanager
+def _survey(session: Session, atlas: Path | None) -> Iterator[vw.Survey]:
+    """What answers the questions, and where an atlas is named keeps the answers there and writes its pages anew."""
+    from virtual_weights.report import report
+    from virtual_weights.survey.plan import filling
+
+    run = session.run if session.runs else None
+    if atlas is None:
+        yield vw.Survey(session.stream, None, run, session.step)
+        return
+    vw.Atlas.open(atlas)  # refuses a folder that is none
+    with filling(atlas, session.stream, run, session.name, session.step) as survey:
+        yield survey
+        assert survey.atlas is not None
+        report(survey.atlas)
 
 
 def _on_text(stream: vw.Stream, row: dict[str, Any], activity: vw.Record, norm: float) -> dict[str, Any]:

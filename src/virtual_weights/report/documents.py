@@ -15,26 +15,33 @@ from virtual_weights.record.durable import replacing
 from virtual_weights.report.format import FORMAT, INDEX
 from virtual_weights.report.pairs import pair_documents
 from virtual_weights.report.parts import carried, heads
+from virtual_weights.report.structure import structure
 from virtual_weights.report.tables import plain, statements, table
+from virtual_weights.report.vectors import vectors
 from virtual_weights.stream.names import parse
 
 _CARRIED = ("channel", "channel_tokens", "offset_profile", "pair_angles", "edge_tokens")
 _TABLES = {"bandwidth": table, "statements": statements}
 
 
-def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def documents(
+    records: Iterable[Record], manifest: Mapping[str, Any], compared: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The documents of a model.
 
     Args:
         records: answers, of which those that a page shows are taken; of several to one question the last.
         manifest: the model's name, sizes, components and provenance.
+        compared: what ``against`` says of another atlas: its documents are among these, its summary is in the map.
 
     Returns:
         By name: ``"map"``; ``"pairs-K"`` and the like for every port with a composition, see ``pair_documents``;
-        ``"bandwidth"`` and ``"statements"``, see ``tables``, and ``"heads"``, where they are stored; ``"pair-0"`` and
-        the like, what an edge carries, see ``carried``. The map's ``"stored"`` has the names of the last kinds, of an
-        edge by ``"L16H0/L18H6.K"``: a name that somebody gave a direction never becomes that of a file.
+        where they are stored ``"bandwidth"`` and ``"statements"``, see ``tables``, ``"heads"`` and ``"structure"``, see
+        there; ``"pair-0"`` and the like, what an edge carries, see ``carried``; ``"vector-0"`` and the like, see
+        ``vectors``. The map's ``"stored"`` has the names of those between, of an edge by ``"L16H0/L18H6.K"``, its
+        ``"vectors"`` those of directions by their names: a name that somebody gave never becomes that of a file.
     """
+    records = list(records)
     by_question: dict[tuple[str, str], Record] = {}
     of_edges = list[Record]()
     for record in records:
@@ -47,12 +54,20 @@ def documents(records: Iterable[Record], manifest: Mapping[str, Any]) -> dict[st
     tables = {name: make(by_question[name, ""]) for name, make in _TABLES.items() if (name, "") in by_question}
     if details := heads(by_question):
         tables["heads"] = details
+    if whole := structure(records):
+        tables["structure"] = whole
     numbers = {pair: f"pair-{i}" for i, pair in enumerate(edges)}
+    attached = vectors(records)
+    named = {name: f"vector-{i}" for i, name in enumerate(attached)}
+    beside = {"stored": {name: name for name in tables} | numbers, "vectors": named}
+    pages = dict(compared or {})
     return {
-        "map": {**_map(by_question, manifest, ports), "stored": {name: name for name in tables} | numbers},
+        "map": {**_map(by_question, manifest, ports), **beside, "against": pages.pop("against", None)},
         **{name: content for port in ports for name, content in pair_documents(by_question, port)},
         **tables,
         **{numbers[pair]: content for pair, content in edges.items()},
+        **{named[name]: content for name, content in attached.items()},
+        **pages,
     }
 
 

@@ -15,6 +15,7 @@ from virtual_weights.atlas import Atlas
 from virtual_weights.errors import writing
 from virtual_weights.record import Record
 from virtual_weights.record.durable import replacing
+from virtual_weights.report.against import against as comparison
 from virtual_weights.report.documents import documents, write_documents
 from virtual_weights.report.format import FOLDER
 from virtual_weights.survey.plan import shown_of
@@ -37,7 +38,9 @@ _PAGE = """<!doctype html>
 """
 
 
-def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Record] = ()) -> Path:
+def report(
+    atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Record] = (), against: Atlas | None = None
+) -> Path:
     """Write the report of an atlas: the explorer in one HTML file.
 
     Args:
@@ -46,6 +49,7 @@ def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Re
             ``vweights serve`` shows, in its folder ``explorer``.
         records: answers that are shown rather than others which the atlas holds to the same questions, such as those
             under another convention.
+        against: another atlas, of this model or of another, with whose pairs these are compared.
 
     Returns:
         The path.
@@ -53,7 +57,9 @@ def report(atlas: Atlas, path: str | Path | None = None, *, records: Sequence[Re
     Example:
         >>> vw.report(vw.Atlas.open("atlas"))  # doctest: +SKIP
     """
-    shown = documents(shown_of(atlas, records), atlas.manifest)
+    answers = shown_of(atlas, records)
+    compared = None if against is None else comparison(answers, atlas.manifest, against)
+    shown = documents(answers, atlas.manifest, compared)
     file = atlas.path / "report.html" if path is None else Path(path)
     with writing(file):
         with replacing(file) as aside:

@@ -17,19 +17,22 @@ WINDOW = 1 << 18
 _COLUMNS = {"composition": ("score", "lift"), "contribution": ("share",), "attribution": ("attribution",)}
 
 
-def pair_documents(records: Mapping[tuple[str, str], Record], port: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def pair_documents(
+    records: Mapping[tuple[str, str], Record], port: str, of: str = "pairs"
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one port.
 
     Args:
         records: by question and port; of compositions, contributions and attributions those of this port are taken.
         port: there is a composition of it.
+        of: what their names begin with.
 
     Yields:
-        Names with contents. First ``pairs-PORT``: ``readers``, ``writers`` and ``groups``; ``writer_effect`` and
-        ``reader_effect``, see ``Composition``; ``windows``, the first reader of each window and where the last ends;
-        ``columns``, by name the documents of all windows; ``stamp``. Then these: ``values``, readers by writers, of
-        half precision, little-endian, in base64. NaN where a writer cannot reach or nothing is known; infinite where a
-        pair reaches and has no score, since one of its ends is zero.
+        Names with contents. First ``pairs-PORT``, or with what ``of`` says: ``readers``, ``writers`` and ``groups``;
+        ``writer_effect`` and ``reader_effect``, see ``Composition``; ``windows``, the first reader of each window and
+        where the last ends; ``columns``, by name the documents of all windows; ``stamp``. Then these: ``values``,
+        readers by writers, of half precision, little-endian, in base64. NaN where a writer cannot reach or nothing is
+        known; infinite where a pair reaches and has no score, since one of its ends is zero.
     """
     composition = records["composition", port]
     readers, writers = composition.axis("reader"), composition.axis("writer")
@@ -38,11 +41,11 @@ def pair_documents(records: Mapping[tuple[str, str], Record], port: str) -> Iter
     columns = dict[str, list[str]]()
     numbers = dict[str, dict[str, Any]]()
     for name, values in _columns(records, port, readers.labels, writers.labels):
-        columns[name] = [f"pairs-{port}-{name}-{i}" for i in range(len(bounds) - 1)]
+        columns[name] = [f"{of}-{port}-{name}-{i}" for i in range(len(bounds) - 1)]
         for document, start in zip(columns[name], bounds, strict=False):
             numbers[document] = {"values": halves(values[start : start + step])}
     yield (
-        f"pairs-{port}",
+        f"{of}-{port}",
         {
             "port": port,
             "readers": [label.removesuffix(f".{port}") for label in readers.labels],

@@ -1,11 +1,11 @@
-"""Records over one axis, and the strongest entries of larger ones, as plain JSON columns."""
+"""Records over one axis, and neurons counted, as plain JSON columns."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,22 +25,6 @@ def table(record: Record) -> dict[str, Any]:
         "axis": axis.name,
         "labels": list(axis.labels),
         "columns": [_column(column) for column in record.columns],
-    }
-
-
-def strongest(record: Record, by: Sequence[str], most: int) -> dict[str, Any]:
-    """The ``most`` largest entries by each of several columns, as one table without repetition."""
-    names = [axis.name for axis in record.axes]
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for column in by:
-        for row in record.top(most, by=column).rows():
-            rows.setdefault(tuple(row[name] for name in names), {k: v for k, v in row.items() if k != "place"})
-    return {
-        "question": record.question,
-        "stamp": plain(dict(record.stamp)),
-        "most": most,
-        "columns": [{"name": c.name, "unit": c.unit, "meaning": c.meaning} for c in record.columns],
-        "rows": list(rows.values()),
     }
 
 

@@ -29,6 +29,7 @@ from virtual_weights.analysis.pairs.contribution import Contribution
 from virtual_weights.analysis.pairs.neuron_neuron import NeuronCosines, NeuronNeuron, NeuronReaders
 from virtual_weights.analysis.pairs.overlap import Overlap
 from virtual_weights.analysis.pairs.subspaces import Subspaces
+from virtual_weights.analysis.pairs.vectors import VectorReaders, VectorWriters
 from virtual_weights.atlas import Atlas, Entry
 from virtual_weights.atlas.blocks import BLOCKS, BlockStore, at_work
 from virtual_weights.errors import UsageError
@@ -55,11 +56,12 @@ _ASKED = frozenset(
     question.question
     for question in (
         *(Channel, ChannelTokens, OffsetProfile, PairAngles, EdgeTokens, HeadCircuits, HeadTokens),
+        *(VectorReaders, VectorWriters),
         *(Composition, Overlap, Subspaces, Bandwidth, Basis, HeadErasers, Erasure, Neurons, *_NEURON_TABLES),
         *(Coherence, Interference, Recovery, Labels, Contribution, Attribution, Ablation, Statements),
     )
 )
-"""What a plan asks and an atlas keeps, by name."""
+"""What a plan asks, and what is asked of attached directions, by name: a report shows these."""
 _SEQUENCES = 8  # chunks on which edges are attributed
 _LENGTH = 64  # tokens to which chunks are shortened on which edges are removed, since every edge is a run of its own
 _RANDOM = 10  # random edges of every port

@@ -26,7 +26,7 @@ from virtual_weights.stream.provenance import fingerprint_of
 from virtual_weights.stream.question import batched, subject_of
 from virtual_weights.survey.executors import Executor, Here, executor_of
 
-ENDS = ("port", "role_a", "role_b", "writer", "reader", "kind", "name")
+ENDS = ("port", "role_a", "role_b", "writer", "reader", "kind", "name", "vector")
 """Parameters by which questions of one kind are told apart: what they are about, not how it is computed."""
 
 
