@@ -264,7 +264,7 @@ function HeadsByDepth({ map, heads, address, go, width }: SectionProps & { heads
   const sorted = [...points].sort((a, b) => a.value - b.value);
   const named: Head[] = [];
   for (const one of [...sorted.slice(0, 8), ...sorted.slice(-8).reverse()]) {
-    if (named.every((other) => Math.abs(x(other) - x(one)) > 64 || Math.abs(y(other.value) - y(one.value)) > 13)) named.push(one);
+    if (named.every((other) => Math.abs(x(other) - x(one)) > 110 || Math.abs(y(other.value) - y(one.value)) > 13)) named.push(one);
   }
   const beyond = band ? points.filter((one) => one.value < band[0]).length : 0;
   const every = Math.ceil(map.layers / (drawn / 34));

@@ -87,7 +87,7 @@ def test_every_verb_stands_in_one_group(capsys: Capture, monkeypatch: pytest.Mon
 def test_an_option_takes_the_same_value_in_every_verb() -> None:
     """What ``-o`` names is a folder or a file, and what ``--only`` lists depends on the verb.
 
-    A port is one of a component, or of this machine for ``serve``.
+    A port is one of a component, or of this machine for ``serve``. ``--against`` names another token, or another atlas.
     """
     values: dict[str, set[str]] = {}
     commands: Any = get_command(app)
@@ -95,7 +95,7 @@ def test_an_option_takes_the_same_value_in_every_verb() -> None:
         context = command.make_context(name, [], resilient_parsing=True)
         for parameter in command.get_params(context):
             values.setdefault(parameter.opts[0], set()).add(parameter.display_type_rich(ctx=context))
-    assert {name for name, kinds in values.items() if len(kinds) > 1} == {"-o", "--only", "--port"}
+    assert {name for name, kinds in values.items() if len(kinds) > 1} == {"-o", "--only", "--port", "--against"}
 
 
 @pytest.mark.parametrize(

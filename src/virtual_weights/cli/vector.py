@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,12 @@ from virtual_weights.cli.show import Answer, Table
 from virtual_weights.cli.verb import Session, running_verb
 from virtual_weights.errors import UsageError
 
+KeptIn = Annotated[
+    Path | None,
+    typer.Option(
+        "-a", "--atlas", metavar="ATLAS", help="also keep the answers in this atlas of the model, for its explorer"
+    ),
+]
 _KINDS = ("head", "neuron", "feature", "token")
 
 
@@ -39,12 +45,7 @@ def vector(
         str | None,
         typer.Option("--add", metavar="AMOUNTS", help="multiples that are added while the model runs, 1 by default"),
     ] = None,
-    atlas: Annotated[
-        Path | None,
-        typer.Option(
-            "-a", "--atlas", metavar="ATLAS", help="also keep the answers in this atlas of the model, for its explorer"
-        ),
-    ] = None,
+    atlas: KeptIn = None,
     top: o.Top = 10,
 ) -> Answer:
     """Rank who reads a direction of the stream from a state on, and who writes along it up to there.
@@ -88,7 +89,7 @@ def vector(
 
 
 @contextmanager
-def _survey(session: Session, atlas: Path | None) -> Iterator[vw.Survey]:
+def _survey(session: Session, atlas: Path | None) -> Generator[vw.Survey]:
     """What answers the questions, and where an atlas is named keeps the answers there and writes its pages anew."""
     from virtual_weights.report import report
     from virtual_weights.survey.plan import filling

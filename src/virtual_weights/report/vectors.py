@@ -45,7 +45,8 @@ def vectors(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
 
 def _side(record: Record) -> dict[str, Any]:
     (axis,) = record.axes
-    kinds, score = list(record["kind"]), np.nan_to_num(np.asarray(record["score"], dtype=np.float64), nan=-1.0)
+    kinds = [str(kind) for kind in record["kind"]]
+    score = np.nan_to_num(np.asarray(record["score"], dtype=np.float64), nan=-1.0)
     places = _listed(axis.labels, kinds, score, np.asarray(record["sign"], dtype=np.float64))
     known = [column.name for column in record.columns]
     return {
