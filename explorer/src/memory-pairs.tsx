@@ -150,7 +150,7 @@ export function ErasingPairs({ map, erasure, go, width, theme }: SectionProps & 
                   {isHead(pair.eraser) && <Sign behaviour={behaviour(pair.eraser)} />} <b>{pair.eraser}</b>
                 </td>
                 <td>{figure(pair.alignment)}</td>
-                <td>{pair.z === null ? "–" : signed(pair.z, 0)}</td>
+                <td>{pair.z === null ? "–" : signed(pair.z, Math.abs(pair.z) < 10 ? 1 : 0)}</td>
                 <td>{significant(pair.erasure)}</td>
               </tr>
             ))}

@@ -356,7 +356,7 @@ function Foremost({
               </td>
               <td>{bar.sign ? cosine(bar) : figure(bar.score)}</td>
               <td>{significant(bar.score / chance, 2)}</td>
-              <td>{Number.isNaN(bar.z) ? "–" : signed(bar.z, 0)}</td>
+              <td>{Number.isNaN(bar.z) ? "–" : signed(bar.z, Math.abs(bar.z) < 10 ? 1 : 0)}</td>
             </tr>
           ))}
         </tbody>
