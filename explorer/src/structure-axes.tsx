@@ -95,12 +95,15 @@ export function Axes({ frame, x, y, xTicks, yTicks, xTitle, yTitle, upright = fa
 
 /** A chart is one stop: arrows go through its items, Enter opens, Escape leaves; each move is announced. */
 export function useSteps<T>(items: T[], said: (item: T) => string, open?: (item: T) => void) {
-  const [current, set] = useState<T | null>(null);
+  const [name, setName] = useState<string | null>(null);
+  const at = name === null ? -1 : items.findIndex((item) => said(item) === name);
+  const current = items[at] ?? null;
+  const set = (item: T | null) => setName(item === null ? null : said(item));
   const onKeyDown = (event: KeyboardEvent) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step && items.length) {
-      const at = current === null ? (step > 0 ? -1 : items.length) : items.indexOf(current);
-      set(() => items[Math.max(0, Math.min(items.length - 1, at + step))]!);
+      const next = at < 0 && step < 0 ? items.length - 1 : at + step;
+      set(items[Math.max(0, Math.min(items.length - 1, next))]!);
     } else if (event.key === "Enter" && current !== null && open) open(current);
     else if (event.key === "Escape" && current !== null) {
       set(null);
@@ -108,12 +111,12 @@ export function useSteps<T>(items: T[], said: (item: T) => string, open?: (item:
     } else return;
     event.preventDefault();
   };
-  const said_ = (
+  const announced = (
     <span class="announced" role="status">
-      {current === null ? "" : said(current)}
+      {name}
     </span>
   );
-  return { current, set: (item: T | null) => set(() => item), stop: { tabIndex: 0, onKeyDown }, said: said_ };
+  return { current, set, stop: { tabIndex: 0, onKeyDown }, said: announced };
 }
 
 /** What is not stored, and the command that computes it. */

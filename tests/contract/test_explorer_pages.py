@@ -144,13 +144,17 @@ def test_of_many_neurons_a_direction_lists_the_foremost_of_every_layer(
 ) -> None:
     monkeypatch.setattr(sys.modules[vectors.__module__], "NEURONS", 3)
     records = shown_of(atlas)
-    side = vectors(records)["happy"]["writers"]
-    record = next(r for r in records if r.question == "vector_writers" and r.parameters["vector"].startswith("happy"))
+    side = vectors(records)["happy"]["readers"]
+    record = next(r for r in records if r.question == "vector_readers" and r.parameters["vector"].startswith("happy"))
     rows = [row for row in record.rows() if row["kind"] == "neuron"]
-    best = {row["writer"] for row in sorted(rows, key=lambda row: -row["score"])[:3]}
-    for layer, sign in {(row["writer"].split("N")[0], row["sign"]) for row in rows}:
-        same = [row for row in rows if row["writer"].startswith(f"{layer}N") and row["sign"] == sign]
-        best.add(max(same, key=lambda row: row["score"])["writer"])
+    rows.sort(key=lambda row: -row["score"])
+    best = {row["reader"] for row in rows[:3]}
+    firsts = dict[tuple[Any, ...], str]()
+    for row in rows:
+        layer, _, port = str(row["reader"]).replace("N", ".").split(".")
+        firsts.setdefault((layer, port, row["sign"]), str(row["reader"]))
+    assert len(firsts) == 8, "two layers, gate and up, along and against"
+    best |= set(firsts.values())
     assert {label for label, kind in zip(side["labels"], side["kinds"], strict=True) if kind == "neuron"} == best
 
 
