@@ -120,13 +120,16 @@ export function EffectsPage(props: PageProps) {
             {rows.map((one, i) => {
               const at = top + ROW * (i + 1) + 12;
               const matters = one.verdict === "causal";
+              const shared = one.shared.map((name) => name.replace(/^L\d+/, "")).join(" ");
+              const value = signed(one.effect, Math.abs(one.effect) < 0.02 ? 3 : 2);
+              const says = VERDICTS[one.verdict] ?? one.verdict;
               return (
                 <g
                   key={key(one)}
                   class={`effect-row ${key(one) === sel ? "selected" : ""}`}
-                  tabIndex={0}
+                  tabindex={0}
                   role="button"
-                  aria-label={`${one.writer} to ${one.reader}, ${port}, ${signed(one.effect)} nats, ${VERDICTS[one.verdict]}`}
+                  aria-label={`${one.writer} → ${one.reader}.${port} ${shared}, ${value} nats, ${says}`}
                   aria-pressed={key(one) === sel}
                   onClick={() => go({ state: { sel: key(one) } })}
                   onDblClick={() => go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })}
@@ -137,7 +140,7 @@ export function EffectsPage(props: PageProps) {
                   <rect x={0} y={at - 16} width={inner} height={ROW - 4} />
                   <text class="name" x={4} y={narrow ? at - 4 : at + 4}>
                     {one.writer} → {one.reader}.<tspan class={portClass(port)}>{port}</tspan>
-                    <tspan class="others"> {one.shared.map((name) => name.replace(/^L\d+/, "")).join(" ")}</tspan>
+                    <tspan class="others"> {shared}</tspan>
                   </text>
                   {one.low !== null && one.high !== null && (
                     <path
@@ -156,10 +159,10 @@ export function EffectsPage(props: PageProps) {
                   {!narrow && (
                     <>
                       <text class="value" x={inner - 96} y={at + 4} text-anchor="end">
-                        {signed(one.effect, Math.abs(one.effect) < 0.02 ? 3 : 2)}
+                        {value}
                       </text>
                       <text class={matters ? "verdict matters" : "verdict"} x={inner} y={at + 4} text-anchor="end">
-                        {VERDICTS[one.verdict] ?? one.verdict}
+                        {says}
                       </text>
                     </>
                   )}

@@ -188,7 +188,7 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
             height={height}
             role="application"
             aria-label={`${cells.length} ${into ? "writers" : "readers"}, port ${port}`}
-            tabIndex={0}
+            tabindex={0}
             onPointerLeave={() => setTip(null)}
             onBlur={() => setTip(null)}
             onKeyDown={(event) => {

@@ -152,7 +152,7 @@ export function LayersPage(props: PageProps) {
             class="over"
             width={side}
             height={height}
-            tabIndex={0}
+            tabindex={0}
             role="application"
             aria-label={`score over chance of ${readers.length} by ${writers.length} heads; arrows move the lens by a layer, Enter opens its largest pair`}
             onPointerMove={(event) => setAt(pointed(event as unknown as PointerEvent))}

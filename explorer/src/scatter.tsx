@@ -175,7 +175,7 @@ export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour,
         width={width}
         height={height}
         class="over"
-        tabIndex={0}
+        tabindex={0}
         role="application"
         aria-label={`${edges.count} edges; arrows go through the foremost, Enter opens`}
         onPointerDown={(event) => {
