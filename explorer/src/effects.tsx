@@ -129,7 +129,7 @@ export function EffectsPage(props: PageProps) {
                   class={`effect-row ${key(one) === sel ? "selected" : ""}`}
                   tabindex={0}
                   role="button"
-                  aria-label={`${one.writer} → ${one.reader}.${port} ${shared}, ${value} nats, ${says}`}
+                  aria-label={`${one.writer} → ${one.reader}.${port} ${shared}, ${value}, ${says}; nats without it`}
                   aria-pressed={key(one) === sel}
                   onClick={() => go({ state: { sel: key(one) } })}
                   onDblClick={() => go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })}
@@ -158,9 +158,10 @@ export function EffectsPage(props: PageProps) {
                   />
                   {!narrow && (
                     <>
+                      {" "}
                       <text class="value" x={inner - 96} y={at + 4} text-anchor="end">
                         {value}
-                      </text>
+                      </text>{" "}
                       <text class={matters ? "verdict matters" : "verdict"} x={inner} y={at + 4} text-anchor="end">
                         {says}
                       </text>
