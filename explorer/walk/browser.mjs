@@ -33,7 +33,10 @@ export async function watched(browser, address, options = {}) {
     if (["data:", "blob:"].includes(protocol)) return true;
     return own.protocol === "file:" ? protocol === "file:" && pathname === own.pathname : origin === own.origin;
   };
-  page.on("console", (message) => ["error", "warning"].includes(message.type()) && faults.push(`console: ${message.text()}`));
+  page.on("console", (message) => {
+    const { url } = message.location();
+    if (["error", "warning"].includes(message.type()) && !url.endsWith("/favicon.ico")) faults.push(`console: ${message.text()} ${url}`);
+  });
   page.on("pageerror", (error) => faults.push(`script: ${error.message}`));
   page.on("dialog", (dialog) => {
     faults.push(`dialog: ${dialog.message()}`);

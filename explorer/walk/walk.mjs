@@ -41,8 +41,11 @@ class Question {
     const before = await stateOf(this.page);
     await this.page.reload();
     await ready(this.page);
-    await this.page.waitForTimeout(50);
-    const after = await stateOf(this.page);
+    let after = await stateOf(this.page);
+    for (let tries = 0; tries < 40 && JSON.stringify(after) !== JSON.stringify(before); tries++) {
+      await this.page.waitForTimeout(50); // what is read may come later
+      after = await stateOf(this.page);
+    }
     for (const key of Object.keys(before)) {
       const [was, is] = [before[key], after[key]].map((value) => JSON.stringify(value));
       this.check(was === is, `a reload after step ${this.steps} makes ${key} ${is}, it was ${was}`);
