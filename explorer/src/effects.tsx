@@ -10,7 +10,6 @@ import { Along, Chosen, ColouredText, rowsOf, tokensOf } from "./text";
 
 const VERDICTS: Record<string, string> = { causal: "matters", negligible: "too small", inconclusive: "open" };
 const PORTS: Record<string, string> = { K: "into keys", Q: "into queries", V: "into values" };
-const ROW = 36;
 
 export function EffectsPage(props: PageProps) {
   const { map, address, go, width, theme } = props;
@@ -31,6 +30,7 @@ export function EffectsPage(props: PageProps) {
   const beside = width >= 1240;
   const inner = beside ? Math.round(Math.min(1240, width * 0.6)) : Math.min(1240, width);
   const narrow = width < 760;
+  const row = narrow ? 48 : 36;
   const [left, right] = narrow ? [8, inner - 8] : [220, inner - 190];
   const ends = map.effects.flatMap((one) => [one.effect, one.low ?? one.effect, one.high ?? one.effect]);
   const x = scaleSymlog([Math.min(-0.1, ...ends) * 1.1, Math.max(0.1, ...ends) * 1.1], [left, right]).constant(0.006);
@@ -43,7 +43,7 @@ export function EffectsPage(props: PageProps) {
     const rows = asked.filter((one) => one.port === port).sort((a, b) => b.effect - a.effect);
     const random = map.effects.filter((one) => one.kind === "random" && one.port === port).map((one) => one.effect);
     const top = y;
-    y += ROW * (rows.length + 1) + 14;
+    y += row * (rows.length + 1) + 14;
     return { port, rows, random, top };
   });
   const ticks = [-5, -1, -0.5, -0.1, -0.01, 0, 0.01, 0.1, 0.5, 1, 5].filter((t) => t >= x.domain()[0]! && t <= x.domain()[1]!);
@@ -80,7 +80,7 @@ export function EffectsPage(props: PageProps) {
               x={x(Math.min(...random)) - 3}
               width={x(Math.max(...random)) - x(Math.min(...random)) + 6}
               y={top}
-              height={ROW * (rows.length + 1) + 4}
+              height={row * (rows.length + 1) + 4}
               rx={3}
             />
           ) : null,
@@ -98,12 +98,16 @@ export function EffectsPage(props: PageProps) {
         {[-least, least].map((t) => (
           <path key={t} class="least" d={`M${x(t)},26V${y}`} />
         ))}
-        <text x={x(0) - 90} y={8} text-anchor="end">
-          ← better without
-        </text>
-        <text x={x(0) + 90} y={8}>
-          worse without: the edge helps →
-        </text>
+        {!narrow && (
+          <>
+            <text x={x(0) - 90} y={8} text-anchor="end">
+              ← better without
+            </text>
+            <text x={x(0) + 90} y={8}>
+              worse without: the edge helps →
+            </text>
+          </>
+        )}
         {blocks.map(({ port, rows, random, top }) => (
           <g key={port}>
             {random.map((value, i) => (
@@ -118,7 +122,7 @@ export function EffectsPage(props: PageProps) {
               </text>
             )}
             {rows.map((one, i) => {
-              const at = top + ROW * (i + 1) + 12;
+              const at = top + row * (i + 1) + (narrow ? 22 : 12); // of the marks; a name stands above them where there is no room beside
               const matters = one.verdict === "causal";
               const shared = one.shared.map((name) => name.replace(/^L\d+/, "")).join(" ");
               const value = signed(one.effect, Math.abs(one.effect) < 0.02 ? 3 : 2);
@@ -137,8 +141,8 @@ export function EffectsPage(props: PageProps) {
                     event.key === "Enter" && go({ page: "pair", name: `${one.writer}/${one.reader}.${port}`, state: {} })
                   }
                 >
-                  <rect x={0} y={at - 16} width={inner} height={ROW - 4} />
-                  <text class="name" x={4} y={narrow ? at - 4 : at + 4}>
+                  <rect x={0} y={narrow ? at - 32 : at - 16} width={inner} height={row - 4} />
+                  <text class="name" x={4} y={narrow ? at - 16 : at + 4}>
                     {one.writer} → {one.reader}.<tspan class={portClass(port)}>{port}</tspan>
                     <tspan class="others"> {shared}</tspan>
                   </text>
@@ -156,7 +160,12 @@ export function EffectsPage(props: PageProps) {
                     r={matters ? 6 : 4}
                     style={{ fill: matters ? colour(ofLoss(one.effect)) : undefined }}
                   />
-                  {!narrow && (
+                  {narrow ? (
+                    <text class="value" x={inner} y={at - 16} text-anchor="end">
+                      {signed(one.effect, Math.abs(one.effect) < 0.02 ? 3 : 2)}{" "}
+                      <tspan class="others">{VERDICTS[one.verdict] ?? one.verdict}</tspan>
+                    </text>
+                  ) : (
                     <>
                       {" "}
                       <text class="value" x={inner - 96} y={at + 4} text-anchor="end">
@@ -270,10 +279,10 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
               </h2>
               <p class="legend">
                 <span>
-                  <i class="key line without" /> without the edge
+                  <i class="key along without" /> without the edge
                 </span>
                 <span>
-                  <i class="key line" /> with it
+                  <i class="key along" /> with it
                 </span>
                 <span>{String(table?.stamp.text ?? "")}</span>
               </p>

@@ -50,6 +50,7 @@ export function MapPage(props: PageProps) {
   const pinAt = (at: number) => set("pin", at < 0 || !edges ? "" : nameOf(edgeAt(edges, at)));
   const chance = 1 / Math.sqrt(map.width);
   const narrow = width < 900;
+  const merged = width < 640 || map.layers > 64; // a layer is one place, as its heads would not stand apart
   const columns = width >= 1240;
   const scatterWidth = columns ? Math.round(width * 0.645) : width;
   const listed = foremost.slice(0, columns ? 9 : 12);
@@ -237,10 +238,9 @@ export function MapPage(props: PageProps) {
         <h2>Where they run</h2>
         <p class="lead">
           What the brush holds, on the stream
-          {inside > ARCS ? `: the ${ARCS} foremost of ${inside.toLocaleString("en")}` : ""}. Heads hang below it,
-          one row each; an arc lands on its head. Arc width is score above chance, under every filter.
+          {inside > ARCS ? `: the ${ARCS} foremost of ${inside.toLocaleString("en")}` : ""}. {merged ? "Heads of a layer hang together below it, one shape for what they do." : "Heads hang below it, one row each; an arc lands on its head."} Arc width is score above chance, under every filter.
         </p>
-        <div class="scroll" tabIndex={narrow ? 0 : -1}>
+        <div>
           <StreamMap
             map={map}
             edges={foremost}
@@ -249,7 +249,8 @@ export function MapPage(props: PageProps) {
             behaviour={behaviour}
             onPin={(edge) => set("pin", nameOf(edge))}
             onHead={(head) => go({ page: "head", name: head })}
-            width={Math.max(width, narrow ? 860 : 0)}
+            width={width}
+            merged={merged}
           />
         </div>
         <p class="legend">
@@ -299,17 +300,17 @@ function Pin({
       </p>
       <dl>
         <div>
-          <dt>could</dt>
+          <dt>potential</dt>
           <dd>
             <b>{figure(edge.score / chance, 1)} ×</b> chance
           </dd>
         </div>
         <div>
-          <dt>does</dt>
+          <dt>actual</dt>
           <dd>{Number.isNaN(edge.share) ? "not run" : <><b>{percent(edge.share)}</b> of its {edge.port} input</>}</dd>
         </div>
         <div>
-          <dt>costs</dt>
+          <dt>causal</dt>
           <dd>
             {edge.effect ? (
               <>

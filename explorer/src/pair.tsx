@@ -12,7 +12,6 @@ import { Contexts } from "./text";
 import { Tokens, tokenRows } from "./tokens";
 
 const ARRIVES: Record<string, string> = { Q: "these queries", K: "these keys", V: "these values" };
-const WIDE = 500; // of a chart on the right
 
 export function PairPage({ map, address, go, width, theme }: PageProps) {
   const [writer = "", target = ""] = address.name.split("/");
@@ -47,6 +46,8 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
       </main>
     );
   }
+  const beside = width >= 1140;
+  const wide = beside ? Math.min(800, Math.round((width - 40) / 2.45)) : Math.min(width, 640); // of a chart on the right
   const says = (head: string) => BEHAVIOURS[behaviour(head) ?? ""];
   return (
     <main class="pair">
@@ -77,7 +78,7 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
           </>
         )}
       </p>
-      <div class={width >= 1140 ? "two" : "one"}>
+      <div class={beside ? "two" : "one"}>
         <section class="main">
           {stored && near !== reader && (
             <p class="note">
@@ -90,16 +91,16 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
               What it carries is not stored: <Command text={`vweights channel ${map.model} ${writer} ${target} --nearest 5`} />
             </p>
           ) : (
-            carried && <Directions carried={carried} writer={writer} target={target} port={port} address={address} go={go} />
+            carried && <Directions wide={beside ? width - wide - 40 : width} carried={carried} writer={writer} target={target} port={port} address={address} go={go} />
           )}
           {carried?.edge_tokens && <Contexts texts={carried.edge_tokens} port={port} />}
         </section>
         <section class="aside">
-          {edge && pairs && <MainEffects map={map} edge={edge} pairs={pairs} />}
-          {carried?.pair_angles && <Angles angles={carried.pair_angles} />}
-          {carried?.offset_profile && <Offsets profile={carried.offset_profile} />}
-          {edge && pairs && <Arriving pairs={pairs} reader={edge.reader} writer={writer} port={port} map={map} />}
-          {edge?.effect && <Among map={map} edge={edge} theme={theme} />}
+          {edge && pairs && <MainEffects map={map} edge={edge} pairs={pairs} wide={wide} />}
+          {carried?.pair_angles && <Angles angles={carried.pair_angles} wide={wide} />}
+          {carried?.offset_profile && <Offsets profile={carried.offset_profile} wide={wide} />}
+          {edge && pairs && <Arriving pairs={pairs} reader={edge.reader} writer={writer} port={port} map={map} wide={wide} />}
+          {edge?.effect && <Among map={map} edge={edge} theme={theme} wide={wide} />}
         </section>
       </div>
     </main>
@@ -183,7 +184,8 @@ function Directions({
   port,
   address,
   go,
-}: { carried: Carried; writer: string; target: string; port: string } & Pick<PageProps, "address" | "go">) {
+  wide,
+}: { carried: Carried; writer: string; target: string; port: string; wide: number } & Pick<PageProps, "address" | "go">) {
   const rows = carried.channel_tokens ?? [];
   const edge = Number(carried.channel?.stamp.null_edge ?? 0);
   return (
@@ -205,16 +207,16 @@ function Directions({
           onChoose={(row) => go({ state: { ...address.state, row: row === address.state.row ? "" : row } })}
         />
       </div>
-      {carried.channel && <Gains channel={carried.channel} port={port} />}
+      {carried.channel && <Gains channel={carried.channel} port={port} wide={wide} />}
     </>
   );
 }
 
-function Gains({ channel, port }: { channel: Table; port: string }) {
+function Gains({ channel, port, wide }: { channel: Table; port: string; wide: number }) {
   const gains = numbers(channel, "gain");
   const edge = Number(channel.stamp.null_edge ?? 0);
   const y = scaleLinear([0, Math.max(edge, ...gains) * 1.05], [150, 8]);
-  const width = 740;
+  const width = wide - 40;
   const step = width / Math.max(1, gains.length);
   const above = gains.filter((gain) => gain > edge);
   const energy = (values: number[]) => values.reduce((sum, gain) => sum + gain * gain, 0);
@@ -263,7 +265,7 @@ function Gains({ channel, port }: { channel: Table; port: string }) {
 }
 
 /** Where the energy of a pair comes from: both main effects and the lift add up in log2. */
-function MainEffects({ map, edge, pairs }: { map: MapDocument; edge: Edge; pairs: Pairs }) {
+function MainEffects({ map, edge, pairs, wide }: { map: MapDocument; edge: Edge; pairs: Pairs; wide: number }) {
   const heard = pairs.writer_effect[pairs.writers.indexOf(edge.writer)] ?? null;
   const listens = pairs.reader_effect[pairs.readers.indexOf(edge.reader)] ?? null;
   if (heard === null || listens === null) return null;
@@ -281,14 +283,14 @@ function MainEffects({ map, edge, pairs }: { map: MapDocument; edge: Edge; pairs
   }
   parts.push(["score of the pair", 0, total]);
   const ends = parts.flatMap(([, from, to]) => [from, to]);
-  const x = scaleLinear([Math.min(-0.5, ...ends), Math.max(1, ...ends)], [170, WIDE - 50]);
+  const x = scaleLinear([Math.min(-0.5, ...ends), Math.max(1, ...ends)], [170, wide - 50]);
   return (
     <>
       <h2>
         Where its score comes from <small>log₂ of energy over chance</small>{" "}
         <Behind name="main-effects" rows={() => parts.map(([part, from, to]) => ({ part, log2: to - from }))} />
       </h2>
-      <svg width={WIDE} height={24 * parts.length + 20} role="img" aria-label={parts.map(([name, from, to]) => `${name} ${signed(to - from)}`).join(", ")}>
+      <svg width={wide} height={24 * parts.length + 20} role="img" aria-label={parts.map(([name, from, to]) => `${name} ${signed(to - from)}`).join(", ")}>
         {x.ticks(5).map((t) => (
           <g key={t} class={t === 0 ? "zero" : "tick"}>
             <path d={`M${x(t)},0V${24 * parts.length}`} />
@@ -314,11 +316,11 @@ function MainEffects({ map, edge, pairs }: { map: MapDocument; edge: Edge; pairs
 }
 
 /** Cosines of all principal angles, over those of random subspaces. */
-function Angles({ angles }: { angles: Table }) {
+function Angles({ angles, wide }: { angles: Table; wide: number }) {
   const cosines = numbers(angles, "cosine");
   const [low, high] = [numbers(angles, "random_low"), numbers(angles, "random_high")];
   const y = scaleLinear([0, 1], [110, 8]);
-  const x = (i: number) => 34 + (450 * i) / Math.max(1, cosines.length - 1);
+  const x = (i: number) => 34 + ((wide - 50) * i) / Math.max(1, cosines.length - 1);
   const above = cosines.filter((cosine, i) => cosine > high[i]!).length;
   const band = [...high.map((v, i) => [x(i), y(v)]), ...low.map((v, i) => [x(i), y(v)]).reverse()];
   return (
@@ -333,7 +335,7 @@ function Angles({ angles }: { angles: Table }) {
       <p class="lead">
         Cosines of the {cosines.length} principal angles; {above} above the band of random subspaces.
       </p>
-      <svg width={WIDE} height={130} role="img" aria-label={`${cosines.length} principal angles, ${above} above random`}>
+      <svg width={wide} height={130} role="img" aria-label={`${cosines.length} principal angles, ${above} above random`}>
         <path class="range" d={`M${band.map((p) => p.join()).join("L")}Z`} />
         {cosines.map((cosine, i) => (
           <circle key={i} class="end" cx={x(i)} cy={y(cosine)} r={2.2} />
@@ -346,7 +348,7 @@ function Angles({ angles }: { angles: Table }) {
         <text x={34} y={126}>
           1
         </text>
-        <text x={484} y={126} text-anchor="end">
+        <text x={wide - 16} y={126} text-anchor="end">
           {cosines.length}
         </text>
       </svg>
@@ -354,12 +356,12 @@ function Angles({ angles }: { angles: Table }) {
   );
 }
 
-function Offsets({ profile }: { profile: Table }) {
+function Offsets({ profile, wide }: { profile: Table; wide: number }) {
   const scores = numbers(profile, "score");
   const offsets = profile.labels.map(Number);
   const [least, most] = [Math.min(...scores), Math.max(...scores)];
   const y = scaleLinear([0, most * 1.1], [110, 8]);
-  const x = scaleSymlog([0, Math.max(1, ...offsets)], [34, 484]).constant(2);
+  const x = scaleSymlog([0, Math.max(1, ...offsets)], [34, wide - 16]).constant(2);
   return (
     <>
       <h2>
@@ -370,7 +372,7 @@ function Offsets({ profile }: { profile: Table }) {
         {most > 0 && most - least < 0.02 * most ? "flat, " : ""}
         {most > 0 ? `${((100 * (most - least)) / most).toFixed(1)}% between its least and its most.` : "zero."}
       </p>
-      <svg width={WIDE} height={130} role="img" aria-label={`score by rotary offset, from ${figure(least)} to ${figure(most)}`}>
+      <svg width={wide} height={130} role="img" aria-label={`score by rotary offset, from ${figure(least)} to ${figure(most)}`}>
         <path class="curve" d={scores.map((score, i) => `${i ? "L" : "M"}${x(offsets[i]!)},${y(score)}`).join("")} />
         {offsets
           .filter((offset) => [0, 1, 4, 16, 32, 64, 256, 1024].includes(offset) || offset === Math.max(...offsets))
@@ -389,14 +391,23 @@ function Offsets({ profile }: { profile: Table }) {
   );
 }
 
+interface ArrivingProps {
+  map: MapDocument;
+  pairs: Pairs;
+  reader: string;
+  writer: string;
+  port: string;
+  wide: number;
+}
+
 /** What else arrives at the same input, by share. */
-function Arriving({ pairs, reader, writer, port, map }: { pairs: Pairs; reader: string; writer: string; port: string; map: MapDocument }) {
+function Arriving({ map, pairs, reader, writer, port, wide }: ArrivingProps) {
   const cells = cellsOf(pairs, reader, true)
     .filter((cell) => !Number.isNaN(cell.share))
     .sort((a, b) => b.share - a.share);
   if (!cells.length) return null;
   const y = scaleSqrt([0, cells[0]!.share], [110, 14]);
-  const step = 450 / cells.length;
+  const step = (wide - 50) / cells.length;
   const marked = [...new Set([0, 1, 2, cells.findIndex((cell) => cell.label === writer)])].filter((i) => cells[i]);
   return (
     <>
@@ -405,7 +416,7 @@ function Arriving({ pairs, reader, writer, port, map }: { pairs: Pairs; reader: 
         <Behind name={`${reader}-${port}-shares`} rows={() => cells.map(({ label, share }) => ({ writer: label, share }))} />
       </h2>
       <svg
-        width={WIDE}
+        width={wide}
         height={124}
         role="img"
         aria-label={`shares of ${cells.length} writers on ${map.run?.text ?? "the text"}; the largest ${cells[0]!.label}, ${percent(cells[0]!.share)}`}
@@ -439,12 +450,12 @@ function Arriving({ pairs, reader, writer, port, map }: { pairs: Pairs; reader: 
 }
 
 /** The effect of the edge among those of random edges of its port. */
-function Among({ map, edge, theme }: { map: MapDocument; edge: Edge; theme: string }) {
+function Among({ map, edge, theme, wide }: { map: MapDocument; edge: Edge; theme: string; wide: number }) {
   const colour = useMemo(ramp, [theme]);
   const random = map.effects.filter((one) => one.kind === "random" && one.port === edge.port).map((one) => one.effect);
   const effect = edge.effect!.effect;
   const ends = [...random, effect, -0.01, 0.01];
-  const x = scaleSymlog([Math.min(...ends) * 1.1, Math.max(...ends) * 1.1], [20, WIDE - 20]).constant(0.006);
+  const x = scaleSymlog([Math.min(...ends) * 1.1, Math.max(...ends) * 1.1], [20, wide - 20]).constant(0.006);
   const largest = Math.max(...random.map(Math.abs));
   return (
     <>
@@ -454,7 +465,7 @@ function Among({ map, edge, theme }: { map: MapDocument; edge: Edge; theme: stri
           loss without the edge, nats; grey: {random.length} random {edge.port} edges
         </small>
       </h2>
-      <svg width={WIDE} height={84} role="img" aria-label={`${signed(effect)} nats, random edges up to ${figure(largest)}`}>
+      <svg width={wide} height={84} role="img" aria-label={`${signed(effect)} nats, random edges up to ${figure(largest)}`}>
         {random.length > 0 && (
           <rect class="range" x={x(Math.min(...random)) - 3} width={x(Math.max(...random)) - x(Math.min(...random)) + 6} y={4} height={54} rx={3} />
         )}

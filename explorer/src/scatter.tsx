@@ -44,6 +44,8 @@ export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour,
       spread(
         [...edges.effects]
           .filter(([, effect]) => effect.kind === "asked" && Math.abs(effect.effect) > 0.3)
+          .sort(([, a], [, b]) => Math.abs(b.effect) - Math.abs(a.effect))
+          .slice(0, width < 620 ? 1 : 12)
           .map(([at]) => ({ edge: edgeAt(edges, at), at: place(at) })),
         width,
       ),

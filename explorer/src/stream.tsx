@@ -15,14 +15,16 @@ interface Props {
   onPin: (edge: Edge) => void;
   onHead: (head: string) => void;
   width: number;
+  /** Layers only, with one shape for each behaviour that a layer has. */
+  merged: boolean;
 }
 
 const TOP = 92;
 
-export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, width }: Props) {
-  const heads = map.parts.filter((part) => part.kind === "head");
+export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, width, merged }: Props) {
+  const heads = useMemo(() => standing(map, merged, behaviour), [map, merged]);
   const mlps = map.parts.filter((part) => part.kind === "mlp");
-  const rows = Math.max(1, ...heads.map((part) => (part.head ?? 0) + 1));
+  const rows = Math.max(1, ...heads.map((part) => part.row + 1));
   const row = Math.min(10.3, 150 / rows);
   const left = 34;
   const step = (width - left - 24) / map.layers;
@@ -31,8 +33,11 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
   const yOf = (head: number) => TOP + 22 + row * head;
   const height = TOP + 22 + row * rows + 30;
   const place = useMemo(
-    () => new Map(heads.map((part) => [part.label, [xOf(part.layer ?? 0, part.head ?? 0), yOf(part.head ?? 0)]])),
-    [map, width],
+    () =>
+      new Map(
+        heads.flatMap((part) => part.labels.map((label) => [label, [xOf(part.layer, part.row), yOf(part.row)]] as const)),
+      ),
+    [heads, width],
   );
   const sorted = [...edges].sort((a, b) => a.score - b.score);
   const named = new Set(sorted.slice(-6).flatMap((edge) => [edge.writer, edge.reader]));
@@ -45,7 +50,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
           {layer % 2 === 0 && (
             <rect class="band" x={left + step * layer} y={TOP + 12} width={step} height={row * rows + 8} />
           )}
-          {(map.layers <= 40 || layer % 4 === 0) && (
+          {(step > 18 || layer % 5 === 0) && (
             <text class="axis" x={left + step * (layer + 0.5)} y={height - 4} text-anchor="middle">
               {layer}
             </text>
@@ -55,7 +60,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
       <text class="axis" x={0} y={height - 4}>
         layer
       </text>
-      {[0, Math.floor((rows - 1) / 2), rows - 1].map((head) => (
+      {(merged ? [] : [0, Math.floor((rows - 1) / 2), rows - 1]).map((head) => (
         <text key={head} class="axis" x={0} y={yOf(head) + 4}>
           H{head}
         </text>
@@ -68,7 +73,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
       </text>
       </>
     ),
-    [map, width],
+    [heads, width],
   );
   const front = useMemo(
     () => (
@@ -81,19 +86,19 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
           <title>{part.label}</title>
         </rect>
       ))}
-      {heads.map((part) => {
-        const [px, py] = place.get(part.label)!;
+      {heads.map(({ labels, layer, row }) => {
+        const [px, py] = [xOf(layer, row), yOf(row)];
         return (
-          <g key={part.label} class="head" onClick={() => onHead(part.label)}>
-            <title>{part.label}</title>
-            <rect x={px! - 5} y={py! - 5} width={10} height={10} class="target" />
-            <Glyph behaviour={behaviour(part.label)} x={px!} y={py!} />
+          <g key={labels[0]} class="head" onClick={() => onHead(labels[0]!)}>
+            <title>{labels.join(", ")}</title>
+            <rect x={px - 5} y={py - 5} width={10} height={10} class="target" />
+            <Glyph behaviour={behaviour(labels[0]!)} x={px} y={py} />
           </g>
         );
       })}
       </>
     ),
-    [map, width],
+    [heads, width],
   );
   return (
     <svg class="stream" width={width} height={height} role="img" aria-label={`${edges.length} edges on the stream`}>
@@ -101,7 +106,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
       {sorted.map((edge) => {
         const [a, b] = [place.get(edge.writer), place.get(edge.reader)];
         if (!a || !b) return null;
-        const wide = Math.max(0.6, 44 * (edge.score - chance));
+        const wide = Math.max(0.6, (merged ? 26 : 44) * (edge.score - chance));
         const rise = Math.min(TOP - 12, 22 + (b[0]! - a[0]!) * 0.34);
         const chosen = nameOf(edge) === pin;
         return (
@@ -119,7 +124,7 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
         );
       })}
       {front}
-      {[...named].map((label) => {
+      {(merged ? [] : [...named]).map((label) => {
         const at = place.get(label);
         return at ? (
           <text key={label} class="part" x={at[0]! + 8} y={at[1]! + 4}>
@@ -128,5 +133,29 @@ export function StreamMap({ map, edges, chance, pin, behaviour, onPin, onHead, w
         ) : null;
       })}
     </svg>
+  );
+}
+
+interface Standing {
+  labels: string[];
+  layer: number;
+  row: number;
+}
+
+/** Heads where they stand: each for itself, or those of a layer that do the same together, unlabelled ones last. */
+function standing(map: MapDocument, merged: boolean, behaviour: (head: string) => string | null): Standing[] {
+  const heads = map.parts.filter((part) => part.kind === "head");
+  if (!merged) return heads.map(({ label, layer, head }) => ({ labels: [label], layer: layer ?? 0, row: head ?? 0 }));
+  const layers = new Map<number, Map<string, string[]>>();
+  for (const { label, layer } of heads) {
+    const of = layers.get(layer ?? 0) ?? new Map<string, string[]>();
+    layers.set(layer ?? 0, of);
+    const name = behaviour(label) ?? "";
+    of.set(name, [...(of.get(name) ?? []), label]);
+  }
+  return [...layers].flatMap(([layer, of]) =>
+    [...of]
+      .sort(([a], [b]) => Number(a === "") - Number(b === "") || Number(a === "first_token") - Number(b === "first_token"))
+      .map(([, labels], row) => ({ labels, layer, row })),
   );
 }

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -84,6 +85,17 @@ def test_documents_say_what_records_say(atlas: vw.Atlas) -> None:
     assert {pair for pair in channels if "edge_tokens" in contents[stored["/".join(pair)]]} == set(removed)
     assert [row["effect"] for row in contents["map"]["effects"]] == [row["effect_nats"] for row in ablation.rows()]
     assert {part["label"] for part in contents["map"]["parts"]} == {c["label"] for c in atlas.manifest["components"]}
+
+
+def test_documents_are_as_the_schema_says(atlas: vw.Atlas) -> None:
+    schema = json.loads((STATIC / "explorer.schema.json").read_text(encoding="utf-8"))
+    contents = json.loads(json.dumps(documents(shown_of(atlas), atlas.manifest)))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(contents, schema)
+    index = {"$ref": "#/$defs/index", "$defs": schema["$defs"]}
+    jsonschema.validate(json.loads((atlas.path / "explorer" / "index.json").read_text()), index)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(contents | {"map": contents["map"] | {"model": 3}}, schema)
 
 
 def test_tokens_of_directions_come_once_and_nearest_first(atlas: vw.Atlas) -> None:

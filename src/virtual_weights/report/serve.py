@@ -38,6 +38,7 @@ PAGES = {
     "/": ("explorer.html", "text/html; charset=utf-8"),
     "/explorer.js": ("explorer.js", "text/javascript; charset=utf-8"),
     "/explorer.css": ("explorer.css", "text/css; charset=utf-8"),
+    "/api/schema": ("explorer.schema.json", "application/schema+json"),
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -135,7 +136,7 @@ def bundle() -> dict[str, bytes]:
     except OSError as error:
         raise VirtualWeightsError(
             f"the explorer's page cannot be read: {error}",
-            expected="explorer.html, explorer.js and explorer.css in the installed package",
+            expected="explorer.html, .js, .css and .schema.json in the installed package",
             do="install virtual-weights again",
         ) from error
 
