@@ -34,7 +34,16 @@ export function ErasingPairs({ map, erasure, go, width, theme }: SectionProps & 
   const isHead = (label: string) => /H\d+$/.test(label);
   const open = (label: string) => isHead(label) && go({ page: "head", name: label, state: {} });
   const said_ = (cell: Cell) => `${cell.writer} erased by ${cell.eraser}, alignment ${signed(cell.value)}`;
-  const { current, set, stop, said } = useSteps(cells, said_, (cell) => open(cell.eraser));
+  const { current, set, stop, said } = useSteps(
+    cells,
+    said_,
+    (cell) => open(cell.eraser),
+    (from, key) => {
+      const writing = from.writing + ({ ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0);
+      const erasing = from.erasing + ({ ArrowDown: 1, ArrowUp: -1 }[key] ?? 0);
+      return cells.find((cell) => cell.writing === writing && cell.erasing === erasing);
+    },
+  );
   const { across, each } = columns(width, 2);
   const side = across > 1 ? Math.round((width - 40) * 0.5) : each;
   const [left, top] = [52, 22];

@@ -93,8 +93,13 @@ export function Axes({ frame, x, y, xTicks, yTicks, xTitle, yTitle, upright = fa
   );
 }
 
-/** A chart is one stop: arrows go through its items, Enter opens, Escape leaves; each move is announced. */
-export function useSteps<T>(items: T[], said: (item: T) => string, open?: (item: T) => void) {
+/** A chart is one stop: arrows go through its items, or where `move` says; Enter opens, Escape leaves; moves are announced. */
+export function useSteps<T>(
+  items: T[],
+  said: (item: T) => string,
+  open?: (item: T) => void,
+  move?: (from: T, key: string) => T | undefined,
+) {
   const [name, setName] = useState<string | null>(null);
   const at = name === null ? -1 : items.findIndex((item) => said(item) === name);
   const current = items[at] ?? null;
@@ -103,7 +108,8 @@ export function useSteps<T>(items: T[], said: (item: T) => string, open?: (item:
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step && items.length) {
       const next = at < 0 && step < 0 ? items.length - 1 : at + step;
-      set(items[Math.max(0, Math.min(items.length - 1, next))]!);
+      if (current !== null && move) set(move(current, event.key) ?? current);
+      else set(items[Math.max(0, Math.min(items.length - 1, next))]!);
     } else if (event.key === "Enter" && current !== null && open) open(current);
     else if (event.key === "Escape" && current !== null) {
       set(null);
@@ -116,7 +122,7 @@ export function useSteps<T>(items: T[], said: (item: T) => string, open?: (item:
       {name}
     </span>
   );
-  return { current, set, stop: { tabIndex: 0, onKeyDown }, said: announced };
+  return { current, set, stop: { tabindex: 0, onKeyDown }, said: announced };
 }
 
 /** What is not stored, and the command that computes it. */
