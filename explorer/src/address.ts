@@ -8,7 +8,19 @@ export interface Address {
   state: Record<string, string>;
 }
 
-const ORDER = ["port", "measure", "least", "from", "to", "writer", "reader", "sel", "text", "token", "pin", "lens"];
+const ORDER = ["port", "measure", "least", "to", "writer", "reader", "sel", "text", "token", "pin", "lens"];
+/** The keys that each page knows; others are ignored, and named. */
+const KNOWN: Record<string, string[]> = {
+  map: ["port", "measure", "least", "to", "writer", "reader", "pin"],
+  pair: ["row"],
+  layers: ["port", "lens"],
+  effects: ["sel", "text", "token"],
+  structure: ["kind", "space"],
+  compare: ["port", "measure", "least", "pin"],
+};
+
+export const unknown = ({ page, state }: Address) => Object.keys(state).filter((key) => !KNOWN[page]?.includes(key));
+
 const SETTLED = 200; // milliseconds after which a slider's place is written into the address
 
 /** What was escaped, or the same where the escape is none. */

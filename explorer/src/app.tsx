@@ -2,7 +2,7 @@
 
 import { render } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
-import { useAddress } from "./address";
+import { format, unknown, useAddress } from "./address";
 import { ComparePage } from "./compare";
 import { type MapDocument, loadMap } from "./data";
 import { EffectsPage } from "./effects";
@@ -192,6 +192,8 @@ function App() {
         </div>
       )}
       <footer>
+        {unknown(address).length > 0 && <p>This page has no {unknown(address).join(", ")}; that part of the address is ignored.</p>}
+        <p class="print-only">{format(address)}</p>
         {map.norm}. {map.run ? `Run on ${map.run.text}, ${map.run.tokens.toLocaleString("en")} tokens.` : "From the weights alone; no run is stored."}{" "}
         virtual-weights {map.version}
       </footer>
