@@ -61,7 +61,8 @@ export function LayersPage(props: PageProps) {
       }
     return { beyond, largest, count, best };
   }, [score]);
-  const reach = 1; // layers on either side of what the lens is over
+  const rows = Math.max(...map.parts.map((part) => part.head ?? 0)) + 1;
+  const reach = rows > 16 ? 0 : 1; // layers on either side of what the lens is over, as many as stay legible
   const around = (writing: number, reading: number): Lens => {
     const clip = (value: number) => Math.max(0, Math.min(map.layers - 1, value));
     return [clip(writing - reach), clip(writing + reach), clip(reading - reach), clip(reading + reach)];
@@ -76,23 +77,16 @@ export function LayersPage(props: PageProps) {
     const pen = node?.getContext("2d");
     if (!node || !pen || !score || !pairs) return;
     const density = devicePixelRatio || 1;
-    node.width = side * density;
-    node.height = height * density;
+    node.width = Math.round(side * density);
+    node.height = Math.round(height * density);
+    const image = pen.createImageData(node.width, node.height);
+    matrix(image, readers, writers, valueOf, { chance, left: AXIS * density, wide: cell * density, tall: tall * density });
+    pen.putImageData(image, 0, 0);
+    if (cell * density < 2) return; // no room for lines between layers
     pen.setTransform(density, 0, 0, density, 0, 0);
-    const shade = shades();
-    readers.forEach((r, row) => {
-      writers.forEach((w, column) => {
-        const value = valueOf(r, w);
-        if (Number.isNaN(value)) return;
-        pen.fillStyle = value < Infinity ? shade(value / chance) : css("faint");
-        pen.fillRect(AXIS + cell * column, tall * row, cell + 0.3, tall + 0.3);
-      });
-    });
     pen.fillStyle = css("paper");
-    if (tall * 4 > 1) {
-      readers.forEach((r, row) => row && r.layer !== readers[row - 1]!.layer && pen.fillRect(AXIS, tall * row - 0.4, side, 0.8));
-      writers.forEach((w, i) => i && w.layer !== writers[i - 1]!.layer && pen.fillRect(AXIS + cell * i - 0.4, 0, 0.8, height));
-    }
+    readers.forEach((r, row) => row && r.layer !== readers[row - 1]!.layer && pen.fillRect(AXIS, tall * row - 0.4, side, 0.8));
+    writers.forEach((w, i) => i && w.layer !== writers[i - 1]!.layer && pen.fillRect(AXIS + cell * i - 0.4, 0, 0.8, height));
   }, [score, side, height, theme]);
 
   const pointed = (event: PointerEvent) => {
@@ -120,6 +114,17 @@ export function LayersPage(props: PageProps) {
     const inside = heads.flatMap((one, i) => (one.layer >= first && one.layer <= last ? [i] : []));
     return inside.length ? [inside[0]!, inside.at(-1)! + 1] : null;
   };
+  const enlarged = useMemo(
+    () =>
+      lens && pairs ? (
+        <LensView
+          {...{ lens, readers, writers, valueOf, chance, theme }}
+          size={Math.min(270, side * 0.4, height * 0.46)}
+          onOpen={open}
+        />
+      ) : null,
+    [lens?.join(), pairs, theme, side, height],
+  );
   const [across, down] = lens ? [edge(writers, lens[0], lens[1]), edge(readers, lens[2], lens[3])] : [null, null];
   return (
     <main class="layers">
@@ -195,13 +200,7 @@ export function LayersPage(props: PageProps) {
           <p class="legend scale">
             ¼ <span class="ramp" /> 4 × chance
           </p>
-          {lens && pairs && (
-            <LensView
-              {...{ lens, readers, writers, valueOf, chance, theme }}
-              size={Math.min(270, side * 0.4, height * 0.46)}
-              onOpen={open}
-            />
-          )}
+          {enlarged}
           {at && (
             <div class="tip" style={{ left: Math.min(side - 200, at.x + 14), top: Math.max(0, at.y - 50) }}>
               <b>
@@ -243,6 +242,43 @@ export function LayersPage(props: PageProps) {
       </div>
     </main>
   );
+}
+
+interface Cells {
+  chance: number;
+  left: number;
+  wide: number;
+  tall: number;
+}
+
+/** The matrix in pixels; where one covers several cells, it shows the largest of them. */
+function matrix(image: ImageData, readers: Head[], writers: Head[], valueOf: (reader: Head, writer: Head) => number, cells: Cells) {
+  const { width, height } = image;
+  const { chance, left, wide, tall } = cells;
+  const largest = new Float32Array(width * height);
+  readers.forEach((reader, row) => {
+    const [top, bottom] = [Math.floor(tall * row), Math.min(height, Math.max(Math.floor(tall * row) + 1, Math.round(tall * (row + 1))))];
+    writers.forEach((writer, column) => {
+      const value = valueOf(reader, writer);
+      if (Number.isNaN(value)) return;
+      const first = Math.floor(left + wide * column);
+      const last = Math.min(width, Math.max(first + 1, Math.round(left + wide * (column + 1))));
+      for (let y = top; y < bottom; y++)
+        for (let x = first; x < last; x++) if (value > largest[y * width + x]!) largest[y * width + x] = value;
+    });
+  });
+  const pixels = new Uint32Array(image.data.buffer);
+  const colour = ramp();
+  const pack = (text: string) => {
+    const [r, g, b] = text.startsWith("#") ? [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16)) : text.match(/\d+/g)!.map(Number);
+    return ((255 << 24) | (b! << 16) | (g! << 8) | r!) >>> 0; // little-endian
+  };
+  const tones = Uint32Array.from({ length: 129 }, (_, i) => pack(colour(i / 64 - 1)));
+  const dead = pack(css("faint"));
+  for (let i = 0; i < largest.length; i++) {
+    const value = largest[i]!;
+    if (value > 0) pixels[i] = value < Infinity ? tones[64 + Math.round(64 * Math.max(-1, Math.min(1, overChance(value / chance))))]! : dead;
+  }
 }
 
 /** Colours of scores over chance, each step of the ramp made once. */
