@@ -8,19 +8,24 @@ from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+import torch
 import walking
 from golden.poison import POISONS, Poison, poisoned
 from tiny_models import tiny
 
 import virtual_weights as vw
+from virtual_weights.report.against import against
 from virtual_weights.report.documents import documents, write_documents
 from virtual_weights.report.format import FOLDER
 from virtual_weights.report.page import page
 from virtual_weights.survey.plan import Part, Plan, map_model, shown_of
 
+VECTOR = "happy"
+POISONED = "<img src=x onerror=document.documentElement.dataset.ran=1>/../é%"
 ELSEWHERE = "http://elsewhere.invalid/"
 
 
@@ -34,14 +39,24 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def atlas(scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> vw.Atlas:
+def other(tmp_path_factory: pytest.TempPathFactory) -> vw.Atlas:
+    """What another model of the same shape composes."""
+    path = tmp_path_factory.mktemp("other")
+    tiny("llama-grouped-untied", seed=1).save_pretrained(path / "model")
+    return map_model(vw.open(path / "model"), path / "atlas", plan=Plan((Part.composition,)), name="other")
+
+
+@pytest.fixture(scope="module")
+def atlas(scripts: Path, tmp_path_factory: pytest.TempPathFactory, other: vw.Atlas) -> vw.Atlas:
     path = tmp_path_factory.mktemp("walked")
     tiny("llama-grouped-untied").save_pretrained(path / "model")
     stream = vw.open(path / "model")
     run = vw.Run.on_repeats(stream, 64, 16)
-    map_model(stream, path / "atlas", plan=Plan((Part.composition, Part.statements), edges=4), run=run)
-    atlas = vw.Atlas.open(path / "atlas")
-    vw.report(atlas)
+    parts = Part.composition, Part.bandwidth, Part.memory, Part.superposition, Part.basis, Part.statements
+    atlas = map_model(stream, path / "atlas", plan=Plan(parts, edges=4), run=run, name="tiny")
+    direction = vw.Vector(torch.arange(1.0, 25.0).double(), VECTOR)
+    vw.Survey(stream, atlas).answers([vw.VectorReaders(direction, "L1", 5), vw.VectorWriters(direction, "L1", 5)])
+    vw.report(atlas, against=other)
     return atlas
 
 
@@ -84,35 +99,49 @@ def test_five_questions_by_three_steps_each(scripts: Path, atlas: vw.Atlas) -> N
             {"name": "report", "address": (atlas.path / "report.html").as_uri()},
             {"name": "server", "address": address},
         ]
-        answer = walking.walk(scripts / "walk.mjs", targets=targets, edge=stored_pair(atlas), heads=heads, axe=True)
+        edge = stored_pair(atlas)
+        answer = walking.walk(scripts / "walk.mjs", targets=targets, edge=edge, vector=VECTOR, heads=heads)
     assert answer["failures"] == []
     assert check_tables(atlas, answer["tables"], heads) > 500
 
 
-def poisoned_documents(atlas: vw.Atlas, intact: bool) -> tuple[dict[str, Any], list[str]]:
+def _ends(block: dict[str, Any]) -> list[list[Any]]:
+    return [token for tokens in block["ends"].values() for token in tokens]
+
+
+def poisoned_documents(atlas: vw.Atlas, other: vw.Atlas, intact: bool) -> tuple[dict[str, Any], list[str]]:
     """Documents with a poison in every text, and those of the texts that some page must show."""
-    shown = documents(shown_of(atlas), atlas.manifest)
-    carried = [content for content in shown.values() if "channel_tokens" in content]
-    for content in carried:
-        column = next(one for one in content["channel_tokens"]["columns"] if one["name"] == "text")
-        column["values"] = [f"token {i}" for i in range(len(column["values"]))]
+    answers = shown_of(atlas)
+    shown = documents(answers, atlas.manifest, against(answers, atlas.manifest, other))
+    nearest = [
+        near for content in shown.values() for block in content.get("channel_tokens", []) for near in _ends(block)
+    ]
+    for i, token in enumerate(nearest):
+        token[0] = f"token {i}"
+    for table in (table for content in shown.values() for table in content.get("edge_tokens", [])):
+        column = next(column for column in table["columns"] if column["name"] == "text")
+        column["values"] = [f"word {i}" for i in range(len(column["values"]))]
     labels = {part["label"] for part in shown["map"]["parts"]} | {part["group"] for part in shown["map"]["parts"]}
-    words = {"written", "read", "source", "target"}
-    poison = Poison(cycle(poisoned(ELSEWHERE)), labels | words if intact else ())
+    poison = Poison(cycle(poisoned(ELSEWHERE)), labels if intact else ())
     result = poison.into(shown)
-    texts = [shown["map"]["model"], shown["map"]["run"]["text"], *(row["title"] for row in shown["statements"]["rows"])]
-    if intact:
-        texts += column["values"]
-    return result, [poison.known[text] for text in texts]
+    result["map"]["vectors"] = {POISONED: "vector-0"}
+    result["vector-0"]["name"] = POISONED
+    titles = [row["title"] for row in shown["statements"]["rows"]]
+    texts = [shown["map"]["model"], shown["map"]["run"]["text"], shown["map"]["against"]["model"], *titles]
+    if intact:  # else no page has the pair
+        texts += [f"token {i}" for i in range(len(POISONS))]
+    return result, [POISONED, *(poison.known[text] for text in texts)]
 
 
 @pytest.fixture(params=[True, False], ids=["labels are labels", "labels too"])
-def hostile(atlas: vw.Atlas, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    contents, texts = poisoned_documents(atlas, request.param)
+def hostile(
+    atlas: vw.Atlas, other: vw.Atlas, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[dict[str, Any]]:
+    contents, texts = poisoned_documents(atlas, other, request.param)
     (tmp_path / "report.html").write_text(page(contents), encoding="utf-8")
     write_documents(tmp_path / FOLDER, contents)
     writer, reader, port = stored_pair(atlas)
-    pages = [f"#/head/{reader}", f"#/pair/{writer}/{reader}.{port}"]
+    pages = [f"#/head/{reader}", f"#/pair/{writer}/{reader}.{port}", f"#/vector/{quote(POISONED)}"]
     with walking.served(tmp_path) as address:
         targets = [
             {"name": "report", "address": (tmp_path / "report.html").as_uri()},

@@ -75,7 +75,20 @@ def poisoned(url: str) -> list[str]:
     return [text.format(code=_CODE.format(n=n, url=url), n=n, url=url) for n, text in enumerate(POISONS)]
 
 
-_OURS = ("question", "port", "kind", "name", "values", "verdict", "stored", "ports", "columns", "windows")
+_OURS = (
+    "question",
+    "port",
+    "kind",
+    "name",
+    "values",
+    "verdict",
+    "stored",
+    "ports",
+    "vectors",
+    "columns",
+    "windows",
+    "counts",
+)
 """Fields of the documents whose texts are words of this package, names of documents, or numbers."""
 
 
@@ -106,4 +119,4 @@ class Poison:
 
 
 def _ours(name: str, value: Any) -> bool:
-    return name in _OURS and (isinstance(value, str) or name in ("stored", "ports") or "score" in value)
+    return name in _OURS and (isinstance(value, str) or name in ("stored", "ports", "vectors") or "score" in value)
