@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -12,6 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+import virtual_weights as vw
+from virtual_weights.report.format import FOLDER
 
 EXPLORER = Path(__file__).parents[1] / "explorer"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -87,3 +93,41 @@ def served(atlas: Path) -> Iterator[str]:
             yield address
         finally:
             process.kill()
+
+
+def targets(folder: Path, address: str) -> list[dict[str, str]]:
+    """What is walked through: the report in a folder, and a server."""
+    addresses = {"report": (folder / "report.html").as_uri(), "server": address}
+    return [{"name": name, "address": address} for name, address in addresses.items()]
+
+
+def stored_pair(atlas: vw.Atlas) -> list[str]:
+    """Writer, reader and port of the first pair of which is stored what it carries."""
+    stored = json.loads((atlas.path / FOLDER / "map.json").read_text())["stored"]
+    writer, _, target = next(name for name in stored if "/" in name).partition("/")
+    return [writer, *target.split(".")]
+
+
+def heads_of(atlas: vw.Atlas) -> list[str]:
+    return [str(part["label"]) for part in atlas.manifest["components"] if part["kind"] == "head"]
+
+
+def check_tables(atlas: vw.Atlas, tables: dict[str, str], heads: list[str]) -> int:
+    """Compare the tables of heads with what ``vw.edges`` answers, edge by edge, and count the edges."""
+    edges = 0
+    for head in heads:
+        for port in "QKV":
+            for other, side, ask in (
+                ("writer", "writers", {"reader": f"{head}.{port}"}),
+                ("reader", "readers", {"writer": head}),
+            ):
+                expected = vw.edges(atlas, **ask, top=1 << 20, where={"port": port})
+                scores = {str(edge[other]).removesuffix(f".{port}"): edge["score"] for edge in expected}
+                name = f"{head}-{port}-{side}"
+                rows = {row[other]: row["score"] for row in csv.DictReader(tables.get(name, "").splitlines())}
+                assert rows.keys() == scores.keys(), name
+                for label, score in scores.items():
+                    half = np.float16(np.nan if score is None else score)
+                    assert np.array_equal(np.float16(rows[label] or "nan"), half, equal_nan=True), (name, label)
+                edges += len(rows)
+    return edges

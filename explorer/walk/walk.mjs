@@ -3,7 +3,8 @@
  * throughout: an address restores its page, nothing fails or asks elsewhere, a keyboard suffices, and axe has no objection.
  *
  * Standard input: {browser, targets: [{name, address}], edge: [writer, reader, port] of a stored pair, vector: the name of
- * an attached direction, heads}. Tables and axe take the first of the targets.
+ * an attached direction in an atlas compared with another, or null where neither is there, heads}. Tables and axe take the
+ * first of the targets.
  * Standard output: {failures, tables}; of each of the heads its tables, as they are saved, by their names.
  */
 
@@ -37,7 +38,6 @@ class Question {
     this.steps++;
     await does(this.page);
     await ready(this.page);
-    await this.page.waitForTimeout(260); // a slider's place reaches the address when it has come to rest
     const before = await stateOf(this.page);
     await this.page.reload();
     await ready(this.page);
@@ -75,7 +75,10 @@ async function whereToLook(page, name) {
   await ask(page, `${name}, where to look`, "#/map", async (question) => {
     const largest = Number(await slider(page).getAttribute("max"));
     const least = String(Math.round(largest * 5) / 10);
-    await question.step(() => slider(page).fill(least));
+    await question.step(async () => {
+      await slider(page).fill(least);
+      await page.waitForFunction((value) => location.hash.includes(`least=${value}`), least); // once it has come to rest
+    });
     question.check((await slider(page).inputValue()) === least, "the slider does not stay where it was put");
     question.check(page.url().includes(`least=${least}`), "the address has not what the slider is at");
     await question.step(() => rows(page).first().click());
@@ -182,8 +185,8 @@ async function keyboard(page, name) {
 
 /** Every page in both themes, and what lies over a page. */
 async function accessible(page, name) {
-  const others = [`#/head/${reader}`, `#/pair/${writer}/${reader}.${port}`, "#/vector", `#/vector/${vector}`, "#/nowhere"];
-  const pages = [...(await pagesOf(page)), ...others];
+  const others = [`#/head/${reader}`, `#/pair/${writer}/${reader}.${port}`, "#/vector", `#/vector/${vector ?? ""}`, "#/compare", "#/nowhere"];
+  const pages = new Set([...(await pagesOf(page)), ...others]);
   for (const theme of ["light", "dark"]) {
     if ((await page.evaluate(() => document.documentElement.dataset.theme)) !== theme) await page.locator("button.theme").click();
     for (const hash of pages) {
@@ -236,7 +239,8 @@ for (const [i, { name, address }] of targets.entries()) {
   try {
     await page.goto(address);
     await ready(page);
-    for (const part of [whereToLook, whoFeeds, whatItCarries, whetherItMatters, whatChanged, whereAVectorGoes, keyboard]) await part(page, name);
+    for (const part of [whereToLook, whoFeeds, whatItCarries, whetherItMatters, keyboard]) await part(page, name);
+    if (vector) for (const part of [whatChanged, whereAVectorGoes]) await part(page, name);
     if (i === 0) {
       tables = await tablesOf(page);
       await accessible(page, name);

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pytest
 import torch
 import walking
@@ -60,49 +57,14 @@ def atlas(scripts: Path, tmp_path_factory: pytest.TempPathFactory, other: vw.Atl
     return atlas
 
 
-def stored_pair(atlas: vw.Atlas) -> list[str]:
-    """Writer, reader and port of the first pair of which is stored what it carries."""
-    stored = json.loads((atlas.path / FOLDER / "map.json").read_text())["stored"]
-    writer, _, target = next(name for name in stored if "/" in name).partition("/")
-    return [writer, *target.split(".")]
-
-
-def heads_of(atlas: vw.Atlas) -> list[str]:
-    return [str(part["label"]) for part in atlas.manifest["components"] if part["kind"] == "head"]
-
-
-def check_tables(atlas: vw.Atlas, tables: dict[str, str], heads: list[str]) -> int:
-    """Compare the tables of heads with what ``vw.edges`` answers, edge by edge, and count the edges."""
-    edges = 0
-    for head in heads:
-        for port in "QKV":
-            for other, side, ask in (
-                ("writer", "writers", {"reader": f"{head}.{port}"}),
-                ("reader", "readers", {"writer": head}),
-            ):
-                expected = vw.edges(atlas, **ask, top=1 << 20, where={"port": port})
-                scores = {str(edge[other]).removesuffix(f".{port}"): edge["score"] for edge in expected}
-                name = f"{head}-{port}-{side}"
-                rows = {row[other]: row["score"] for row in csv.DictReader(tables.get(name, "").splitlines())}
-                assert rows.keys() == scores.keys(), name
-                for label, score in scores.items():
-                    half = np.float16(np.nan if score is None else score)
-                    assert np.array_equal(np.float16(rows[label] or "nan"), half, equal_nan=True), (name, label)
-                edges += len(rows)
-    return edges
-
-
 def test_five_questions_by_three_steps_each(scripts: Path, atlas: vw.Atlas) -> None:
-    heads = heads_of(atlas)
+    heads = walking.heads_of(atlas)
     with walking.served(atlas.path) as address:
-        targets = [
-            {"name": "report", "address": (atlas.path / "report.html").as_uri()},
-            {"name": "server", "address": address},
-        ]
-        edge = stored_pair(atlas)
+        targets = walking.targets(atlas.path, address)
+        edge = walking.stored_pair(atlas)
         answer = walking.walk(scripts / "walk.mjs", targets=targets, edge=edge, vector=VECTOR, heads=heads)
     assert answer["failures"] == []
-    assert check_tables(atlas, answer["tables"], heads) > 500
+    assert walking.check_tables(atlas, answer["tables"], heads) > 500
 
 
 def _ends(block: dict[str, Any]) -> list[list[Any]]:
@@ -140,14 +102,10 @@ def hostile(
     contents, texts = poisoned_documents(atlas, other, request.param)
     (tmp_path / "report.html").write_text(page(contents), encoding="utf-8")
     write_documents(tmp_path / FOLDER, contents)
-    writer, reader, port = stored_pair(atlas)
+    writer, reader, port = walking.stored_pair(atlas)
     pages = [f"#/head/{reader}", f"#/pair/{writer}/{reader}.{port}", f"#/vector/{quote(POISONED)}"]
     with walking.served(tmp_path) as address:
-        targets = [
-            {"name": "report", "address": (tmp_path / "report.html").as_uri()},
-            {"name": "server", "address": address},
-        ]
-        yield {"targets": targets, "pages": pages, "texts": texts}
+        yield {"targets": walking.targets(tmp_path, address), "pages": pages, "texts": texts}
 
 
 def test_no_text_becomes_code(scripts: Path, hostile: dict[str, Any]) -> None:
