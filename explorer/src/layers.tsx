@@ -75,7 +75,7 @@ export function LayersPage(props: PageProps) {
   useEffect(() => {
     const node = canvas.current;
     const pen = node?.getContext("2d");
-    if (!node || !pen || !score || !pairs) return;
+    if (!node || !pen || !score || !readers.length || !writers.length) return;
     const density = devicePixelRatio || 1;
     node.width = Math.round(side * density);
     node.height = Math.round(height * density);

@@ -153,7 +153,7 @@ def test_a_later_part_of_a_map_leaves_the_report_whole(folder: Path, tmp_path: P
     assert run(["map", str(folder), "-o", str(atlas), "--only", "bandwidth"]) == 0
     first = (atlas / "report.html").read_bytes()
     data = json.loads(first.split(b'type="application/json">')[1].split(b"</script>")[0])
-    assert data["maps"]
+    assert data["pairs-K"]
     assert data["bandwidth"]
     assert vw.report(vw.Atlas.open(atlas), tmp_path / "again.html") == tmp_path / "again.html"
     assert (
