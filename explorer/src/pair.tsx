@@ -93,6 +93,9 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
           ) : (
             carried && <Directions wide={beside ? width - wide - 40 : width} carried={carried} writer={writer} target={target} port={port} address={address} go={go} />
           )}
+          <p class="note">
+            Routes between them through other parts: <Command text={`vweights paths ${map.model} ${writer} ${target}`} />
+          </p>
           {carried?.edge_tokens && <Contexts texts={carried.edge_tokens} port={port} />}
         </section>
         <section class="aside">

@@ -2,6 +2,7 @@
 
 import { useEffect, useState } from "preact/hooks";
 import { type MapDocument, type Statements, loadStatements } from "./data";
+import { Maths } from "./maths";
 
 /** A verdict with its sign: it may name its condition. */
 function verdict(text: string): string {
@@ -27,21 +28,24 @@ export function StatementsPage({ map }: { map: MapDocument }) {
   return (
     <main class="statements">
       <h1>{statements?.rows.length ?? 25} published statements about the stream, tested</h1>
-      <p class="lead">A verdict is computed from this model's own numbers. Open one for the claim, what is true, and the evidence.</p>
+      <p class="lead">Each verdict is computed from this model’s own numbers, the reason beside it. Open one for the claim, what is true, and the evidence.</p>
       {statements?.rows.map((row) => (
         <details key={row.id}>
           <summary>
             <b>{row.id}</b> <span class="title">{row.title}</span>
-            <span class="verdict">
-              {verdict(String(row.verdict))}
+            <span class="why">
+              <Maths text={row.why ?? ""} />
             </span>
+            <span class={`verdict ${String(row.verdict).startsWith("holds") ? "" : "strong"}`}>{verdict(String(row.verdict))}</span>
           </summary>
           <dl>
             {(["seed", "corrected", "condition", "why", "witnesses"] as const).map((name) =>
               row[name] && !(name === "corrected" && row.corrected === row.seed) ? (
                 <div key={name}>
                   <dt>{{ seed: "claim", corrected: "what is true", condition: "condition", why: "here", witnesses: "witnesses" }[name]}</dt>
-                  <dd>{row[name]}</dd>
+                  <dd>
+                    <Maths text={String(row[name])} />
+                  </dd>
                 </div>
               ) : null,
             )}
