@@ -69,7 +69,7 @@ function App() {
   });
   if (failure) return <p class="failure">The atlas cannot be read: {failure}</p>;
   if (!map) return <p class="failure">Reading the atlas …</p>;
-  const props: PageProps = { map, address, go, width: Math.min(2200, width) - (width < 700 ? 32 : 48), theme };
+  const props: PageProps = { map, address, go, width: Math.max(280, Math.min(2200, width) - (width < 700 ? 32 : 48)), theme };
   const find = (text: string): boolean => {
     const behaviour = Object.entries(BEHAVIOURS).find(([key, name]) => [key, name].includes(text.trim().toLowerCase()));
     if (behaviour) {
