@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import walking
 
 
 def dom(path: Path, address: str) -> str:
     """What a browser makes of a page, as HTML."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("there is no Chromium to look with")
+    try:
+        browser = walking.browser()
+    except walking.Unwalkable as missing:
+        pytest.skip(str(missing))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--window-size=1440,1000"]
     profile = f"--user-data-dir={path.parent / 'profile'}"
     done = subprocess.run(

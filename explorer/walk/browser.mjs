@@ -18,6 +18,14 @@ export const launch = (executablePath) => chromium.launch({ executablePath, args
 export async function watched(browser, address, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 1000 }, reducedMotion: "reduce", ...options });
   await context.addInitScript(() => {
+    globalThis.asked = 0; // documents on their way
+    const ask = globalThis.fetch;
+    globalThis.fetch = (...what) => {
+      globalThis.asked++;
+      const answer = ask(...what);
+      void answer.then((one) => one.clone().text()).finally(() => globalThis.asked--);
+      return answer;
+    };
     const make = URL.createObjectURL.bind(URL);
     URL.createObjectURL = (blob) => {
       globalThis.saved = blob.text(); // what a button saves as a file
@@ -51,7 +59,7 @@ export async function watched(browser, address, options = {}) {
 export async function ready(page) {
   await page.waitForFunction(() => {
     const main = document.querySelector("#content main");
-    return main && !/Reading( the \w+ edges)? …/.test(main.textContent);
+    return main && !globalThis.asked && !/Reading( the \w+ edges)? …/.test(main.textContent);
   });
   await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
 }

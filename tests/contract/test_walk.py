@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -95,25 +95,24 @@ def poisoned_documents(atlas: vw.Atlas, other: vw.Atlas, intact: bool) -> tuple[
     return result, [POISONED, *(poison.known[text] for text in texts)]
 
 
-@pytest.fixture(params=[True, False], ids=["labels are labels", "labels too"])
-def hostile(
-    atlas: vw.Atlas, other: vw.Atlas, request: pytest.FixtureRequest, tmp_path: Path
-) -> Iterator[dict[str, Any]]:
-    contents, texts = poisoned_documents(atlas, other, request.param)
-    (tmp_path / "report.html").write_text(page(contents), encoding="utf-8")
-    write_documents(tmp_path / FOLDER, contents)
-    writer, reader, port = walking.stored_pair(atlas)
-    pages = [f"#/head/{reader}", f"#/pair/{writer}/{reader}.{port}", f"#/vector/{quote(POISONED)}"]
-    with walking.served(tmp_path) as address:
-        yield {"targets": walking.targets(tmp_path, address), "pages": pages, "texts": texts}
-
-
-def test_no_text_becomes_code(scripts: Path, hostile: dict[str, Any]) -> None:
+def test_no_text_becomes_code(scripts: Path, atlas: vw.Atlas, other: vw.Atlas, tmp_path: Path) -> None:
+    """With poison behind every text but the labels of parts, so that all pages are there; then behind these too."""
     assert len(POISONS) >= 44
-    answer = walking.walk(scripts / "poisoned.mjs", **hostile)
+    targets = list[dict[str, Any]]()
+    with ExitStack() as servers:
+        for intact in (True, False):
+            folder = tmp_path / f"labels intact {intact}"
+            folder.mkdir()
+            contents, texts = poisoned_documents(atlas, other, intact)
+            (folder / "report.html").write_text(page(contents), encoding="utf-8")
+            write_documents(folder / FOLDER, contents)
+            address = servers.enter_context(walking.served(folder))
+            targets += [{**target, "texts": texts} for target in walking.targets(folder, address)]
+        writer, reader, port = walking.stored_pair(atlas)
+        pages = [f"#/head/{reader}", f"#/pair/{writer}/{reader}.{port}", f"#/vector/{quote(POISONED)}"]
+        answer = walking.walk(scripts / "poisoned.mjs", targets=targets, pages=pages)
     assert answer["failures"] == []
-    assert answer["missing"] == []
-    assert answer["pages"] >= 12
+    assert answer["pages"] == 4 * (6 + len(pages))
 
 
 def test_what_becomes_code_is_seen(scripts: Path, tmp_path: Path) -> None:
@@ -121,10 +120,13 @@ def test_what_becomes_code_is_seen(scripts: Path, tmp_path: Path) -> None:
     bad = "".join(poisoned(ELSEWHERE)[n] for n in (0, 9))
     links = '<header><nav><a href="#/map">Map</a></nav></header>'
     file.write_text(f"<html><body>{links}<div id=content><main>{bad}</main></div></body></html>")
-    targets = [{"name": "page", "address": file.as_uri()}]
-    answer = walking.walk(scripts / "poisoned.mjs", targets=targets, pages=[], texts=["what is nowhere"])
-    said = "\n".join(answer["failures"])
-    assert all(
-        words in said for words in ("poison 0 ran", f"request: {ELSEWHERE}0", f"request: {ELSEWHERE}9", "not ours")
-    )
-    assert answer["missing"] == ["what is nowhere"]
+    targets = [{"name": "page", "address": file.as_uri(), "texts": ["what is nowhere"]}]
+    said = "\n".join(walking.walk(scripts / "poisoned.mjs", targets=targets, pages=[])["failures"])
+    for words in (
+        "poison 0 ran",
+        f"request: {ELSEWHERE}0",
+        f"request: {ELSEWHERE}9",
+        "not ours",
+        "shows what is nowhere",
+    ):
+        assert words in said, words
