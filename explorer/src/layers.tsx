@@ -79,7 +79,6 @@ export function LayersPage(props: PageProps) {
     const density = devicePixelRatio || 1;
     node.width = Math.round(side * density);
     node.height = Math.round(height * density);
-    if (!node.width || !node.height) return; // no two heads compose
     const image = pen.createImageData(node.width, node.height);
     matrix(image, readers, writers, valueOf, { chance, left: AXIS * density, wide: cell * density, tall: tall * density });
     pen.putImageData(image, 0, 0);
