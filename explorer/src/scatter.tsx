@@ -52,21 +52,31 @@ export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour,
     [plot],
   );
 
+  // read once, as the page is made anew where the theme changes: to read a style in a frame costs its layout
+  const tones = useMemo(() => ({ colour: ramp(), point: css("point"), paper: css("paper") }), []);
+  const faint = useRef<{ plot: Plot; width: number; cells: Uint32Array } | null>(null);
   useEffect(() => {
     const node = canvas.current;
     const pen = node?.getContext("2d");
     if (!node || !pen) return;
     const density = devicePixelRatio || 1;
-    node.width = Math.round(width * density);
-    node.height = Math.round(height * density);
-    points(pen, plot, edges, ranked, least, density);
+    if (node.width !== Math.round(width * density)) node.width = Math.round(width * density);
+    if (node.height !== Math.round(height * density)) node.height = Math.round(height * density);
+    if (faint.current?.plot !== plot || faint.current.width !== node.width)
+      faint.current = { plot, width: node.width, cells: faintPoints(node, plot, edges.count, tones.point, density) };
+    const image = pen.createImageData(node.width, node.height);
+    const cells = new Uint32Array(image.data.buffer);
+    cells.set(faint.current.cells);
+    heldPoints(cells, node, plot, ranked, least, tones.point, density);
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.putImageData(image, 0, 0);
     pen.setTransform(density, 0, 0, density, 0, 0);
-    const colour = ramp();
+    const { colour, paper } = tones;
     for (const at of named.rings) {
       const change = edges.attribution[at]!;
       pen.beginPath();
       pen.arc(px[at]!, py[at]!, 3.2, 0, 7);
-      pen.fillStyle = css("paper");
+      pen.fillStyle = paper;
       pen.fill();
       pen.strokeStyle = colour(Math.sign(change) * Math.max(0.45, Math.abs(ofLoss(change))));
       pen.lineWidth = 1.4;
@@ -77,7 +87,7 @@ export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour,
       pen.arc(px[at]!, py[at]!, 5.5, 0, 7);
       pen.fillStyle = colour(ofLoss(edges.effects.get(at)!.effect));
       pen.fill();
-      pen.strokeStyle = css("paper");
+      pen.strokeStyle = paper;
       pen.lineWidth = 1;
       pen.stroke();
     }
@@ -283,27 +293,48 @@ function line([low, high]: [number, number], from: number, to: number): [number,
   return [from - slope * Math.log(low), slope];
 }
 
-/** All edges as squares, those in the brush darker and larger, pixel by pixel. */
-function points(pen: CanvasRenderingContext2D, plot: Plot, edges: Edges, ranked: Ranked, least: number, density: number) {
-  const { width, height } = pen.canvas;
-  const image = pen.createImageData(width, height);
-  const cells = new Uint32Array(image.data.buffer);
-  const [red, green, blue] = channels(css("point"));
-  const tone = (blue << 16) | (green << 8) | red; // little-endian
-  const dark = ((0.85 * 255) << 24) | tone;
-  const { values, fits } = ranked;
-  const shades = new Uint32Array(256); // what a pixel becomes that one more faint square covers
+/** A square around a point, given to `paint` cell by cell; none where it would leave the canvas. */
+function square(canvas: HTMLCanvasElement, x: number, y: number, size: number, paint: (cell: number) => void) {
+  const { width, height } = canvas;
+  const [u, v] = [Math.round(x - size / 2), Math.round(y - size / 2)];
+  if (u < 0 || v < 0 || u + size > width || v + size > height) return;
+  for (let row = v * width; row < (v + size) * width; row += width)
+    for (let cell = row + u; cell < row + u + size; cell++) paint(cell);
+}
+
+/** All edges as faint squares, which darken where they lie together, pixel by pixel. */
+function faintPoints(canvas: HTMLCanvasElement, plot: Plot, count: number, colour: string, density: number): Uint32Array {
+  const cells = new Uint32Array(canvas.width * canvas.height);
+  const tone = toneOf(colour);
+  const shades = new Uint32Array(256); // what a pixel becomes that one more square covers
   for (let a = 0; a < 256; a++) shades[a] = ((a + (255 - a) * 0.26) << 24) | tone;
-  const square = (i: number, size: number, inside: boolean) => {
-    const [u, v] = [Math.round(plot.px[i]! * density - size / 2), Math.round(plot.py[i]! * density - size / 2)];
-    if (u < 0 || v < 0 || u + size > width || v + size > height) return;
-    for (let row = v * width; row < (v + size) * width; row += width)
-      for (let cell = row + u; cell < row + u + size; cell++) cells[cell] = inside ? dark : shades[cells[cell]! >>> 24]!;
-  };
-  const [small, large] = [Math.max(1, Math.round(1.8 * density)), Math.max(2, Math.round(2.6 * density))];
-  for (let i = 0; i < edges.count; i++) if (!(fits[i] && values[i]! >= least)) square(i, small, false);
-  for (let i = 0; i < edges.count; i++) if (fits[i] && values[i]! >= least) square(i, large, true);
-  pen.putImageData(image, 0, 0);
+  const darken = (cell: number) => (cells[cell] = shades[cells[cell]! >>> 24]!);
+  const size = Math.max(1, Math.round(1.8 * density));
+  for (let i = 0; i < count; i++) square(canvas, plot.px[i]! * density, plot.py[i]! * density, size, darken);
+  return cells;
+}
+
+/** Those in the brush over them, darker and larger. */
+function heldPoints(
+  cells: Uint32Array,
+  canvas: HTMLCanvasElement,
+  plot: Plot,
+  { values, fits }: Ranked,
+  least: number,
+  colour: string,
+  density: number,
+) {
+  const dark = ((0.85 * 255) << 24) | toneOf(colour);
+  const paint = (cell: number) => (cells[cell] = dark);
+  const size = Math.max(2, Math.round(2.6 * density));
+  for (let i = 0; i < values.length; i++)
+    if (fits[i] && values[i]! >= least) square(canvas, plot.px[i]! * density, plot.py[i]! * density, size, paint);
+}
+
+/** The colour of a pixel without its alpha; little-endian. */
+function toneOf(hex: string): number {
+  const [red, green, blue] = channels(hex);
+  return (blue << 16) | (green << 8) | red;
 }
 
 const channels = (hex: string) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)) as [number, number, number];
