@@ -169,7 +169,7 @@ function Gains({ name, gains }: { name: string; gains: number[] }) {
         <rect key={i} class="gain above" x={step * i} width={Math.max(0.6, step - 0.6)} y={height - (height * gain) / largest} height={(height * gain) / largest} />
       ))}
       <text class="part" x={width} y={10} text-anchor="end">
-        {name} {largest.toPrecision(3)}
+        {name} {Number(largest.toPrecision(3))}
       </text>
       <text x={width} y={24} text-anchor="end">
         ≈ {Math.round(entropyRank(gains))} of {gains.length} in use
@@ -202,7 +202,7 @@ function Does({ heads, label, count }: { heads: Heads; label: string; count: num
           rows={() => erasers.labels.map((head, i) => ({ head, copying: rows[0][1][i]!, erased_share: rows[1][1][i]! }))}
         />
       </h3>
-      <svg width={300} height={66} role="img" aria-label={`copies ${figure(rows[0][1][at], 2)}, erases ${figure(rows[1][1][at], 2)}`}>
+      <svg class="does" viewBox="0 0 300 66" role="img" aria-label={`copies ${figure(rows[0][1][at], 2)}, erases ${figure(rows[1][1][at], 2)}`}>
         {rows.map(([name, values], row) => (
           <g key={name}>
             <text class="row-name" x={0} y={14 + 22 * row}>

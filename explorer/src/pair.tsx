@@ -247,7 +247,7 @@ function Gains({ channel, port, wide }: { channel: Table; port: string; wide: nu
           ))}
           <path class="least" d={`M36,${y(edge)}H${width + 36}`} />
           <text x={width + 36} y={y(edge) - 4} text-anchor="end">
-            null edge {edge.toPrecision(3)}
+            null edge {Number(edge.toPrecision(3))}
           </text>
           {y.ticks(3).map((t) => (
             <text key={t} x={30} y={y(t) + 4} text-anchor="end">

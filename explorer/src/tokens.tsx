@@ -6,6 +6,7 @@ import { figure } from "./marks";
 
 const SHOWN = 4;
 const GAIN = 120; // pixels of the largest
+const short = (value: number) => String(Number(value.toPrecision(value < 1 ? 2 : 3)));
 const printable = (text: string) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 /** A token as it is shown: without the space before a word, an ellipsis before the inside of one. */
@@ -95,15 +96,15 @@ export function Tokens({ rows, ends, chart, edge = 0, chosen, onChoose }: Props)
                 <td>{cell(row, ends[0])}</td>
                 <td>
                   {chart ? (
-                    <svg width={GAIN} height={16} role="img" aria-label={`gain ${row.gain.toPrecision(3)}`}>
+                    <svg width={GAIN} height={16} role="img" aria-label={`gain ${short(row.gain)}`}>
                       <rect class={row.gain > edge ? "gain above" : "gain"} y={2} height={12} width={(GAIN * row.gain) / most} />
                       {edge > 0 && <path class="least" d={`M${(GAIN * edge) / most},0V16`} />}
                       <text class="on" x={Math.max(24, (GAIN * row.gain) / most - 4)} y={12} text-anchor="end">
-                        {row.gain.toPrecision(2)}
+                        {short(row.gain)}
                       </text>
                     </svg>
                   ) : (
-                    row.gain.toPrecision(2)
+                    short(row.gain)
                   )}
                 </td>
                 {chart && <td>{figure(row.written_read, 2)}</td>}
