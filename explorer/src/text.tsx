@@ -1,5 +1,6 @@
 /** An edge on a text, token by token: where its removal costs, and where it carries most. */
 
+import { interpolateLab } from "d3-interpolate";
 import { type Table, column, numbers } from "./data";
 import { css, figure, percent, ramp, signed } from "./marks";
 import { Behind } from "./table";
@@ -60,7 +61,7 @@ interface TextProps {
 /** A text with every token coloured by its change of loss: solid underline more, dotted less, plain below .1 nats. */
 export function ColouredText({ tokens, chosen, onChoose }: TextProps) {
   const shade = ramp();
-  const paper = css("paper");
+  const [ink, paper] = [css("ink"), css("paper")];
   const keyed = (event: KeyboardEvent) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
@@ -80,7 +81,7 @@ export function ColouredText({ tokens, chosen, onChoose }: TextProps) {
             <span
               key={token.at}
               class={`said${strong ? (token.change > 0 ? " more" : " less") : ""}${token.at === chosen ? " chosen" : ""}`}
-              style={tone ? { background: tone, color: contrast(tone, paper) } : undefined}
+              style={tone ? ground(tone, ink, paper) : undefined}
               onClick={() => onChoose(token.at)}
             >
               {token.text.trimStart() || "␣"}
@@ -92,16 +93,26 @@ export function ColouredText({ tokens, chosen, onChoose }: TextProps) {
   );
 }
 
-/** Ink or paper, whichever is read better on a colour. */
-function contrast(tone: string, paper: string): string {
-  const ink = css("ink");
+const LEGIBLE = 4.5; // to 1: the contrast that text of this size has at least
+
+/** A colour as a ground for text, and ink or paper on it, whichever is read better; paler where neither can be read. */
+function ground(tone: string, ink: string, paper: string): { background: string; color: string } {
+  const paler = interpolateLab(tone, paper);
+  for (let share = 0; ; share += 0.05) {
+    const background = paler(Math.min(1, share));
+    const [dark, light] = [contrast(background, ink), contrast(background, paper)];
+    if (Math.max(dark, light) >= LEGIBLE || share >= 1) return { background, color: dark >= light ? ink : paper };
+  }
+}
+
+function contrast(a: string, b: string): number {
   const light = (text: string) => {
     const parts = text.startsWith("#") ? [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16)) : (text.match(/[\d.]+/g) ?? []).map(Number);
     const [r, g, b] = parts.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r! + 0.7152 * g! + 0.0722 * b!;
   };
-  const ratio = (a: number, b: number) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  return ratio(light(tone), light(ink)) >= ratio(light(tone), light(paper)) ? ink : paper;
+  const [x, y] = [light(a), light(b)];
+  return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
 }
 
 /** Where an edge carries most: the foremost tokens by share, each with what stands around it. */
