@@ -42,8 +42,7 @@ export async function watched(browser, address, options = {}) {
     return own.protocol === "file:" ? protocol === "file:" && pathname === own.pathname : origin === own.origin;
   };
   page.on("console", (message) => {
-    const { url } = message.location();
-    if (["error", "warning"].includes(message.type()) && !url.endsWith("/favicon.ico")) faults.push(`console: ${message.text()} ${url}`);
+    if (["error", "warning"].includes(message.type())) faults.push(`console: ${message.text()} ${message.location().url}`);
   });
   page.on("pageerror", (error) => faults.push(`script: ${error.message}`));
   page.on("dialog", (dialog) => {

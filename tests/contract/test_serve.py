@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from virtual_weights.cli import run as command
 from virtual_weights.cli import serve as verb
 from virtual_weights.errors import RecordError, UsageError
-from virtual_weights.report.serve import FORMAT, HEADERS, application, bundle, read_index, serve
+from virtual_weights.report.serve import FORMAT, HEADERS, PAGES, application, bundle, read_index, serve
 
 Capture = pytest.CaptureFixture[str]
 PORT = 8765
@@ -33,9 +33,9 @@ HOST = f"127.0.0.1:{PORT}"
 HOSTS = frozenset({HOST, f"localhost:{PORT}"})
 TOKEN = "the-token-of-these-tests"
 CANARY = b"canary"  # in every file of the atlas and beside it
-STATIC = {name: f"page {name}".encode() for name in ("explorer.html", "explorer.js", "explorer.css")}
+STATIC = {name: f"page {name}".encode() for name, _ in PAGES.values()}
 DOCUMENTS = {"map": b'{"canary": "map"}', "pairs-K": b'{"canary": "' + b"pairs " * 400 + b'"}'}
-PATHS = ("/", "/explorer.js", "/explorer.css", "/api/index", "/api/documents/map", "/api/documents/pairs-K")
+PATHS = [*PAGES, "/api/index", *(f"/api/documents/{name}" for name in DOCUMENTS)]
 COOKIE = re.compile(r"(vweights-\d+=[\w-]{43}); HttpOnly; SameSite=Strict; Path=/")
 
 

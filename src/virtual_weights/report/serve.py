@@ -38,6 +38,7 @@ PAGES = {
     "/": ("explorer.html", "text/html; charset=utf-8"),
     "/explorer.js": ("explorer.js", "text/javascript; charset=utf-8"),
     "/explorer.css": ("explorer.css", "text/css; charset=utf-8"),
+    "/explorer.svg": ("explorer.svg", "image/svg+xml"),
     "/api/schema": ("explorer.schema.json", "application/schema+json"),
 }
 HEADERS = {
@@ -136,7 +137,7 @@ def bundle() -> dict[str, bytes]:
     except OSError as error:
         raise VirtualWeightsError(
             f"the explorer's page cannot be read: {error}",
-            expected="explorer.html, .js, .css and .schema.json in the installed package",
+            expected="explorer.html, .js, .css, .svg and .schema.json in the installed package",
             do="install virtual-weights again",
         ) from error
 
@@ -146,7 +147,7 @@ def application(folder: Path, static: Mapping[str, bytes], token: str, hosts: fr
 
     Args:
         folder: the atlas.
-        static: content of ``explorer.html``, ``explorer.js`` and ``explorer.css`` by name.
+        static: content of the files that ``PAGES`` names, by name.
         token: what ``/?token=...`` must say, once, to open a session.
         hosts: values of the Host header that are answered, each with its port.
 
