@@ -131,7 +131,8 @@ def test_the_browser_with_the_token_sees_the_documents_and_the_page(atlas: Path,
         *DOCUMENTS.values(),
     ]
     kinds = [reply.headers["content-type"].partition(";")[0] for reply in replies.values()]
-    assert kinds == ["text/html", "text/javascript", "text/css", *["application/json"] * 3]
+    pages = ["text/html", "text/javascript", "text/css", "image/svg+xml", "application/schema+json"]
+    assert kinds == [*pages, *["application/json"] * 3]
 
 
 def test_documents_are_compressed_for_who_takes_it(app: ASGIApp) -> None:
