@@ -54,7 +54,7 @@ export function HeadPage({ map, address, go, width, theme }: PageProps) {
   const reads = part.kind === "head" ? PORTS : Object.keys(all).filter((port) => all[port]!.readers.includes(part.label));
   // the columns of the page are 504, 352 and 472 wide where there are three, see explorer.css
   const room = width < 1052 ? width : width - 64;
-  const sides = width < 1052 ? [room - 158, room - 218] : [(room * 504) / 1328 - 158, (room * 472) / 1328 - 218];
+  const sides = width < 1052 ? [room - 172, room - 218] : [(room * 504) / 1328 - 172, (room * 472) / 1328 - 218];
   const strip = { map, part, theme, onOpen: open, onPair: pair };
   return (
     <main class="component">
@@ -248,7 +248,9 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
                 MLP
               </text>
             )}
-            {[first, ...[5, 10, 15, 20, 25, 30, 40, 50, 60].filter((l) => l > first + 2 && l < last - 1), last].map((l) => (
+            {[first, ...[5, 10, 15, 20, 25, 30, 40, 50, 60].filter((l) => l > first + 2 && l < last - 1), last]
+              .filter((l) => !into || left + wide * (l - first + 0.5) > 46) // beside "embed"
+              .map((l) => (
               <text key={l} class="axis" x={left + wide * (l - first + 0.5)} y={height - 2} text-anchor="middle">
                 {l}
               </text>
@@ -286,7 +288,7 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
                 </li>
               );
             })}
-            <li>
+            <li class="more">
               <span class="muted">+ {cells.length - foremost.reduce((n, one) => n + 1 + one.shared.length, 0)} more</span>{" "}
               <Behind name={`${part.label}-${port}-${into ? "writers" : "readers"}`} rows={rowsOf} />
             </li>
