@@ -61,7 +61,10 @@ let waiting = 0;
 export function useAddress(): [Address, (change: Partial<Address>, replace?: boolean) => void] {
   const [address, setAddress] = useState(current);
   useEffect(() => {
-    const changed = () => setAddress((current = parse(location.hash)));
+    const changed = () => {
+      clearTimeout(waiting); // what a slider would still write belongs to the page that was left
+      setAddress((current = parse(location.hash)));
+    };
     addEventListener("hashchange", changed);
     addEventListener("popstate", changed);
     return () => {

@@ -8,9 +8,9 @@ import { type MapDocument, loadMap } from "./data";
 import { EffectsPage } from "./effects";
 import { HeadPage } from "./head";
 import { LayersPage } from "./layers";
-import { BEHAVIOURS } from "./marks";
+import { BEHAVIOURS, Command } from "./marks";
 import { MapPage } from "./map";
-import type { PageProps } from "./page";
+import { type PageProps, portsOfHeads } from "./page";
 import { PairPage } from "./pair";
 import { StatementsPage } from "./statements";
 import { StructurePage } from "./structure";
@@ -149,6 +149,8 @@ function App() {
       <div id="content" key={theme}>
         {address.page === "head" ? (
           <HeadPage {...props} />
+        ) : ["map", "layers"].includes(address.page) && !portsOfHeads(map).length ? (
+          <NoEdges map={map} />
         ) : address.page === "map" ? (
           <MapPage {...props} />
         ) : address.page === "layers" ? (
@@ -198,6 +200,24 @@ function App() {
         virtual-weights {map.version}
       </footer>
     </>
+  );
+}
+
+/** In place of pages of edges between heads, where the atlas has none. */
+function NoEdges({ map }: { map: MapDocument }) {
+  return (
+    <main>
+      <h1>No edges between heads</h1>
+      <p class="note">
+        {map.parts.some((part) => part.kind === "head") ? (
+          <>
+            They are not stored: <Command text={`vweights map ${map.model} -o ATLAS`} />
+          </>
+        ) : (
+          `${map.model} has no attention heads.`
+        )}
+      </p>
+    </main>
   );
 }
 

@@ -42,10 +42,10 @@ export function Card({ map, part, onMove, onPair }: Props) {
         {part.label} {isHead && <Sign behaviour={behaviours?.label} />}{" "}
         <small>{isHead ? (BEHAVIOURS[behaviours?.label ?? ""] ?? (behaviours ? "no label" : "")) : (KINDS[part.kind] ?? part.kind)}</small>
         <span class="step">
-          <button onClick={() => onMove(-1)} aria-label="the head before">
+          <button onClick={() => onMove(-1)} aria-label={isHead ? "the head before" : "the part before"}>
             ←
           </button>{" "}
-          <button onClick={() => onMove(1)} aria-label="the next head">
+          <button onClick={() => onMove(1)} aria-label={isHead ? "the next head" : "the next part"}>
             →
           </button>
         </span>
@@ -87,9 +87,10 @@ export function Card({ map, part, onMove, onPair }: Props) {
             Gains of its circuits{" "}
             <Behind
               name={`${part.label}-gains`}
-              rows={() =>
-                clean(heads.circuits!.ov[at]).map((ov, i) => ({ direction: i + 1, ov, qk: heads.circuits!.qk[at]![i] ?? null }))
-              }
+              rows={() => {
+                const [ov, qk] = [clean(heads.circuits!.ov[at]), clean(heads.circuits!.qk[at])];
+                return Array.from({ length: Math.max(ov.length, qk.length) }, (_, i) => ({ direction: i + 1, ov: ov[i] ?? null, qk: qk[i] ?? null }));
+              }}
             />
           </h3>
           <div class="gains">

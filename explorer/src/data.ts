@@ -150,6 +150,7 @@ export function load<T>(name: string): Promise<T> {
           return answer.json() as Promise<unknown>;
         });
     known.set(name, promise);
+    promise.catch(() => known.delete(name)); // to be asked for again
   }
   return promise as Promise<T>;
 }
@@ -201,6 +202,7 @@ function loadColumn(stored: StoredPairs, name: string): Promise<Float32Array> {
       return values;
     });
     columns.set(key, promise);
+    promise.catch(() => columns.delete(key));
   }
   return promise;
 }

@@ -207,8 +207,12 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
   const stored = map.stored[`${effect.writer}/${effect.reader}.${effect.port}`];
   const [carried, setCarried] = useState<Carried | null>(null);
   useEffect(() => {
+    let current = true;
     setCarried(null);
-    if (stored) void loadCarried(stored).then(setCarried);
+    if (stored) void loadCarried(stored).then((read) => current && setCarried(read));
+    return () => {
+      current = false;
+    };
   }, [stored]);
   const texts: Table[] = carried?.edge_tokens ?? [];
   const at = Math.max(0, Math.min(texts.length - 1, Number(address.state.text ?? 1) - 1));

@@ -66,7 +66,7 @@ export function HeadPage({ map, address, go, width, theme }: PageProps) {
           .map((port) => (
             <Strip key={port} {...strip} pairs={all[port]} port={port} room={sides[0]!} into />
           ))}
-        {reads.length === 0 && <p class="note">It reads nothing of the stream.</p>}
+        {part.reads === null && <p class="note">It reads nothing of the stream.</p>}
         <p class="legend">
           ¼ chance <span class="ramp" /> 4 × chance
           <span>
@@ -130,7 +130,7 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
   const others = cells.filter((cell) => !/H\d+$/.test(cell.label));
   const layers = heads.map((cell) => byLabel.get(cell.label)?.layer ?? 0);
   const first = into ? 0 : Math.min(...layers, map.layers);
-  const last = into ? (part.layer ?? 0) : map.layers - 1;
+  const last = into ? (part.layer ?? map.layers - 1) : map.layers - 1;
   const rows = Math.max(1, ...map.parts.map((one) => (one.head ?? 0) + 1));
   const wide = Math.max(3, Math.min(20, (room - 58) / Math.max(1, last - first + 1 + (into ? 1 : 0))));
   const tall = Math.min(13.6, 122 / rows);

@@ -119,8 +119,14 @@ export function MapPage(props: PageProps) {
           </h2>
           {inside === 0 && edges ? (
             <p class="note">
-              No edge. The largest {measure} here is{" "}
-              <button onClick={() => set("least", String(Math.floor(largest * 20) / 20))}>{figure(largest, 2)}</button>.
+              No edge.
+              {Number.isFinite(largest) && (
+                <>
+                  {" "}
+                  The largest {measure} here is{" "}
+                  <button onClick={() => set("least", String(Math.floor(largest * 20) / 20))}>{figure(largest, 2)}</button>.
+                </>
+              )}
             </p>
           ) : (
             <table class="edges">

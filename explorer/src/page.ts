@@ -12,9 +12,11 @@ export interface PageProps {
   theme: string;
 }
 
-/** The ports of heads in this atlas, the one that the address names or the first, and its pairs, null until they are read. */
+export const portsOfHeads = (map: MapDocument) => ["K", "Q", "V"].filter((port) => map.ports.includes(port));
+
+/** The ports of heads in this atlas, of which it must have one, the one that the address names or the first, and its pairs, null until they are read. */
 export function usePort({ map, address }: PageProps): { ports: string[]; port: string; pairs: Pairs | null } {
-  const ports = ["K", "Q", "V"].filter((port) => map.ports.includes(port));
+  const ports = portsOfHeads(map);
   const port = ports.includes(address.state.port ?? "") ? address.state.port! : ports[0]!;
   const [pairs, setPairs] = useState<Pairs | null>(null);
   useEffect(() => {

@@ -19,22 +19,30 @@ export function PairPage({ map, address, go, width, theme }: PageProps) {
   const [pairs, setPairs] = useState<Pairs | null>(null);
   const [carried, setCarried] = useState<Carried | null>(null);
   const edge = useMemo(() => {
-    const edges = pairs ? edgesOf(map, pairs) : null;
+    const edges = pairs?.port === port ? edgesOf(map, pairs) : null;
     const at = edges ? placeOf(edges, writer, reader) : -1;
     return edges && pairs && at >= 0 ? exact(edgeAt(edges, at), pairs, reader) : null;
   }, [pairs, address.name]);
   const near = [reader, ...(edge?.others ?? [])].find((name) => map.stored[`${writer}/${name}.${port}`]);
   const stored = near === undefined ? undefined : map.stored[`${writer}/${near}.${port}`];
   useEffect(() => {
+    let current = true;
     setPairs(null);
-    if (map.ports.includes(port)) void loadPairs(port).then(setPairs);
-  }, [address.name]);
+    if (map.ports.includes(port)) void loadPairs(port).then((read) => current && setPairs(read));
+    return () => {
+      current = false;
+    };
+  }, [port]);
   useEffect(() => {
+    let current = true;
     setCarried(null);
-    if (stored) void loadCarried(stored).then(setCarried);
+    if (stored) void loadCarried(stored).then((read) => current && setCarried(read));
+    return () => {
+      current = false;
+    };
   }, [stored]);
   const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
-  if (!map.ports.includes(port) || (pairs && !edge)) {
+  if (!map.ports.includes(port) || (pairs?.port === port && !edge)) {
     const example = map.parts.find((part) => part.kind === "head")?.label ?? "L0H0";
     return (
       <main>
@@ -465,10 +473,10 @@ function Among({ map, edge, theme, wide }: { map: MapDocument; edge: Edge; theme
       <h2>
         Does it matter?{" "}
         <small>
-          loss without the edge, nats; grey: {random.length} random {edge.port} edges
+          loss without the edge, nats{random.length > 0 && `; grey: ${random.length} random ${edge.port} edges`}
         </small>
       </h2>
-      <svg width={wide} height={84} role="img" aria-label={`${signed(effect)} nats, random edges up to ${figure(largest)}`}>
+      <svg width={wide} height={84} role="img" aria-label={`${signed(effect)} nats, ${random.length ? `random edges up to ${figure(largest)}` : "no random edges"}`}>
         {random.length > 0 && (
           <rect class="range" x={x(Math.min(...random)) - 3} width={x(Math.max(...random)) - x(Math.min(...random)) + 6} y={4} height={54} rx={3} />
         )}

@@ -166,3 +166,15 @@ def test_pages_show_heads_and_edges_and_run_no_names(atlas: vw.Atlas, tmp_path: 
     assert f'aria-label="{len(vw.edges(atlas, "L2H0.K", top=10_000))} writers, port K"' in card
     assert all(f">{edge['writer']}<" in card or edge["writer"] in card for edge in edges)
     assert "No part L9H9" in dom(path, "#/head/L9H9")
+
+
+def test_an_atlas_without_edges_between_heads_says_so(atlas: vw.Atlas, tmp_path: Path) -> None:
+    contents = documents(shown_of(atlas), atlas.manifest)
+    whole = contents["map"]
+    path = tmp_path / "page.html"
+    path.write_text(page({"map": {**whole, "ports": []}}), encoding="utf-8")
+    for address in ("#/map", "#/layers?port=K"):
+        assert "They are not stored" in dom(path, address)
+    headless = [part for part in whole["parts"] if part["kind"] != "head"]
+    path.write_text(page({"map": {**whole, "ports": [], "parts": headless, "behaviours": {}}}), encoding="utf-8")
+    assert "has no attention heads" in dom(path, "#/map")

@@ -203,7 +203,7 @@ def _stack(stream: Stream, role: HeadRole, offset: int, groups: Sequence[Group] 
 
 def head_positions(groups: Sequence[Group], role: HeadRole) -> Tensor:
     """The state that every head of some attentions reads, or in which it first writes."""
-    return torch.cat([_positions([group], role).repeat_interleave(len(group.components)) for group in groups])
+    return _positions([group for group in groups for _ in group.components], role)
 
 
 def _positions(groups: Sequence[Group], role: HeadRole) -> Tensor:
