@@ -2,6 +2,7 @@
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type MapDocument, type Pairs, loadPairs } from "./data";
+import { isHead } from "./edges";
 import { Sign, css, figure, portClass, ramp, signed } from "./marks";
 import { type PageProps, usePort } from "./page";
 import { Axes, Tip, decades, framed, significant } from "./structure-axes";
@@ -16,7 +17,6 @@ interface Common {
   change: number;
 }
 
-const isHead = (label: string) => /^L\d+H\d+$/.test(label);
 const nameOf = (edge: Common) => `${edge.writer}>${edge.reader}`;
 
 /** Edges between heads that both atlases have, by the size of the difference. */

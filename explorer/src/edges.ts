@@ -37,7 +37,7 @@ export interface Edge {
   effect: Effect | null;
 }
 
-const HEAD = /^L(\d+)H\d+$/;
+export const isHead = (label: string) => /^L\d+H\d+$/.test(label);
 export const nameOf = (edge: Pick<Edge, "writer" | "reader" | "port">) => `${edge.writer}>${edge.reader}.${edge.port}`;
 export const layerOf = (label: string) => Number(/^L(\d+)/.exec(label)?.[1] ?? NaN);
 const known = new WeakMap<Pairs, Edges>();
@@ -51,10 +51,10 @@ export function edgesOf(map: MapDocument, pairs: Pairs): Edges {
 function columnsOf(map: MapDocument, pairs: Pairs): Edges {
   const { readers, writers, groups, port } = pairs;
   const [score, lift, share, attribution] = ["score", "lift", "share", "attribution"].map((name) => pairs.column(name));
-  const heads = writers.flatMap((name, i) => (HEAD.test(name) ? [i] : []));
+  const heads = writers.flatMap((name, i) => (isHead(name) ? [i] : []));
   const shared = new Map<string, number[]>();
   readers.forEach((name, i) => {
-    if (!HEAD.test(name)) return;
+    if (!isHead(name)) return;
     const key = groups[i] || name;
     const members = shared.get(key);
     if (members) members.push(i);

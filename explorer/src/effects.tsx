@@ -6,7 +6,7 @@ import { type Carried, type Effect, type Table, loadCarried } from "./data";
 import { Command, figure, ofLoss, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
 import { Behind } from "./table";
-import { Along, Chosen, ColouredText, rowsOf, tokensOf } from "./text";
+import { Along, CHANGED, Chosen, ColouredText, rowsOf, tokensOf } from "./text";
 
 const VERDICTS: Record<string, string> = { causal: "matters", negligible: "too small", inconclusive: "open" };
 const PORTS: Record<string, string> = { K: "into keys", Q: "into queries", V: "into values" };
@@ -231,7 +231,7 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
   });
   const shown = useMemo(() => all.filter((token) => token.sequence === all[0]?.sequence), [all]);
   const counted = all.filter((token) => !Number.isNaN(token.change));
-  const changed = counted.filter((token) => Math.abs(token.change) > 0.1).length;
+  const changed = counted.filter((token) => Math.abs(token.change) > CHANGED).length;
   const mean = counted.reduce((sum, token) => sum + token.change, 0) / (counted.length || 1);
   const strongest = [...shown].filter((t) => !Number.isNaN(t.change)).sort((a, b) => Math.abs(b.change) - Math.abs(a.change))[0];
   const chosen = shown.find((token) => String(token.at) === address.state.token) ?? strongest;
@@ -269,7 +269,7 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
           <p class="legend">
             −2 nats <span class="ramp" /> +2 nats
             <span>
-              {changed} of {counted.length} tokens change by more than .1 nats; the mean is {signed(mean, 3)}.
+              {changed} of {counted.length} tokens change by more than {figure(CHANGED, 1)} nats; the mean is {signed(mean, 3)}.
             </span>
           </p>
           {chosen && <Chosen token={chosen} />}

@@ -3,6 +3,7 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { Card } from "./card";
 import { type MapDocument, type Pairs, type Part, loadPairs } from "./data";
+import { isHead } from "./edges";
 import { figure, overChance, percent, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
 import { Behind } from "./table";
@@ -126,8 +127,8 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
   const colour = useMemo(ramp, [theme]);
   const chance = 1 / Math.sqrt(map.width);
   const byLabel = new Map(map.parts.map((one) => [one.label, one]));
-  const heads = cells.filter((cell) => /H\d+$/.test(cell.label));
-  const others = cells.filter((cell) => !/H\d+$/.test(cell.label));
+  const heads = cells.filter((cell) => isHead(cell.label));
+  const others = cells.filter((cell) => !isHead(cell.label));
   const layers = heads.map((cell) => byLabel.get(cell.label)?.layer ?? 0);
   const first = into ? 0 : Math.min(...layers, map.layers);
   const last = into ? (part.layer ?? map.layers - 1) : map.layers - 1;
@@ -143,7 +144,6 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
       (one) => !into && one.port === port && one.writer === part.label && [one.reader, ...one.shared].includes(cell.label),
     );
   const pairOf = (label: string) => (into ? `${label}/${part.label}.${port}` : `${part.label}/${label}.${port}`);
-  const isHead = (label: string) => /^L\d+H\d+$/.test(label);
   const groupOf = (cell: Cell) => (into || !pairs ? "" : pairs.groups[pairs.readers.indexOf(cell.label)]) || cell.label;
   const foremost: { cell: Cell; shared: string[] }[] = [];
   for (const cell of [...cells].sort((a, b) => measure(b) - measure(a))) {
@@ -205,7 +205,7 @@ function Strip({ map, pairs, port, part, into = false, room, theme, onOpen, onPa
                 if (next && at) setTip({ cell: next, x: at[0], y: at[1] });
                 event.preventDefault();
               } else if (event.key === "Enter" && tip) {
-                if (isHead(part.label)) onPair(pairOf(tip.cell.label));
+                if (isHead(part.label) && isHead(tip.cell.label)) onPair(pairOf(tip.cell.label));
                 else onOpen(tip.cell.label);
               }
             }}

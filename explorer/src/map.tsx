@@ -113,7 +113,7 @@ export function MapPage(props: PageProps) {
             In the brush{" "}
             <small>
               {measure} ≥ {figure(least, 2)}: {inside.toLocaleString("en")} of {(edges?.count ?? 0).toLocaleString("en")}{" "}
-              channels
+              edges
             </small>
             <Behind name={`edges-${port}`} rows={rows} />
           </h2>

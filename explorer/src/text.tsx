@@ -170,10 +170,10 @@ export function Along({ tokens, width }: AlongProps) {
     }
     return [...sums].sort((a, b) => a[0] - b[0]).map(([position, [sum, count]]) => [position, sum / count] as const);
   };
-  const [kept, without] = [means((token) => token.loss), means((token) => token.without)];
-  if (kept.length < 2) return null;
-  const [first, last] = [kept[0]![0], kept.at(-1)![0]];
-  const top = Math.max(...kept.map((p) => p[1]), ...without.map((p) => p[1]));
+  const [intact, without] = [means((token) => token.loss), means((token) => token.without)];
+  if (intact.length < 2) return null;
+  const [first, last] = [intact[0]![0], intact.at(-1)![0]];
+  const top = Math.max(...intact.map((p) => p[1]), ...without.map((p) => p[1]));
   const x = (position: number) => 28 + ((width - 36) * (position - first)) / (last - first);
   const y = (loss: number) => 150 - (138 * loss) / (top || 1);
   const path = (points: (readonly [number, number])[]) => points.map(([p, v], i) => `${i ? "L" : "M"}${x(p)},${y(v)}`).join("");
@@ -187,9 +187,9 @@ export function Along({ tokens, width }: AlongProps) {
           </text>
         </g>
       ))}
-      <path class="between" d={`${path(without)}${path([...kept].reverse()).replace("M", "L")}Z`} />
+      <path class="between" d={`${path(without)}${path([...intact].reverse()).replace("M", "L")}Z`} />
       <path class="curve without" d={path(without)} />
-      <path class="curve" d={path(kept)} />
+      <path class="curve" d={path(intact)} />
       {[first, Math.round((first + last) / 2), last].map((position) => (
         <text key={position} x={x(position)} y={166} text-anchor="middle">
           {position}

@@ -148,6 +148,12 @@ def test_what_is_absent_is_named(name: str) -> None:
             question(stream)
 
 
+def test_a_model_without_layers_has_a_map(tmp_path: Path) -> None:
+    record = vw.map(opened("no-layers"), tmp_path / "atlas").find("composition", port="unembed")
+    assert record is not None
+    assert set(record.axis("writer").labels) == {"embed", "pos"}
+
+
 @pytest.mark.parametrize("name", ["no-layers", "one-layer-no-positions", "shortformer"])
 def test_averages_over_a_text_are_those_of_the_parts_that_are_there(name: str) -> None:
     stream = opened(name)
