@@ -21,6 +21,10 @@ const KNOWN: Record<string, string[]> = {
 
 export const unknown = ({ page, state }: Address) => Object.keys(state).filter((key) => !KNOWN[page]?.includes(key));
 
+/** A number of an address, or the usual one where it says none. */
+export const numberOf = (text: string | undefined, usual: number) =>
+  text !== undefined && text !== "" && Number.isFinite(Number(text)) ? Number(text) : usual;
+
 const SETTLED = 200; // milliseconds after which a slider's place is written into the address
 
 /** What was escaped, or the same where the escape is none. */

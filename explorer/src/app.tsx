@@ -37,10 +37,19 @@ function App() {
   const search = useRef<HTMLInputElement>(null);
   useEffect(() => {
     loadMap().then(setMap, (error: unknown) => setFailure(String(error)));
+    const rejected = (event: PromiseRejectionEvent) => {
+      setFailure(String(event.reason)); // what a page waits for did not come
+      event.preventDefault();
+    };
+    addEventListener("unhandledrejection", rejected);
     const sized = () => setWidth(innerWidth);
     addEventListener("resize", sized);
-    return () => removeEventListener("resize", sized);
+    return () => {
+      removeEventListener("resize", sized);
+      removeEventListener("unhandledrejection", rejected);
+    };
   }, []);
+  useEffect(() => void (map && setFailure("")), [address.page, address.name]);
   document.documentElement.dataset.theme = theme;
   const [keys, setKeys] = useState(false);
   useEffect(() => {
@@ -67,8 +76,8 @@ function App() {
     addEventListener("keydown", key);
     return () => removeEventListener("keydown", key);
   });
-  if (failure) return <p class="failure">The atlas cannot be read: {failure}</p>;
-  if (!map) return <p class="failure">Reading the atlas …</p>;
+  if (!map && failure) return <p class="failure">The atlas cannot be read. {failure}</p>;
+  if (!map) return <p class="waiting">Reading the atlas …</p>;
   const props: PageProps = { map, address, go, width: Math.max(280, Math.min(2200, width) - (width < 700 ? 32 : 48)), theme };
   const find = (text: string): boolean => {
     const behaviour = Object.entries(BEHAVIOURS).find(([key, name]) => [key, name].includes(text.trim().toLowerCase()));
@@ -80,8 +89,8 @@ function App() {
     const partOf = (name: string) => map.parts.find((part) => part.label.toLowerCase() === name.toLowerCase());
     const [, name = "", port = "K"] = /^(.*?)(?:\.([QKV]))?$/i.exec(reader ?? writer) ?? [];
     const [from, part] = [partOf(writer), partOf(name)];
-    if (reader && from && part) go({ page: "pair", name: `${from.label}/${part.label}.${port.toUpperCase()}`, state: {} });
-    else if (!reader && part) go({ page: "head", name: part.label, state: {} });
+    if (reader && from && part?.kind === "head") go({ page: "pair", name: `${from.label}/${part.label}.${port.toUpperCase()}`, state: {} });
+    else if (part) go({ page: "head", name: part.label, state: {} });
     else return false;
     return true;
   };
@@ -146,6 +155,11 @@ function App() {
           {theme === "dark" ? "Light" : "Dark"}
         </button>
       </header>
+      {failure && (
+        <p class="failure" role="alert">
+          Part of this page cannot be read. {failure}
+        </p>
+      )}
       <div id="content" key={theme}>
         {address.page === "head" ? (
           <HeadPage {...props} />

@@ -143,7 +143,7 @@ export function Card({ map, part, onMove, onPair }: Props) {
         </table>
       ) : (
         <p class="note">
-          None was: <Command text={`vweights ablate ${map.model} ${isHead ? `WRITER ${part.label}.K` : `${part.label} READER`} --repeated`} />
+          None was: <Command text={`vweights ablate ${map.model} ${isHead ? `WRITER ${part.label}.K` : part.writes === null ? `WRITER ${part.label}` : `${part.label} READER`} --repeated`} />
         </p>
       )}
       {isHead && (

@@ -1,6 +1,7 @@
 /** Two atlases: every edge between heads that both have, its score in one against its score in the other. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { numberOf } from "./address";
 import { type MapDocument, type Pairs, loadPairs } from "./data";
 import { isHead } from "./edges";
 import { Sign, css, figure, portClass, ramp, signed } from "./marks";
@@ -19,9 +20,9 @@ interface Common {
 
 const nameOf = (edge: Common) => `${edge.writer}>${edge.reader}`;
 
-/** Edges between heads that both atlases have, by the size of the difference. */
+/** Edges between heads that both atlases have, one for each map that heads share, by the size of the difference. */
 function commonOf(pairs: Pairs, against: Pairs, measure: "score" | "lift", least: number): Common[] {
-  const { readers, writers } = pairs;
+  const { readers, writers, groups } = pairs;
   const score = [pairs.column("score"), against.column("score")];
   const value = [pairs.column(measure), against.column(measure)];
   if (!score[0] || !score[1] || !value[0] || !value[1]) return [];
@@ -29,14 +30,18 @@ function commonOf(pairs: Pairs, against: Pairs, measure: "score" | "lift", least
   const heads = readers.map(isHead);
   for (let w = 0; w < writers.length; w++) {
     if (!isHead(writers[w]!)) continue;
+    const best = new Map<string, Common>();
     for (let r = 0; r < readers.length; r++) {
       const i = r * writers.length + w;
       const [here, there] = [value[0][i]!, value[1][i]!];
       if (!heads[r] || !(Math.max(score[0][i]!, score[1][i]!) >= least) || !Number.isFinite(here) || !Number.isFinite(there)) continue;
       if (measure === "score" && !(here > 0 && there > 0)) continue;
       const change = measure === "score" ? Math.log2(there / here) : there - here;
-      edges.push({ writer: writers[w]!, reader: readers[r]!, here, there, change });
+      const key = groups[r] || readers[r]!;
+      const same = best.get(key);
+      if (!same || Math.abs(same.change) < Math.abs(change)) best.set(key, { writer: writers[w]!, reader: readers[r]!, here, there, change });
     }
+    edges.push(...best.values());
   }
   return edges.sort((a, b) => Math.abs(b.change) - Math.abs(a.change));
 }
@@ -85,7 +90,7 @@ function Compared(props: PageProps & { other: NonNullable<MapDocument["against"]
   }, [port]);
   const measure = address.state.measure === "lift" ? "lift" : "score";
   const chance = 1 / Math.sqrt(map.width);
-  const least = Number(address.state.least ?? 1);
+  const least = numberOf(address.state.least, 1);
   const edges = useMemo(
     () => (pairs && against && pairs.port === port ? commonOf(pairs, against, measure, least * chance) : []),
     [pairs, against, measure, least],
@@ -114,7 +119,7 @@ function Compared(props: PageProps & { other: NonNullable<MapDocument["against"]
         What differs from {other.model}?
       </h1>
       <p class="lead">
-        Every {port} edge between two heads that both have: its {measure} in {map.model} across, in {other.model} up.
+        Every {port} edge between two heads that both have, of heads that share a map the one that differs most: its {measure} in {map.model} across, in {other.model} up.
       </p>
       {Object.entries(other.conventions).map(([name, [here, there]]) => (
         <p key={name} class="warn">

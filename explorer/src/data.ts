@@ -145,8 +145,8 @@ export function load<T>(name: string): Promise<T> {
   if (!promise) {
     promise = embedded
       ? Promise.resolve(embedded[name])
-      : fetch(`/api/documents/${name}`).then((answer) => {
-          if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
+      : fetch(`/api/documents/${name}`).then(async (answer) => {
+          if (!answer.ok) throw new Error(await answer.text());
           return answer.json() as Promise<unknown>;
         });
     known.set(name, promise);

@@ -2,6 +2,7 @@
 
 import { scaleSymlog } from "d3-scale";
 import { useEffect, useMemo, useState } from "preact/hooks";
+import { numberOf } from "./address";
 import { type Carried, type Effect, type Table, loadCarried } from "./data";
 import { Command, figure, ofLoss, portClass, ramp, signed } from "./marks";
 import type { PageProps } from "./page";
@@ -215,7 +216,7 @@ function TextPanel({ map, address, go, effect, width, theme }: PageProps & { eff
     };
   }, [stored]);
   const texts: Table[] = carried?.edge_tokens ?? [];
-  const at = Math.max(0, Math.min(texts.length - 1, Number(address.state.text ?? 1) - 1));
+  const at = Math.max(0, Math.min(texts.length - 1, numberOf(address.state.text, 1) - 1));
   const table = texts[at];
   const all = useMemo(() => (table ? tokensOf(table) : []), [table]);
   const set = (state: Record<string, string>) => go({ state: { sel: address.state.sel ?? "", ...state } });

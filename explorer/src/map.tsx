@@ -1,6 +1,7 @@
 /** Where to look: all edges of a port, those in the brush as a list, and where they run. */
 
 import { useMemo } from "preact/hooks";
+import { numberOf } from "./address";
 import type { MapDocument } from "./data";
 import { type Edge, type Edges, edgeAt, edgesOf, nameOf, placeOfName, ranked } from "./edges";
 import { BEHAVIOURS, Sign, figure, percent, portClass, signed } from "./marks";
@@ -22,9 +23,9 @@ export function MapPage(props: PageProps) {
   const edges = useMemo(() => (pairs ? edgesOf(map, pairs) : null), [pairs]);
   const measure = MEASURES[address.state.measure ?? ""] ? address.state.measure! : "lift";
   const { of, least: usual, step } = MEASURES[measure]!;
-  const least = Number(address.state.least ?? usual);
+  const least = numberOf(address.state.least, usual);
   const [writer, reader] = [address.state.writer ?? "", address.state.reader ?? ""];
-  const to = Number(address.state.to ?? map.layers - 1);
+  const to = numberOf(address.state.to, map.layers - 1);
   const pin = address.state.pin ?? "";
   const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
   const order = useMemo(() => {
