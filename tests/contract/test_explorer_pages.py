@@ -226,7 +226,7 @@ def test_compare_shows_what_both_have_and_names_the_rest(atlas: vw.Atlas, other:
     path = tmp_path / "page.html"
     path.write_text(page(contents), encoding="utf-8")
     shown = dom(path, "#/compare?least=0")
-    assert "<b>36</b> edges" in shown, "six heads of layer 0 into the keys of six heads of layer 1"
+    assert "<b>12</b> edges" in shown, "six heads of layer 0 into the two keys of layer 1, each shared by three heads"
     assert "−1.00" in shown, "log2 of one half"
     assert "Only in smaller: 1 part" in shown
     assert "different conventions" in shown
