@@ -218,7 +218,14 @@ export function Scatter({ edges, ranked, measure, least, chance, pin, behaviour,
         onKeyDown={keyed}
       >
         {labels.map(({ edge, at, text }) => (
-          <g key={nameOf(edge)} class="named">
+          <g
+            key={nameOf(edge)}
+            class="named"
+            onClick={(event) => {
+              event.stopPropagation();
+              onPin(edge.at);
+            }}
+          >
             <path d={`M${at[0]},${at[1]}L${text[0]},${text[1] - 4}`} />
             <text x={text[0]} y={text[1]} text-anchor={text[2] ? "end" : "start"}>
               {edge.writer} → {edge.reader} <tspan class="effect">{signed(edge.effect!.effect)}</tspan>
