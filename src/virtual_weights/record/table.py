@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,11 +190,21 @@ def _rows(record: Record) -> Table:
 @contextmanager
 def _database(table: Table) -> Generator[DuckDBPyConnection]:
     """A database in memory in which a table is called ``entries``."""
-    import duckdb
-
-    with duckdb.connect(config={"pandas_analyze_sample": 0}) as database:  # type "object" is text, never guessed
+    with _engine(os.getpid()).cursor() as database:
         database.register("entries", table)
         yield database
+
+
+@cache
+def _engine(process: int) -> DuckDBPyConnection:
+    """The engine of this process, since to start one takes ten times as long as to write a record.
+
+    It has no threads of its own, which a process that is forked from this one would not have.
+    """
+    import duckdb
+
+    del process  # distinguishes a forked one
+    return duckdb.connect(config={"pandas_analyze_sample": 0, "threads": 1})  # type "object" is text, never guessed
 
 
 def _file_header(path: Path) -> FileHeader:
