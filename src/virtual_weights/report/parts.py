@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from virtual_weights.record import Record
-from virtual_weights.report.tables import plain, table
+from virtual_weights.report.tables import digits_of, rounded, table
 
 _OF_TOKENS = ("sequence", "position", "token", "text", "share", "loss", "loss_without")
 _LIKELIEST = ("likeliest_text", "likeliest_text_without")
-_DIGITS = 4
 
 
 def heads(records: Mapping[tuple[str, str], Record]) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def heads(records: Mapping[tuple[str, str], Record]) -> dict[str, Any]:
     if (erasers := records.get(("head_erasers", ""))) is not None:
         shown["erasers"] = {
             "labels": list(erasers.axis("head").labels),
-            **{name: [_short(v) for v in np.asarray(erasers[name]).tolist()] for name in ("copying", "negative_share")},
+            **{name: rounded(erasers[name]) for name in ("copying", "negative_share")},
         }
     if (tokens := records.get(("head_tokens", ""))) is not None:
         shown["tokens"] = directions(tokens, "head")
@@ -90,13 +89,13 @@ def directions(record: Record, by: str | None = None) -> dict[str, list[dict[str
         end, token, text, cosine, gain, random = row
         block = blocks.setdefault(
             (place, which),
-            {"directions": which, "gain": _short(gain), "random": _short(random), "ends": {}},
+            {"directions": which, "gain": digits_of(gain), "random": digits_of(random), "ends": {}},
         )
         if cosine_of_ends != "":
-            block["written_read"] = _short(cosine_of_ends)
+            block["written_read"] = digits_of(cosine_of_ends)
         nearest = block["ends"].setdefault(end, {})
         if token not in nearest or abs(nearest[token][2]) < abs(cosine):
-            nearest[token] = [text, token, _short(cosine)]
+            nearest[token] = [text, token, digits_of(cosine)]
     divided: dict[str, list[dict[str, Any]]] = {}
     for (place, _), block in blocks.items():
         ends = {end: sorted(tokens.values(), key=lambda t: -abs(t[2])) for end, tokens in block["ends"].items()}
@@ -110,17 +109,13 @@ def _list(record: Record, name: str) -> list[Any]:
 
 
 def _by_token(record: Record) -> dict[str, Any]:
-    """The table of an edge's tokens, without what a page does not show, numbers to ``_DIGITS`` digits."""
+    """The table of an edge's tokens, without what a page does not show, numbers to four digits."""
     shown = table(record)
     shown["columns"] = [column for column in shown["columns"] if column["name"] in (*_OF_TOKENS, *_LIKELIEST)]
     for column in shown["columns"]:
-        column["values"] = [_short(value) if isinstance(value, float) else value for value in column["values"]]
+        column["values"] = [digits_of(value) if isinstance(value, float) else value for value in column["values"]]
     return shown
 
 
 def _present(row: list[float]) -> list[float | None]:
-    return [_short(value) for value in row if value == value]
-
-
-def _short(value: float) -> float | None:
-    return plain(float(f"{value:.{_DIGITS}g}"))
+    return [digits_of(value) for value in row if value == value]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from virtual_weights.record import Record
-from virtual_weights.report.tables import density, plain
+from virtual_weights.report.tables import density, digits_of, plain, rounded
 
 HEADS, PAIRS, MASSIVE = 4096, 300, 50
 """The most heads, erasing pairs and massive coordinates that a document lists; beside each is how many there are."""
@@ -93,7 +93,7 @@ def _erasure(record: Record) -> dict[str, Any]:
     rows, columns = _layers(erasers), _layers(writers)
     order = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None, kind="stable")
     pairs = [
-        {"writer": row["writer"], "eraser": row["reader"], **{name: _digits(row[name]) for name in _PAIR}}
+        {"writer": row["writer"], "eraser": row["reader"], **{name: digits_of(row[name]) for name in _PAIR}}
         for row in record.top(PAIRS, by="alignment").rows()
     ]
     first = min(rows + columns)
@@ -122,13 +122,13 @@ def _basis(record: Record) -> dict[str, Any]:
         "columns": {name: rounded(record[name]) for name in _COORDINATE},
         "means": {
             side: {
-                "trained": _digits(float(np.mean(np.asarray(record[f"{side}_kurtosis"])))),
-                "turned": _digits(float(np.mean(values))),
+                "trained": digits_of(float(np.mean(np.asarray(record[f"{side}_kurtosis"])))),
+                "turned": digits_of(float(np.mean(values))),
                 "quantiles": rounded(np.quantile(values, (0.01, 0.5, 0.99))),
             }
             for side, values in turned.items()
         },
-        "gaussian": _digits(record.stamp["gaussian"]),
+        "gaussian": digits_of(record.stamp["gaussian"]),
         "threshold": record.parameters["massive"],
         "massive": massive[:MASSIVE],
         "of_massive": len(massive),
@@ -139,16 +139,3 @@ def _layers(labels: Sequence[str]) -> list[int]:
     """Layers of components, -1 of what stands in none."""
     matches = (re.match(r"L(\d+)", label) for label in labels)
     return [-1 if match is None else int(match[1]) for match in matches]
-
-
-def rounded(values: Any, digits: int = 4) -> list[Any]:
-    """Numbers with so many significant digits; None where there is none."""
-    return [_digits(value, digits) for value in np.asarray(values, dtype=np.float64).tolist()]
-
-
-def _digits(value: Any, digits: int = 4) -> Any:
-    """A number with so many significant digits, a whole one without a point; None of what is not finite."""
-    if value is None or not np.isfinite(value):
-        return None
-    short = float(f"{value:.{digits}g}")
-    return int(short) if short.is_integer() and abs(short) < 2**53 else short

@@ -48,6 +48,19 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def rounded(values: Any, digits: int = 4) -> list[Any]:
+    """Numbers with so many significant digits; None where there is none."""
+    return [digits_of(value, digits) for value in np.asarray(values, dtype=np.float64).tolist()]
+
+
+def digits_of(value: Any, digits: int = 4) -> Any:
+    """A number with so many significant digits, a whole one without a point; None of what is not finite."""
+    if value is None or not np.isfinite(value):
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 2**53 else short
+
+
 def _column(column: Column) -> dict[str, Any]:
     values = column.values
     listed = list(values) if isinstance(values, tuple) else np.asarray(values.detach().cpu()).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from virtual_weights.record import Record
-from virtual_weights.report.structure import rounded
+from virtual_weights.report.tables import rounded
 
 HEADS, NEURONS = 4096, 300
 """The most heads, and the most neurons or features, that a document lists of each side by score; of neurons also the

@@ -13,7 +13,6 @@ from virtual_weights.analysis.channels.offsets import OffsetProfile
 from virtual_weights.analysis.channels.pair_angles import PairAngles
 from virtual_weights.errors import UsageError
 from virtual_weights.record import Record
-from virtual_weights.runtime.edges.edge_tokens import EdgeTokens
 from virtual_weights.runtime.running.run import Run
 from virtual_weights.runtime.running.text import STORY
 from virtual_weights.stream import Question, Stream, parse
@@ -66,11 +65,6 @@ def texts(run: Run, length: int) -> Iterator[tuple[Run, int]]:
     else:
         yield story, 1
     yield run.shortened(length), _SEQUENCES
-
-
-def by_token(edges: Iterable[tuple[str, str]], sequences: int) -> list[EdgeTokens]:
-    """What edges do token by token."""
-    return [EdgeTokens(writer, reader, sequences=sequences) for writer, reader in edges]
 
 
 def _has_tokens(stream: Stream) -> bool:

@@ -45,7 +45,7 @@ from virtual_weights.stream import Component, Group, Question, Stream, open_stre
 from virtual_weights.stream.group import HEAD_PORTS
 from virtual_weights.stream.moments import Moments
 from virtual_weights.stream.provenance import fingerprint_of
-from virtual_weights.survey.details import by_token, leading, of_edges, of_heads, texts
+from virtual_weights.survey.details import leading, of_edges, of_heads, texts
 from virtual_weights.survey.estimate import Machine, estimates
 from virtual_weights.survey.strongest import among_heads, foremost, once
 from virtual_weights.survey.survey import ENDS, Survey, bars
@@ -160,7 +160,7 @@ class Plan:
         yield from survey.answers([*of_heads(stream, offset), *of_edges(stream, edges, offset)])
         if survey.run is not None and removed:
             for run, sequences in texts(survey.run, _LENGTH):
-                yield from survey.answers(by_token(removed, sequences), run)
+                yield from survey.answers([EdgeTokens(*edge, sequences=sequences) for edge in removed], run)
 
     def _flow(self, survey: Survey, run: Run) -> Iterator[Record]:
         """Labels of heads, contributions to every port, attribution and ablation of the foremost edges."""
