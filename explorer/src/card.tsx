@@ -1,8 +1,8 @@
 /** A head's card: what it attends to, the gains of its circuits, what its OV does, its first directions, its edges. */
 
-import { useEffect, useState } from "preact/hooks";
-import { type Heads, type MapDocument, type Part, loadHeads } from "./data";
+import type { Heads, MapDocument, Part } from "./data";
 import { BEHAVIOURS, Command, Sign, figure, portClass, signed } from "./marks";
+import { useDocument } from "./page";
 import { entropyRank } from "./spectrum";
 import { Behind } from "./table";
 import { Tokens, tokenRows } from "./tokens";
@@ -25,8 +25,7 @@ interface Props {
 }
 
 export function Card({ map, part, onMove, onPair }: Props) {
-  const [heads, setHeads] = useState<Heads | null>(null);
-  useEffect(() => void (map.stored.heads && loadHeads().then(setHeads)), []);
+  const heads = useDocument<Heads>(map.stored.heads);
   const behaviours = map.behaviours[part.label];
   const threshold = map.threshold ?? 0.4;
   const shared = map.parts.filter((one) => part.group && one.group === part.group && one.label !== part.label);

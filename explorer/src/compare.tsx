@@ -2,12 +2,12 @@
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { numberOf } from "./address";
-import { type MapDocument, type Pairs, loadPairs } from "./data";
+import type { MapDocument, Pairs } from "./data";
 import { isHead } from "./edges";
-import { Sign, css, figure, portClass, ramp, signed } from "./marks";
-import { type PageProps, usePort } from "./page";
+import { Sign, css, emptied, figure, portClass, ramp, signed } from "./marks";
+import { type PageProps, usePairs, usePort } from "./page";
 import { Axes, Tip, decades, framed, significant } from "./structure-axes";
-import { Behind } from "./table";
+import { Behind, EdgeRow } from "./table";
 
 interface Common {
   writer: string;
@@ -79,20 +79,12 @@ function Compared(props: PageProps & { other: NonNullable<MapDocument["against"]
   const { map, address, go, width, other } = props;
   const { port, pairs } = usePort(props);
   const ports = ["K", "Q", "V"].filter((name) => other.ports.includes(name));
-  const [against, setAgainst] = useState<Pairs | null>(null);
-  useEffect(() => {
-    let current = true;
-    setAgainst(null);
-    if (other.ports.includes(port)) void loadPairs(port, ["score", "lift"], "against").then((stored) => current && setAgainst(stored));
-    return () => {
-      current = false;
-    };
-  }, [port]);
+  const against = usePairs(other.ports.includes(port) ? port : undefined, ["score", "lift"], "against");
   const measure = address.state.measure === "lift" ? "lift" : "score";
   const chance = 1 / Math.sqrt(map.width);
   const least = numberOf(address.state.least, 1);
   const edges = useMemo(
-    () => (pairs && against && pairs.port === port ? commonOf(pairs, against, measure, least * chance) : []),
+    () => (pairs && against ? commonOf(pairs, against, measure, least * chance) : []),
     [pairs, against, measure, least],
   );
   const scale = measure === "score" ? Math.log2 : (value: number) => value;
@@ -183,13 +175,7 @@ function Compared(props: PageProps & { other: NonNullable<MapDocument["against"]
             </thead>
             <tbody>
               {edges.slice(0, 12).map((edge) => (
-                <tr
-                  key={nameOf(edge)}
-                  class={nameOf(edge) === pin ? "selected" : ""}
-                  tabIndex={0}
-                  onClick={() => set("pin", nameOf(edge))}
-                  onKeyDown={(event) => event.key === "Enter" && (nameOf(edge) === pin ? open(edge) : set("pin", nameOf(edge)))}
-                >
+                <EdgeRow key={nameOf(edge)} pinned={nameOf(edge) === pin} onPin={() => set("pin", nameOf(edge))} onOpen={() => open(edge)}>
                   <td>
                     <Sign behaviour={behaviour(edge.writer)} /> <b>{edge.writer}</b> → <Sign behaviour={behaviour(edge.reader)} /> <b>{edge.reader}</b>
                   </td>
@@ -198,7 +184,7 @@ function Compared(props: PageProps & { other: NonNullable<MapDocument["against"]
                   <td>
                     <b>{signed(edge.change)}</b>
                   </td>
-                </tr>
+                </EdgeRow>
               ))}
             </tbody>
           </table>
@@ -313,14 +299,8 @@ function Plot({ map, other, edges, pinned, port, measure, chance, width, onPin, 
   const y = (value: number) => frame.bottom - (frame.bottom - frame.top) * scales.share(value);
   const end = measure === "score" ? 1 : 2;
   useEffect(() => {
-    const node = canvas.current;
-    const pen = node?.getContext("2d");
-    if (!node || !pen) return;
-    const density = devicePixelRatio || 1;
-    node.width = width * density;
-    node.height = frame.height * density;
-    pen.setTransform(density, 0, 0, density, 0, 0);
-    pen.clearRect(0, 0, width, frame.height);
+    const pen = emptied(canvas.current, width, frame.height);
+    if (!pen) return;
     const shade = ramp();
     const ink = css("point");
     for (let i = edges.length - 1; i >= 0; i--) {

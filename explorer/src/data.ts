@@ -1,8 +1,5 @@
 /** Documents of an atlas: embedded in a report, or asked of the server. */
 
-import type { Structure } from "./structure-document";
-import type { VectorDocument } from "./vector-document";
-
 export interface Part {
   label: string;
   kind: string;
@@ -178,7 +175,7 @@ function table(): Float32Array {
 }
 
 /** Numbers of half precision in base64, put into an array from a place on. */
-export function decode(text: string, into: Float32Array, start = 0): Float32Array {
+function decode(text: string, into: Float32Array, start = 0): Float32Array {
   const binary = atob(text);
   const all = table();
   for (let i = 0; 2 * i < binary.length; i++) {
@@ -216,10 +213,3 @@ export async function loadPairs(port: string, names: string[] = ALL, of: "pairs"
   const values = await Promise.all(there.map((name) => loadColumn(stored, name)));
   return { ...stored, column: (name) => values[there.indexOf(name)] ?? null };
 }
-
-export const loadBandwidth = () => load<Table>("bandwidth");
-export const loadStatements = () => load<Statements>("statements");
-export const loadCarried = (name: string) => load<Carried>(name);
-export const loadHeads = () => load<Heads>("heads");
-export const loadStructure = () => load<Structure>("structure");
-export const loadVector = (name: string) => load<VectorDocument>(name);

@@ -39,7 +39,7 @@ export interface Edge {
 
 export const isHead = (label: string) => /^L\d+H\d+$/.test(label);
 export const nameOf = (edge: Pick<Edge, "writer" | "reader" | "port">) => `${edge.writer}>${edge.reader}.${edge.port}`;
-export const layerOf = (label: string) => Number(/^L(\d+)/.exec(label)?.[1] ?? NaN);
+const layerOf = (label: string) => Number(/^L(\d+)/.exec(label)?.[1] ?? NaN);
 const known = new WeakMap<Pairs, Edges>();
 
 export function edgesOf(map: MapDocument, pairs: Pairs): Edges {

@@ -1,11 +1,11 @@
 /** What the model loses when one connection is removed: each edge with its interval, over the range of random ones. */
 
 import { scaleSymlog } from "d3-scale";
-import { useEffect, useMemo, useState } from "preact/hooks";
+import { useEffect, useMemo } from "preact/hooks";
 import { numberOf } from "./address";
-import { type Carried, type Effect, type Table, loadCarried } from "./data";
+import type { Carried, Effect, Table } from "./data";
 import { Command, figure, ofLoss, portClass, ramp, signed } from "./marks";
-import type { PageProps } from "./page";
+import { type PageProps, useDocument } from "./page";
 import { Behind } from "./table";
 import { Along, CHANGED, Chosen, ColouredText, rowsOf, tokensOf } from "./text";
 
@@ -206,15 +206,7 @@ export function EffectsPage(props: PageProps) {
 /** Where in a text the selected edge matters. */
 function TextPanel({ map, address, go, effect, width, theme }: PageProps & { effect: Effect }) {
   const stored = map.stored[`${effect.writer}/${effect.reader}.${effect.port}`];
-  const [carried, setCarried] = useState<Carried | null>(null);
-  useEffect(() => {
-    let current = true;
-    setCarried(null);
-    if (stored) void loadCarried(stored).then((read) => current && setCarried(read));
-    return () => {
-      current = false;
-    };
-  }, [stored]);
+  const carried = useDocument<Carried>(stored);
   const texts: Table[] = carried?.edge_tokens ?? [];
   const at = Math.max(0, Math.min(texts.length - 1, numberOf(address.state.text, 1) - 1));
   const table = texts[at];

@@ -1,10 +1,10 @@
 /** Which depths talk to which: every pair of heads, rows read and columns write, a lens over some, the stream's width beside. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { type Table, loadBandwidth } from "./data";
+import type { Table } from "./data";
 import { Demand, Depth } from "./depth";
 import { Command, css, figure, overChance, portClass, ramp } from "./marks";
-import { type PageProps, usePort } from "./page";
+import { type PageProps, useDocument, usePort } from "./page";
 import { Behind } from "./table";
 
 interface Head {
@@ -34,10 +34,9 @@ const lensOf = (text: string | undefined): Lens | null => {
 export function LayersPage(props: PageProps) {
   const { map, address, go, width, theme } = props;
   const { ports, port, pairs } = usePort(props);
-  const [bandwidth, setBandwidth] = useState<Table | null>(null);
+  const bandwidth = useDocument<Table>(map.stored.bandwidth);
   const [at, setAt] = useState<{ reader: Head; writer: Head; value: number; x: number; y: number } | null>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
-  useEffect(() => void (map.stored.bandwidth && loadBandwidth().then(setBandwidth)), []);
   const readers = useMemo(() => (pairs ? headsOf(pairs.readers) : []), [pairs]);
   const writers = useMemo(() => (pairs ? headsOf(pairs.writers) : []), [pairs]);
   const score = pairs?.column("score") ?? null;

@@ -8,7 +8,7 @@ import { BEHAVIOURS, Sign, figure, percent, portClass, signed } from "./marks";
 import { type PageProps, usePort } from "./page";
 import { Scatter } from "./scatter";
 import { StreamMap } from "./stream";
-import { Behind } from "./table";
+import { Behind, EdgeRow } from "./table";
 
 const MEASURES: Record<string, { of: (edges: Edges) => Float32Array; least: number; step: number }> = {
   lift: { of: (edges) => edges.lift, least: 2.5, step: 0.1 },
@@ -142,13 +142,7 @@ export function MapPage(props: PageProps) {
               </thead>
               <tbody>
                 {listed.map((edge) => (
-                  <tr
-                    key={nameOf(edge)}
-                    class={nameOf(edge) === pin ? "selected" : ""}
-                    tabIndex={0}
-                    onClick={() => set("pin", nameOf(edge))}
-                    onKeyDown={(event) => event.key === "Enter" && (nameOf(edge) === pin ? open(edge) : set("pin", nameOf(edge)))}
-                  >
+                  <EdgeRow key={nameOf(edge)} pinned={nameOf(edge) === pin} onPin={() => set("pin", nameOf(edge))} onOpen={() => open(edge)}>
                     <td>
                       <Sign behaviour={behaviour(edge.writer)} /> <b>{edge.writer}</b> →{" "}
                       <Sign behaviour={behaviour(edge.reader)} /> <b>{edge.reader}</b>{" "}
@@ -166,7 +160,7 @@ export function MapPage(props: PageProps) {
                         <span class="muted">{signed(edge.attribution)} est.</span>
                       )}
                     </td>
-                  </tr>
+                  </EdgeRow>
                 ))}
               </tbody>
             </table>

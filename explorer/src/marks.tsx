@@ -83,3 +83,14 @@ export function Command({ text }: { text: string }) {
     </span>
   );
 }
+
+/** What draws on an empty canvas of so many pixels of the page, as fine as the screen is. */
+export function emptied(canvas: HTMLCanvasElement | null, width: number, height: number): CanvasRenderingContext2D | null {
+  const pen = canvas?.getContext("2d") ?? null;
+  if (!canvas || !pen) return null;
+  const density = devicePixelRatio || 1;
+  canvas.width = width * density;
+  canvas.height = height * density;
+  pen.setTransform(density, 0, 0, density, 0, 0);
+  return pen;
+}

@@ -1,6 +1,7 @@
 /** Who could erase what whom wrote: the strongest pair of every two layers, and the foremost of all. */
 
 import { useMemo } from "preact/hooks";
+import { isHead } from "./edges";
 import { Sign, figure, ramp, signed } from "./marks";
 import { type SectionProps, columns } from "./structure";
 import { Tip, significant, useSteps } from "./structure-axes";
@@ -31,7 +32,6 @@ export function ErasingPairs({ map, erasure, go, width, theme }: SectionProps & 
       eraser: erasure.eraser[i]!,
     }),
   );
-  const isHead = (label: string) => /H\d+$/.test(label);
   const open = (label: string) => isHead(label) && go({ page: "head", name: label, state: {} });
   const said_ = (cell: Cell) => `${cell.writer} erased by ${cell.eraser}, alignment ${signed(cell.value)}`;
   const { current, set, stop, said } = useSteps(

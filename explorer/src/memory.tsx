@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { ErasingPairs } from "./memory-pairs";
-import { BEHAVIOURS, Glyph, Sign, css, figure, percent, signed } from "./marks";
+import { BEHAVIOURS, Glyph, Sign, css, emptied, figure, percent, signed } from "./marks";
 import { type SectionProps, columns } from "./structure";
 import { Axes, Missing, Tip, framed, raised, significant, useSteps } from "./structure-axes";
 import type { Heads, Neurons } from "./structure-document";
@@ -57,14 +57,8 @@ function Density({ neurons, width, theme }: { neurons: Neurons; width: number; t
   const cosine = (c: number) => left + ((right - left) * c) / wide;
   const gain = (r: number) => 10 ** (low + ((high - low) * r) / tall);
   useEffect(() => {
-    const node = canvas.current;
-    const pen = node?.getContext("2d");
-    if (!node || !pen) return;
-    const density = devicePixelRatio || 1;
-    node.width = width * density;
-    node.height = frame.height * density;
-    pen.setTransform(density, 0, 0, density, 0, 0);
-    pen.clearRect(0, 0, width, frame.height);
+    const pen = emptied(canvas.current, width, frame.height);
+    if (!pen) return;
     pen.fillStyle = css("ink");
     for (let c = 0; c < wide; c++) {
       const [from, to] = [x(cosine(c)), x(cosine(c + 1))];

@@ -1,12 +1,12 @@
 /** What one edge carries: potential, actual, causal; its directions in tokens; gains, angles, offsets; what else arrives. */
 
 import { scaleLinear, scaleSqrt, scaleSymlog } from "d3-scale";
-import { useEffect, useMemo, useState } from "preact/hooks";
-import { type Carried, type MapDocument, type Pairs, type Table, loadCarried, loadPairs, numbers } from "./data";
+import { useMemo } from "preact/hooks";
+import { type Carried, type MapDocument, type Pairs, type Table, numbers } from "./data";
 import { type Edge, edgeAt, edgesOf, placeOf } from "./edges";
 import { cellsOf } from "./head";
 import { BEHAVIOURS, Command, Sign, figure, ofLoss, percent, portClass, ramp, signed } from "./marks";
-import type { PageProps } from "./page";
+import { type PageProps, useDocument, usePairs } from "./page";
 import { Behind } from "./table";
 import { Contexts } from "./text";
 import { Tokens, tokenRows } from "./tokens";
@@ -16,33 +16,17 @@ const ARRIVES: Record<string, string> = { Q: "these queries", K: "these keys", V
 export function PairPage({ map, address, go, width, theme }: PageProps) {
   const [writer = "", target = ""] = address.name.split("/");
   const [reader = "", port = ""] = target.split(".");
-  const [pairs, setPairs] = useState<Pairs | null>(null);
-  const [carried, setCarried] = useState<Carried | null>(null);
+  const pairs = usePairs(map.ports.includes(port) ? port : undefined);
   const edge = useMemo(() => {
-    const edges = pairs?.port === port ? edgesOf(map, pairs) : null;
+    const edges = pairs ? edgesOf(map, pairs) : null;
     const at = edges ? placeOf(edges, writer, reader) : -1;
     return edges && pairs && at >= 0 ? exact(edgeAt(edges, at), pairs, reader) : null;
   }, [pairs, address.name]);
   const near = [reader, ...(edge?.others ?? [])].find((name) => map.stored[`${writer}/${name}.${port}`]);
   const stored = near === undefined ? undefined : map.stored[`${writer}/${near}.${port}`];
-  useEffect(() => {
-    let current = true;
-    setPairs(null);
-    if (map.ports.includes(port)) void loadPairs(port).then((read) => current && setPairs(read));
-    return () => {
-      current = false;
-    };
-  }, [port]);
-  useEffect(() => {
-    let current = true;
-    setCarried(null);
-    if (stored) void loadCarried(stored).then((read) => current && setCarried(read));
-    return () => {
-      current = false;
-    };
-  }, [stored]);
+  const carried = useDocument<Carried>(stored);
   const behaviour = (head: string) => map.behaviours[head]?.label ?? null;
-  if (!map.ports.includes(port) || (pairs?.port === port && !edge)) {
+  if (!map.ports.includes(port) || (pairs && !edge)) {
     const example = map.parts.find((part) => part.kind === "head")?.label ?? "L0H0";
     return (
       <main>

@@ -1,8 +1,8 @@
 /** Published statements about the residual stream, and which of them hold on this model. */
 
-import { useEffect, useState } from "preact/hooks";
-import { type MapDocument, type Statements, loadStatements } from "./data";
+import type { MapDocument, Statements } from "./data";
 import { Maths } from "./maths";
+import { useDocument } from "./page";
 
 /** A verdict with its sign: it may name its condition. */
 function verdict(text: string): string {
@@ -11,8 +11,7 @@ function verdict(text: string): string {
 }
 
 export function StatementsPage({ map }: { map: MapDocument }) {
-  const [statements, setStatements] = useState<Statements | null>(null);
-  useEffect(() => void (map.stored.statements && loadStatements().then(setStatements)), []);
+  const statements = useDocument<Statements>(map.stored.statements);
   if (!map.stored.statements) {
     return (
       <main>

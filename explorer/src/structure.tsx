@@ -1,10 +1,9 @@
 /** The stream as a whole: how crowded it is, what its neurons and heads keep and erase, and whether its axes matter. */
 
-import { useEffect, useState } from "preact/hooks";
+import { useEffect } from "preact/hooks";
 import { BasisSection } from "./basis";
-import { loadStructure } from "./data";
 import { MemorySection } from "./memory";
-import type { PageProps } from "./page";
+import { type PageProps, useDocument } from "./page";
 import type { Structure } from "./structure-document";
 import { SuperpositionSection } from "./superposition";
 
@@ -16,8 +15,8 @@ export interface SectionProps extends PageProps {
 
 export function StructurePage(props: PageProps) {
   const { map, address } = props;
-  const [structure, setStructure] = useState<Structure | null>(map.stored.structure ? null : {});
-  useEffect(() => void (map.stored.structure && loadStructure().then(setStructure)), []);
+  const stored = useDocument<Structure>(map.stored.structure);
+  const structure = map.stored.structure ? stored : {};
   useEffect(() => {
     if (structure && address.name) document.getElementById(address.name)?.scrollIntoView();
   }, [structure, address.name]);

@@ -1,5 +1,6 @@
 /** The plain table behind a picture, shown in place of it, or saved as CSV. */
 
+import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
 
 export type Rows = Record<string, string | number | null>[];
@@ -64,5 +65,21 @@ export function Behind({ name, rows }: { name: string; rows: () => Rows }) {
         </div>
       )}
     </span>
+  );
+}
+
+interface EdgeRowProps {
+  pinned: boolean;
+  onPin: () => void;
+  onOpen: () => void;
+  children: ComponentChildren;
+}
+
+/** A row of a list of edges: a click pins it, Enter pins it and then opens it. */
+export function EdgeRow({ pinned, onPin, onOpen, children }: EdgeRowProps) {
+  return (
+    <tr class={pinned ? "selected" : ""} tabIndex={0} onClick={onPin} onKeyDown={(event) => event.key === "Enter" && (pinned ? onOpen() : onPin())}>
+      {children}
+    </tr>
   );
 }

@@ -10,7 +10,7 @@ const short = (value: number) => String(Number(value.toPrecision(value < 1 ? 2 :
 const printable = (text: string) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 /** A token as it is shown: without the space before a word, an ellipsis before the inside of one. */
-export const shownToken = (text: string | null, id: number) =>
+const shownToken = (text: string | null, id: number) =>
   text === null ? `#${id}` : text.startsWith(" ") || !/^\p{L}/u.test(text) ? printable(text.trim() || text) : `…${printable(text)}`;
 
 /** Every token of every direction, for the table behind. */

@@ -1,10 +1,10 @@
 /** A direction that somebody attached: who writes along it before its state, and who reads it from there on. */
 
-import { useEffect, useMemo, useState } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { format } from "./address";
-import { type MapDocument, loadVector } from "./data";
+import type { MapDocument } from "./data";
 import { Sign, figure, portClass, signed } from "./marks";
-import type { PageProps } from "./page";
+import { type PageProps, useDocument } from "./page";
 import { columns } from "./structure";
 import { Tip, significant, useSteps } from "./structure-axes";
 import { Behind } from "./table";
@@ -87,8 +87,7 @@ const rowsOf = (side: VectorSide | undefined) =>
 
 function Shown(props: PageProps & { document: string }) {
   const { map, width, go, document } = props;
-  const [vector, setVector] = useState<VectorDocument | null>(null);
-  useEffect(() => void loadVector(document).then(setVector), [document]);
+  const vector = useDocument<VectorDocument>(document);
   const writers = useMemo(() => barsOf(vector?.writers), [vector]);
   const readers = useMemo(() => barsOf(vector?.readers), [vector]);
   const either = vector?.readers ?? vector?.writers;
